@@ -1,0 +1,166 @@
+"""The command line: tpaw play | generate | export."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 with a sentence on standard error where the input cannot be used."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        options.command(options, _overrides(rest))
+    except (FileNotFoundError, ValueError, ImportError, FloatingPointError) as error:
+        if options.traceback:
+            raise
+        print(f"tpaw: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def play(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Run the rounds of self-play of a configuration, or what is left of them."""
+    from tpaw_jax import config, self_play
+    from tpaw_jax.monitoring import compile_log
+
+    run = config.load(options.config, overrides)
+    with compile_log() as compiled:
+        self_play.run(run)
+    programs = [(name, seconds) for name, seconds in compiled if seconds >= 0.5]
+    print(f"Compiled {len(compiled)} programs in {sum(s for _, s in compiled):.0f} s; those above half a second:")
+    for name, seconds in programs:
+        print(f"  {name} {seconds:.1f} s")
+    where = Path(run.directory)
+    print(f"The run is in {where}: metrics.jsonl, round_*/samples.jsonl, round_*/summary.json, ring/policies.")
+    if options.export:
+        export_policy(where, None, Path(options.export))
+
+
+def export(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Write a policy of a run as a Hugging Face directory."""
+    _no_overrides(overrides)
+    export_policy(Path(options.run), options.round, Path(options.out))
+
+
+def generate(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Answer the prompts of a configuration with a model; one JSON line a prompt."""
+    from tpaw_jax import config, dataset, monitoring, sampling, self_play, sharding
+
+    if options.model:
+        overrides = [*overrides, f"policy.path={options.model}"]
+    run = config.load(options.config, overrides)
+    player = self_play.open_player(run, sharding.make_mesh(run.mesh))
+    prompts, _, report = dataset.load(run.data, player.template, run.seed)
+    with monitoring.progress("generating", len(prompts), "response") as bar:
+        made = sampling.generate(
+            player.sampler,
+            player.params,
+            prompts,
+            seed=run.seed,
+            round_number=0,
+            progress=lambda requests, tokens: bar.update(requests),
+        )
+    decode = lambda tokens: player.template.tokenizer.decode(tokens, skip_special_tokens=True)
+    with Path(options.out).open("w") as file:
+        for i, tokens in enumerate(made.tokens):
+            record = {
+                "prompt_id": int(prompts.ids[i]),
+                "prompt": decode(prompts.prompt_tokens[i]),
+                "response": decode(tokens),
+                "token_ids": tokens.tolist(),
+                "log_prob": float(made.log_probs[i].sum()),
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    print(f"{len(prompts)} responses are in {options.out}; {len(report.skipped)} malformed records were skipped.")
+
+
+def export_policy(run: Path, round_number: int | None, out: Path) -> None:
+    """The policy that starts `round_number` (the newest by default) as a directory that transformers loads."""
+    import jax.numpy as jnp
+    import yaml
+
+    from tpaw_jax import config, models, ring, sharding
+    from tpaw_jax.models import hub
+
+    if not (run / "config.yaml").exists():
+        raise FileNotFoundError(f"{run}: no run is there (config.yaml is missing).")
+    settings = config.parse(config.RunConfig, yaml.safe_load((run / "config.yaml").read_text()), str(run))
+    mesh = sharding.make_mesh(settings.mesh)
+    policy = settings.policy
+    architecture, theta_0 = models.load_pretrained(
+        policy.path, jnp.dtype(policy.param_dtype), sharding.param_sharder(mesh)
+    )
+    opened = ring.open_ring(run / "ring", settings.objective.n_max)
+    there = opened.policies
+    wanted = there[-1] if round_number is None and there else round_number
+    if wanted not in there:
+        raise ValueError(f"{run}: the policy of round {wanted} is not in the ring; it holds {there}.")
+    params = ring.restore_policy(opened, wanted, theta_0)
+    tokenizer = hub.load_tokenizer(policy.tokenizer or policy.path)
+    models.save_pretrained(out, architecture, params, tokenizer, hub.load_generation_config(policy.path))
+    print(f"The policy of round {wanted} is in {out}, a directory for transformers and vLLM.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tpaw", description="Team-based self-play fine-tuning of language models.")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(function, **arguments):
+        sub = commands.add_parser(
+            function.__name__, help=function.__doc__, description=function.__doc__, allow_abbrev=False
+        )
+        sub.set_defaults(command=function)
+        for name, (required, text, kind) in arguments.items():
+            sub.add_argument(f"--{name}", required=required, help=text, type=kind)
+
+    configuration = (True, "a YAML file; any key of it can follow as --key.subkey value", str)
+    command(play, config=configuration, export=(False, "also write the last policy to this directory", str))
+    command(
+        generate,
+        config=configuration,
+        model=(False, "a model other than the configuration's policy.path", str),
+        out=(True, "the JSONL file to write", str),
+    )
+    command(
+        export,
+        run=(True, "a run directory", str),
+        round=(False, "the round that the policy starts; the newest by default", int),
+        out=(True, "the directory to write", str),
+    )
+    return parser
+
+
+def _overrides(rest: list[str]) -> list[str]:
+    """--key value and --key=value as 'key=value'."""
+    found, waiting = [], None
+    for word in rest:
+        if waiting is not None:
+            found.append(f"{waiting}={word}")
+            waiting = None
+        elif word.startswith("--") and "=" in word:
+            found.append(word[2:])
+        elif word.startswith("--"):
+            waiting = word[2:]
+        else:
+            raise ValueError(f"'{word}' was not expected; overrides are written --key value.")
+    if waiting is not None:
+        raise ValueError(f"The override '--{waiting}' has no value.")
+    return found
+
+
+def _no_overrides(overrides: list[str]) -> None:
+    if overrides:
+        raise ValueError(f"'--{overrides[0].partition('=')[0]}' is not an option of this command.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

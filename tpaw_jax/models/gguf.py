@@ -1,0 +1,128 @@
+"""GGUF files seen as Hugging Face checkpoints: the same tensor names, shapes and row order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tpaw_jax.models.attention import rope_frequencies
+from tpaw_jax.models.config_json import from_dict
+from tpaw_jax.models.transformer import ModelConfig
+
+LAYER_NAMES = {  # Hugging Face name within a layer: GGUF name within a block
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "self_attn.q_proj.bias": "attn_q.bias",
+    "self_attn.k_proj.bias": "attn_k.bias",
+    "self_attn.v_proj.bias": "attn_v.bias",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+}
+GLOBAL_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
+class GGUFSource:
+    """A GGUF file's tensors under their Hugging Face names, dequantised one at a time to float32."""
+
+    def __init__(self, path: Path):
+        try:
+            from gguf import GGUFReader
+        except ImportError as error:
+            raise ImportError(f"{path}: reading GGUF needs the gguf package; pip install 'tpaw_jax[gguf]'.") from error
+        self.path = path
+        try:
+            self._reader = GGUFReader(path)
+        except (ValueError, OSError, IndexError, KeyError) as error:
+            raise ValueError(f"{path}: not a readable GGUF file ({error}).") from error
+        self._tensors = {t.name: t for t in self._reader.tensors}
+        self.config = self._config()
+        self._names = dict(GLOBAL_NAMES)
+        for layer in range(self.config.num_layers):
+            for name, gguf_name in LAYER_NAMES.items():
+                self._names[f"model.layers.{layer}.{name}"] = f"blk.{layer}.{gguf_name}"
+
+    def names(self) -> set[str]:
+        known = {name: gguf_name for name, gguf_name in self._names.items() if gguf_name in self._tensors}
+        return set(known) | (self._tensors.keys() - set(known.values()) - {"rope_freqs.weight"})
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(n) for n in reversed(self._tensors[self._names[name]].shape))
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        from gguf.quants import dequantize
+
+        tensor = self._tensors[self._names[name]]
+        values = dequantize(tensor.data, tensor.tensor_type).reshape(self.shape(name))
+        if self.config.model_type == "llama":  # GGUF interleaves the rotary halves of Llama's q and k rows
+            heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
+            for projection, count in heads.items():
+                if name.endswith(f"{projection}.weight"):
+                    rows, columns = values.shape
+                    halves = values.reshape(count, rows // count // 2, 2, columns)
+                    values = halves.swapaxes(1, 2).reshape(rows, columns)
+        return values[index]
+
+    def _field(self, name: str, default: Any = None) -> Any:
+        field = self._reader.fields.get(name)
+        return default if field is None else field.contents()
+
+    def _config(self) -> ModelConfig:
+        architecture = self._field("general.architecture")
+        if architecture not in ("llama", "qwen2", "qwen3"):
+            raise ValueError(
+                f"{self.path}: GGUF architecture {architecture!r} is not supported; supported are llama, qwen2, qwen3."
+            )
+        get = lambda name, default=None: self._field(f"{architecture}.{name}", default)
+        if "token_embd.weight" not in self._tensors:
+            raise ValueError(f"{self.path}: the tensor 'token_embd.weight' is missing; this is not a language model.")
+        fields = {
+            "model_type": architecture,
+            "vocab_size": int(self._tensors["token_embd.weight"].shape[1]),
+            "hidden_size": get("embedding_length"),
+            "intermediate_size": get("feed_forward_length"),
+            "num_hidden_layers": get("block_count"),
+            "num_attention_heads": get("attention.head_count"),
+            "num_key_value_heads": get("attention.head_count_kv"),
+            "head_dim": get("attention.key_length"),
+            "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+            "max_position_embeddings": get("context_length"),
+            "rope_theta": get("rope.freq_base", 10000.0),
+            "tie_word_embeddings": "output.weight" not in self._tensors,
+        }
+        if "rope_freqs.weight" in self._tensors:
+            fields["rope_scaling"] = {
+                "rope_type": "llama3",
+                "factor": 32.0 if architecture == "llama" and fields["tie_word_embeddings"] else 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            }
+        config = from_dict(fields, str(self.path))
+        self._check_rope_factors(config)
+        return config
+
+    def _check_rope_factors(self, config: ModelConfig) -> None:
+        """GGUF stores Llama 3.1's rope scaling as factors alone; they must be the published ones."""
+        if config.rope_scaling is None:
+            return
+        stored = np.asarray(self._tensors["rope_freqs.weight"].data, np.float32).reshape(-1)
+        plain = rope_frequencies(config.head_dim, config.rope_theta, None)
+        scaled = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        if stored.shape != plain.shape or not np.allclose(plain / stored, scaled, rtol=1e-4):
+            raise ValueError(
+                f"{self.path}: the tensor 'rope_freqs.weight' is not Llama 3's published rope scaling; "
+                "use the safetensors checkpoint, whose config.json states it."
+            )

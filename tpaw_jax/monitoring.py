@@ -1,0 +1,141 @@
+"""What a run tells: metrics.jsonl and TensorBoard, progress bars, the manifest and table of each round."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricsLog:
+    """Appends records to metrics.jsonl, and to TensorBoard where it is on."""
+
+    path: Path
+    tensorboard: Any = None
+
+    def write(self, **record: Any) -> None:
+        """Append one record; numbers also become TensorBoard scalars over the round's steps."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.tensorboard is not None and "step" in record:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self.tensorboard.add_scalar(f"round_{record['round']}/{name}", value, record["step"])
+
+
+def open_metrics(directory: Path, round_number: int, step: int, tensorboard: bool) -> MetricsLog:
+    """The log of a run that goes on at (round, step): records from there on are dropped, they will be made again.
+
+    Raises:
+        ImportError: TensorBoard is wanted and tensorboardX is not installed.
+    """
+    path = directory / "metrics.jsonl"
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if _before(line, round_number, step)]
+        path.write_text("".join(line + "\n" for line in kept))
+    if not tensorboard:
+        return MetricsLog(path)
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError("tensorboard: true needs tensorboardX; pip install 'tpaw_jax[tensorboard]'.") from error
+    return MetricsLog(path, SummaryWriter(str(directory / "tensorboard")))
+
+
+def read_metrics(directory: Path, round_number: int) -> list[dict[str, float]]:
+    """The step records of a round."""
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["round"] == round_number]
+
+
+def step_record(metrics: dict[str, Any], players: Sequence[int]) -> dict[str, float]:
+    """Fetched step metrics as plain floats; per-player ones carry the player's round and leave missing players out."""
+    record = {}
+    for name, value in metrics.items():
+        value = np.asarray(value)
+        if name.startswith("player/"):
+            of_player = name.removeprefix("player/")
+            record |= {f"player_{j}/{of_player}": float(value[place]) for place, j in enumerate(players)}
+        else:
+            record[name] = float(value)
+    return record
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int, unit: str) -> Iterator[Any]:
+    """A progress bar with rate and time left; silent where the output is not a terminal."""
+    with tqdm(total=total, desc=description, unit=unit, disable=None, leave=False, dynamic_ncols=True) as bar:
+        yield bar
+
+
+class Stopwatch:
+    """Seconds spent in each named stage of a round."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def compile_log() -> Iterator[list[tuple[str, float]]]:
+    """The (program, seconds) of everything compiled inside the block, filled in as it happens."""
+    compiled: list[tuple[str, float]] = []
+
+    def listen(event: str, seconds: float, **details: Any) -> None:
+        if event == COMPILE_EVENT:
+            compiled.append((str(details.get("fun_name", "unnamed")), seconds))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def manifest(round_number: int, rounds: int, facts: dict[str, Any]) -> str:
+    """What a round starts from, as lines of text."""
+    width = max(map(len, facts))
+    lines = [f"  {name:<{width}}  {value}" for name, value in facts.items()]
+    return "\n".join([f"Round {round_number} of {rounds} (0 to {rounds - 1})", *lines])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Records as aligned columns; numbers to four significant digits."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
+    align = lambda line: "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
+    return "\n".join([align(names), *map(align, cells)])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _before(line: str, round_number: int, step: int) -> bool:
+    """Whether a record belongs to finished work; a line cut short by a kill does not."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return (record["round"], record.get("step", -1)) < (round_number, step)

@@ -1,0 +1,117 @@
+"""The TPAW objective: implicit rewards -> target and player weights -> team loss. Arrays only.
+
+Source: "Team-Based Self-Play With Dual Adaptive Weighting for Fine-Tuning LLMs", ACL 2026 (arXiv 2605.09922).
+Every function takes summed log-probs of whole responses, in nats, and works under jit, vmap and grad on the log-probs
+of any model. Reductions are at least float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+Scalar = float | Float[Array, ""]
+
+
+class TeamLoss(NamedTuple):
+    """What `team_loss` returns. Rewards are P_j in nats times lam; masked players have reward and beta 0."""
+
+    loss: Float[Array, ""]
+    per_triplet: Float[Array, "B"]
+    alpha: Float[Array, "J B"]
+    beta: Float[Array, "J B"]
+    reward_target: Float[Array, "J B"]
+    reward_generated: Float[Array, "J B"]
+
+
+def team_loss(
+    policy_target: Float[Array, "B"],
+    policy_generated: Float[Array, "B"],
+    player_target: Float[Array, "J B"],
+    player_generated: Float[Array, "J B"],
+    *,
+    lam: Scalar,
+    eta: Scalar,
+    gamma: Scalar,
+    player_mask: Bool[Array, "J"] | Bool[Array, "J B"] | None = None,
+    tolerance: Scalar = 0.0,
+) -> TeamLoss:
+    """The team loss of a batch of triplets (x, y, y_gen) judged by J frozen players.
+
+        P_j(x, r)  = lam (log pi_theta(r|x) - log pi_theta_j(r|x))
+        alpha_j    = eta if P_j(x, y) <= tolerance else 1               (target response weight)
+        beta_j     = softmax_j(-gamma (P_j(x, y) - P_j(x, y_gen)))      (main player weight)
+        loss       = mean over triplets of sum_j beta_j softplus(-(alpha_j P_j(x, y) - P_j(x, y_gen)))
+
+    alpha and beta are weights, constants to the gradient. The paper's rule has tolerance 0; a positive one keeps the
+    sign of numerical noise around P_j = 0 from choosing alpha.
+
+    Args:
+        policy_target: log pi_theta(y|x), nats.
+        policy_generated: log pi_theta(y_gen|x), nats.
+        player_target: log pi_theta_j(y|x), nats, one row a player.
+        player_generated: log pi_theta_j(y_gen|x), nats.
+        lam: scale of the rewards, SPIN's and DPO's beta.
+        eta: target response weight where the target is drifting; 1 switches it off.
+        gamma: attention to the player that separates worst; 0 gives uniform beta.
+        player_mask: players to count; a triplet without any counts neither in the sum nor in the mean.
+        tolerance: largest reward that still counts as drifting.
+    """
+    dtype = jnp.promote_types(jnp.result_type(policy_target), jnp.float32)
+    policy_target, policy_generated, player_target, player_generated = (
+        jnp.asarray(a, dtype) for a in (policy_target, policy_generated, player_target, player_generated)
+    )
+    mask = jnp.ones(player_target.shape, bool)
+    if player_mask is not None:
+        mask = jnp.broadcast_to(player_mask if player_mask.ndim == 2 else player_mask[:, None], mask.shape)
+
+    # Masked before use: whatever stands in the place of a missing player must not reach a gradient.
+    reward_target = lam * jnp.where(mask, policy_target - jnp.where(mask, player_target, 0), 0)
+    reward_generated = lam * jnp.where(mask, policy_generated - jnp.where(mask, player_generated, 0), 0)
+
+    alpha = lax.stop_gradient(jnp.where(reward_target <= tolerance, eta, 1).astype(dtype))
+    beta = lax.stop_gradient(_masked_softmax(-gamma * (reward_target - reward_generated), mask))
+
+    per_triplet = jnp.sum(beta * jax.nn.softplus(reward_generated - alpha * reward_target), axis=0)
+    counted = jnp.sum(mask.any(axis=0))
+    loss = jnp.sum(per_triplet) / jnp.maximum(counted, 1)
+    return TeamLoss(loss, per_triplet, alpha, beta, reward_target, reward_generated)
+
+
+def spin_loss(
+    policy_target: Float[Array, "B"],
+    policy_generated: Float[Array, "B"],
+    player_target: Float[Array, "B"],
+    player_generated: Float[Array, "B"],
+    *,
+    lam: Scalar,
+) -> Float[Array, ""]:
+    """SPIN's loss, the corner of the team loss with one player and eta = 1.
+
+    mean of softplus(-lam ((log pi(y|x) - log pi_t(y|x)) - (log pi(y_gen|x) - log pi_t(y_gen|x)))), arXiv 2401.01335.
+    """
+    players = player_target[None], player_generated[None]
+    return team_loss(policy_target, policy_generated, *players, lam=lam, eta=1.0, gamma=0.0).loss
+
+
+def dpo_loss(
+    policy_chosen: Float[Array, "B"],
+    policy_rejected: Float[Array, "B"],
+    reference_chosen: Float[Array, "B"],
+    reference_rejected: Float[Array, "B"],
+    *,
+    beta: Scalar,
+) -> Float[Array, ""]:
+    """The sigmoid DPO loss (arXiv 2305.18290): SPIN's with chosen = y, rejected = y_gen, beta = lam."""
+    return spin_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, lam=beta)
+
+
+def _masked_softmax(logits: Float[Array, "J B"], mask: Bool[Array, "J B"]) -> Float[Array, "J B"]:
+    """Softmax over the players present; 0 for the others, and for a triplet that has none."""
+    top = jnp.max(jnp.where(mask, logits, -jnp.inf), axis=0, keepdims=True)
+    weights = jnp.where(mask, jnp.exp(jnp.where(mask, logits - top, 0)), 0)
+    return weights / jnp.maximum(jnp.sum(weights, axis=0, keepdims=True), jnp.finfo(weights.dtype).tiny)

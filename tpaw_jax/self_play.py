@@ -1,0 +1,445 @@
+"""The rounds of self-play: the only file that knows what a round is.
+
+A round samples D_t with the policy, packs D_O = D_t + D_(t-1) + ... into prefix trees, has every player score what it
+has not scored yet, trains the policy on it, and pushes the result to the ring. Every stage leaves its result on disk
+before the next begins, so a run that is started again goes on from the last finished one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import yaml
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+
+from tpaw_jax import (
+    dataset,
+    durable,
+    models,
+    monitoring,
+    packing,
+    ring,
+    sampling,
+    scoring,
+    sharding,
+    train_step,
+    triplets,
+)
+from tpaw_jax.config import RunConfig, of_round, to_dict
+from tpaw_jax.logprobs import make_log_prob_fn
+from tpaw_jax.models import hub
+from tpaw_jax.train_step import StepScalars, TrainStep
+from tpaw_jax.types import TARGET, Prompts, TeamScores, TrainState
+
+Say = Callable[[str], None]
+
+
+class Player(NamedTuple):
+    """A model that can answer prompts."""
+
+    model: models.Transformer
+    params: PyTree[Array]
+    template: dataset.Template
+    sampler: sampling.Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What stays the same over all rounds: data, compiled programs, places."""
+
+    config: RunConfig
+    directory: Path
+    mesh: Mesh
+    template: dataset.Template
+    prompts: Prompts
+    held_out: packing.Rows
+    sampler: sampling.Sampler
+    scorer: scoring.Scorer
+    optimizer: optax.GradientTransformation
+    step: TrainStep
+    ring: ring.Ring
+    like: PyTree[jax.ShapeDtypeStruct]
+    say: Say
+
+
+def run(config: RunConfig, say: Say = print) -> list[dict[str, Any]]:
+    """Play all rounds, or what is left of them, and return the table of rounds.
+
+    Raises:
+        FileNotFoundError, ValueError: model, data or configuration cannot be used; the sentence names what to mend.
+        FloatingPointError: too many steps in a row were not finite; the batch is saved.
+    """
+    session, policy = open_session(config, say)
+    store = triplets.open_store(session.directory, session.prompts)
+    for t in range(session.ring.policies[-1], config.rounds):
+        players, watch = ring.players(session.ring, t), monitoring.Stopwatch()
+        say(monitoring.manifest(t, config.rounds, _manifest(session, t, players)))
+        with watch.time("sampling"):
+            store = sample(session, store, policy, t)
+        with watch.time("packing"):
+            window = store.window(t, config.objective.n_max)
+            trees = packing.trees_of_window(session.prompts, window, store.sources)
+            rows = packing.pack(trees, config.packing)
+        with watch.time("scoring"):
+            for player in players:
+                score(session, store, rows, trees, player, policy if player == t else None, t)
+            scores = triplets.team_scores(store, rows, players, config.objective.n_max)
+        with watch.time("training"):
+            policy, trained = train(session, rows, scores, players, policy, t)
+        with watch.time("held-out"):
+            trained["held-out"] = held_out_log_prob(session, policy)
+        with watch.time("ring"):
+            ring.push(session.ring, policy, t + 1)
+            _finish_round(session, store, rows, players, trained, watch.seconds, t)
+    ring.settle(session.ring)
+    table = rounds_table(session.directory, config.rounds)
+    say(monitoring.table(table))
+    return table
+
+
+def open_session(config: RunConfig, say: Say) -> tuple[Session, PyTree[Array]]:
+    """Open or create the run directory, load model and data, build the programs; also the policy to go on from."""
+    directory = Path(config.directory)
+    _claim(directory, config)
+    mesh = sharding.make_mesh(config.mesh)
+    if config.packing.rows_per_batch % sharding.row_shards(mesh):
+        raise ValueError(
+            f"packing.rows_per_batch is {config.packing.rows_per_batch}; it must be a multiple of the "
+            f"{sharding.row_shards(mesh)} devices that rows are split over."
+        )
+    player = open_player(config, mesh)
+    template, policy = player.template, player.params
+    prompts, held_out, report = dataset.load(config.data, template, config.seed)
+    say(_data_lines(report, prompts, held_out))
+
+    longest = max(map(len, prompts.prompt_tokens)) + config.sampling.max_new_tokens
+    context = player.model.config.max_position_embeddings
+    if longest > context:
+        say(f"Warning: sequences of up to {longest} tokens exceed the {context} positions the model was made for.")
+    log_prob_fn = make_log_prob_fn(player.model, config.policy.head_chunk)
+    optimizer = train_step.make_optimizer(config.train)
+    session = Session(
+        config=config,
+        directory=directory,
+        mesh=mesh,
+        template=template,
+        prompts=prompts,
+        held_out=packing.pack(_target_trees(held_out), config.packing),
+        sampler=player.sampler,
+        scorer=scoring.make_scorer(log_prob_fn, mesh),
+        optimizer=optimizer,
+        step=train_step.make_train_step(log_prob_fn, optimizer, config.objective, mesh),
+        ring=ring.open_ring(directory / "ring", config.objective.n_max),
+        like=sharding.abstract(policy),
+        say=say,
+    )
+    return session, _first_policy(session, policy)
+
+
+def open_player(config: RunConfig, mesh: Mesh) -> Player:
+    """Load the model and tokenizer of a configuration and build its sampler."""
+    c, dtype = config.policy, jnp.dtype(config.policy.param_dtype)
+    template = dataset.make_template(hub.load_tokenizer(c.tokenizer or c.path), config.data)
+    architecture, params = models.load_pretrained(c.path, dtype, sharding.param_sharder(mesh))
+    model = models.Transformer(architecture, jnp.dtype(c.compute_dtype), dtype, c.remat)
+    stated = hub.load_generation_config(c.path).get("eos_token_id", [])
+    stops = {template.end_of_turn, *(stated if isinstance(stated, list) else [stated])}
+    return Player(model, params, template, sampling.make_sampler(sampling.decoder_of(model), config.sampling, stops))
+
+
+def sample(session: Session, store: triplets.Store, policy: PyTree[Array], t: int) -> triplets.Store:
+    """The store with D_t, sampled unless it is there."""
+    if t in store.generations:
+        session.say(f"Round {t}: the {len(session.prompts)} responses are there, sampled before.")
+        return store
+    with monitoring.progress(f"round {t} sampling", len(session.prompts), "response") as bar:
+        tokens = 0
+
+        def show(requests: int, new_tokens: int) -> None:
+            nonlocal tokens
+            tokens += new_tokens
+            bar.update(requests)
+            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
+
+        generations = sampling.generate(
+            session.sampler, policy, session.prompts, seed=session.config.seed, round_number=t, progress=show
+        )
+    # The policy that sampled must be whole on disk before anything that follows from it.
+    ring.settle(session.ring)
+    store = triplets.append(store, generations)
+    _save_texts(session, store, t)
+    return store
+
+
+def score(
+    session: Session,
+    store: triplets.Store,
+    rows: packing.Rows,
+    trees: list[packing.Tree],
+    player: int,
+    params: PyTree[Array] | None,
+    t: int,
+) -> None:
+    """Have `player` score what it has not scored: the newest all of D_O on the round's own rows, others D_t alone."""
+    unscored = triplets.missing(store, player, trees)
+    if not unscored:
+        session.say(f"Round {t}: player {player} has scored everything before.")
+        return
+    if params is None:
+        params = ring.restore_policy(session.ring, player, session.like)
+        rows = packing.pack(unscored, session.config.packing)
+    with monitoring.progress(f"round {t} player {player} scoring", len(rows), "row") as bar:
+        size = session.config.packing.rows_per_batch
+        log_probs = scoring.score(session.scorer, params, rows, size, progress=lambda b: bar.update(len(b)))
+    triplets.add_scores(store, t, player, rows, log_probs)
+
+
+def train(
+    session: Session,
+    rows: packing.Rows,
+    scores: TeamScores,
+    players: list[int],
+    policy: PyTree[Array],
+    t: int,
+) -> tuple[PyTree[Array], dict[str, Any]]:
+    """Train theta_(t+1) from theta_t on D_O; also what the round's table says of it."""
+    c = session.config
+    per_step = packing.micro_batches_a_step(rows, c.train.batch_triplets, c.packing.rows_per_batch)
+    size = per_step * c.packing.rows_per_batch
+    plan = [
+        order[i : i + size]
+        for epoch in range(c.train.epochs)
+        for order in [packing.epoch_order(rows, c.seed, t, epoch)]
+        for i in range(0, len(order), size)
+    ]
+    rates = train_step.learning_rates(c.train, t, len(plan))
+    state, first = _first_state(session, policy, t)
+    del policy  # the step donates it
+    log = monitoring.open_metrics(session.directory, t, first, c.tensorboard)
+    most = -(-c.train.batch_triplets // c.packing.rows_per_batch)
+
+    def inputs(step: int, tolerance: float, dry_run: bool = False) -> tuple[Any, ...]:
+        batch = packing.step_batch(rows, scores, plan[step], c.packing.rows_per_batch, most)
+        lam = of_round(c.objective.lam, t)
+        return *batch, StepScalars(rates[step], np.float32(lam), np.float32(tolerance), np.bool_(dry_run))
+
+    state, noise = _measure_noise(session, state, inputs, t)
+    tolerance = 2 * noise if c.objective.tolerance < 0 else c.objective.tolerance
+    pending: tuple[int, Any, dict[str, Array]] | None = None
+
+    with monitoring.progress(f"round {t} training", len(plan), "step") as bar:
+        bar.update(first)
+        for step in range(first, len(plan)):
+            arguments = inputs(step, tolerance)
+            state, metrics = session.step(state, *arguments)
+            if pending is not None:  # one step late: the device is never awaited
+                _record(session, log, players, t, *pending)
+            pending = step, arguments, metrics
+            bar.update()
+            if (step + 1) % c.train.save_every_steps == 0 and step + 1 < len(plan):
+                _record(session, log, players, t, *pending)
+                pending = None
+                ring.save_training(session.ring, state, t, step + 1)
+        if pending is not None:
+            _record(session, log, players, t, *pending)
+    return state.params, {"steps": len(plan), "noise": noise}
+
+
+def held_out_log_prob(session: Session, policy: PyTree[Array]) -> float | None:
+    """Mean log-prob of the held-out targets, nats a token."""
+    rows = session.held_out
+    if not len(rows):
+        return None
+    log_probs = scoring.score(session.scorer, policy, rows, session.config.packing.rows_per_batch)
+    tokens = np.sum(np.asarray(rows.batch.responses) < rows.prompt_index.shape[1])
+    return float(log_probs.sum() / tokens)
+
+
+def rounds_table(directory: Path, rounds: int) -> list[dict[str, Any]]:
+    """The table of the finished rounds."""
+    files = [triplets.round_directory(directory, t) / "summary.json" for t in range(rounds)]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def _claim(directory: Path, config: RunConfig) -> None:
+    """Store the configuration, or check that the run goes on with the one it began with.
+
+    Raises:
+        ValueError: keys that change the meaning of the run differ; lists them.
+    """
+    path, wanted = directory / "config.yaml", to_dict(config)
+    if path.exists():
+        began = yaml.safe_load(path.read_text())
+        free = {"directory", "rounds", "sample_texts", "tensorboard", "train.save_every_steps"}
+        old, new = _flat(began), _flat(wanted)
+        changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in free]
+        if changed:
+            differences = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
+            raise ValueError(
+                f"{path}: the run began with another configuration ({differences}). "
+                "Go on with the old values, or choose another directory."
+            )
+    durable.write_bytes(path, yaml.safe_dump(wanted, sort_keys=False).encode())
+
+
+def _first_policy(session: Session, theta_0: PyTree[Array]) -> PyTree[Array]:
+    """theta_0 pushed as the first player, or the newest policy of a run that goes on."""
+    if not session.ring.policies:
+        ring.push(session.ring, theta_0, 0)
+        ring.settle(session.ring)
+    newest = session.ring.policies[-1]
+    if newest == 0:
+        return theta_0
+    session.say(f"The run goes on with the policy of round {newest}.")
+    return ring.restore_policy(session.ring, newest, session.like)
+
+
+def _first_state(session: Session, policy: PyTree[Array], t: int) -> tuple[TrainState, int]:
+    """A fresh training state, or the saved one of this round, and the step to go on from."""
+    fresh = train_step.init_state(policy, session.optimizer, session.mesh)
+    saved = [step for round_number, step in session.ring.training_states if round_number == t]
+    if not saved:
+        return fresh, 0
+    session.say(f"Round {t}: training goes on after step {saved[-1]}.")
+    return ring.restore_training(session.ring, t, saved[-1], fresh), saved[-1]
+
+
+def _measure_noise(
+    session: Session, state: TrainState, inputs: Callable[..., tuple[Any, ...]], t: int
+) -> tuple[TrainState, float]:
+    """How far the train step's program and the newest player's scores disagree while theta = theta_t, nats times lam.
+
+    One micro-batch through the step's own program, nothing updated: P_t would be exactly 0. Kept on disk, so that a run
+    that goes on in the middle of training uses the same tolerance.
+    """
+    path = triplets.round_directory(session.directory, t) / "noise.json"
+    if path.exists():
+        return state, json.loads(path.read_text())["max_abs_reward"]
+    batch, scores, _, scalars = inputs(0, 0.0, dry_run=True)
+    state, metrics = session.step(state, batch, scores, np.int32(1), scalars)
+    noise = float(metrics["newest_max_abs_reward"])
+    durable.write_json(path, {"max_abs_reward": noise})
+    return state, noise
+
+
+def _record(
+    session: Session,
+    log: monitoring.MetricsLog,
+    players: list[int],
+    t: int,
+    step: int,
+    arguments: tuple[Any, ...],
+    metrics: dict[str, Array],
+) -> None:
+    """Log a finished step; stop the run where too many in a row were not finite."""
+    record = monitoring.step_record(jax.device_get(metrics), players)
+    log.write(round=t, step=step, **record)
+    limit = session.config.train.max_skipped_in_a_row
+    if record["skipped_in_a_row"] >= limit:
+        path = triplets.round_directory(session.directory, t) / f"not_finite_step_{step:08d}.npz"
+        batch, scores, *_ = arguments
+        durable.write_arrays(path, log_probs=scores.log_probs, **dataclasses.asdict(batch))
+        raise FloatingPointError(
+            f"Round {t}, step {step}: the loss or gradient was not finite in {limit} steps in a row. The last batch is "
+            f"saved in {path}. Lower train.learning_rate, or look at the data of that batch."
+        )
+
+
+def _finish_round(
+    session: Session,
+    store: triplets.Store,
+    rows: packing.Rows,
+    players: list[int],
+    trained: dict[str, Any],
+    seconds: dict[str, float],
+    t: int,
+) -> None:
+    """Write the round's line of the table and say it."""
+    records = monitoring.read_metrics(session.directory, t)
+    last_epoch = records[-max(1, len(records) // session.config.train.epochs) :]
+    mean = lambda name: float(np.average([r[name] for r in last_epoch], weights=[r["triplets"] for r in last_epoch]))
+    lengths = [len(tokens) for tokens in store.generations[t].tokens]
+    summary = {
+        "round": t,
+        "players": len(players),
+        "triplets": int(rows.triplets.sum()),
+        "steps": trained["steps"],
+        "fill": rows.fill,
+        "P_t at step 0": trained["noise"],
+        "loss": mean("loss"),
+        "chosen": mean("rewards/chosen"),
+        "rejected": mean("rewards/rejected"),
+        "margin": mean("rewards/margins"),
+        "accuracy": mean("rewards/accuracies"),
+        "alpha=eta": mean(f"player_{t}/alpha_is_eta"),
+        "skipped": int(records[-1]["skipped"]),
+        "response tokens": float(np.mean(lengths)),
+        "echoes": store.echoes(t),
+        "held-out nats/token": trained["held-out"],
+        **{f"{stage} s": round(value, 2) for stage, value in seconds.items() if stage != "ring"},
+    }
+    durable.write_json(triplets.round_directory(session.directory, t) / "summary.json", summary)
+    session.say(monitoring.table([summary]) + "\n")
+
+
+def _manifest(session: Session, t: int, players: list[int]) -> dict[str, Any]:
+    c, size = session.config, len(session.prompts)
+    return {
+        "policy from": f"theta_{t}" + (f" = {c.policy.path}" if t == 0 else f" ({session.ring.directory}/policies/{t:05d})"),
+        "players": ", ".join(f"theta_{j}" for j in players),
+        "opponents": ", ".join(f"D_{j}" for j in players),
+        "triplets": f"{size * len(players)} = {size} prompts x {len(players)} rounds",
+        "learning rate": f"{of_round(c.train.learning_rate, t):g} ({c.train.optimizer}, {c.train.schedule})",
+        "lam, eta, gamma": f"{of_round(c.objective.lam, t):g}, {c.objective.eta:g}, {c.objective.gamma:g}",
+    }
+
+
+def _save_texts(session: Session, store: triplets.Store, t: int) -> None:
+    """The first prompts with their target and response as text, in samples.jsonl and shown."""
+    decode = lambda tokens: session.template.tokenizer.decode(tokens, skip_special_tokens=True)
+    chosen = range(min(session.config.sample_texts, len(session.prompts)))
+    texts = [
+        {
+            "prompt": decode(session.prompts.prompt_tokens[i]),
+            "target": decode(session.prompts.target_tokens[i]),
+            "response": decode(store.generations[t].tokens[i]),
+        }
+        for i in chosen
+    ]
+    lines = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
+    durable.write_bytes(triplets.round_directory(session.directory, t) / "samples.jsonl", lines.encode())
+    for text in texts:
+        session.say("\n".join(f"  {name:<8}  {_short(value)}" for name, value in text.items()))
+
+
+def _short(text: str, most: int = 160) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def _target_trees(prompts: Prompts) -> list[packing.Tree]:
+    return [packing.tree_of_responses(prompts, i, {TARGET: y}) for i, y in enumerate(prompts.target_tokens)]
+
+
+def _data_lines(report: dataset.DataReport, prompts: Prompts, held_out: Prompts) -> str:
+    lines = [
+        f"Data: {len(prompts)} prompts to play on, {len(held_out)} held out, of {report.records} records; "
+        f"{report.prompts_cut} prompts and {report.targets_cut} targets cut to length; {len(report.skipped)} skipped."
+    ]
+    return "\n".join(lines + [f"  skipped: {sentence}" for sentence in report.skipped])
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,234 @@
+"""The team step: log-probs of packed trees -> team loss -> one optimizer update, compiled once for all rounds.
+
+Learning rate, lam and tolerance are data, and so is the number of micro-batches: rounds that differ in them share one
+compiled program. A step whose loss or gradient is not finite changes nothing but its counters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PyTree
+
+from tpaw_jax import sharding
+from tpaw_jax.config import ObjectiveConfig, TrainConfig, of_round
+from tpaw_jax.logprobs import LogProbFn
+from tpaw_jax.objective import TeamLoss, team_loss
+from tpaw_jax.types import TeamScores, TrainState, TreeBatch
+
+
+class StepScalars(NamedTuple):
+    """What changes from step to step or round to round without a new program."""
+
+    learning_rate: np.float32
+    lam: np.float32
+    tolerance: np.float32
+    dry_run: np.bool_  # compute everything, change nothing
+
+
+Metrics = dict[str, Array]
+TrainStep = Callable[
+    [TrainState, TreeBatch, TeamScores, Int[Array, ""], StepScalars], tuple[TrainState, Metrics]
+]
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """The named optax optimizer at learning rate 1, gradients clipped: the step scales its updates by the rate.
+
+    That is the optimizer itself, since the updates of all of them are linear in the learning rate.
+    """
+    c = config
+    named = {
+        "rmsprop": lambda: optax.rmsprop(1.0, decay=c.rms_decay, eps=c.epsilon, eps_in_sqrt=False),
+        "adamw": lambda: optax.adamw(1.0, b1=c.b1, b2=c.b2, eps=c.epsilon, weight_decay=c.weight_decay),
+        "adafactor": lambda: optax.adafactor(1.0),
+        "lion": lambda: optax.lion(1.0, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay),
+        "sgd": lambda: optax.sgd(1.0, momentum=c.b1 or None),
+    }
+    return optax.chain(optax.clip_by_global_norm(c.max_grad_norm), named[c.optimizer]())
+
+
+def learning_rates(config: TrainConfig, round_number: int, steps: int) -> np.ndarray:
+    """The rate of every step of a round, [steps] float32.
+
+    transformers' schedules, entered one step later so that no step has rate 0: the warm-up rises to the peak over
+    ceil(warmup_ratio steps) steps, then linear or half-cosine decay towards 0, or none.
+    """
+    peak, warmup = of_round(config.learning_rate, round_number), math.ceil(config.warmup_ratio * steps)
+    step = np.arange(steps)
+    done = (step - warmup) / max(1, steps - warmup)
+    after = {"linear": 1 - done, "cosine": 0.5 * (1 + np.cos(np.pi * done)), "constant": np.ones(steps)}
+    return (peak * np.where(step < warmup, (step + 1) / max(1, warmup), after[config.schedule])).astype(np.float32)
+
+
+def init_state(params: PyTree[Array], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A fresh optimizer around `params` (A6), its state float32 and sharded as they are."""
+    shardings = state_shardings(params, optimizer, mesh)
+    init = jax.jit(lambda p: optimizer.init(_float32(p)), out_shardings=shardings.opt_state)
+    # Three buffers, not one used thrice: the step donates its state.
+    zeros = (jax.device_put(np.zeros((), np.int32), sharding.replicated(mesh)) for _ in range(3))
+    return TrainState(next(zeros), params, init(params), next(zeros), next(zeros))
+
+
+def state_shardings(params: PyTree[Array], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The sharding of every leaf of the training state: optimizer moments lie where their parameters lie."""
+    everywhere = sharding.replicated(mesh)
+    of_params = sharding.param_shardings(params, mesh)
+    shapes = jax.eval_shape(lambda p: optimizer.init(_float32(p)), params)
+    place = lambda leaf, like, param: like if leaf.shape == param.shape else everywhere
+    of_optimizer = optax.tree_map_params(
+        optimizer, place, shapes, of_params, params, transform_non_params=lambda _: everywhere
+    )
+    return TrainState(everywhere, of_params, of_optimizer, everywhere, everywhere)
+
+
+def make_train_step(
+    log_prob_fn: LogProbFn, optimizer: optax.GradientTransformation, objective: ObjectiveConfig, mesh: Mesh
+) -> TrainStep:
+    """The compiled step(state, batch, scores, micro_batches, scalars) -> (state, metrics). The state is donated.
+
+    `batch` and `scores` carry a leading axis A of micro-batches, of which the first `micro_batches` are computed; their
+    gradients are summed, and the loss is the mean over all triplets of the step (A4), so how rows are cut into
+    micro-batches changes nothing. Metrics are means over triplets, rewards in nats times lam.
+    """
+
+    def micro_loss(params, batch, scores, total, scalars):
+        log_probs_BR = log_prob_fn(params, batch)
+        out, chosen, rejected = _triplets(log_probs_BR, batch, scores, objective, scalars)
+        weight = batch.triplet_weight.reshape(-1)
+        loss = jnp.sum(weight * out.per_triplet) / total
+        return loss, _metric_sums(out, weight, chosen, rejected, scalars.tolerance)
+
+    def step(state, batch, scores, micro_batches, scalars):
+        total = jnp.maximum(jnp.sum(batch.triplet_weight), 1.0)
+        of_one = lambda i: jax.tree.map(lambda x: x[i], (batch, scores))
+        gradient = jax.value_and_grad(micro_loss, has_aux=True)
+
+        def accumulate(i, carry):
+            loss, sums, gradients = carry
+            (part, part_sums), part_gradients = gradient(state.params, *of_one(i), total, scalars)
+            add = lambda a, b: a + b.astype(jnp.float32)
+            largest = jnp.maximum(sums["max"], part_sums["max"])
+            sums = {**jax.tree.map(jnp.add, sums, part_sums), "max": largest}
+            return loss + part, sums, jax.tree.map(add, gradients, part_gradients)
+
+        sums = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype),
+            jax.eval_shape(lambda: gradient(state.params, *of_one(0), total, scalars)[0][1]),
+        )
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+        start = (jnp.zeros(()), sums, zeros)
+        loss, sums, gradients = jax.lax.fori_loop(0, micro_batches, accumulate, start)
+
+        placed = state_shardings(state.params, optimizer, mesh)
+        state, update_metrics = _update(state, optimizer, loss, gradients, scalars)
+        state = jax.lax.with_sharding_constraint(state, placed)
+        counted = jnp.maximum(sums["triplets"], 1.0)
+        return state, {"loss": loss, **_means(sums, counted), **update_metrics}
+
+    everywhere, by_row = sharding.replicated(mesh), sharding.rows(mesh, leading=1)
+    scores_by_row = TeamScores(sharding.rows(mesh, leading=2), everywhere)
+    in_shardings = (None, by_row, scores_by_row, everywhere, everywhere)  # the state comes as it is placed
+    return jax.jit(step, donate_argnums=0, in_shardings=in_shardings)
+
+
+def _triplets(
+    log_probs: Float[Array, "B R"],
+    batch: TreeBatch,
+    scores: TeamScores,
+    objective: ObjectiveConfig,
+    scalars: StepScalars,
+) -> tuple[TeamLoss, Float[Array, "BR"], Float[Array, "BR"]]:
+    """The team loss over the triplets of a batch, flattened to [B R], and the policy's two log-probs of each."""
+    pick = lambda values, index: jnp.take_along_axis(values, index, axis=-1)
+    flat = lambda values: values.reshape(*values.shape[:-2], -1)
+    players = scores.log_probs.shape[0]
+    target, generated = (
+        jnp.broadcast_to(index, (players, *index.shape)) for index in (batch.triplet_target, batch.triplet_generated)
+    )
+    chosen = flat(pick(log_probs, batch.triplet_target))
+    rejected = flat(pick(log_probs, batch.triplet_generated))
+    out = team_loss(
+        chosen,
+        rejected,
+        flat(pick(scores.log_probs, target)),
+        flat(pick(scores.log_probs, generated)),
+        lam=scalars.lam,
+        eta=objective.eta,
+        gamma=objective.gamma,
+        player_mask=scores.player_mask,
+        tolerance=scalars.tolerance,
+    )
+    return out, chosen, rejected
+
+
+def _metric_sums(out: TeamLoss, weight: Array, chosen: Array, rejected: Array, tolerance: Array) -> Metrics:
+    """Sums over triplets; `max` is the largest |P| of the newest player, whose reward is exactly 0 at a round's start."""
+    margin = out.reward_target - out.reward_generated
+    team = lambda values: jnp.sum(weight * jnp.sum(out.beta * values, axis=0))
+    each = lambda values: jnp.sum(weight * values, axis=1)
+    entropy = -jnp.sum(jnp.where(out.beta > 0, out.beta * jnp.log(jnp.maximum(out.beta, 1e-30)), 0), axis=0)
+    newest = jnp.maximum(jnp.abs(out.reward_target[0]), jnp.abs(out.reward_generated[0]))
+    sums = {
+        "triplets": jnp.sum(weight),
+        "rewards/chosen": team(out.reward_target),
+        "rewards/rejected": team(out.reward_generated),
+        "rewards/margins": team(margin),
+        "rewards/accuracies": jnp.sum(weight * (jnp.sum(out.beta * margin, axis=0) > 0)),
+        "logps/chosen": jnp.sum(weight * chosen),
+        "logps/rejected": jnp.sum(weight * rejected),
+        "beta_entropy": jnp.sum(weight * entropy),
+        "player/reward_target": each(out.reward_target),
+        "player/reward_generated": each(out.reward_generated),
+        "player/margin": each(margin),
+        "player/alpha_is_eta": each(out.reward_target <= tolerance),
+        "player/beta": each(out.beta),
+        "max": jnp.max(jnp.where(weight > 0, newest, 0)),
+    }
+    return jax.tree.map(lambda value: jax.lax.stop_gradient(value.astype(jnp.float32)), sums)
+
+
+def _means(sums: Metrics, counted: Array) -> Metrics:
+    means = {name: value / counted for name, value in sums.items() if name not in ("triplets", "max")}
+    return {"triplets": sums["triplets"], "newest_max_abs_reward": sums["max"], **means}
+
+
+def _update(
+    state: TrainState, optimizer: optax.GradientTransformation, loss: Array, gradients: PyTree, scalars: StepScalars
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step, or none where it is a dry run or the numbers are not finite."""
+    norm = optax.global_norm(gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    applied = finite & ~scalars.dry_run
+    updates, opt_state = optimizer.update(gradients, state.opt_state, _float32(state.params))
+    params = jax.tree.map(
+        lambda p, u: (p.astype(jnp.float32) + scalars.learning_rate * u).astype(p.dtype), state.params, updates
+    )
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, old)
+    counts = jnp.where(scalars.dry_run, 0, 1)
+    skipped = jnp.where(finite, 0, 1) * counts
+    new = TrainState(
+        step=state.step + counts,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        skipped=state.skipped + skipped,
+        skipped_in_a_row=jnp.where(scalars.dry_run | ~finite, state.skipped_in_a_row + skipped, 0),
+    )
+    metrics = {
+        "grad_norm": norm,
+        "learning_rate": scalars.learning_rate,
+        "skipped": new.skipped,
+        "skipped_in_a_row": new.skipped_in_a_row,
+    }
+    return new, metrics
+
+
+def _float32(params: PyTree[Array]) -> PyTree[Array]:
+    return jax.tree.map(lambda p: p.astype(jnp.float32), params)
