@@ -34,10 +34,10 @@ def play(options: argparse.Namespace, overrides: list[str]) -> None:
     run = config.load(options.config, overrides)
     with compile_log() as compiled:
         self_play.run(run)
-    programs = [(name, seconds) for name, seconds in compiled if seconds >= 0.5]
-    print(f"Compiled {len(compiled)} programs in {sum(s for _, s in compiled):.0f} s; those above half a second:")
-    for name, seconds in programs:
-        print(f"  {name} {seconds:.1f} s")
+    print(f"Compiled {len(compiled)} programs in {sum(s for _, s in compiled):.0f} s:")
+    for name in dict.fromkeys(name for name, _ in compiled):
+        seconds = [s for n, s in compiled if n == name]
+        print(f"  {len(seconds)} x {name}, {sum(seconds):.1f} s")
     where = Path(run.directory)
     print(f"The run is in {where}: metrics.jsonl, round_*/samples.jsonl, round_*/summary.json, ring/policies.")
     if options.export:

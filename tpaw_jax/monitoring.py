@@ -117,13 +117,13 @@ def manifest(round_number: int, rounds: int, facts: dict[str, Any]) -> str:
     return "\n".join([f"Round {round_number} of {rounds} (0 to {rounds - 1})", *lines])
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Records as aligned columns; numbers to four significant digits."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [[_cell(row.get(name)) for name in names] for row in rows]
-    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
-    align = lambda line: "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
-    return "\n".join([align(names), *map(align, cells)])
+def table(columns: Sequence[dict[str, Any]]) -> str:
+    """One column a record, one line a field; numbers to four significant digits."""
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    lines = [[name, *(_cell(column.get(name)) for column in columns)] for name in names]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
+    align = lambda line: "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+    return "\n".join("  " + align(line) for line in lines)
 
 
 def _cell(value: Any) -> str:

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from tpaw_jax import sharding
 from tpaw_jax.config import SamplingConfig
 from tpaw_jax.models import cache as kv
 from tpaw_jax.models.transformer import Transformer
@@ -107,8 +109,13 @@ def round_key(seed: int, round_number: int) -> Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), round_number), SAMPLING_STREAM)
 
 
-def make_sampler(decoder: Decoder, config: SamplingConfig, stop_tokens: Sequence[int]) -> Sampler:
-    """Compile-once programs that fill slots and decode them. One prefill program a prompt bucket, one decode program."""
+def make_sampler(
+    decoder: Decoder, config: SamplingConfig, stop_tokens: Sequence[int], mesh: Mesh | None = None
+) -> Sampler:
+    """Compile-once programs that fill slots and decode them. One prefill program a prompt bucket, one decode program.
+
+    On a mesh, slots are split over the axes of batch rows where their number divides.
+    """
     stops = jnp.asarray(sorted(stop_tokens), jnp.int32)
 
     def init(slots: int, positions: int) -> DecodeState:
@@ -162,8 +169,19 @@ def make_sampler(decoder: Decoder, config: SamplingConfig, stop_tokens: Sequence
 
         return jax.lax.while_loop(lambda s: jnp.sum(s.active) > until_active, one_token, state)
 
+    def placed_init(slots: int, positions: int) -> DecodeState:
+        if mesh is None:
+            return init(slots, positions)
+        split = slots % sharding.row_shards(mesh) == 0
+        rows = sharding.rows(mesh) if split else sharding.replicated(mesh)
+        state = jax.eval_shape(lambda: init(slots, positions))
+        layout = jax.tree.map(lambda _: rows, state)
+        if split:
+            layout = layout.replace(cache=jax.tree.map(lambda _: sharding.rows(mesh, leading=1), state.cache))
+        return jax.jit(lambda: init(slots, positions), out_shardings=layout)()
+
     return Sampler(
-        jax.jit(init, static_argnums=(0, 1)),
+        placed_init,
         jax.jit(prefill, donate_argnums=1),
         jax.jit(decode, donate_argnums=1),
         config,

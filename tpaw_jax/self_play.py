@@ -95,8 +95,6 @@ def run(config: RunConfig, say: Say = print) -> list[dict[str, Any]]:
             scores = triplets.team_scores(store, rows, players, config.objective.n_max)
         with watch.time("training"):
             policy, trained = train(session, rows, scores, players, policy, t)
-        with watch.time("held-out"):
-            trained["held-out"] = held_out_log_prob(session, policy)
         with watch.time("ring"):
             ring.push(session.ring, policy, t + 1)
             _finish_round(session, store, rows, players, trained, watch.seconds, t)
@@ -153,7 +151,7 @@ def open_player(config: RunConfig, mesh: Mesh) -> Player:
     model = models.Transformer(architecture, jnp.dtype(c.compute_dtype), dtype, c.remat)
     stated = hub.load_generation_config(c.path).get("eos_token_id", [])
     stops = {template.end_of_turn, *(stated if isinstance(stated, list) else [stated])}
-    return Player(model, params, template, sampling.make_sampler(sampling.decoder_of(model), config.sampling, stops))
+    return Player(model, params, template, sampling.make_sampler(sampling.decoder_of(model), config.sampling, stops, mesh))
 
 
 def sample(session: Session, store: triplets.Store, policy: PyTree[Array], t: int) -> triplets.Store:
@@ -222,6 +220,7 @@ def train(
         for i in range(0, len(order), size)
     ]
     rates = train_step.learning_rates(c.train, t, len(plan))
+    before = held_out_log_prob(session, policy)
     state, first = _first_state(session, policy, t)
     del policy  # the step donates it
     log = monitoring.open_metrics(session.directory, t, first, c.tensorboard)
@@ -251,7 +250,9 @@ def train(
                 ring.save_training(session.ring, state, t, step + 1)
         if pending is not None:
             _record(session, log, players, t, *pending)
-    return state.params, {"steps": len(plan), "noise": noise}
+    after = held_out_log_prob(session, state.params)
+    facts = {"steps": len(plan), "noise": noise, "held-out before": before, "held-out after": after}
+    return state.params, facts
 
 
 def held_out_log_prob(session: Session, policy: PyTree[Array]) -> float | None:
@@ -384,7 +385,8 @@ def _finish_round(
         "skipped": int(records[-1]["skipped"]),
         "response tokens": float(np.mean(lengths)),
         "echoes": store.echoes(t),
-        "held-out nats/token": trained["held-out"],
+        "held-out before": trained["held-out before"],
+        "held-out after": trained["held-out after"],
         **{f"{stage} s": round(value, 2) for stage, value in seconds.items() if stage != "ring"},
     }
     durable.write_json(triplets.round_directory(session.directory, t) / "summary.json", summary)
