@@ -52,12 +52,12 @@ def export(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def generate(options: argparse.Namespace, overrides: list[str]) -> None:
     """Answer the prompts of a configuration with a model; one JSON line a prompt."""
-    from tpaw_jax import config, dataset, monitoring, sampling, self_play, sharding
+    from tpaw_jax import config, dataset, monitoring, sampling, session, sharding
 
     if options.model:
         overrides = [*overrides, f"policy.path={options.model}"]
     run = config.load(options.config, overrides)
-    player = self_play.open_player(run, sharding.make_mesh(run.mesh))
+    player = session.open_player(run, sharding.make_mesh(run.mesh))
     prompts, _, report = dataset.load(run.data, player.template, run.seed)
     with monitoring.progress("generating", len(prompts), "response") as bar:
         made = sampling.generate(

@@ -30,7 +30,9 @@ class PolicyConfig:
     tokenizer: str = knob("", "where the tokenizer is, if not beside the model")
     param_dtype: Literal["float32", "bfloat16"] = knob("float32", "what parameters are stored and updated in")
     compute_dtype: Literal["float32", "bfloat16"] = knob("bfloat16", "what layers compute in", "SPIN")
-    remat: Literal["none", "dots", "layer"] = knob("layer", "what the backward pass recomputes: nothing, all but matmuls, all")
+    remat: Literal["none", "dots", "layer"] = knob(
+        "layer", "what the backward pass recomputes: nothing, all but matmuls, all"
+    )
     head_chunk: int = knob(256, "predictions of each row whose logits exist at a time")
 
 
@@ -77,7 +79,9 @@ class ObjectiveConfig:
     lam: tuple[float, ...] = knob((0.1,), "reward scale of each round, the last one repeating", "SPIN's beta (A1)")
     eta: float = knob(6.0, "target response weight where the target drifts", "TPAW")
     gamma: float = knob(0.5, "attention to the player that separates worst", "TPAW")
-    tolerance: float = knob(-1.0, "largest reward that counts as drifting; -1: the noise measured at the round's start (A8)")
+    tolerance: float = knob(
+        -1.0, "largest reward that counts as drifting; -1: the noise measured at the round's start (A8)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +105,9 @@ class TrainConfig:
     warmup_ratio: float = knob(0.1, "share of a round's steps that warm up", "SPIN")
     epochs: int = knob(2, "visits of every triplet", "SPIN's paper")
     batch_triplets: int = knob(64, "triplets of a step, met as closely as full batches of rows allow", "SPIN")
-    max_grad_norm: float = knob(1.0, "global norm that gradients are clipped to", "transformers' Trainer, which SPIN uses")
+    max_grad_norm: float = knob(
+        1.0, "global norm that gradients are clipped to", "transformers' Trainer, which SPIN uses"
+    )
     weight_decay: float = knob(0.0, "of adamw and lion", "SPIN")
     b1: float = knob(0.9, "first decay of adamw and lion, momentum of sgd", "optax")
     b2: float = knob(0.999, "second decay of adamw and lion", "optax")
@@ -201,7 +207,11 @@ def validate(config: RunConfig, where: str) -> None:
         (all(s.path and s.weight > 0 for s in data.sources), "data.sources", "needs a path and a weight above 0 each"),
         (data.max_prompt_length >= 1, "data.max_prompt_length", "must be at least 1"),
         (data.max_length > data.max_prompt_length, "data.max_length", "must exceed data.max_prompt_length"),
-        (data.max_prompts >= 0 and data.holdout_prompts >= 0, "data.max_prompts", "and holdout_prompts cannot be negative"),
+        (
+            data.max_prompts >= 0 and data.holdout_prompts >= 0,
+            "data.max_prompts",
+            "and holdout_prompts cannot be negative",
+        ),
         (sampling.max_new_tokens >= 1, "sampling.max_new_tokens", "must be at least 1"),
         (sampling.temperature >= 0, "sampling.temperature", "cannot be negative"),
         (0 < sampling.top_p <= 1, "sampling.top_p", "must be above 0 and at most 1"),
@@ -210,7 +220,11 @@ def validate(config: RunConfig, where: str) -> None:
         (config.objective.n_max >= 1, "objective.n_max", "must be at least 1"),
         (len(config.objective.lam) >= 1, "objective.lam", "needs at least one value"),
         (min(config.objective.lam, default=1) > 0, "objective.lam", "must be above 0"),
-        (config.objective.tolerance >= 0 or config.objective.tolerance == -1, "objective.tolerance", "must be -1 or above"),
+        (
+            config.objective.tolerance >= 0 or config.objective.tolerance == -1,
+            "objective.tolerance",
+            "must be -1 or above",
+        ),
         (packing.rows_per_batch >= 1, "packing.rows_per_batch", "must be at least 1"),
         (packing.max_responses_per_row >= 2, "packing.max_responses_per_row", "must be at least 2"),
         (
@@ -238,11 +252,14 @@ def reference() -> str:
     def table(cls: type, prefix: str) -> None:
         hints = typing.get_type_hints(cls)
         rows = [f for f in dataclasses.fields(cls) if not dataclasses.is_dataclass(hints[f.name])]
-        lines.extend([f"**`{prefix or 'run'}`**: {cls.__doc__}", "", "| key | default | what | source |", "|---|---|---|---|"])
+        lines.extend(
+            [f"**`{prefix or 'run'}`**: {cls.__doc__}", "", "| key | default | what | source |", "|---|---|---|---|"]
+        )
         for f in rows:
             default = _plain(f.default)
             shown = f"`{default}`" if default != "" else ""
-            lines.append(f"| `{prefix}{'.' if prefix else ''}{f.name}` | {shown} | {f.metadata['doc']} | {f.metadata['source']} |")
+            key = f"{prefix}.{f.name}" if prefix else f.name
+            lines.append(f"| `{key}` | {shown} | {f.metadata['doc']} | {f.metadata['source']} |")
         lines.append("")
         for f in dataclasses.fields(cls):
             if dataclasses.is_dataclass(hints[f.name]):
@@ -293,5 +310,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]
     return value
-
-

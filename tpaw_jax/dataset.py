@@ -199,8 +199,8 @@ def _mixed(source: SourceConfig, number: int, skip: bool, skipped: list[str], se
 def _encode(record: Record, template: Template, config: DataConfig) -> tuple[list[int], list[int], bool, bool]:
     """Prompt and target tokens within SPIN's limits, and whether each was cut.
 
-    As in SPIN, prompts lose their beginning and targets their end. Unlike SPIN, a prompt above its limit is cut even where
-    prompt and target together would fit, since sampling needs the room behind it.
+    As in SPIN, prompts lose their beginning and targets their end. Unlike SPIN, a prompt above its limit is cut even
+    where prompt and target together would fit, since sampling needs the room behind it.
     """
     prompt, target = template.prompt_tokens(record.messages), template.target_tokens(record.target)
     prompt_cut = len(prompt) > config.max_prompt_length

@@ -30,7 +30,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     """An .npz file of named arrays."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type] # numpy's stub takes names for options
     write_bytes(path, buffer.getvalue())
 
 

@@ -28,7 +28,7 @@ def make_log_prob_fn(model: Transformer, head_chunk: int) -> LogProbFn:
     """The log-prob function of a `Transformer`, its head in chunks of `head_chunk` predictions of each row."""
 
     def log_prob_fn(params: PyTree[Array], batch: TreeBatch) -> Float[Array, "B R"]:
-        hidden_BTD = model.apply(
+        hidden_BTD: Any = model.apply(
             {"params": params},
             batch.tokens,
             batch.positions,
@@ -70,7 +70,7 @@ def token_log_probs(
     The logits of one chunk at a time exist, forward and backward; a chunk without a live prediction in any row is
     skipped, which makes padding at the end of the rows nearly free.
     """
-    rows, predictions, features = hidden.shape
+    rows, predictions, _ = hidden.shape
     chunk = min(chunk, predictions)
     padding = -predictions % chunk
     split = lambda x: jnp.moveaxis(

@@ -61,7 +61,7 @@ def read_metrics(directory: Path, round_number: int) -> list[dict[str, float]]:
 
 def step_record(metrics: dict[str, Any], players: Sequence[int]) -> dict[str, float]:
     """Fetched step metrics as plain floats; per-player ones carry the player's round and leave missing players out."""
-    record = {}
+    record: dict[str, float] = {}
     for name, value in metrics.items():
         value = np.asarray(value)
         if name.startswith("player/"):
@@ -99,9 +99,9 @@ def compile_log() -> Iterator[list[tuple[str, float]]]:
     """The (program, seconds) of everything compiled inside the block, filled in as it happens."""
     compiled: list[tuple[str, float]] = []
 
-    def listen(event: str, seconds: float, **details: Any) -> None:
+    def listen(event: str, duration_secs: float, **details: Any) -> None:
         if event == COMPILE_EVENT:
-            compiled.append((str(details.get("fun_name", "unnamed")), seconds))
+            compiled.append((str(details.get("fun_name", "unnamed")), duration_secs))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -122,7 +122,9 @@ def table(columns: Sequence[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(name for column in columns for name in column))
     lines = [[name, *(_cell(column.get(name)) for column in columns)] for name in names]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
-    align = lambda line: "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+    align = lambda line: "  ".join(
+        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+    )
     return "\n".join("  " + align(line) for line in lines)
 
 

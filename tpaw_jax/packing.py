@@ -51,7 +51,7 @@ class Rows:
     @property
     def triplets(self) -> np.ndarray:
         """Triplets of each row, multiplicity counted, [rows]."""
-        return self.batch.triplet_weight.sum(axis=-1)
+        return np.asarray(self.batch.triplet_weight).sum(axis=-1)
 
     @property
     def fill(self) -> float:
@@ -66,14 +66,14 @@ def first_sources(prompts: Prompts, generations: Sequence[Generations]) -> dict[
     """
     seen = [{target.tobytes(): TARGET} for target in prompts.target_tokens]
     return {
-        g.round: np.array([seen[i].setdefault(tokens.tobytes(), g.round) for i, tokens in enumerate(g.tokens)], np.int32)
+        g.round: np.array(
+            [seen[i].setdefault(tokens.tobytes(), g.round) for i, tokens in enumerate(g.tokens)], np.int32
+        )
         for g in sorted(generations, key=lambda g: g.round)
     }
 
 
-def trees_of_window(
-    prompts: Prompts, window: Sequence[Generations], sources: dict[int, np.ndarray]
-) -> list[Tree]:
+def trees_of_window(prompts: Prompts, window: Sequence[Generations], sources: dict[int, np.ndarray]) -> list[Tree]:
     """D_O as trees: the triplets of the rounds in `window`, one tree a prompt."""
     trees = []
     for i in range(len(prompts)):
@@ -151,9 +151,10 @@ def step_batch(
     total = most_micro_batches * rows_per_batch
     batch = _fill(_take(rows, indices), total).batch
     split = lambda x: x.reshape(most_micro_batches, rows_per_batch, *x.shape[1:])
-    log_probs = np.zeros((scores.log_probs.shape[0], total, scores.log_probs.shape[2]), np.float32)
-    log_probs[:, : len(indices)] = scores.log_probs[:, indices]
-    log_probs = np.moveaxis(log_probs.reshape(len(log_probs), most_micro_batches, rows_per_batch, -1), 0, 1)
+    players, _, responses = scores.log_probs.shape
+    padded = np.zeros((players, total, responses), np.float32)
+    padded[:, : len(indices)] = scores.log_probs[:, indices]
+    log_probs = np.moveaxis(padded.reshape(players, most_micro_batches, rows_per_batch, responses), 0, 1)
     mask = np.broadcast_to(scores.player_mask, (most_micro_batches, len(scores.player_mask)))
     return jax.tree.map(split, batch), TeamScores(log_probs, mask), np.int32(used)
 
@@ -176,23 +177,23 @@ def _split(tree: Tree, config: PackingConfig) -> list[Tree]:
     """The tree itself, or trees of as many generations as fit a row, each with x and y."""
     if _fits(tree, config):
         return [tree]
+    parts: list[Tree] = []
     if not tree.triplets:
         parts = [_subtree(tree, [k], ()) for k in range(len(tree.responses))]
-    else:
-        parts, held = [], []
-        for triplet in tree.triplets:
-            candidate = _with_triplets(tree, [*held, triplet])
-            if held and not _fits(candidate, config):
-                parts.append(_with_triplets(tree, held))
-                held = []
-            held.append(triplet)
+    held: list[tuple[int, int, int]] = []
+    for triplet in tree.triplets:
+        if held and not _fits(_with_triplets(tree, [*held, triplet]), config):
+            parts.append(_with_triplets(tree, held))
+            held = []
+        held.append(triplet)
+    if held:
         parts.append(_with_triplets(tree, held))
     for part in parts:
         if not _fits(part, config):
             raise ValueError(
                 f"Prompt {tree.prompt}: {len(part.prompt_tokens)} prompt tokens with responses of "
-                f"{', '.join(str(len(r)) for r in part.responses)} tokens exceed a row of {config.row_length} tokens and "
-                f"{config.max_responses_per_row} responses; raise packing.row_length or lower the data's length limits."
+                f"{', '.join(str(len(r)) for r in part.responses)} tokens exceed a row of {config.row_length} tokens "
+                f"and {config.max_responses_per_row} responses; raise packing.row_length or lower the length limits."
             )
     return parts
 

@@ -328,5 +328,3 @@ def _bucket(length: int, smallest: int = 32) -> int:
 def token_count(generations: Generations) -> int:
     """Tokens of all responses."""
     return sum(len(tokens) for tokens in generations.tokens)
-
-

@@ -8,35 +8,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from tpaw_jax import sharding
 from tpaw_jax.config import ObjectiveConfig, TrainConfig, of_round
 from tpaw_jax.logprobs import LogProbFn
 from tpaw_jax.objective import TeamLoss, team_loss
-from tpaw_jax.types import TeamScores, TrainState, TreeBatch
+from tpaw_jax.types import AnyArray, TeamScores, TrainState, TreeBatch
 
 
 class StepScalars(NamedTuple):
     """What changes from step to step or round to round without a new program."""
 
-    learning_rate: np.float32
-    lam: np.float32
-    tolerance: np.float32
-    dry_run: np.bool_  # compute everything, change nothing
+    learning_rate: AnyArray
+    lam: AnyArray
+    tolerance: AnyArray
+    dry_run: AnyArray  # compute everything, change nothing
 
 
 Metrics = dict[str, Array]
-TrainStep = Callable[
-    [TrainState, TreeBatch, TeamScores, Int[Array, ""], StepScalars], tuple[TrainState, Metrics]
-]
+TrainStep = Callable[[TrainState, TreeBatch, TeamScores, AnyArray, StepScalars], tuple[TrainState, Metrics]]
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -79,7 +77,7 @@ def init_state(params: PyTree[Array], optimizer: optax.GradientTransformation, m
 
 def state_shardings(params: PyTree[Array], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The sharding of every leaf of the training state: optimizer moments lie where their parameters lie."""
-    everywhere = sharding.replicated(mesh)
+    everywhere: Any = sharding.replicated(mesh)
     of_params = sharding.param_shardings(params, mesh)
     shapes = jax.eval_shape(lambda p: optimizer.init(_float32(p)), params)
     place = lambda leaf, like, param: like if leaf.shape == param.shape else everywhere
@@ -133,8 +131,10 @@ def make_train_step(
         counted = jnp.maximum(sums["triplets"], 1.0)
         return state, {"loss": loss, **_means(sums, counted), **update_metrics}
 
-    everywhere, by_row = sharding.replicated(mesh), sharding.rows(mesh, leading=1)
-    scores_by_row = TeamScores(sharding.rows(mesh, leading=2), everywhere)
+    everywhere: Any = sharding.replicated(mesh)
+    by_row: Any = sharding.rows(mesh, leading=1)
+    by_player_and_row: Any = sharding.rows(mesh, leading=2)
+    scores_by_row = TeamScores(by_player_and_row, everywhere)
     in_shardings = (None, by_row, scores_by_row, everywhere, everywhere)  # the state comes as it is placed
     return jax.jit(step, donate_argnums=0, in_shardings=in_shardings)
 
@@ -170,7 +170,7 @@ def _triplets(
 
 
 def _metric_sums(out: TeamLoss, weight: Array, chosen: Array, rejected: Array, tolerance: Array) -> Metrics:
-    """Sums over triplets; `max` is the largest |P| of the newest player, whose reward is exactly 0 at a round's start."""
+    """Sums over triplets; `max` is the largest |P| of the newest player, which is 0 at a round's start."""
     margin = out.reward_target - out.reward_generated
     team = lambda values: jnp.sum(weight * jnp.sum(out.beta * values, axis=0))
     each = lambda values: jnp.sum(weight * values, axis=1)

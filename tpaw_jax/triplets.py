@@ -61,7 +61,7 @@ def append(store: Store, generations: Generations) -> Store:
     lengths = np.array([len(tokens) for tokens in generations.tokens], np.int32)
     durable.write_arrays(
         round_directory(store.directory, generations.round) / "generations.npz",
-        round=np.int32(generations.round),
+        round=np.asarray(generations.round, np.int32),
         prompt_ids=store.prompts.ids,
         lengths=lengths,
         tokens=np.concatenate(generations.tokens).astype(np.int32),

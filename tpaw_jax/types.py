@@ -16,10 +16,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PyTree
+
+if TYPE_CHECKING:  # on the device or on the host: no type checker can know which
+    from typing import Any as AnyArray
+else:
+    AnyArray = Array | np.ndarray
 
 TARGET = -1
 """The source of a target response; the source of a generated one is the round (0, 1, 2, ...) that sampled it."""
@@ -60,30 +66,30 @@ class TreeBatch(struct.PyTreeNode):
     The last token of a response is predicted but never read, so it is a label and takes no place among `tokens`.
     """
 
-    tokens: Int[Array, "*lead B T"]
-    positions: Int[Array, "*lead B T"]
-    segment_ids: Int[Array, "*lead B T"]  # the tree a token belongs to, from 1; 0 is padding
-    branch_ids: Int[Array, "*lead B T"]  # 0 in the prompt, the response's number from 1 in a response
-    sources: Int[Array, "*lead B P"]  # the place in the row whose hidden state makes a prediction
-    labels: Int[Array, "*lead B P"]  # the token to be predicted
-    responses: Int[Array, "*lead B P"]  # the response a prediction belongs to, in [0, R); R is padding
-    triplet_target: Int[Array, "*lead B R"]  # the response that is y
-    triplet_generated: Int[Array, "*lead B R"]  # the response that is y_gen
-    triplet_weight: Float[Array, "*lead B R"]  # how many triplets of D_O this one stands for; 0 is padding
+    tokens: Int[AnyArray, "*lead B T"]
+    positions: Int[AnyArray, "*lead B T"]
+    segment_ids: Int[AnyArray, "*lead B T"]  # the tree a token belongs to, from 1; 0 is padding
+    branch_ids: Int[AnyArray, "*lead B T"]  # 0 in the prompt, the response's number from 1 in a response
+    sources: Int[AnyArray, "*lead B P"]  # the place in the row whose hidden state makes a prediction
+    labels: Int[AnyArray, "*lead B P"]  # the token to be predicted
+    responses: Int[AnyArray, "*lead B P"]  # the response a prediction belongs to, in [0, R); R is padding
+    triplet_target: Int[AnyArray, "*lead B R"]  # the response that is y
+    triplet_generated: Int[AnyArray, "*lead B R"]  # the response that is y_gen
+    triplet_weight: Float[AnyArray, "*lead B R"]  # how many triplets of D_O this one stands for; 0 is padding
 
 
 class TeamScores(struct.PyTreeNode):
     """The frozen players' log-probs of every response of a `TreeBatch`, newest player first, in nats."""
 
-    log_probs: Float[Array, "*lead J B R"]
-    player_mask: Bool[Array, "*lead J"]  # False for the players that rounds 0 and 1 do not have
+    log_probs: Float[AnyArray, "*lead J B R"]
+    player_mask: Bool[AnyArray, "*lead J"]  # False for the players that rounds 0 and 1 do not have
 
 
 class TrainState(struct.PyTreeNode):
     """Everything that training a round changes."""
 
-    step: Int[Array, ""]  # optimizer steps taken in this round, skipped ones included
+    step: Int[AnyArray, ""]  # optimizer steps taken in this round, skipped ones included
     params: PyTree[Array]
     opt_state: PyTree[Array]
-    skipped: Int[Array, ""]  # steps of this round whose loss or gradient was not finite
-    skipped_in_a_row: Int[Array, ""]
+    skipped: Int[AnyArray, ""]  # steps of this round whose loss or gradient was not finite
+    skipped_in_a_row: Int[AnyArray, ""]

@@ -1,7 +1,7 @@
 """Checkpoints in and out: Hugging Face directories and hub ids (safetensors) and GGUF files <-> flax parameters.
 
-Names are one table. Parameters are read tensor by tensor from memory-mapped files, cast, and placed with their sharding,
-so the host never holds more than the part of one stacked parameter that it is placing.
+Names are one table. Parameters are read tensor by tensor from memory-mapped files, cast and placed with their sharding,
+so the host holds one stacked parameter's part at a time.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def _place(source: TensorSource, name: str, shape: tuple[int, ...], dtype: Any, 
     hf, files = TENSOR_NAMES[name], [file for file, _ in _files(name, shape)]
     turned = hf.startswith("*")
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         if "{}" not in hf:
             return source.read(files[0], index).astype(dtype)
         layers = range(*index[0].indices(shape[0]))
@@ -268,9 +268,9 @@ def _write_shards(directory: Path, flat: dict[str, Array], max_shard_bytes: int)
     for number, entries in enumerate(plan, start=1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         tensors = {}
-        for hf, name, layer in entries:
-            value = np.asarray(flat[name] if layer is None else flat[name][layer])
-            tensors[hf] = np.ascontiguousarray(value.T if TENSOR_NAMES[name].startswith("*") else value)
+        for hf, name, place in entries:
+            tensor = np.asarray(flat[name] if place is None else flat[name][place])
+            tensors[hf] = np.ascontiguousarray(tensor.T if TENSOR_NAMES[name].startswith("*") else tensor)
             weight_map[hf] = file
         save_file(tensors, directory / file, metadata={"format": "pt"})
     if len(plan) > 1:

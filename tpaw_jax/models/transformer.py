@@ -1,4 +1,4 @@
-"""One decoder for Llama, Llama 3.1, Mistral without a window, Qwen2, Qwen2.5 and Qwen3: they differ by configuration."""
+"""One decoder for Llama, Llama 3.1, Mistral without a window, Qwen2, Qwen2.5 and Qwen3: configurations, not classes."""
 
 from __future__ import annotations
 

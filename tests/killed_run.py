@@ -1,0 +1,69 @@
+"""Play a small run in this process and die by SIGKILL at a chosen place: python killed_run.py DIRECTORY PLACE.
+
+PLACE is a key of PLACES, or `never`. Used by test_self_play.py.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+
+import conftest
+
+from tpaw_jax import ring, sampling, scoring, self_play, triplets
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(module, name, number, after=False):
+    """Die at the given call of a function, before or after its work."""
+    original, calls = getattr(module, name), []
+
+    def wrapped(*arguments, **named):
+        calls.append(1)
+        if len(calls) == number and not after:
+            die()
+        result = original(*arguments, **named)
+        if len(calls) == number:
+            die()
+        return result
+
+    setattr(module, name, wrapped)
+
+
+def while_training(steps):
+    """Die after so many steps of a round have been dispatched."""
+    original = self_play.train
+
+    def train(session, *arguments):
+        calls = []
+
+        def step(*inputs):
+            calls.append(1)
+            if len(calls) == steps:
+                die()
+            return session.step(*inputs)
+
+        return original(dataclasses.replace(session, step=step), *arguments)
+
+    self_play.train = train
+
+
+PLACES = {
+    "sampling": lambda: at_call(sampling, "_collect", 2),
+    "sampled": lambda: at_call(triplets, "append", 1, after=True),
+    "scoring": lambda: at_call(scoring, "score", 1, after=True),
+    "scored": lambda: at_call(triplets, "add_scores", 2, after=True),
+    "training": lambda: while_training(6),
+    "saving": lambda: at_call(ring, "save_training", 1, after=True),
+    "pushing": lambda: at_call(ring, "push", 1, after=True),
+}
+
+if __name__ == "__main__":
+    directory, place = sys.argv[1:]
+    if place != "never":
+        PLACES[place]()
+    # One device: the eight that the tests see would only slow this down.
+    self_play.run(conftest.small_run(directory, **{"mesh.fsdp": -1}))

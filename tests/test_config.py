@@ -1,0 +1,91 @@
+"""Strict YAML, overrides, and a reference that cannot go stale."""
+
+import dataclasses
+
+import pytest
+from conftest import ROOT, small_run
+
+from tpaw_jax import config
+
+
+def load(tmp_path, text, *overrides):
+    (tmp_path / "run.yaml").write_text(text)
+    return config.load(tmp_path / "run.yaml", overrides)
+
+
+MINIMAL = "policy: {path: m}\ndata: {sources: [{path: d.jsonl}]}\n"
+
+
+def test_defaults_are_the_papers_and_spins(tmp_path):
+    run = load(tmp_path, MINIMAL)
+    assert (run.objective.n_max, run.objective.eta, run.objective.gamma, run.objective.lam) == (3, 6.0, 0.5, (0.1,))
+    assert (run.train.optimizer, run.train.schedule, run.train.warmup_ratio) == ("rmsprop", "linear", 0.1)
+    assert (run.train.learning_rate, run.train.batch_triplets, run.train.epochs) == ((5e-7, 5e-7, 1e-7, 1e-7), 64, 2)
+    assert (run.data.max_prompt_length, run.data.max_length, run.sampling.max_new_tokens) == (512, 1024, 256)
+    assert (run.sampling.temperature, run.sampling.top_p, run.rounds) == (1.0, 1.0, 4)
+
+
+def test_overrides_win_and_lists_repeat_their_last_value(tmp_path):
+    run = load(
+        tmp_path, MINIMAL, "train.learning_rate=[1e-6, 2e-6]", "objective.lam=0.2", "rounds=7", "data.max_prompts=3"
+    )
+    assert run.train.learning_rate == (1e-6, 2e-6)
+    assert config.of_round(run.train.learning_rate, 5) == 2e-6
+    assert run.objective.lam == (0.2,)
+    assert (run.rounds, run.data.max_prompts) == (7, 3)
+
+
+def test_a_configuration_survives_its_own_yaml(tmp_path):
+    run = small_run(tmp_path)
+    assert config.parse(config.RunConfig, config.to_dict(run), "again") == run
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "sentence"),
+    [
+        ("policy: {pth: m}", (), "unknown key 'policy.pth'. Did you mean 'policy.path'?"),
+        ("zzz: 1", (), "unknown key 'zzz'. Known keys: directory"),
+        ("rounds: many", (), "rounds is 'many'; a value of type int was expected"),
+        ("rounds: true", (), "rounds is True; a value of type int was expected"),
+        ("train: {optimizer: adam}", (), "train.optimizer is 'adam'; it must be one of rmsprop, adamw"),
+        ("train: {learning_rate: [fast]}", (), r"train.learning_rate\[0\] is 'fast'; a value of type float"),
+        ("train: 3", (), "'train' must be a mapping of keys, not 3"),
+        ("- 1", (), "a mapping of keys to values was expected, not list"),
+        ("a: [", (), "not valid YAML"),
+        ("rounds: 1", (), "policy.path names no model"),
+        (MINIMAL, ("sampling.top_p=0",), "sampling.top_p must be above 0 and at most 1"),
+        (MINIMAL, ("packing.row_length=1000",), "packing.row_length must hold data.max_length"),
+        (MINIMAL, ("data.max_length=512",), "data.max_length must exceed data.max_prompt_length"),
+        (MINIMAL, ("rounds",), "The override 'rounds' is not of the form key=value"),
+        (MINIMAL, ("rounds.more=1", "rounds.more.deep=1"), "goes through 'more', which is not a section"),
+    ],
+)
+def test_bad_configurations_name_the_key(tmp_path, text, overrides, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load(tmp_path, text, *overrides)
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no.yaml: there is no such configuration file"):
+        config.load(tmp_path / "no.yaml")
+
+
+def test_every_knob_is_documented_and_every_shipped_config_loads():
+    def knobs(cls):
+        for f in dataclasses.fields(cls):
+            if f.metadata:
+                yield f
+        for f in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(f.default_factory):
+                yield from knobs(f.default_factory)
+
+    found = list(knobs(config.RunConfig))
+    assert len(found) > 40
+    assert all(f.metadata["doc"] for f in found)
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert path.read_text().startswith("#"), f"{path.name} needs a header: command, hardware, time, expected result"
+        config.load(path, ["policy.path=given"])
+
+
+def test_the_readmes_reference_is_the_dataclasses():
+    assert config.reference().strip() in (ROOT / "README.md").read_text(), "run `make config-reference`"

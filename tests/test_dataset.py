@@ -1,0 +1,202 @@
+"""Record shapes, templates, limits, mixes, and sentences for records that cannot be used."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+from conftest import ROOT, STORIES
+
+from tpaw_jax import dataset
+from tpaw_jax.config import DataConfig, SourceConfig
+from tpaw_jax.models import hub
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+USER = {"role": "user", "content": "Why?"}
+ASSISTANT = {"role": "assistant", "content": "Because."}
+EXPECTED = dataset.Record((USER,), "Because.")
+
+
+@pytest.fixture
+def smollm2_tokenizer(smollm2_path):
+    return hub.load_tokenizer(smollm2_path)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "Why?", "completion": "Because."},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"prompt": [USER], "completion": "Because."},
+        {"messages": [USER, ASSISTANT]},
+        {"messages": [USER, ASSISTANT, {"role": "user", "content": "Thanks."}]},
+        {"real": [USER, ASSISTANT], "generated": [USER, {"role": "assistant", "content": "No idea."}]},
+        {"instruction": "Why?", "input": "", "output": "Because."},
+        {"question": "Why?", "answer": "Because."},
+    ],
+)
+def test_record_shapes_that_people_have(record):
+    assert dataset.parse_record(record, "here") == EXPECTED
+
+
+def test_multi_turn_conversations_and_inputs_become_the_prompt():
+    more = [USER, ASSISTANT, {"role": "user", "content": "Really?"}, {"role": "assistant", "content": "Yes."}]
+    record = dataset.parse_record({"messages": more}, "here")
+    assert record == dataset.Record(tuple(more[:3]), "Yes.")
+    record = dataset.parse_record({"instruction": "Add.", "input": "1 2", "output": "3"}, "here")
+    assert record.messages[0]["content"] == "Add.\n\n1 2"
+
+
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        (3, "f, line 7: a record of named fields was expected, not int"),
+        ({"text": "hm"}, "f, line 7: the fields 'text' fit no known shape"),
+        ({"prompt": "Why?", "completion": ""}, "f, line 7: the field 'completion' is empty"),
+        ({"prompt": 3, "completion": "x"}, "f, line 7: the field 'prompt' is int, text was expected"),
+        ({"question": "Why?"}, "f, line 7: the field 'answer' is missing"),
+        ({"messages": [USER]}, "f, line 7, field 'messages': there is no assistant turn"),
+        ({"messages": [ASSISTANT]}, "f, line 7, field 'messages': nothing comes before the target"),
+        ({"messages": "Why?"}, "f, line 7, field 'messages': a list of turns was expected, not str"),
+        ({"messages": [{"content": "x"}]}, "f, line 7, field 'messages', turn 0: a turn needs"),
+        ({"real": [USER, {"role": "assistant"}]}, "f, line 7, field 'real', turn 1: the field 'content' is missing"),
+    ],
+)
+def test_malformed_records_name_file_line_and_field(record, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dataset.parse_record(record, "f, line 7")
+
+
+def load(sources, tokenizer, seed=0, **config):
+    settings = DataConfig(sources=tuple(SourceConfig(*s) for s in sources), **{"chat_template": "none", **config})
+    return dataset.load(settings, dataset.make_template(tokenizer, settings), seed)
+
+
+def write_lines(path, records):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return str(path)
+
+
+def records(count, name="x"):
+    return [{"prompt": f"{name} {i} says", "completion": f"the number {i}"} for i in range(count)]
+
+
+def test_every_kind_of_file_gives_the_same_prompts(tmp_path, stories_tokenizer):
+    made = datasets.Dataset.from_list(records(6))
+    made.to_parquet(tmp_path / "a.parquet")
+    made.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=made).save_to_disk(tmp_path / "dict")
+    (tmp_path / "a.json").write_text(json.dumps(records(6)))
+    write_lines(tmp_path / "a.jsonl", records(6))
+    fingerprints = {
+        load([(str(tmp_path / name),)], stories_tokenizer)[2].fingerprint
+        for name in ("a.parquet", "saved", "dict", "a.json", "a.jsonl")
+    }
+    assert len(fingerprints) == 1
+
+
+def test_bad_lines_stop_the_load_or_are_counted_and_listed(tmp_path, stories_tokenizer):
+    path = write_lines(tmp_path / "a.jsonl", [*records(3), "{not json", {"prompt": "x"}, "", *records(1, "y")])
+    with pytest.raises(ValueError, match=r"a.jsonl, line 4: not valid JSON"):
+        load([(path,)], stories_tokenizer)
+    prompts, _, report = load([(path,)], stories_tokenizer, skip_bad_records=True)
+    assert len(prompts) == 4
+    assert [s.split(": ")[0].split("/")[-1] for s in report.skipped] == ["a.jsonl, line 4", "a.jsonl, line 5"]
+
+
+def test_what_cannot_be_read_is_told(tmp_path, stories_tokenizer):
+    (tmp_path / "a.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"a.txt.*the file's ending is none of .jsonl, .json, .parquet"):
+        load([(str(tmp_path / "a.txt"),)], stories_tokenizer)
+    with pytest.raises(ValueError, match=r"data source 'nobody/nothing' .* could not be read"):
+        load([("nobody/nothing",)], stories_tokenizer)
+    (tmp_path / "a.json").write_text('{"prompt": 1}')
+    with pytest.raises(ValueError, match="a JSON array of records was expected, not dict"):
+        load([(str(tmp_path / "a.json"),)], stories_tokenizer)
+    with pytest.raises(ValueError, match="leave no prompt to train on"):
+        load([(write_lines(tmp_path / "b.jsonl", records(2)),)], stories_tokenizer, holdout_prompts=2)
+
+
+def test_sources_are_mixed_by_weight_and_chosen_by_the_seed(tmp_path, stories_tokenizer):
+    a, b = write_lines(tmp_path / "a.jsonl", records(10)), write_lines(tmp_path / "b.jsonl", records(10, "zebra"))
+    sources = [(a, "train", 0.5), (b, "train", 1.2)]
+    prompts, _, report = load(sources, stories_tokenizer)
+    assert report.records == 5 + 12
+    again, other = load(sources, stories_tokenizer), load(sources, stories_tokenizer, seed=1)
+    assert again[2].fingerprint == report.fingerprint != other[2].fingerprint
+    held = load(sources, stories_tokenizer, holdout_prompts=4, max_prompts=6)
+    assert (len(held[0]), len(held[1])) == (6, 4)
+    assert not set(held[0].ids) & set(held[1].ids)
+    assert len(set(prompts.ids)) == len(prompts)
+
+
+def test_plain_text_has_one_bos_and_one_end_of_turn(tmp_path, stories_tokenizer):
+    prompts, _, _ = load([(write_lines(tmp_path / "a.jsonl", records(2)),)], stories_tokenizer)
+    for x, y in zip(prompts.prompt_tokens, prompts.target_tokens, strict=True):
+        assert x[0] == 1
+        assert (x[1:] != 1).all()
+        assert y[-1] == 1
+        assert (y[:-1] != 1).all()
+    text = stories_tokenizer.decode(np.concatenate([prompts.prompt_tokens[0], prompts.target_tokens[0]])[1:-1])
+    assert " says the number " in text
+
+
+def test_prompts_lose_their_beginning_and_targets_their_end(tmp_path, stories_tokenizer):
+    path = write_lines(tmp_path / "a.jsonl", records(1))
+    (x,), (y,) = (lambda p: (p.prompt_tokens, p.target_tokens))(load([(path,)], stories_tokenizer)[0])
+    cut, _, report = load([(path,)], stories_tokenizer, max_prompt_length=4, max_length=7)
+    np.testing.assert_array_equal(cut.prompt_tokens[0], x[-4:])
+    np.testing.assert_array_equal(cut.target_tokens[0], y[:3])
+    assert (report.prompts_cut, report.targets_cut) == (1, 1)
+
+
+def test_the_template_that_generates_is_the_one_that_trains(smollm2_tokenizer):
+    template = dataset.make_template(smollm2_tokenizer, DataConfig())
+    prompt, target = template.prompt_tokens([USER]), template.target_tokens("Because.")
+    whole = smollm2_tokenizer.apply_chat_template([USER, ASSISTANT], tokenize=False)
+    assert smollm2_tokenizer.decode(prompt + target) + "\n" == whole
+    assert target.count(template.end_of_turn) == 1
+
+
+def test_a_given_template_and_a_system_prompt_are_used(tmp_path, smollm2_tokenizer):
+    file = tmp_path / "chatml.jinja"
+    file.write_text(CHATML)
+    for given in (CHATML, str(file)):
+        template = dataset.make_template(smollm2_tokenizer, DataConfig(chat_template=given, system_prompt="Be brief."))
+        text = smollm2_tokenizer.decode(template.prompt_tokens([USER]))
+        assert (
+            text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+        )
+
+
+def test_a_template_that_writes_its_own_bos_gets_no_second_one(stories_tokenizer):
+    chat = "<s>{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    template = dataset.make_template(stories_tokenizer, DataConfig(chat_template=chat))
+    assert template.prompt_tokens([USER]).count(1) == 1
+    assert template.end_of_turn == 2
+
+
+def test_unusable_templates_are_told(stories_tokenizer):
+    cases = {
+        "auto": "has no chat template of its own",
+        "no/such/file": "is neither auto, none, a Jinja template, nor a file",
+        "{{ messages[0].content }}{% if not add_generation_prompt %}{{ messages[1].content }}{% endif %}{{ x.y.z }}": (
+            "The chat template rejects a conversation"
+        ),
+        "{{ messages | length }}{% if add_generation_prompt %}A{% else %}{{ messages[1].content }}{% endif %}": (
+            "does not continue its own generation prompt"
+        ),
+    }
+    for given, sentence in cases.items():
+        with pytest.raises(ValueError, match=sentence):
+            dataset.make_template(stories_tokenizer, DataConfig(chat_template=given))
+
+
+def test_the_embedded_demo_data_reads(stories_tokenizer):
+    prompts, _, report = load([(str(ROOT / "configs" / "demo" / "tinystories.jsonl"),)], stories_tokenizer)
+    assert len(prompts) == 400
+    assert report.skipped == ()
+    assert STORIES.is_dir()

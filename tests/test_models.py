@@ -1,0 +1,219 @@
+"""Parity with transformers, layer stacks in and out, and sentences for checkpoints that cannot be used."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import STORIES
+from safetensors.numpy import load_file, save_file
+
+from tpaw_jax import models
+from tpaw_jax.models import Transformer, config_json
+from tpaw_jax.models.attention import rope_frequencies
+
+torch.set_num_threads(1)
+
+SMALL = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA31_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1024,
+    "rope_theta": 500000.0,
+}
+ARCHITECTURES = {
+    "llama-tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
+    "llama-untied": (transformers.LlamaConfig, {"tie_word_embeddings": False, "num_key_value_heads": 4}),
+    "llama-3.1-rope": (transformers.LlamaConfig, {"rope_parameters": LLAMA31_ROPE}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": None, "head_dim": 16}),
+    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 32}),
+}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def hugging_face(request, tmp_path):
+    """A random transformers model and the directory it was saved to."""
+    cls, extra = ARCHITECTURES[request.param]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(cls(**SMALL | extra)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms too, which start at 0 and 1
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "hf")
+    return model, tmp_path / "hf"
+
+
+def torch_logits(model, tokens):
+    with torch.no_grad():
+        return model(torch.tensor(np.asarray(tokens))).logits.numpy()
+
+
+def test_logits_equal_transformers_at_positions_0_to_4095_and_after_export(hugging_face, tmp_path):
+    model, directory = hugging_face
+    config, params = models.load_pretrained(directory)
+    tokens = np.random.default_rng(0).integers(3, 256, (1, 4096)).astype(np.int32)
+    ours = jax.jit(lambda p, t: Transformer(config).apply({"params": p}, t))(params, tokens)
+    assert np.abs(ours - torch_logits(model, tokens)).max() <= 1e-4
+
+    exported = models.save_pretrained(tmp_path / "exported", config, params, max_shard_bytes=100_000)
+    assert (exported / "model.safetensors.index.json").exists()
+    again = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
+    np.testing.assert_array_equal(torch_logits(again, tokens[:, :64]), torch_logits(model, tokens[:, :64]))
+    config_again, params_again = models.load_pretrained(exported)
+    assert config_again == config
+    jax.tree.map(np.testing.assert_array_equal, params_again, params)
+
+
+def test_every_layer_equals_transformers(tmp_path):
+    torch.manual_seed(1)
+    for depth in (1, 2, 3):  # hidden states after each depth, through models cut to it
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.Qwen3Config(**SMALL | {"num_hidden_layers": depth, "head_dim": 32})
+        ).eval()
+        model.save_pretrained(tmp_path / str(depth))
+        config, params = models.load_pretrained(tmp_path / str(depth))
+        tokens = np.random.default_rng(depth).integers(3, 256, (2, 33)).astype(np.int32)
+        with torch.no_grad():
+            theirs = model.model(torch.tensor(tokens)).last_hidden_state.numpy()
+        ours = Transformer(config).apply({"params": params}, tokens, method="hidden")
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_packed_segments_equal_separate_sequences(stories):
+    config, params = stories
+    model = Transformer(config)
+    rng = np.random.default_rng(0)
+    parts = [rng.integers(3, 512, n).astype(np.int32) for n in (5, 9, 3)]
+    tokens = np.concatenate(parts)[None]
+    positions = np.concatenate([np.arange(len(p)) for p in parts])[None].astype(np.int32)
+    segments = np.concatenate([np.full(len(p), i + 1) for i, p in enumerate(parts)])[None].astype(np.int32)
+    packed = model.apply({"params": params}, tokens, positions, segments)[0]
+    alone = jnp.concatenate([model.apply({"params": params}, p[None])[0] for p in parts])
+    np.testing.assert_allclose(packed, alone, atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "layer"])
+def test_rematerialisation_changes_no_gradient(stories, remat):
+    config, params = stories
+    tokens = np.arange(3, 35, dtype=np.int32)[None]
+    loss = lambda model, p: jnp.sum(jax.nn.log_softmax(model.apply({"params": p}, tokens))[..., 7])
+    plain = jax.grad(lambda p: loss(Transformer(config), p))(params)
+    found = jax.grad(lambda p: loss(Transformer(config, remat=remat), p))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, plain)
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_logits(stories):
+    config, params = stories
+    tokens = np.arange(3, 19, dtype=np.int32)[None]
+    full = Transformer(config).apply({"params": params}, tokens)
+    half = Transformer(config, dtype=jnp.bfloat16).apply({"params": params}, tokens)
+    assert half.dtype == jnp.float32
+    assert np.abs(half - full).max() < 0.5
+    assert np.abs(half - full).max() > 0
+
+
+def test_rope_scaling_leaves_short_waves_and_slows_long_ones():
+    scaling = config_json._rope({"rope_parameters": LLAMA31_ROPE}, "here")[1]
+    plain, scaled = (rope_frequencies(64, 500000.0, s) for s in (None, scaling))
+    np.testing.assert_allclose(scaled[0], plain[0])
+    np.testing.assert_allclose(scaled[-1], plain[-1] / 8)
+
+
+def test_both_spellings_of_rope_are_read():
+    old = {"rope_theta": 1e5, "rope_scaling": {k: v for k, v in LLAMA31_ROPE.items() if k != "rope_theta"}}
+    new = {"rope_parameters": {**LLAMA31_ROPE, "rope_theta": 1e5}}
+    assert config_json._rope(old, "old") == config_json._rope(new, "new")
+
+
+def broken(tmp_path, change_config=None, change_tensors=None):
+    """A copy of the stories model with a changed config.json or changed tensors."""
+    directory = tmp_path / "broken"
+    directory.mkdir()
+    fields = json.loads((STORIES / "config.json").read_text()) | (change_config or {})
+    (directory / "config.json").write_text(json.dumps(fields))
+    tensors = dict(load_file(STORIES / "model.safetensors"))
+    if change_tensors:
+        change_tensors(tensors)
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("change_config", "change_tensors", "sentence"),
+    [
+        ({"model_type": "mamba"}, None, "model_type 'mamba' is not supported; supported are llama"),
+        ({"hidden_act": "gelu"}, None, "hidden_act 'gelu' is not supported"),
+        ({"attention_bias": True}, None, "attention_bias is true"),
+        ({"model_type": "mistral", "sliding_window": 128}, None, "sliding_window is 128"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, None, "rope type 'yarn' is not supported"),
+        ({"hidden_size": None}, None, "the field 'hidden_size' is missing"),
+        (None, lambda t: t.pop("model.norm.weight"), "1 tensors are missing: model.norm.weight"),
+        (None, lambda t: t.update(extra=np.zeros(2)), "1 tensors have no place in a llama model: extra"),
+        ({"vocab_size": 500}, None, r"'model.embed_tokens.weight' is \(512, 64\) and should be \(500, 64\)"),
+    ],
+)
+def test_unusable_checkpoints_are_told(tmp_path, change_config, change_tensors, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        models.load_pretrained(broken(tmp_path, change_config, change_tensors))
+
+
+def test_a_truncated_file_is_told(tmp_path):
+    directory = broken(tmp_path)
+    content = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"model.safetensors: not a readable safetensors file"):
+        models.load_pretrained(directory)
+
+
+def test_what_is_not_there_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such directory or file, and the hub did not deliver it"):
+        models.load_pretrained("nobody/no-such-model")
+    with pytest.raises(FileNotFoundError, match=r"config.json: the file is missing"):
+        models.load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((STORIES / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickled")
+    with pytest.raises(FileNotFoundError, match=r"pickled .bin checkpoints are never loaded"):
+        models.load_pretrained(tmp_path)
+
+
+def test_a_shard_outside_the_directory_is_refused(tmp_path):
+    directory = broken(tmp_path)
+    (directory / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(tmp_path / "outside.safetensors"), "../outside.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="lies outside the directory"):
+        models.load_pretrained(directory)
+
+
+def test_loading_reads_each_parameter_once_and_in_parts(monkeypatch, stories):
+    """Sharded placement asks the files for each device's slice only."""
+    from tpaw_jax import config, sharding
+    from tpaw_jax.models import hub
+
+    read = []
+    original = hub.SafetensorsSource.read
+    monkeypatch.setattr(
+        hub.SafetensorsSource,
+        "read",
+        lambda self, n, i: read.append((n, original(self, n, i).size)) or original(self, n, i),
+    )
+    mesh = sharding.make_mesh(config.MeshConfig(fsdp=8))
+    _, params = models.load_pretrained(STORIES, sharder=sharding.param_sharder(mesh))
+    assert max(size for name, size in read if name == "model.embed_tokens.weight") == 512 * 64 // 8
+    jax.tree.map(np.testing.assert_array_equal, params, stories[1])

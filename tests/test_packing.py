@@ -1,0 +1,99 @@
+"""Prefix trees: layout, packing, and the tokens they save."""
+
+import numpy as np
+import pytest
+from conftest import random_prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tpaw_jax import packing
+from tpaw_jax.config import PackingConfig
+from tpaw_jax.types import TARGET, TeamScores
+
+
+def pack_window(seed, count, n_max=3, **config):
+    prompts, rounds = random_prompts(np.random.default_rng(seed), count)
+    window = rounds[::-1][:n_max]
+    trees = packing.trees_of_window(prompts, window, packing.first_sources(prompts, rounds))
+    return prompts, rounds, trees, packing.pack(trees, PackingConfig(**{"row_length": 160, **config}))
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10**6), count=st.integers(2, 12), row_length=st.sampled_from([96, 160, 300]))
+def test_rows_hold_every_triplet_once_and_nothing_else(seed, count, row_length):
+    prompts, rounds, _, rows = pack_window(seed, count, row_length=row_length)
+    found = []
+    for row in range(len(rows)):
+        b = {name: np.asarray(getattr(rows.batch, name)[row]) for name in rows.batch.__dataclass_fields__}
+        texts = {}
+        for response in np.unique(b["responses"][b["responses"] < rows.prompt_index.shape[1]]):
+            mine = b["responses"] == response
+            texts[response] = b["labels"][mine].tolist()
+            prompt = prompts.prompt_tokens[rows.prompt_index[row, response]]
+            sources = b["sources"][mine]
+            # The first prediction comes from the prompt's end, the others from the response's own tokens, in order.
+            assert b["positions"][sources].tolist() == list(range(len(prompt) - 1, len(prompt) - 1 + mine.sum()))
+            assert b["branch_ids"][sources[0]] == 0
+            assert b["tokens"][sources[0]] == prompt[-1]
+            assert b["tokens"][sources[1:]].tolist() == texts[response][:-1]
+        for target, generated, weight in zip(
+            b["triplet_target"], b["triplet_generated"], b["triplet_weight"], strict=True
+        ):
+            i = rows.prompt_index[row, target]
+            found += [(int(i), tuple(texts[target]), tuple(texts[generated]))] * int(weight)
+    expected = [
+        (i, tuple(prompts.target_tokens[i].tolist()), tuple(g.tokens[i].tolist()))
+        for g in rounds
+        for i in range(len(prompts))
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+def test_equal_responses_are_computed_once_and_counted():
+    prompts, rounds, trees, _ = pack_window(0, 4)
+    sources = packing.first_sources(prompts, rounds)
+    assert sources[1][0] == 0  # round 1 repeats round 0's response to prompt 0
+    assert sources[1][1] == TARGET  # and the target of prompt 1
+    assert len(trees[0].responses) == 2  # y and one generation, sampled in all three rounds
+    assert trees[0].triplets == ((0, 1, 3),)
+    assert (0, 0, 2) in trees[1].triplets  # y against itself keeps its gradient, twice
+    assert sum(n for _, _, n in trees[1].triplets) == 3
+
+
+def test_the_last_token_of_a_response_takes_no_place():
+    prompts, _, trees, rows = pack_window(3, 5)
+    assert sum(t.tokens for t in trees) == (np.asarray(rows.batch.segment_ids) > 0).sum()
+    one = packing.tree_of_responses(prompts, 0, {TARGET: prompts.target_tokens[0]})
+    assert one.tokens == len(prompts.prompt_tokens[0]) + len(prompts.target_tokens[0]) - 1
+
+
+def test_a_tree_longer_than_a_row_is_split_and_one_that_cannot_be_is_told():
+    _, _, trees, _ = pack_window(1, 6)
+    longest = max(trees, key=lambda t: t.tokens)
+    parts = packing.pack([longest], PackingConfig(row_length=longest.tokens - 1))
+    assert len(parts) >= 2
+    assert parts.triplets.sum() == sum(n for *_, n in longest.triplets)
+    with pytest.raises(ValueError, match=f"Prompt {longest.prompt}: .* exceed a row of 8 tokens"):
+        packing.pack([longest], PackingConfig(row_length=8))
+
+
+def test_rows_are_well_filled():
+    _, _, _, rows = pack_window(2, 60, row_length=512)
+    assert rows.fill > 0.85
+
+
+def test_steps_are_full_batches_and_scores_follow_their_rows():
+    _, _, _, rows = pack_window(4, 20)
+    assert packing.micro_batches_a_step(rows, 1, 2) == 1
+    expected = round(24 / (rows.triplets.mean() * 2))
+    assert packing.micro_batches_a_step(rows, 24, 2) == expected
+    order = packing.epoch_order(rows, seed=1, round_number=0, epoch=0)
+    assert sorted(order) == list(range(len(rows)))
+    assert (order != packing.epoch_order(rows, seed=1, round_number=0, epoch=1)).any()
+    scores = TeamScores(np.arange(3 * len(rows) * 64, dtype=np.float32).reshape(3, len(rows), 64), np.ones(3, bool))
+    batch, chosen, used = packing.step_batch(rows, scores, order[:3], rows_per_batch=2, most_micro_batches=4)
+    assert used == 2
+    assert batch.tokens.shape == (4, 2, 160)
+    np.testing.assert_array_equal(batch.tokens.reshape(8, 160)[:3], rows.batch.tokens[order[:3]])
+    np.testing.assert_array_equal(chosen.log_probs[1, :, 0], scores.log_probs[:, order[2]])
+    assert batch.triplet_weight.reshape(8, -1)[3:].sum() == 0

@@ -1,0 +1,192 @@
+"""Whole runs: three rounds, what they leave behind, what they compile, and being killed in every stage."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import ROOT, small_run
+
+from tpaw_jax import cli, monitoring, ring, self_play, session, sharding, triplets
+from tpaw_jax.monitoring import compile_log
+
+# Each (program, times, why) of a three-round run; anything else is a leak.
+PROGRAMS = {
+    "jit(prefill)": 1,  # one bucket of prompt lengths
+    "jit(decode)": 1,  # all rounds
+    "jit(log_prob_fn)": 1,  # every player, every round, held-out prompts
+    "jit(step)": 1,  # every round, and the dry run that measures noise
+}
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """One three-round run on one device, what it said, and what it compiled."""
+    directory, said = tmp_path_factory.mktemp("run"), []
+    with pytest.MonkeyPatch.context() as patch, compile_log() as compiled:
+        patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+        table = self_play.run(small_run(directory), said.append)
+    return directory, table, "\n".join(said), compiled
+
+
+def test_each_round_has_its_players_opponents_and_data(played):
+    directory, table, said, _ = played
+    assert [row["players"] for row in table] == [1, 2, 3]
+    assert [row["triplets"] for row in table] == [12, 24, 36]
+    for t, (players, opponents) in enumerate(
+        [("theta_0", "D_0"), ("theta_1, theta_0", "D_1, D_0"), ("theta_2, theta_1, theta_0", "D_2, D_1, D_0")]
+    ):
+        manifest = said.split(f"Round {t} of 3")[1]
+        assert f"players          {players}\n" in manifest
+        assert f"opponents        {opponents}\n" in manifest
+    assert sorted(p.name for p in (directory / "ring" / "policies").iterdir()) == ["00001", "00002", "00003"]
+
+
+def test_the_newest_players_reward_is_zero_at_a_rounds_first_step(played):
+    directory, table, _, _ = played
+    for t, row in enumerate(table):
+        first = monitoring.read_metrics(directory, t)[0]
+        assert first["newest_max_abs_reward"] <= 2 * row["P_t at step 0"] + 1e-6
+        assert first[f"player_{t}/alpha_is_eta"] == 1.0
+
+
+def test_metrics_carry_the_names_people_know(played):
+    records = monitoring.read_metrics(played[0], 2)
+    assert {
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+        "grad_norm",
+        "learning_rate",
+        "beta_entropy",
+        "player_0/reward_target",
+        "player_1/margin",
+        "player_2/beta",
+        "player_2/alpha_is_eta",
+    } <= records[0].keys()
+    assert [r["step"] for r in records] == list(range(len(records)))
+    assert not any(name.startswith("player_1") for name in monitoring.read_metrics(played[0], 0)[0])
+    for r in records:
+        np.testing.assert_allclose(sum(r[f"player_{j}/beta"] for j in range(3)), 1, rtol=1e-5)
+
+
+def test_every_program_is_compiled_once(played):
+    names = [name for name, _ in played[3]]
+    for program, times in PROGRAMS.items():
+        assert names.count(program) == times, (program, names)
+    small = [seconds for name, seconds in played[3] if name not in PROGRAMS]
+    assert len(small) <= 20
+    assert max(small) < 3, "a large program is compiled that PROGRAMS does not know"
+
+
+def test_each_response_is_scored_once_per_player(played):
+    for t in range(3):
+        scored = {}
+        for path in sorted(played[0].glob(f"round_*/scores_of_player_{t:04d}.npz")):
+            arrays = np.load(path)
+            for key in zip(arrays["prompt_index"].tolist(), arrays["source"].tolist(), strict=True):
+                scored[key] = scored.get(key, 0) + 1
+        assert set(scored.values()) == {1}
+
+
+def test_a_finished_run_is_left_alone_and_can_be_prolonged(played, tmp_path):
+    import shutil
+
+    directory = tmp_path / "copy"
+    shutil.copytree(played[0], directory)
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+        assert self_play.run(small_run(directory), said.append) == played[1]
+        assert not any("sampling" in line for line in said[:-1])
+        with pytest.raises(ValueError, match=r"objective.eta was 6.0, is 1.0"):
+            self_play.run(small_run(directory, **{"objective.eta": 1}), said.append)
+        longer = self_play.run(small_run(directory, rounds=4), said.append)
+    assert [row["players"] for row in longer] == [1, 2, 3, 3]
+    assert ring.open_ring(directory / "ring", 3).policies == [2, 3, 4]
+
+
+def test_the_export_is_loaded_by_transformers_and_generates_our_tokens(played, tmp_path, capsys):
+    out = tmp_path / "exported"
+    assert cli.main(["export", "--run", str(played[0]), "--out", str(out)]) == 0
+    assert "The policy of round 3" in capsys.readouterr().out
+    model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    prompt = torch.tensor([[1, *tokenizer.encode("Once upon a time", add_special_tokens=False)]])
+    theirs = model.generate(prompt, do_sample=False, max_new_tokens=16)[0, prompt.shape[1] :].tolist()
+
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "Once upon a time", "completion": "there was"}) + "\n")
+    config, made = ROOT / "configs" / "demo.yaml", tmp_path / "made.jsonl"
+    options = ["--data.sources", f"[{{path: {prompts}}}]", "--data.holdout_prompts", "0", "--data.max_prompts", "0"]
+    options += ["--sampling.temperature", "0", "--sampling.max_new_tokens", "16", "--model", str(out)]
+    assert cli.main(["generate", "--config", str(config), "--out", str(made), *options]) == 0
+    assert json.loads(made.read_text())["token_ids"] == theirs
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeypatch):
+    def poisoned(*arguments):
+        scores = original(*arguments)
+        return scores.replace(log_probs=scores.log_probs * np.float32(np.inf))
+
+    original = triplets.team_scores
+    monkeypatch.setattr(triplets, "team_scores", poisoned)
+    settings = {"train.max_skipped_in_a_row": 3, "mesh.fsdp": 1, "objective.tolerance": 0}
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+    with pytest.raises(FloatingPointError, match="not finite in 3 steps in a row") as caught:
+        self_play.run(small_run(tmp_path, **settings), lambda _: None)
+    saved = str(caught.value).split("saved in ")[1].split(". ")[0]
+    assert {"tokens", "labels", "log_probs"} <= set(np.load(saved).files)
+
+
+def play(directory, place):
+    """Run tests/killed_run.py; its return code and output."""
+    command = [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(directory), place]
+    environment = os.environ | {"TPAW_TEST_DEVICES": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def results(directory):
+    """What must not depend on kills: metrics, scores, generations, table without timings, final parameters."""
+    found = {"metrics": (directory / "metrics.jsonl").read_text()}
+    for path in sorted(directory.glob("round_*/*.npz")):
+        arrays = np.load(path)
+        found[str(path.relative_to(directory))] = {name: arrays[name].tolist() for name in arrays.files}
+    found["table"] = [
+        {name: value for name, value in row.items() if not name.endswith(" s")}
+        for row in self_play.rounds_table(directory, 3)
+    ]
+    return found
+
+
+def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(tmp_path):
+    from killed_run import PLACES
+
+    assert play(tmp_path / "whole", "never")[0] == 0
+    for place in PLACES:  # one run, killed and started again in every stage
+        code, output = play(tmp_path / "killed", place)
+        assert code == -signal.SIGKILL, (place, output[-2000:])
+    code, output = play(tmp_path / "killed", "never")
+    assert code == 0, output[-2000:]
+    whole, killed = results(tmp_path / "whole"), results(tmp_path / "killed")
+    assert killed.keys() == whole.keys()
+    for name, value in whole.items():
+        assert killed[name] == value, name
+    like = session.open_player(
+        small_run(tmp_path / "whole"), sharding.make_mesh(small_run("x").mesh, jax.devices()[:1])
+    )
+    policies = [
+        ring.restore_policy(ring.open_ring(tmp_path / run / "ring", 3), 3, like.params) for run in ("whole", "killed")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *policies)

@@ -1,0 +1,203 @@
+"""The team step: accumulation, schedules, skipped steps, dry runs, the step-0 hazard, several devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+from conftest import random_prompts
+
+from tpaw_jax import logprobs, packing, scoring, sharding, train_step
+from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainConfig
+from tpaw_jax.models import Transformer
+from tpaw_jax.train_step import StepScalars
+from tpaw_jax.types import TeamScores
+
+
+def setup(stories, devices=1, rows_per_batch=2, most=4, compute=jnp.float32, remat="layer", **train):
+    prompts, rounds = random_prompts(np.random.default_rng(0), 10)
+    trees = packing.trees_of_window(prompts, rounds[::-1], packing.first_sources(prompts, rounds))
+    rows = packing.pack(trees, PackingConfig(row_length=128, max_responses_per_row=12))
+    mesh = sharding.make_mesh(MeshConfig(fsdp=devices), jax.devices()[:devices])
+    log_prob_fn = logprobs.make_log_prob_fn(Transformer(stories[0], dtype=compute, remat=remat), 64)
+    config = TrainConfig(**{"optimizer": "adamw", "epsilon": 1e-4, **train})
+    optimizer = train_step.make_optimizer(config)
+    params = jax.device_put(stories[1], sharding.param_shardings(stories[1], mesh))
+    params = jax.tree.map(jnp.copy, params)  # the step donates them
+    scorer = scoring.make_scorer(log_prob_fn, mesh)
+    scored = scoring.score(scorer, params, rows, rows_per_batch)
+    scores = TeamScores(np.stack([scored, scored + 3, scored - 2]), np.ones(3, bool))
+    step = train_step.make_train_step(log_prob_fn, optimizer, ObjectiveConfig(), mesh)
+    inputs = packing.step_batch(rows, scores, np.arange(len(rows)), rows_per_batch, most)
+    return step, train_step.init_state(params, optimizer, mesh), inputs, scores
+
+
+def scalars(learning_rate=1e-3, dry_run=False, tolerance=0.0):
+    return StepScalars(np.float32(learning_rate), np.float32(0.1), np.float32(tolerance), np.bool_(dry_run))
+
+
+def host(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def assert_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def test_micro_batches_change_nothing(stories):
+    results = []
+    for size, most in ((8, 1), (2, 4), (1, 9)):  # one batch of rows, four, and one row at a time with room to spare
+        step, state, inputs, _ = setup(stories, rows_per_batch=size, most=most)
+        assert inputs[2] == -(-7 // size) or inputs[2] <= most
+        state, metrics = step(state, *inputs, scalars())
+        results.append((host(state.params), host(metrics)))
+    for params, metrics in results[1:]:
+        assert_close(params, results[0][0], rtol=1e-5, atol=1e-6)
+        assert_close(metrics, results[0][1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_step_learns(stories):
+    step, state, inputs, _ = setup(stories)
+    losses = []
+    for _ in range(8):
+        state, metrics = step(state, *inputs, scalars(learning_rate=3e-4))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.8 * losses[0]
+    assert int(state.step) == 8
+
+
+def test_metrics_at_the_first_step_are_those_of_theta_t(stories):
+    step, state, inputs, _ = setup(stories)
+    _, metrics = step(state, *inputs, scalars())
+    assert float(metrics["newest_max_abs_reward"]) == 0
+    np.testing.assert_array_equal(metrics["player/alpha_is_eta"], [1, 1, 0])  # rewards 0, -0.3 and 0.2
+    np.testing.assert_allclose(metrics["player/reward_target"], [0, -0.3, 0.2], atol=1e-5)
+    np.testing.assert_allclose(metrics["player/margin"], 0, atol=1e-5)
+    np.testing.assert_allclose(metrics["player/beta"], 1 / 3, rtol=1e-5)
+    np.testing.assert_allclose(metrics["beta_entropy"], np.log(3), rtol=1e-5)
+    assert float(metrics["triplets"]) == 30
+
+
+@pytest.mark.parametrize(("compute", "remat"), [("float32", "layer"), ("float32", "none"), ("bfloat16", "layer")])
+def test_scores_and_step_agree_within_the_noise_that_a_dry_run_measures(stories, compute, remat):
+    """The step-0 hazard: whatever the programs' rounding, a dry run sees it, and the tolerance covers all triplets."""
+    step, state, inputs, _ = setup(stories, compute=jnp.dtype(compute), remat=remat)
+    before = host(state)
+    state, metrics = step(state, *inputs[:2], np.int32(1), scalars(dry_run=True))
+    noise = float(metrics["newest_max_abs_reward"])
+    assert noise < (1e-5 if compute == "float32" else 0.2)
+    jax.tree.map(np.testing.assert_array_equal, host(state), before)
+    _, metrics = step(state, *inputs, scalars(tolerance=2 * noise))
+    assert float(metrics["player/alpha_is_eta"][0]) == 1.0
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(stories, poison):
+    step, state, inputs, _ = setup(stories)
+    batch, scores, used = inputs
+    bad = scores.replace(log_probs=np.full_like(scores.log_probs, poison))
+    before = host(state.params)
+    for count in (1, 2):
+        state, metrics = step(state, batch, bad, used, scalars())
+        assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == count
+    jax.tree.map(np.testing.assert_array_equal, host(state.params), before)
+    state, metrics = step(state, *inputs, scalars())
+    assert int(metrics["skipped"]) == 2
+    assert int(metrics["skipped_in_a_row"]) == 0
+    assert int(state.step) == 3
+
+
+def test_rounds_with_fewer_players_run_the_same_program(stories):
+    from tpaw_jax.monitoring import compile_log
+
+    step, state, (batch, scores, used), _ = setup(stories)
+    with compile_log() as compiled:
+        for present in (1, 2, 3):
+            mask = np.broadcast_to(np.arange(3) < present, scores.player_mask.shape)
+            state, metrics = step(state, batch, scores.replace(player_mask=mask), used, scalars())
+            assert np.isfinite(metrics["loss"])
+    assert [name for name, _ in compiled].count("jit(step)") == 1
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw", "adafactor", "lion", "sgd"])
+def test_scaling_a_unit_rate_is_the_optimizer_itself(optimizer):
+    config = TrainConfig(optimizer=optimizer, weight_decay=0.1, max_grad_norm=1e9)
+    rate, rng = 3e-3, np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(256, 130)), jnp.float32)}
+    direct = {
+        "rmsprop": lambda: optax.rmsprop(rate, decay=0.99, eps=1e-8, eps_in_sqrt=False),
+        "adamw": lambda: optax.adamw(rate, weight_decay=0.1),
+        "adafactor": lambda: optax.adafactor(rate),
+        "lion": lambda: optax.lion(rate, b1=0.9, b2=0.999, weight_decay=0.1),
+        "sgd": lambda: optax.sgd(rate, momentum=0.9),
+    }[optimizer]()
+    unit = train_step.make_optimizer(config)
+    state, direct_state = unit.init(params), direct.init(params)
+    for _ in range(3):
+        gradient = {"w": jnp.asarray(rng.normal(size=(256, 130)), jnp.float32)}
+        ours, state = unit.update(gradient, state, params)
+        theirs, direct_state = direct.update(gradient, direct_state, params)
+        np.testing.assert_allclose(rate * ours["w"], theirs["w"], rtol=1e-5, atol=1e-9)
+
+
+def test_rmsprop_is_torchs():
+    rng = np.random.default_rng(0)
+    start, gradients = rng.normal(size=7).astype(np.float32), rng.normal(size=(4, 7)).astype(np.float32)
+    theirs = torch.nn.Parameter(torch.tensor(start))
+    peer = torch.optim.RMSprop([theirs], lr=1e-2)
+    unit = train_step.make_optimizer(TrainConfig(max_grad_norm=1e9))
+    params = jnp.asarray(start)
+    state = unit.init(params)
+    for gradient in gradients:
+        theirs.grad = torch.tensor(gradient)
+        peer.step()
+        update, state = unit.update(jnp.asarray(gradient), state, params)
+        params = params + 1e-2 * update
+    np.testing.assert_allclose(params, theirs.detach().numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_schedules_are_transformers_one_step_earlier(schedule):
+    name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
+    steps, warmup = 40, 4
+    peer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = transformers.get_scheduler(name, peer, num_warmup_steps=warmup, num_training_steps=steps)
+    theirs = []
+    for _ in range(steps + 1):
+        theirs.append(scheduler.get_last_lr()[0])
+        peer.step()
+        scheduler.step()
+    config = TrainConfig(schedule=schedule, learning_rate=(1.0, 2.0))
+    ours = train_step.learning_rates(config, round_number=7, steps=steps)
+    np.testing.assert_allclose(ours[:warmup], theirs[1 : warmup + 1], rtol=1e-6)
+    np.testing.assert_allclose(ours[warmup:], theirs[warmup:steps], rtol=1e-6)
+    assert (ours > 0).all()
+
+
+def test_bfloat16_parameters_keep_float32_moments(stories):
+    half = stories[0], jax.tree.map(lambda p: p.astype(jnp.bfloat16), stories[1])
+    step, state, inputs, _ = setup(half)
+    state, metrics = step(state, *inputs, scalars())
+    assert {p.dtype for p in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
+    moments = [m for m in jax.tree.leaves(state.opt_state) if m.ndim > 1]
+    assert {m.dtype for m in moments} == {jnp.dtype(jnp.float32)}
+    assert np.isfinite(metrics["loss"])
+
+
+def test_eight_devices_take_the_steps_of_one(stories):
+    runs = []
+    for devices in (1, 8):
+        step, state, inputs, scores = setup(stories, devices=devices, rows_per_batch=8, most=1)
+        losses = []
+        for _ in range(5):
+            state, metrics = step(state, *inputs, scalars(learning_rate=1e-4))
+            losses.append(float(metrics["loss"]))
+        if devices == 8:
+            kernel = state.params["layers"]["q"]["kernel"]
+            assert kernel.addressable_shards[0].data.shape == (5, 64 // 8, 64)
+        runs.append((losses, host(state.params), scores.log_probs))
+    np.testing.assert_allclose(runs[1][0], runs[0][0], rtol=1e-5)
+    np.testing.assert_allclose(runs[1][2], runs[0][2], rtol=1e-5, atol=1e-4)
+    assert_close(runs[1][1], runs[0][1], rtol=1e-4, atol=1e-5)

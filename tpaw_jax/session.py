@@ -1,0 +1,154 @@
+"""A run's directory, model, data and compiled programs, opened once for all rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import yaml
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+
+from tpaw_jax import dataset, durable, models, packing, ring, sampling, scoring, sharding, train_step
+from tpaw_jax.config import RunConfig, to_dict
+from tpaw_jax.logprobs import make_log_prob_fn
+from tpaw_jax.models import hub
+from tpaw_jax.types import TARGET, Prompts
+
+Say = Callable[[str], None]
+
+
+class Player(NamedTuple):
+    """A model that can answer prompts."""
+
+    model: models.Transformer
+    params: PyTree[Array]
+    template: dataset.Template
+    sampler: sampling.Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What stays the same over all rounds: data, compiled programs, places."""
+
+    config: RunConfig
+    directory: Path
+    mesh: Mesh
+    template: dataset.Template
+    prompts: Prompts
+    held_out: packing.Rows
+    sampler: sampling.Sampler
+    scorer: scoring.Scorer
+    optimizer: optax.GradientTransformation
+    step: TrainStep
+    ring: ring.Ring
+    like: PyTree[jax.ShapeDtypeStruct]
+    say: Say
+
+
+def open_session(config: RunConfig, say: Say) -> tuple[Session, PyTree[Array]]:
+    """Open or create the run directory, load model and data, build the programs; also the policy to go on from."""
+    directory = Path(config.directory)
+    _claim(directory, config)
+    mesh = sharding.make_mesh(config.mesh)
+    if config.packing.rows_per_batch % sharding.row_shards(mesh):
+        raise ValueError(
+            f"packing.rows_per_batch is {config.packing.rows_per_batch}; it must be a multiple of the "
+            f"{sharding.row_shards(mesh)} devices that rows are split over."
+        )
+    player = open_player(config, mesh)
+    template, policy = player.template, player.params
+    prompts, held_out, report = dataset.load(config.data, template, config.seed)
+    say(_data_lines(report, prompts, held_out))
+
+    longest = max(map(len, prompts.prompt_tokens)) + config.sampling.max_new_tokens
+    context = player.model.config.max_position_embeddings
+    if longest > context:
+        say(f"Warning: sequences of up to {longest} tokens exceed the {context} positions the model was made for.")
+    log_prob_fn = make_log_prob_fn(player.model, config.policy.head_chunk)
+    optimizer = train_step.make_optimizer(config.train)
+    session = Session(
+        config=config,
+        directory=directory,
+        mesh=mesh,
+        template=template,
+        prompts=prompts,
+        held_out=packing.pack(_target_trees(held_out), config.packing),
+        sampler=player.sampler,
+        scorer=scoring.make_scorer(log_prob_fn, mesh),
+        optimizer=optimizer,
+        step=train_step.make_train_step(log_prob_fn, optimizer, config.objective, mesh),
+        ring=ring.open_ring(directory / "ring", config.objective.n_max),
+        like=sharding.abstract(policy),
+        say=say,
+    )
+    return session, _first_policy(session, policy)
+
+
+def open_player(config: RunConfig, mesh: Mesh) -> Player:
+    """Load the model and tokenizer of a configuration and build its sampler."""
+    c, dtype = config.policy, jnp.dtype(config.policy.param_dtype)
+    template = dataset.make_template(hub.load_tokenizer(c.tokenizer or c.path), config.data)
+    architecture, params = models.load_pretrained(c.path, dtype, sharding.param_sharder(mesh))
+    model = models.Transformer(architecture, jnp.dtype(c.compute_dtype), dtype, c.remat)
+    stated = hub.load_generation_config(c.path).get("eos_token_id", [])
+    stops = {template.end_of_turn, *(stated if isinstance(stated, list) else [stated])}
+    sampler = sampling.make_sampler(sampling.decoder_of(model), config.sampling, sorted(stops), mesh)
+    return Player(model, params, template, sampler)
+
+
+def _claim(directory: Path, config: RunConfig) -> None:
+    """Store the configuration, or check that the run goes on with the one it began with.
+
+    Raises:
+        ValueError: keys that change the meaning of the run differ; lists them.
+    """
+    path, wanted = directory / "config.yaml", to_dict(config)
+    if path.exists():
+        began = yaml.safe_load(path.read_text())
+        free = {"directory", "rounds", "sample_texts", "tensorboard", "train.save_every_steps"}
+        old, new = _flat(began), _flat(wanted)
+        changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in free]
+        if changed:
+            differences = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
+            raise ValueError(
+                f"{path}: the run began with another configuration ({differences}). "
+                "Go on with the old values, or choose another directory."
+            )
+    durable.write_bytes(path, yaml.safe_dump(wanted, sort_keys=False).encode())
+
+
+def _first_policy(session: Session, theta_0: PyTree[Array]) -> PyTree[Array]:
+    """theta_0 pushed as the first player, or the newest policy of a run that goes on."""
+    if not session.ring.policies:
+        ring.push(session.ring, theta_0, 0)
+        ring.settle(session.ring)
+    newest = session.ring.policies[-1]
+    if newest == 0:
+        return theta_0
+    session.say(f"The run goes on with the policy of round {newest}.")
+    return ring.restore_policy(session.ring, newest, session.like)
+
+
+def _target_trees(prompts: Prompts) -> list[packing.Tree]:
+    return [packing.tree_of_responses(prompts, i, {TARGET: y}) for i, y in enumerate(prompts.target_tokens)]
+
+
+def _data_lines(report: dataset.DataReport, prompts: Prompts, held_out: Prompts) -> str:
+    lines = [
+        f"Data: {len(prompts)} prompts to play on, {len(held_out)} held out, of {report.records} records; "
+        f"{report.prompts_cut} prompts and {report.targets_cut} targets cut to length; {len(report.skipped)} skipped."
+    ]
+    return "\n".join(lines + [f"  skipped: {sentence}" for sentence in report.skipped])
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
