@@ -12,8 +12,9 @@ jax.config.update("jax_num_cpu_devices", int(os.environ.get("TPAW_TEST_DEVICES",
 
 from jaxtyping import install_import_hook
 
-# Every annotated array of these modules is checked for its dtype and shape in every test.
-for module in ("objective", "logprobs", "sampling", "models.attention", "models.cache"):
+# Every annotated array of these modules is checked for its dtype and shape in every test. Modules that define pytrees
+# are left out: JAX builds those from placeholders too.
+for module in ("objective", "logprobs", "scoring", "models.attention"):
     install_import_hook(f"tpaw_jax.{module}", "beartype.beartype")
 
 import numpy as np

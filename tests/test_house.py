@@ -79,3 +79,11 @@ def test_every_public_function_and_class_has_a_docstring():
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+def test_the_readmes_composition_example_runs():
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["gradient"].shape == (5, 5)
+    assert abs(names["gradient"]).sum() > 0

@@ -117,7 +117,7 @@ def test_draws_follow_the_filtered_distribution(config, kept):
 @settings(deadline=None, max_examples=50)
 @given(
     weights=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=400).filter(lambda w: sum(w) > 1e-3),
-    uniform=st.floats(0, 0.99999, width=32),
+    uniform=st.floats(0, 0.999),
 )
 def test_inverse_cdf_finds_the_index_where_the_sum_passes(weights, uniform):
     found = int(sampling._inverse_cdf(jnp.asarray([weights], jnp.float32), jnp.asarray([uniform], jnp.float32))[0])

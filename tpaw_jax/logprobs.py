@@ -28,6 +28,7 @@ def make_log_prob_fn(model: Transformer, head_chunk: int) -> LogProbFn:
     """The log-prob function of a `Transformer`, its head in chunks of `head_chunk` predictions of each row."""
 
     def log_prob_fn(params: PyTree[Array], batch: TreeBatch) -> Float[Array, "B R"]:
+        batch = jax.tree.map(jnp.asarray, batch)  # outside jit, a batch of the host is as welcome
         hidden_BTD: Any = model.apply(
             {"params": params},
             batch.tokens,
@@ -49,6 +50,7 @@ def from_apply_fn(apply_fn: ApplyFn) -> LogProbFn:
     """The log-prob function of any model that takes a dense mask and returns full logits."""
 
     def log_prob_fn(params: PyTree[Array], batch: TreeBatch) -> Float[Array, "B R"]:
+        batch = jax.tree.map(jnp.asarray, batch)
         mask = visible(Visibility(batch.segment_ids, batch.branch_ids))
         logits_BTV = apply_fn(params, batch.tokens, batch.positions, mask).astype(jnp.float32)
         log_probs_BTV = jax.nn.log_softmax(logits_BTV)

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-Scalar = float | Float[Array, ""]
+Scalar = float | np.floating | Float[Array, ""]
 
 
 class TeamLoss(NamedTuple):

@@ -171,7 +171,7 @@ def make_sampler(
 
     def placed_init(slots: int, positions: int) -> DecodeState:
         if mesh is None:
-            return init(slots, positions)
+            return jax.device_put(init(slots, positions), jax.devices()[0])  # committed, as what the programs return is
         split = slots % sharding.row_shards(mesh) == 0
         rows = sharding.rows(mesh) if split else sharding.replicated(mesh)
         state = jax.eval_shape(lambda: init(slots, positions))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,9 +108,11 @@ def score(
     if params is None:
         params = ring.restore_policy(session.ring, player, session.like)
         rows = packing.pack(unscored, session.config.packing)
-    with monitoring.progress(f"round {t} player {player} scoring", len(rows), "row") as bar:
+    tokens = int((rows.batch.segment_ids > 0).sum())
+    with monitoring.progress(f"round {t} player {player} scoring", tokens, "token") as bar:
         size = session.config.packing.rows_per_batch
-        log_probs = scoring.score(session.scorer, params, rows, size, progress=lambda b: bar.update(len(b)))
+        show = lambda batch: bar.update(int((batch.batch.segment_ids > 0).sum()))
+        log_probs = scoring.score(session.scorer, params, rows, size, progress=show)
     triplets.add_scores(store, t, player, rows, log_probs)
 
 
@@ -145,6 +148,7 @@ def train(
 
     state, noise = _measure_noise(session, state, inputs, t)
     tolerance = 2 * noise if c.objective.tolerance < 0 else c.objective.tolerance
+    record = StepRecorder(session, log, players, t)
     pending: tuple[int, Any, dict[str, Array]] | None = None
 
     with monitoring.progress(f"round {t} training", len(plan), "step") as bar:
@@ -153,15 +157,16 @@ def train(
             arguments = inputs(step, tolerance)
             state, metrics = session.step(state, *arguments)
             if pending is not None:  # one step late: the device is never awaited
-                _record(session, log, players, t, *pending)
+                record(*pending)
             pending = step, arguments, metrics
             bar.update()
+            bar.set_postfix_str(record.speed, refresh=False)
             if (step + 1) % c.train.save_every_steps == 0 and step + 1 < len(plan):
-                _record(session, log, players, t, *pending)
+                record(*pending)
                 pending = None
                 ring.save_training(session.ring, state, t, step + 1)
         if pending is not None:
-            _record(session, log, players, t, *pending)
+            record(*pending)
     after = held_out_log_prob(session, state.params)
     facts = {"steps": len(plan), "noise": noise, "held-out before": before, "held-out after": after}
     return state.params, facts
@@ -211,27 +216,37 @@ def _measure_noise(
     return state, noise
 
 
-def _record(
-    session: Session,
-    log: monitoring.MetricsLog,
-    players: list[int],
-    t: int,
-    step: int,
-    arguments: tuple[Any, ...],
-    metrics: dict[str, Array],
-) -> None:
-    """Log a finished step; stop the run where too many in a row were not finite."""
-    record = monitoring.step_record(jax.device_get(metrics), players)
-    log.write(round=t, step=step, **record)
-    limit = session.config.train.max_skipped_in_a_row
-    if record["skipped_in_a_row"] >= limit:
-        path = triplets.round_directory(session.directory, t) / f"not_finite_step_{step:08d}.npz"
+@dataclasses.dataclass
+class StepRecorder:
+    """Logs finished steps with their speed, and stops the run where too many in a row were not finite."""
+
+    session: Session
+    log: monitoring.MetricsLog
+    players: list[int]
+    round: int
+    last: float = dataclasses.field(default_factory=time.perf_counter)
+    speed: str = ""
+
+    def __call__(self, step: int, arguments: tuple[Any, ...], metrics: dict[str, Array]) -> None:
         batch, scores, *_ = arguments
-        durable.write_arrays(path, log_probs=scores.log_probs, **dataclasses.asdict(batch))
-        raise FloatingPointError(
-            f"Round {t}, step {step}: the loss or gradient was not finite in {limit} steps in a row. The last batch is "
-            f"saved in {path}. Lower train.learning_rate, or look at the data of that batch."
-        )
+        record = monitoring.step_record(jax.device_get(metrics), self.players)
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        speed = {
+            "tokens_per_second": float((batch.segment_ids > 0).sum() / seconds),
+            "triplets_per_second": record["triplets"] / seconds,
+        }
+        self.speed = f"{speed['triplets_per_second']:.2f} triplets/s, {speed['tokens_per_second']:.0f} tokens/s"
+        self.log.write(round=self.round, step=step, **record, **speed)
+        limit = self.session.config.train.max_skipped_in_a_row
+        if record["skipped_in_a_row"] >= limit:
+            place = triplets.round_directory(self.session.directory, self.round)
+            path = place / f"not_finite_step_{step:08d}.npz"
+            durable.write_arrays(path, log_probs=scores.log_probs, **dataclasses.asdict(batch))
+            raise FloatingPointError(
+                f"Round {self.round}, step {step}: the loss or gradient was not finite in {limit} steps in a row. The "
+                f"last batch is saved in {path}. Lower train.learning_rate, or look at the data of that batch."
+            )
 
 
 def _finish_round(

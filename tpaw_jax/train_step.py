@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PyTree
 
 from tpaw_jax import sharding
 from tpaw_jax.config import ObjectiveConfig, TrainConfig, of_round
-from tpaw_jax.logprobs import LogProbFn
+from tpaw_jax.logprobs import LogProbFn, sum_by_response
 from tpaw_jax.objective import TeamLoss, team_loss
 from tpaw_jax.types import AnyArray, TeamScores, TrainState, TreeBatch
 
@@ -102,7 +102,7 @@ def make_train_step(
         out, chosen, rejected = _triplets(log_probs_BR, batch, scores, objective, scalars)
         weight = batch.triplet_weight.reshape(-1)
         loss = jnp.sum(weight * out.per_triplet) / total
-        return loss, _metric_sums(out, weight, chosen, rejected, scalars.tolerance)
+        return loss, _metric_sums(out, weight, chosen, rejected, _lengths(batch), scalars.tolerance)
 
     def step(state, batch, scores, micro_batches, scalars):
         total = jnp.maximum(jnp.sum(batch.triplet_weight), 1.0)
@@ -169,7 +169,16 @@ def _triplets(
     return out, chosen, rejected
 
 
-def _metric_sums(out: TeamLoss, weight: Array, chosen: Array, rejected: Array, tolerance: Array) -> Metrics:
+def _lengths(batch: TreeBatch) -> tuple[Array, Array]:
+    """Tokens of the target and of the generated response of each triplet, flattened to [B R]."""
+    lengths_BR = sum_by_response(jnp.ones(batch.labels.shape), batch)
+    pick = lambda index: jnp.take_along_axis(lengths_BR, index, axis=-1).reshape(-1)
+    return pick(batch.triplet_target), pick(batch.triplet_generated)
+
+
+def _metric_sums(
+    out: TeamLoss, weight: Array, chosen: Array, rejected: Array, lengths: tuple[Array, Array], tolerance: Array
+) -> Metrics:
     """Sums over triplets; `max` is the largest |P| of the newest player, which is 0 at a round's start."""
     margin = out.reward_target - out.reward_generated
     team = lambda values: jnp.sum(weight * jnp.sum(out.beta * values, axis=0))
@@ -184,6 +193,8 @@ def _metric_sums(out: TeamLoss, weight: Array, chosen: Array, rejected: Array, t
         "rewards/accuracies": jnp.sum(weight * (jnp.sum(out.beta * margin, axis=0) > 0)),
         "logps/chosen": jnp.sum(weight * chosen),
         "logps/rejected": jnp.sum(weight * rejected),
+        "lengths/chosen": jnp.sum(weight * lengths[0]),
+        "lengths/rejected": jnp.sum(weight * lengths[1]),
         "beta_entropy": jnp.sum(weight * entropy),
         "player/reward_target": each(out.reward_target),
         "player/reward_generated": each(out.reward_generated),

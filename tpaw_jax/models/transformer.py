@@ -177,7 +177,7 @@ class Transformer(nn.Module):
 
     def _run(self, tokens_BT, positions_BT, mask_BTC, cache, slots_B):
         c = self.config
-        angles = rope_angles(positions_BT, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        angles = rope_angles(jnp.asarray(positions_BT), rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
         carry = (self.embed(tokens_BT), cache)
         (x_BTD, cache), _ = self.layers(carry, jnp.arange(c.num_layers), positions_BT, angles, mask_BTC, slots_B)
         if self.is_initializing() and not c.tie_embeddings:
