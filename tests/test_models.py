@@ -217,3 +217,28 @@ def test_loading_reads_each_parameter_once_and_in_parts(monkeypatch, stories):
     _, params = models.load_pretrained(STORIES, sharder=sharding.param_sharder(mesh))
     assert max(size for name, size in read if name == "model.embed_tokens.weight") == 512 * 64 // 8
     jax.tree.map(np.testing.assert_array_equal, params, stories[1])
+
+
+def test_nothing_at_run_time_needs_torch(smollm2_path):
+    """The package, a GGUF tokenizer and a template, in a process where torch cannot be found."""
+    import subprocess
+    import sys
+
+    program = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class WithoutTorch(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] == "torch" else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTorch
+from tpaw_jax import cli, config, dataset, self_play
+from tpaw_jax.models import hub
+template = dataset.make_template(hub.load_tokenizer({str(smollm2_path)!r}), config.DataConfig())
+assert len(template.prompt_tokens([dict(role="user", content="What is the capital of France?")])) == 37
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

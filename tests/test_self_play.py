@@ -196,3 +196,9 @@ def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(tmp_path):
         ring.restore_policy(ring.open_ring(tmp_path / run / "ring", 3), 3, like.params) for run in ("whole", "killed")
     ]
     jax.tree.map(np.testing.assert_array_equal, *policies)
+
+
+def test_a_configuration_that_cannot_be_opened_binds_nobody(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such directory or file"):
+        self_play.run(small_run(tmp_path, **{"policy.path": "no/model"}), lambda _: None)
+    assert not (tmp_path / "config.yaml").exists()

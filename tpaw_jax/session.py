@@ -54,7 +54,7 @@ class Session:
 def open_session(config: RunConfig, say: Say) -> tuple[Session, PyTree[Array]]:
     """Open or create the run directory, load model and data, build the programs; also the policy to go on from."""
     directory = Path(config.directory)
-    _claim(directory, config)
+    _check_unchanged(directory, config)
     mesh = sharding.make_mesh(config.mesh)
     if config.packing.rows_per_batch % sharding.row_shards(mesh):
         raise ValueError(
@@ -87,6 +87,8 @@ def open_session(config: RunConfig, say: Say) -> tuple[Session, PyTree[Array]]:
         like=sharding.abstract(policy),
         say=say,
     )
+    # Stored only now: a configuration that could not be opened binds nobody.
+    durable.write_bytes(directory / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
     return session, _first_policy(session, policy)
 
 
@@ -102,25 +104,24 @@ def open_player(config: RunConfig, mesh: Mesh) -> Player:
     return Player(model, params, template, sampler)
 
 
-def _claim(directory: Path, config: RunConfig) -> None:
-    """Store the configuration, or check that the run goes on with the one it began with.
+def _check_unchanged(directory: Path, config: RunConfig) -> None:
+    """Check that a run goes on with the configuration it began with.
 
     Raises:
         ValueError: keys that change the meaning of the run differ; lists them.
     """
-    path, wanted = directory / "config.yaml", to_dict(config)
-    if path.exists():
-        began = yaml.safe_load(path.read_text())
-        free = {"directory", "rounds", "sample_texts", "tensorboard", "train.save_every_steps"}
-        old, new = _flat(began), _flat(wanted)
-        changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in free]
-        if changed:
-            differences = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
-            raise ValueError(
-                f"{path}: the run began with another configuration ({differences}). "
-                "Go on with the old values, or choose another directory."
-            )
-    durable.write_bytes(path, yaml.safe_dump(wanted, sort_keys=False).encode())
+    path = directory / "config.yaml"
+    if not path.exists():
+        return
+    old, new = _flat(yaml.safe_load(path.read_text())), _flat(to_dict(config))
+    free = {"directory", "rounds", "sample_texts", "tensorboard", "train.save_every_steps"}
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in free]
+    if changed:
+        differences = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
+        raise ValueError(
+            f"{path}: the run began with another configuration ({differences}). "
+            "Go on with the old values, or choose another directory."
+        )
 
 
 def _first_policy(session: Session, theta_0: PyTree[Array]) -> PyTree[Array]:

@@ -38,15 +38,8 @@ class GGUFSource:
     """A GGUF file's tensors under their Hugging Face names, dequantised one at a time to float32."""
 
     def __init__(self, path: Path):
-        try:
-            from gguf import GGUFReader
-        except ImportError as error:
-            raise ImportError(f"{path}: reading GGUF needs the gguf package; pip install 'tpaw_jax[gguf]'.") from error
         self.path = path
-        try:
-            self._reader = GGUFReader(path)
-        except (ValueError, OSError, IndexError, KeyError) as error:
-            raise ValueError(f"{path}: not a readable GGUF file ({error}).") from error
+        self._reader = _open(path)
         self._tensors = {t.name: t for t in self._reader.tensors}
         self.config = self._config()
         self._names = dict(GLOBAL_NAMES)
@@ -75,17 +68,13 @@ class GGUFSource:
                     values = halves.swapaxes(1, 2).reshape(rows, columns)
         return values[index]
 
-    def _field(self, name: str, default: Any = None) -> Any:
-        field = self._reader.fields.get(name)
-        return default if field is None else field.contents()
-
     def _config(self) -> ModelConfig:
-        architecture = self._field("general.architecture")
+        architecture = _field(self._reader, "general.architecture")
         if architecture not in ("llama", "qwen2", "qwen3"):
             raise ValueError(
                 f"{self.path}: GGUF architecture {architecture!r} is not supported; supported are llama, qwen2, qwen3."
             )
-        get = lambda name, default=None: self._field(f"{architecture}.{name}", default)
+        get = lambda name, default=None: _field(self._reader, f"{architecture}.{name}", default)
         if "token_embd.weight" not in self._tensors:
             raise ValueError(f"{self.path}: the tensor 'token_embd.weight' is missing; this is not a language model.")
         fields = {
@@ -126,3 +115,49 @@ class GGUFSource:
                 f"{self.path}: the tensor 'rope_freqs.weight' is not Llama 3's published rope scaling; "
                 "use the safetensors checkpoint, whose config.json states it."
             )
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer that a GGUF file describes, as a transformers one; torch is not needed.
+
+    Raises:
+        ValueError: the file describes none, or one that transformers does not know; names it.
+    """
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf import convert_gguf_tokenizer
+
+    reader = _open(path)
+    about = {  # transformers' name: GGUF's name
+        "tokenizer_type": "model",
+        "pre_tokenizer_type": "pre",
+        "tokens": "tokens",
+        "scores": "scores",
+        "token_type": "token_type",
+        "merges": "merges",
+    }
+    stated = {name: _field(reader, f"tokenizer.ggml.{key}") for name, key in about.items()}
+    if stated["tokens"] is None:
+        raise ValueError(f"{path}: the file holds no tokenizer; name one in policy.tokenizer.")
+    found = {name: value for name, value in stated.items() if value is not None}
+    backend, _ = convert_gguf_tokenizer(_field(reader, "general.architecture"), found)
+    special = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: _field(reader, f"tokenizer.ggml.{key}_token_id") for name, key in special.items()}
+    tokens = {name: stated["tokens"][i] for name, i in ids.items() if i is not None}
+    template = _field(reader, "tokenizer.chat_template")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **tokens)
+
+
+def _open(path: Path) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ImportError(f"{path}: reading GGUF needs the gguf package; pip install 'tpaw_jax[gguf]'.") from error
+    try:
+        return GGUFReader(path)
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise ValueError(f"{path}: not a readable GGUF file ({error}).") from error
+
+
+def _field(reader: Any, name: str, default: Any = None) -> Any:
+    field = reader.fields.get(name)
+    return default if field is None else field.contents()

@@ -20,8 +20,7 @@ from jaxtyping import Array, PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tpaw_jax.models import config_json
-from tpaw_jax.models.gguf import GGUFSource
+from tpaw_jax.models import config_json, gguf
 from tpaw_jax.models.transformer import ModelConfig, Transformer
 
 TENSOR_NAMES = {  # flax path: Hugging Face name; {} is the layer, * marks a kernel stored transposed, [out, in]
@@ -126,7 +125,7 @@ def load_pretrained(
     place = resolve(path)
     source: TensorSource
     if place.suffix == ".gguf":
-        source = GGUFSource(place)
+        source = gguf.GGUFSource(place)
         config = source.config
     else:
         config = config_json.from_dict(_read_json(place / "config.json"), str(place / "config.json"))
@@ -184,7 +183,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
     place = resolve(path)
     if place.suffix == ".gguf":
-        return AutoTokenizer.from_pretrained(place.parent, gguf_file=place.name)
+        return gguf.load_tokenizer(place)
     return AutoTokenizer.from_pretrained(place)
 
 
