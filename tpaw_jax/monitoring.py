@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from tpaw_jax import durable
+
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -43,7 +45,7 @@ def open_metrics(directory: Path, round_number: int, step: int, tensorboard: boo
     path = directory / "metrics.jsonl"
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _before(line, round_number, step)]
-        path.write_text("".join(line + "\n" for line in kept))
+        durable.write_bytes(path, "".join(line + "\n" for line in kept).encode())
     if not tensorboard:
         return MetricsLog(path)
     try:
