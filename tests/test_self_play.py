@@ -199,6 +199,7 @@ def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(tmp_path):
 
 
 def test_a_configuration_that_cannot_be_opened_binds_nobody(tmp_path):
+    settings = {"policy.path": "no/model", "mesh.fsdp": 8, "packing.rows_per_batch": 8}
     with pytest.raises(FileNotFoundError, match="no such directory or file"):
-        self_play.run(small_run(tmp_path, **{"policy.path": "no/model"}), lambda _: None)
+        self_play.run(small_run(tmp_path, **settings), lambda _: None)
     assert not (tmp_path / "config.yaml").exists()

@@ -272,6 +272,7 @@ def _write_shards(directory: Path, flat: dict[str, Array], max_shard_bytes: int)
             tensors[hf] = np.ascontiguousarray(tensor.T if TENSOR_NAMES[name].startswith("*") else tensor)
             weight_map[hf] = file
         save_file(tensors, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o644)  # the library writes for its owner alone; servers run as someone else
     if len(plan) > 1:
         total = sum(value.nbytes for value in flat.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
