@@ -200,3 +200,33 @@ def test_the_embedded_demo_data_reads(stories_tokenizer):
     assert len(prompts) == 400
     assert report.skipped == ()
     assert STORIES.is_dir()
+
+
+def test_what_a_template_leads_in_with_ends_the_prompt(smollm2_tokenizer):
+    """Qwen3's template writes an empty block of thought before an assistant's last words."""
+    thinking = CHATML.replace(
+        "{{ m.content }}", "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
+    )
+    template = dataset.make_template(smollm2_tokenizer, DataConfig(chat_template=thinking))
+    whole = smollm2_tokenizer.apply_chat_template([USER, ASSISTANT], chat_template=thinking, tokenize=False)
+    ids = template.prompt_tokens([USER]) + template.target_tokens("Because.")
+    assert smollm2_tokenizer.decode(ids) + "\n" == whole
+    assert smollm2_tokenizer.decode(template.prompt_tokens([USER])).endswith("<think></think>")
+
+
+def test_a_conversation_that_the_template_rejects_names_its_record(tmp_path, smollm2_tokenizer):
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + CHATML
+    system = {"messages": [{"role": "system", "content": "Hm."}, USER, ASSISTANT]}
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": [USER, ASSISTANT]}, system])
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: The chat template rejects .* no system turns"):
+        load([(path,)], smollm2_tokenizer, chat_template=strict)
+    prompts, _, report = load([(path,)], smollm2_tokenizer, chat_template=strict, skip_bad_records=True)
+    assert (len(prompts), len(report.skipped)) == (1, 1)
+
+
+def test_held_out_prompts_are_not_played(tmp_path, stories_tokenizer):
+    path = write_lines(tmp_path / "a.jsonl", records(4))
+    played, held, _ = load([(path, "train", 3.0)], stories_tokenizer, holdout_prompts=2)
+    assert not {p.tobytes() for p in played.prompt_tokens} & {p.tobytes() for p in held.prompt_tokens}
+    with pytest.raises(ValueError, match="is not valid Unicode"):
+        dataset.parse_record({"prompt": "\ud83d", "completion": "x"}, "here")

@@ -242,3 +242,25 @@ assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_hubs_cache_of_links_is_read(tmp_path, stories):
+    snapshot, blobs = tmp_path / "snapshots" / "c0ffee", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (blobs / name[:3]).write_bytes((STORIES / name).read_bytes())
+        (snapshot / name).symlink_to(blobs / name[:3])
+    _, params = models.load_pretrained(snapshot)
+    jax.tree.map(np.testing.assert_array_equal, params, stories[1])
+
+
+def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path, stories):
+    models.save_pretrained(tmp_path / "out", *stories)
+    models.save_pretrained(tmp_path / "out", *stories)
+    (tmp_path / "run" / "ring").mkdir(parents=True)
+    (tmp_path / "file").write_text("mine")
+    for name in ("run", "file", "."):
+        with pytest.raises(ValueError, match="something other than an exported model is there"):
+            models.save_pretrained(tmp_path / name, *stories)
+    assert (tmp_path / "run" / "ring").exists()

@@ -69,6 +69,7 @@ def test_half_written_checkpoints_are_removed_and_damaged_ones_told(tmp_path):
     (tmp_path / "policies" / "00001.orbax-checkpoint-tmp-7").mkdir()
     (tmp_path / "policies" / "00000.removed").mkdir()
     assert ring.open_ring(tmp_path, 3).policies == [0]
+    ring.remove_unfinished(kept)
     assert [p.name for p in (tmp_path / "policies").iterdir()] == ["00000"]
     for file in (tmp_path / "policies" / "00000").rglob("*"):
         if file.is_file():

@@ -115,6 +115,10 @@ def test_a_finished_run_is_left_alone_and_can_be_prolonged(played, tmp_path):
         assert not any("sampling" in line for line in said[:-1])
         with pytest.raises(ValueError, match=r"objective.eta was 6.0, is 1.0"):
             self_play.run(small_run(directory, **{"objective.eta": 1}), said.append)
+        (directory / "data.json").write_text('{"fingerprint": "of other data"}')
+        with pytest.raises(ValueError, match="the run began with other prompts and targets"):
+            self_play.run(small_run(directory), said.append)
+        shutil.copy(played[0] / "data.json", directory)
         longer = self_play.run(small_run(directory, rounds=4), said.append)
     assert [row["players"] for row in longer] == [1, 2, 3, 3]
     assert ring.open_ring(directory / "ring", 3).policies == [2, 3, 4]

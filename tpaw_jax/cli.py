@@ -18,7 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         options.command(options, _overrides(rest))
-    except (FileNotFoundError, ValueError, ImportError, FloatingPointError) as error:
+    except KeyboardInterrupt:
+        print("tpaw: interrupted; the same command goes on from the last finished stage.", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, ImportError, FloatingPointError) as error:
         if options.traceback:
             raise
         print(f"tpaw: {error}", file=sys.stderr)
@@ -29,9 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def play(options: argparse.Namespace, overrides: list[str]) -> None:
     """Run the rounds of self-play of a configuration, or what is left of them."""
     from tpaw_jax import config, self_play
+    from tpaw_jax.models import hub
     from tpaw_jax.monitoring import compile_log
 
     run = config.load(options.config, overrides)
+    if options.export:
+        hub.check_export(options.export)
     with compile_log() as compiled:
         self_play.run(run)
     print(f"Compiled {len(compiled)} programs in {sum(s for _, s in compiled):.0f} s:")
@@ -57,6 +63,7 @@ def generate(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.model:
         overrides = [*overrides, f"policy.path={options.model}"]
     run = config.load(options.config, overrides)
+    Path(options.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     player = session.open_player(run, sharding.make_mesh(run.mesh))
     prompts, _, report = dataset.load(run.data, player.template, run.seed)
     with monitoring.progress("generating", len(prompts), "response") as bar:
@@ -87,7 +94,7 @@ def export_policy(run: Path, round_number: int | None, out: Path) -> None:
     import jax.numpy as jnp
     import yaml
 
-    from tpaw_jax import config, models, ring, sharding
+    from tpaw_jax import config, dataset, models, ring, sharding
     from tpaw_jax.models import hub
 
     if not (run / "config.yaml").exists():
@@ -104,8 +111,14 @@ def export_policy(run: Path, round_number: int | None, out: Path) -> None:
     if wanted not in there:
         raise ValueError(f"{run}: the policy of round {wanted} is not in the ring; it holds {there}.")
     params = ring.restore_policy(opened, wanted, theta_0)
-    tokenizer = hub.load_tokenizer(policy.tokenizer or policy.path)
-    models.save_pretrained(out, architecture, params, tokenizer, hub.load_generation_config(policy.path))
+    template = dataset.make_template(hub.load_tokenizer(policy.tokenizer or policy.path), settings.data)
+    if template.chat is not None:
+        template.tokenizer.chat_template = template.chat
+    generation = hub.load_generation_config(policy.path)
+    stated = generation.get("eos_token_id") or []
+    stops = {template.end_of_turn, *(stated if isinstance(stated, list) else [stated])}
+    generation["eos_token_id"] = sorted(stops) if len(stops) > 1 else template.end_of_turn
+    models.save_pretrained(out, architecture, params, template.tokenizer, generation)
     print(f"The policy of round {wanted} is in {out}, a directory for transformers and vLLM.")
 
 

@@ -28,6 +28,7 @@ class Record:
 
     messages: tuple[Message, ...]
     target: str
+    where: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Template:
     chat: str | None  # None: plain text without turns
     system_prompt: str
     end_of_turn: int
+    lead: str = ""  # what the template writes between its generation prompt and the assistant's words
 
     def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
         """The tokens up to where the assistant speaks, with one BOS where the model has one."""
@@ -48,7 +50,7 @@ class Template:
         if self.system_prompt and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         # The template writes its own BOS, so the tokenizer must not add a second one.
-        return self._encode(_render(self.tokenizer, self.chat, messages, add_generation_prompt=True))
+        return self._encode(_render(self.tokenizer, self.chat, messages, add_generation_prompt=True) + self.lead)
 
     def target_tokens(self, text: str) -> list[int]:
         """The tokens of a response, the end-of-turn token last."""
@@ -81,7 +83,15 @@ def load(config: DataConfig, template: Template, seed: int) -> tuple[Prompts, Pr
     order = np.random.default_rng(seed).permutation(len(records))
     held_out = min(config.holdout_prompts, len(records))
     wanted = len(records) if config.max_prompts == 0 else min(len(records), held_out + config.max_prompts)
-    encoded = [_encode(records[i], template, config) for i in order[:wanted]]
+    encoded = []
+    for i in order[:wanted]:
+        try:
+            encoded.append(_encode(records[i], template, config))
+        except ValueError as error:
+            sentence = f"{records[i].where}: {error}"
+            if not config.skip_bad_records:
+                raise ValueError(sentence) from error
+            skipped.append(sentence)
     if len(encoded) <= held_out:
         raise ValueError(
             f"data.sources: {len(records)} usable records leave no prompt to train on "
@@ -99,8 +109,11 @@ def load(config: DataConfig, template: Template, seed: int) -> tuple[Prompts, Pr
         skipped=tuple(skipped),
         fingerprint=_fingerprint(prompts),
     )
-    indices = np.arange(len(encoded))
-    return prompts.take(indices[held_out:]), prompts.take(indices[:held_out]), report
+    kept_out = {prompts.prompt_tokens[i].tobytes() for i in range(held_out)}
+    played = [i for i in range(held_out, len(prompts)) if prompts.prompt_tokens[i].tobytes() not in kept_out]
+    if not played:
+        raise ValueError("data.sources: every prompt to train on also stands among the held-out ones.")
+    return prompts.take(played), prompts.take(range(held_out)), report
 
 
 def make_template(tokenizer: Any, config: DataConfig) -> Template:
@@ -122,7 +135,7 @@ def make_template(tokenizer: Any, config: DataConfig) -> Template:
             )
     else:
         chat = _template_text(config.chat_template)
-    return Template(tokenizer, chat, config.system_prompt, _end_of_turn(tokenizer, chat))
+    return Template(tokenizer, chat, config.system_prompt, *_turn_marks(tokenizer, chat))
 
 
 def read_source(source: SourceConfig) -> Iterator[tuple[str, Any]]:
@@ -184,7 +197,7 @@ def _mixed(source: SourceConfig, number: int, skip: bool, skipped: list[str], se
         try:
             if isinstance(raw, ValueError):
                 raise raw
-            records.append(parse_record(raw, where))
+            records.append(dataclasses.replace(parse_record(raw, where), where=where))
         except ValueError as error:
             if not skip:
                 raise
@@ -225,6 +238,8 @@ def _conversation(turns: Any, where: str) -> Record:
 def _messages(turns: Any, where: str) -> list[Message]:
     if not isinstance(turns, list | tuple):
         raise ValueError(f"{where}: a list of turns was expected, not {type(turns).__name__}.")
+    empty_system = lambda turn: isinstance(turn, dict) and turn.get("role") == "system" and turn.get("content") == ""
+    turns = [turn for turn in turns if not empty_system(turn)]
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise ValueError(f"{where}, turn {i}: a turn needs the text fields 'role' and 'content'.")
@@ -248,6 +263,10 @@ def _text(fields: dict[str, Any], name: str, where: str, optional: bool = False)
         raise ValueError(f"{where}: the field '{name}' is {type(value).__name__}, text was expected.")
     if not value.strip():
         raise ValueError(f"{where}: the field '{name}' is empty.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: the field '{name}' is not valid Unicode ({error}).") from error
     return value
 
 
@@ -292,8 +311,12 @@ def _render(tokenizer: Any, chat: str, messages: Sequence[Message], **options: A
         raise ValueError(f"The chat template rejects a conversation with the turns {roles}: {error}.") from error
 
 
-def _end_of_turn(tokenizer: Any, chat: str) -> int:
-    """The token that the template writes right after an assistant's words."""
+def _turn_marks(tokenizer: Any, chat: str) -> tuple[int, str]:
+    """The token that the template writes right after an assistant's words, and the text it leads in with, if any.
+
+    Qwen3, for one, leads in with an empty `<think>` block; it then stands at the end of every prompt, so that what is
+    sampled and what is trained begin alike.
+    """
     marker = "assistant's words"
     turns = [{"role": "user", "content": "user's words"}, {"role": "assistant", "content": marker}]
     before, found, after = _render(tokenizer, chat, turns).rpartition(marker)
@@ -306,10 +329,10 @@ def _end_of_turn(tokenizer: Any, chat: str) -> int:
     ids = tokenizer.encode(after, add_special_tokens=False)
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     if ids and ids[0] in special:
-        return ids[0]
+        return ids[0], before[len(opening) :]
     if tokenizer.eos_token_id is None:
         raise ValueError("The chat template ends no turn with a special token, and the tokenizer has no EOS token.")
-    return tokenizer.eos_token_id
+    return tokenizer.eos_token_id, before[len(opening) :]
 
 
 def _template_text(given: str) -> str:

@@ -121,6 +121,8 @@ def manifest(round_number: int, rounds: int, facts: dict[str, Any]) -> str:
 
 def table(columns: Sequence[dict[str, Any]]) -> str:
     """One column a record, one line a field; numbers to four significant digits."""
+    if not columns:
+        return "  (no finished round)"
     names = list(dict.fromkeys(name for column in columns for name in column))
     lines = [[name, *(_cell(column.get(name)) for column in columns)] for name in names]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]

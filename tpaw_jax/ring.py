@@ -38,13 +38,18 @@ class Ring:
 
 
 def open_ring(directory: Path, n_max: int) -> Ring:
-    """The ring of a run directory; what a killed process left half-written is removed."""
+    """The ring of a run directory, which another process may be writing to."""
     for kind in ("policies", "training"):
         (directory / kind).mkdir(parents=True, exist_ok=True)
-        for path in (directory / kind).iterdir():
-            if not re.fullmatch(r"\d{5}|\d{5}_\d{8}", path.name):
-                shutil.rmtree(path)
     return Ring(directory.absolute(), n_max, ocp.StandardCheckpointer())
+
+
+def remove_unfinished(ring: Ring) -> None:
+    """Remove what a killed process left half-written. For the one process that plays the run."""
+    for kind in ("policies", "training"):
+        for path in (ring.directory / kind).iterdir():
+            if path.is_dir() and not re.fullmatch(r"\d{5}|\d{5}_\d{8}", path.name):
+                shutil.rmtree(path)
 
 
 def push(ring: Ring, params: PyTree[Array], round_number: int) -> None:

@@ -25,6 +25,7 @@ from tpaw_jax import (
     ring,
     sampling,
     scoring,
+    sharding,
     train_step,
     triplets,
 )
@@ -59,8 +60,8 @@ def run(config: RunConfig, say: Say = print) -> list[dict[str, Any]]:
         with watch.time("training"):
             policy, trained = train(session, rows, scores, players, policy, t)
         with watch.time("ring"):
-            ring.push(session.ring, policy, t + 1)
             _finish_round(session, store, rows, players, trained, watch.seconds, t)
+            ring.push(session.ring, policy, t + 1)
     ring.settle(session.ring)
     table = rounds_table(session.directory, config.rounds)
     say(monitoring.table(table))
@@ -136,9 +137,6 @@ def train(
     ]
     rates = train_step.learning_rates(c.train, t, len(plan))
     before = held_out_log_prob(session, policy)
-    state, first = _first_state(session, policy, t)
-    del policy  # the step donates it
-    log = monitoring.open_metrics(session.directory, t, first, c.tensorboard)
     most = -(-c.train.batch_triplets // c.packing.rows_per_batch)
 
     def inputs(step: int, tolerance: float, dry_run: bool = False) -> tuple[Any, ...]:
@@ -146,7 +144,9 @@ def train(
         lam = of_round(c.objective.lam, t)
         return *batch, StepScalars(rates[step], np.float32(lam), np.float32(tolerance), np.bool_(dry_run))
 
-    state, noise = _measure_noise(session, state, inputs, t)
+    state, first, noise = _first_state(session, policy, inputs, t)
+    del policy  # the step donates it
+    log = monitoring.open_metrics(session.directory, t, first, c.tensorboard)
     tolerance = 2 * noise if c.objective.tolerance < 0 else c.objective.tolerance
     record = StepRecorder(session, log, players, t)
     pending: tuple[int, Any, dict[str, Array]] | None = None
@@ -188,32 +188,26 @@ def rounds_table(directory: Path, rounds: int) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
-def _first_state(session: Session, policy: PyTree[Array], t: int) -> tuple[TrainState, int]:
-    """A fresh training state, or the saved one of this round, and the step to go on from."""
-    fresh = train_step.init_state(policy, session.optimizer, session.mesh)
+def _first_state(
+    session: Session, policy: PyTree[Array], inputs: Callable[..., tuple[Any, ...]], t: int
+) -> tuple[TrainState, int, float]:
+    """A fresh training state or the saved one of this round, the step to go on from, and the noise of the scores.
+
+    The noise is how far the train step's program and the newest player's scores disagree while theta = theta_t, nats
+    times lam: the largest |P_t| of the first step, computed by the compiled step itself with nothing updated. It is 0
+    where both round alike. It is measured anew when a round goes on, since the machine may be another.
+    """
+    state = train_step.init_state(policy, session.optimizer, session.mesh)
+    state, metrics = session.step(state, *inputs(0, 0.0, dry_run=True))
+    noise = float(metrics["newest_max_abs_reward"])
+    noise = noise if np.isfinite(noise) else 0.0
     saved = [step for round_number, step in session.ring.training_states if round_number == t]
     if not saved:
-        return fresh, 0
+        return state, 0, noise
     session.say(f"Round {t}: training goes on after step {saved[-1]}.")
-    return ring.restore_training(session.ring, t, saved[-1], fresh), saved[-1]
-
-
-def _measure_noise(
-    session: Session, state: TrainState, inputs: Callable[..., tuple[Any, ...]], t: int
-) -> tuple[TrainState, float]:
-    """How far the train step's program and the newest player's scores disagree while theta = theta_t, nats times lam.
-
-    One micro-batch through the step's own program, nothing updated: P_t would be exactly 0. Kept on disk, so that a run
-    that goes on in the middle of training uses the same tolerance.
-    """
-    path = triplets.round_directory(session.directory, t) / "noise.json"
-    if path.exists():
-        return state, json.loads(path.read_text())["max_abs_reward"]
-    batch, scores, _, scalars = inputs(0, 0.0, dry_run=True)
-    state, metrics = session.step(state, batch, scores, np.int32(1), scalars)
-    noise = float(metrics["newest_max_abs_reward"])
-    durable.write_json(path, {"max_abs_reward": noise})
-    return state, noise
+    like = sharding.abstract(state)
+    del state  # two states at once may not fit
+    return ring.restore_training(session.ring, t, saved[-1], like), saved[-1], noise
 
 
 @dataclasses.dataclass
@@ -245,7 +239,8 @@ class StepRecorder:
             durable.write_arrays(path, log_probs=scores.log_probs, **dataclasses.asdict(batch))
             raise FloatingPointError(
                 f"Round {self.round}, step {step}: the loss or gradient was not finite in {limit} steps in a row. The "
-                f"last batch is saved in {path}. Lower train.learning_rate, or look at the data of that batch."
+                f"last batch is saved in {path}. Look at the data of that batch, or begin again in another directory "
+                "with a lower train.learning_rate."
             )
 
 

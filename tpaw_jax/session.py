@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ class Session:
     sampler: sampling.Sampler
     scorer: scoring.Scorer
     optimizer: optax.GradientTransformation
-    step: TrainStep
+    step: train_step.TrainStep
     ring: ring.Ring
     like: PyTree[jax.ShapeDtypeStruct]
     say: Say
@@ -67,6 +68,9 @@ def open_session(config: RunConfig, say: Say) -> tuple[Session, PyTree[Array]]:
     say(_data_lines(report, prompts, held_out))
 
     longest = max(map(len, prompts.prompt_tokens)) + config.sampling.max_new_tokens
+    longest = max(
+        longest, *(len(x) + len(y) for x, y in zip(prompts.prompt_tokens, prompts.target_tokens, strict=True))
+    )
     context = player.model.config.max_position_embeddings
     if longest > context:
         say(f"Warning: sequences of up to {longest} tokens exceed the {context} positions the model was made for.")
@@ -87,8 +91,11 @@ def open_session(config: RunConfig, say: Say) -> tuple[Session, PyTree[Array]]:
         like=sharding.abstract(policy),
         say=say,
     )
+    _check_same_data(directory, report.fingerprint)
     # Stored only now: a configuration that could not be opened binds nobody.
     durable.write_bytes(directory / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+    durable.write_json(directory / "data.json", {"fingerprint": report.fingerprint})
+    ring.remove_unfinished(session.ring)
     return session, _first_policy(session, policy)
 
 
@@ -98,7 +105,7 @@ def open_player(config: RunConfig, mesh: Mesh) -> Player:
     template = dataset.make_template(hub.load_tokenizer(c.tokenizer or c.path), config.data)
     architecture, params = models.load_pretrained(c.path, dtype, sharding.param_sharder(mesh))
     model = models.Transformer(architecture, jnp.dtype(c.compute_dtype), dtype, c.remat)
-    stated = hub.load_generation_config(c.path).get("eos_token_id", [])
+    stated = hub.load_generation_config(c.path).get("eos_token_id") or []
     stops = {template.end_of_turn, *(stated if isinstance(stated, list) else [stated])}
     sampler = sampling.make_sampler(sampling.decoder_of(model), config.sampling, sorted(stops), mesh)
     return Player(model, params, template, sampler)
@@ -124,15 +131,28 @@ def _check_unchanged(directory: Path, config: RunConfig) -> None:
         )
 
 
+def _check_same_data(directory: Path, fingerprint: str) -> None:
+    """Check that a run goes on with the tokens it began with.
+
+    Raises:
+        ValueError: records, template or tokenizer have changed.
+    """
+    path = directory / "data.json"
+    if path.exists() and json.loads(path.read_text())["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"{path}: the run began with other prompts and targets; the data files, the chat template or the tokenizer "
+            "have changed since. Put them back, or choose another directory."
+        )
+
+
 def _first_policy(session: Session, theta_0: PyTree[Array]) -> PyTree[Array]:
     """theta_0 pushed as the first player, or the newest policy of a run that goes on."""
     if not session.ring.policies:
         ring.push(session.ring, theta_0, 0)
         ring.settle(session.ring)
-    newest = session.ring.policies[-1]
-    if newest == 0:
         return theta_0
-    session.say(f"The run goes on with the policy of round {newest}.")
+    newest = session.ring.policies[-1]
+    session.say(f"The run goes on with theta_{newest}.")
     return ring.restore_policy(session.ring, newest, session.like)
 
 

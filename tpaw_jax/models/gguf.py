@@ -99,6 +99,8 @@ class GGUFSource:
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192,
             }
+        elif (kind := get("rope.scaling.type")) not in (None, "none"):
+            fields["rope_scaling"] = {"rope_type": kind}  # refused below, by name
         config = from_dict(fields, str(self.path))
         self._check_rope_factors(config)
         return config

@@ -71,10 +71,11 @@ class SafetensorsSource:
                 f"{directory}: neither model.safetensors nor {INDEX_FILE} is there; "
                 "pickled .bin checkpoints are never loaded, convert them to safetensors first."
             )
+        for name, path in shards.items():  # by name only: the hub's cache holds links to files elsewhere
+            if path.parent != directory or path.name in ("", ".."):
+                raise ValueError(f"{index}: the shard of '{name}' lies outside the directory: {path}.")
         opened = {path: _open_shard(path) for path in sorted(set(shards.values()))}
         for name, path in shards.items():
-            if path.resolve().parent != directory.resolve():
-                raise ValueError(f"{index}: the shard of '{name}' lies outside the directory: {path}.")
             if name not in opened[path].keys():  # noqa: SIM118 (safe_open has no __contains__)
                 raise ValueError(f"{path}: the tensor '{name}' is missing, though {INDEX_FILE} places it there.")
         self._slices = {name: opened[path].get_slice(name) for name, path in shards.items()}
@@ -153,9 +154,12 @@ def save_pretrained(
 ) -> Path:
     """Write a directory that transformers and vLLM load: config, safetensors shards, generation config, tokenizer.
 
-    The directory appears whole or not at all: it is written aside and renamed; one that is there is replaced.
+    The directory appears whole or not at all: it is written aside and renamed. Only an earlier export is replaced.
+
+    Raises:
+        ValueError: something else is at `path`; nothing is touched.
     """
-    path = Path(path)
+    path = check_export(path)
     aside = path.with_name(path.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -174,6 +178,21 @@ def save_pretrained(
     if path.exists():
         shutil.rmtree(path)
     aside.rename(path)
+    return path
+
+
+def check_export(path: str | Path) -> Path:
+    """The place of an export, made absolute.
+
+    Raises:
+        ValueError: something that is not an earlier export is there.
+    """
+    path = Path(path).absolute()
+    if path.exists():
+        names = {p.name for p in path.iterdir()} if path.is_dir() else {""}
+        earlier = {"config.json", "generation_config.json"} <= names and not any((path / n).is_dir() for n in names)
+        if names and not earlier:
+            raise ValueError(f"{path}: something other than an exported model is there; choose another directory.")
     return path
 
 
