@@ -1,0 +1,39 @@
+"""Metrics that survive kills, TensorBoard, and tables people can read."""
+
+import json
+
+import numpy as np
+
+from tpaw_jax import monitoring
+
+
+def test_records_from_the_resumed_step_on_are_dropped_and_a_torn_line_too(tmp_path):
+    log = monitoring.open_metrics(tmp_path, 0, 0, tensorboard=False)
+    for round_number, step in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2)):
+        log.write(round=round_number, step=step, loss=float(step))
+    with log.path.open("a") as file:
+        file.write('{"round": 1, "st')
+    monitoring.open_metrics(tmp_path, 1, 1, tensorboard=False)
+    kept = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert [(r["round"], r["step"]) for r in kept] == [(0, 0), (0, 1), (1, 0)]
+    assert monitoring.read_metrics(tmp_path, 1) == [{"round": 1, "step": 0, "loss": 0.0}]
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    log = monitoring.open_metrics(tmp_path, 0, 0, tensorboard=True)
+    log.write(round=0, step=3, loss=1.5)
+    log.tensorboard.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"round_0/loss" in events.read_bytes()
+
+
+def test_missing_players_leave_no_metrics():
+    metrics = {"loss": np.float32(2), "player/beta": np.array([0.75, 0.25, 0.0], np.float32)}
+    record = monitoring.step_record(metrics, players=[4, 3])
+    assert record == {"loss": 2.0, "player_4/beta": 0.75, "player_3/beta": 0.25}
+
+
+def test_tables_have_one_column_a_record():
+    text = monitoring.table([{"round": 0, "loss": 0.693147}, {"round": 1, "loss": None}])
+    assert text.splitlines() == ["  round       0  1", "  loss   0.6931  -"]
+    assert "no finished round" in monitoring.table([])
