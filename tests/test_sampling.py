@@ -46,6 +46,21 @@ def test_text_does_not_depend_on_slots_order_or_company(stories, prompts, temper
     np.testing.assert_array_equal(alone.tokens[0], reference.tokens[7])
 
 
+def test_every_request_round_and_seed_has_its_own_stream(stories, prompts):
+    twins = prompts.take([7, 7])
+    apart = type(twins)(np.array([100, 101], np.int32), twins.prompt_tokens, twins.target_tokens)
+    sampler = sampling.make_sampler(
+        sampling.decoder_of(Transformer(stories[0])), SamplingConfig(max_new_tokens=12, slots=2, prefill_rows=2), ()
+    )
+    draw = lambda who, seed, t: sampling.generate(sampler, stories[1], who, seed=seed, round_number=t).tokens
+    first, second = draw(apart, 0, 0)
+    assert first.tolist() != second.tolist()  # one prompt under two ids
+    assert first.tolist() == draw(apart, 0, 0)[0].tolist()
+    assert first.tolist() != draw(apart, 0, 1)[0].tolist()
+    assert first.tolist() != draw(apart, 1, 0)[0].tolist()
+    assert len(set(first.tolist())) > 3  # and every token of a response its own number
+
+
 def test_cached_decoding_equals_recomputing_the_sequence(stories, prompts):
     model = Transformer(stories[0])
     twin = sampling.decoder_from_apply_fn(lambda p, tokens: model.apply({"params": p}, tokens))

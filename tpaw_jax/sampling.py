@@ -323,8 +323,3 @@ def _collect(state: DecodeState, occupant: list[int | None]) -> dict[int, tuple[
 def _bucket(length: int, smallest: int = 32) -> int:
     """The next power of two, so that few prefill programs serve all prompts."""
     return max(smallest, 1 << (length - 1).bit_length())
-
-
-def token_count(generations: Generations) -> int:
-    """Tokens of all responses."""
-    return sum(len(tokens) for tokens in generations.tokens)
