@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook
 
 # Every annotated array of these modules is checked for its dtype and shape in every test. Modules that define pytrees
 # are left out: JAX builds those from placeholders too.
-for module in ("objective", "logprobs", "scoring", "models.attention"):
+for module in ("objective", "logprobs", "scoring", "models.attention", "models.tile_attention"):
     install_import_hook(f"tpaw_jax.{module}", "beartype.beartype")
 
 import numpy as np

@@ -12,6 +12,7 @@ ORDER = [  # a file imports only from files above it
     "objective",
     "sharding",
     "models.attention",
+    "models.tile_attention",
     "models.cache",
     "models.transformer",
     "models.config_json",

@@ -5,12 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from plain import pair_log_probs, pair_loss, triplets_of
 
-from tpaw_jax import logprobs, packing
-from tpaw_jax.config import ObjectiveConfig, PackingConfig
+from tpaw_jax import logprobs, packing, sharding
+from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig
 from tpaw_jax.models import Transformer
-from tpaw_jax.models.attention import attend
+from tpaw_jax.models.attention import EINSUM, Visibility, attend, visible
+from tpaw_jax.models.tile_attention import key_widths, plan, tile_attention
 from tpaw_jax.train_step import StepScalars, _triplets
 from tpaw_jax.types import TeamScores
 
@@ -23,7 +26,7 @@ def packed(stories):
     window = rounds[::-1]
     trees = packing.trees_of_window(prompts, window, packing.first_sources(prompts, rounds))
     rows = packing.pack(trees, PackingConfig(row_length=160, max_responses_per_row=12))
-    return Transformer(stories[0]), stories[1], prompts, window, rows
+    return Transformer(stories[0], attention=tile_attention()), stories[1], prompts, window, rows
 
 
 def noisy(params, seed):
@@ -76,30 +79,112 @@ def test_another_models_apply_fn_gives_the_same_log_probs(packed):
 
     def apply_fn(params, tokens, positions, mask):
         """The same transformer, written against a dense mask."""
-        from unittest import mock
-
-        with mock.patch("tpaw_jax.models.transformer.visible", return_value=mask):
-            return model.apply({"params": params}, tokens, positions)
+        dense = model.clone(attention=EINSUM._replace(prepare=lambda _: mask))
+        return dense.apply({"params": params}, tokens, positions)
 
     ours = logprobs.make_log_prob_fn(model, 64)(params, rows.batch)
     theirs = logprobs.from_apply_fn(apply_fn)(params, rows.batch)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
-def test_the_chunked_head_never_holds_the_logits_of_a_row():
+def head_inputs(vocabulary, predictions=40, features=16, rows=2):
+    rng = np.random.default_rng(0)
+    hidden, table = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((rows, predictions, features), (vocabulary, features))
+    )
+    labels = jnp.asarray(rng.integers(0, vocabulary, (rows, predictions)), jnp.int32)
+    live = jnp.arange(predictions) < jnp.array([[23], [11]])
+    return hidden, table, labels, live
+
+
+def full_head(hidden, table, labels, live):
+    log_probs = jax.nn.log_softmax(hidden @ table.T)
+    return jnp.where(live, jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0], 0)
+
+
+@pytest.mark.parametrize("vocabulary", [100, 1024, 2500])  # below a block, a block, and two and a half
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_the_blockwise_head_and_its_gradients_equal_full_logits(vocabulary, chunk):
+    hidden, table, labels, live = head_inputs(vocabulary)
+    weight = jnp.sin(jnp.arange(live.size)).reshape(live.shape)
+    ours = lambda h, t: jnp.sum(weight * logprobs.token_log_probs(h, t, labels, live, chunk))
+    plain = lambda h, t: jnp.sum(weight * full_head(h, t, labels, live))
+    found, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, table) for f in (ours, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+def test_the_blockwise_head_never_holds_the_logits_of_a_row():
     vocabulary, predictions, features = 8192, 1024, 32
-    table = jnp.zeros((vocabulary, features))
-    hidden = jnp.zeros((2, predictions, features))
+    hidden, table = jnp.zeros((2, predictions, features)), jnp.zeros((vocabulary, features))
     labels, live = jnp.zeros((2, predictions), jnp.int32), jnp.ones((2, predictions), bool)
 
-    def peak(chunk):
-        loss = lambda h, t: logprobs.token_log_probs(h, t, labels, live, chunk).sum()
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, table).compile()
+    def peak(head):
+        compiled = jax.jit(jax.grad(lambda h, t: head(h, t).sum(), argnums=(0, 1))).lower(hidden, table).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     logits = 2 * predictions * vocabulary * 4
-    assert peak(64) < logits / 4
-    assert peak(predictions) > logits
+    assert peak(lambda h, t: logprobs.token_log_probs(h, t, labels, live, 64)) < logits / 16
+    assert peak(lambda h, t: full_head(h, t, labels, live)) > logits
+
+
+def random_trees(rng, rows, length):
+    """Segment and branch ids of rows packed with trees of up to four branches, with padding at the end."""
+    segments, branches = np.zeros((2, rows, length), np.int32)
+    for row in range(rows):
+        place, segment = 0, 0
+        while place < length - rng.integers(1, 1 + length // 4):
+            segment += 1
+            for branch in range(rng.integers(1, 6)):
+                run = slice(place, min(length, place + int(rng.integers(1, 90))))
+                segments[row, run], branches[row, run] = segment, branch
+                place = run.stop
+    return jnp.asarray(segments), jnp.asarray(branches)
+
+
+@settings(deadline=None, max_examples=12)
+@given(seed=st.integers(0, 10**6), length=st.sampled_from([40, 200, 333]), grouped=st.booleans())
+def test_tiles_and_their_gradients_equal_the_dense_mask(seed, length, grouped):
+    rng = np.random.default_rng(seed)
+    rows, heads, kv_heads, size = 2, 4, 2 if grouped else 4, 8
+    segments, branches = random_trees(rng, rows, length)
+    visibility = Visibility(segments, branches)
+    arrays = [rng.normal(size=(rows, length, n, size)) for n in (heads, kv_heads, kv_heads, heads)]
+    q, k, v, weight = (jnp.asarray(a, jnp.float32) for a in arrays)
+    weight *= (segments > 0)[..., None, None]  # what padding sees is nobody's business
+
+    def value_and_gradients(attention):
+        context = attention.prepare(visibility)
+        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(weight * attention.attend(*x, context)), (0, 1, 2)))
+
+    found, expected = (value_and_gradients(a)(q, k, v) for a in (tile_attention(), EINSUM))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)
+
+
+def test_tiles_see_what_the_mask_keeps_and_little_more():
+    segments, branches = random_trees(np.random.default_rng(1), 1, 1024)
+    tiles = plan(Visibility(segments, branches))
+    widths, bounds = key_widths(1024), np.asarray(tiles.bounds)
+    computed = sum(64 * width * int(n) for width, n in zip(widths, np.diff(bounds), strict=True))
+    assert int(tiles.tile.queries[: bounds[-1]].sum()) == int((segments > 0).sum())
+    assert computed < 1024 * 1024 / 4  # the dense mask computes every pair
+    needed = int((visible(Visibility(segments, branches)) & (segments > 0)[:, :, None]).sum())
+    assert computed >= needed
+
+
+def test_tiles_on_eight_devices_are_those_of_one():
+    rng = np.random.default_rng(0)
+    segments, branches = random_trees(rng, 8, 128)
+    visibility = Visibility(segments, branches)
+    q, k, v = (jnp.asarray(rng.normal(size=(8, 128, n, 8)), jnp.float32) for n in (4, 2, 2))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    found = []
+    for attention in (tile_attention(), tile_attention(mesh)):
+
+        def loss(q, k, v, attention=attention):
+            return jnp.sum(attention.attend(q, k, v, attention.prepare(visibility)) ** 2)
+
+        found.append(jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *found)
 
 
 def test_attention_equals_a_plain_softmax_over_repeated_heads():

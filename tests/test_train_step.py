@@ -12,6 +12,7 @@ from conftest import random_prompts
 from tpaw_jax import logprobs, packing, scoring, sharding, train_step
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainConfig
 from tpaw_jax.models import Transformer
+from tpaw_jax.models.tile_attention import tile_attention
 from tpaw_jax.train_step import StepScalars
 from tpaw_jax.types import TeamScores
 
@@ -21,7 +22,8 @@ def setup(stories, devices=1, rows_per_batch=2, most=4, compute=jnp.float32, rem
     trees = packing.trees_of_window(prompts, rounds[::-1], packing.first_sources(prompts, rounds))
     rows = packing.pack(trees, PackingConfig(row_length=128, max_responses_per_row=12))
     mesh = sharding.make_mesh(MeshConfig(fsdp=devices), jax.devices()[:devices])
-    log_prob_fn = logprobs.make_log_prob_fn(Transformer(stories[0], dtype=compute, remat=remat), 64)
+    model = Transformer(stories[0], dtype=compute, remat=remat, attention=tile_attention(mesh))
+    log_prob_fn = logprobs.make_log_prob_fn(model, 64)
     config = TrainConfig(**{"optimizer": "adamw", "epsilon": 1e-4, **train})
     optimizer = train_step.make_optimizer(config)
     params = jax.device_put(stories[1], sharding.param_shardings(stories[1], mesh))

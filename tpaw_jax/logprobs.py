@@ -6,16 +6,22 @@ float32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from tpaw_jax.models.attention import Visibility, visible
 from tpaw_jax.models.transformer import Transformer, head_table
 from tpaw_jax.types import TreeBatch
+
+VOCABULARY_BLOCK = 1024
+"""Logits of one prediction that exist at a time: their matmul is as fast as that of all, and they stay in the cache."""
 
 LogProbFn = Callable[[PyTree[Array], TreeBatch], Float[Array, "B R"]]
 """(params, batch) -> summed log-prob of every response, nats: what scoring and the train step ask of a model."""
@@ -60,38 +66,117 @@ def from_apply_fn(apply_fn: ApplyFn) -> LogProbFn:
     return log_prob_fn
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def token_log_probs(
     hidden: Float[Array, "B P D"],
     table: Float[Array, "V D"],
     labels: Int[Array, "B P"],
-    live: Any,
+    live: Bool[Array, "B P"],
     chunk: int,
 ) -> Float[Array, "B P"]:
-    """log softmax(hidden table^T)[labels], nats, float32; 0 where `live` [B, P] is False.
+    """log softmax(hidden table^T)[labels], nats, float32; 0 where `live` is False.
 
-    The logits of one chunk at a time exist, forward and backward; a chunk without a live prediction in any row is
-    skipped, which makes padding at the end of the rows nearly free.
+    Only `chunk` predictions of each row times `VOCABULARY_BLOCK` logits exist at a time: the forward pass keeps the
+    log-sum-exp, from which the backward pass computes each block again. Chunks after the last live prediction cost
+    nothing, so padding at the end of the rows is nearly free.
     """
-    rows, predictions, _ = hidden.shape
+    return _head_forward(hidden, table, labels, live, chunk)[0]
+
+
+def _head_forward(hidden, table, labels, live, chunk):
+    hidden_nMD, labels_nM, live_nM = (_chunks(x, chunk) for x in (hidden, labels, live))
+    blocks, block = _vocabulary_blocks(table)
+
+    def one_chunk(n, carry):
+        def one_block(i, carry):
+            top_M, total_M, picked_M = carry
+            logits_Mv, label_Mv, _, _ = _logits(table, hidden_nMD[n], labels_nM[n], i, block)
+            new_top_M = jnp.maximum(top_M, jnp.max(logits_Mv, axis=-1))
+            total_M = total_M * jnp.exp(top_M - new_top_M) + jnp.sum(jnp.exp(logits_Mv - new_top_M[:, None]), axis=-1)
+            return new_top_M, total_M, picked_M + jnp.sum(jnp.where(label_Mv, logits_Mv, 0), axis=-1)
+
+        zeros_M = jnp.zeros(labels_nM.shape[1:], jnp.float32)
+        top_M, total_M, picked_M = lax.fori_loop(0, blocks, one_block, (zeros_M - jnp.inf, zeros_M, zeros_M))
+        lse_M = top_M + jnp.log(total_M)
+        log_probs_nM, lse_nM = carry
+        return log_probs_nM.at[n].set(jnp.where(live_nM[n], picked_M - lse_M, 0)), lse_nM.at[n].set(lse_M)
+
+    zeros_nM = jnp.zeros(labels_nM.shape, jnp.float32)
+    log_probs_nM, lse_nM = lax.fori_loop(0, _live_chunks(live_nM), one_chunk, (zeros_nM, zeros_nM))
+    return _rows(log_probs_nM, live.shape), (hidden, table, labels, live, lse_nM)
+
+
+def _head_backward(chunk, saved, gradient):
+    hidden, table, labels, live, lse_nM = saved
+    gradient = jnp.where(live, gradient, 0).astype(jnp.float32)
+    hidden_nMD, labels_nM, gradient_nM = (_chunks(x, chunk) for x in (hidden, labels, gradient))
+    blocks, block = _vocabulary_blocks(table)
+    matmul = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def one_chunk(n, carry):
+        d_hidden_nMD, d_table_VD = carry
+
+        def one_block(i, carry):
+            d_hidden_MD, d_table_VD = carry
+            logits_Mv, label_Mv, table_vD, start = _logits(table, hidden_nMD[n], labels_nM[n], i, block)
+            d_logits_Mv = (label_Mv - jnp.exp(logits_Mv - lse_nM[n][:, None])) * gradient_nM[n][:, None]
+            d_logits_Mv = d_logits_Mv.astype(hidden.dtype)
+            d_hidden_MD += matmul("mv,vd->md", d_logits_Mv, table_vD)
+            d_table_vD = lax.dynamic_slice_in_dim(d_table_VD, start, block)
+            d_table_vD += matmul("mv,md->vd", d_logits_Mv, hidden_nMD[n])
+            return d_hidden_MD, lax.dynamic_update_slice_in_dim(d_table_VD, d_table_vD, start, axis=0)
+
+        zeros_MD = jnp.zeros(hidden_nMD.shape[1:], jnp.float32)
+        d_hidden_MD, d_table_VD = lax.fori_loop(0, blocks, one_block, (zeros_MD, d_table_VD))
+        return d_hidden_nMD.at[n].set(d_hidden_MD), d_table_VD
+
+    zeros = jnp.zeros(hidden_nMD.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32)
+    d_hidden_nMD, d_table_VD = lax.fori_loop(0, _live_chunks(_chunks(live, chunk)), one_chunk, zeros)
+    no_gradient = [np.zeros(x.shape, jax.dtypes.float0) for x in (labels, live)]
+    return _rows(d_hidden_nMD, hidden.shape).astype(hidden.dtype), d_table_VD.astype(table.dtype), *no_gradient
+
+
+token_log_probs.defvjp(_head_forward, _head_backward)
+
+
+def _logits(table, hidden_MD, labels_M, i, block):
+    """Block i of the logits, where in it the labels are, and its part of the table with the place where it starts.
+
+    The last block starts early enough to be whole; what it shares with the one before is masked.
+    """
+    start = jnp.minimum(i * block, table.shape[0] - block)
+    table_vD = lax.dynamic_slice_in_dim(table, start, block)
+    logits_Mv = jnp.einsum("md,vd->mv", hidden_MD, table_vD, preferred_element_type=jnp.float32)
+    token_v = start + jnp.arange(block)
+    if table.shape[0] % block:
+        logits_Mv = jnp.where(token_v >= i * block, logits_Mv, -jnp.inf)
+    return logits_Mv, (token_v == labels_M[:, None]) & (token_v >= i * block), table_vD, start
+
+
+def _vocabulary_blocks(table: Array) -> tuple[int, int]:
+    """How many blocks the vocabulary is cut into, and how long they are."""
+    block = min(VOCABULARY_BLOCK, table.shape[0])
+    return -(-table.shape[0] // block), block
+
+
+def _chunks(x: Shaped[Array, "B P *rest"], chunk: int) -> Shaped[Array, "n M *rest"]:
+    """Cut the predictions into chunks, each with all rows' predictions on one axis M."""
+    rows, predictions, *rest = x.shape
     chunk = min(chunk, predictions)
-    padding = -predictions % chunk
-    split = lambda x: jnp.moveaxis(
-        jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)).reshape(rows, -1, chunk, *x.shape[2:]), 1, 0
-    )
+    x = jnp.pad(x, [(0, 0), (0, -predictions % chunk)] + [(0, 0)] * len(rest))
+    return jnp.moveaxis(x.reshape(rows, -1, chunk, *rest), 1, 0).reshape(-1, rows * chunk, *rest)
 
-    def compute(hidden_BcD, labels_Bc, live_Bc, table):
-        logits_BcV = jnp.einsum("bcd,vd->bcv", hidden_BcD, table, preferred_element_type=jnp.float32)
-        picked_Bc = jnp.take_along_axis(logits_BcV, labels_Bc[..., None], axis=-1)[..., 0]
-        return jnp.where(live_Bc, picked_Bc - jax.nn.logsumexp(logits_BcV, axis=-1), 0.0)
 
-    @jax.checkpoint
-    def one_chunk(table, hidden_BcD, labels_Bc, live_Bc):
-        skipped = lambda *_: jnp.zeros(labels_Bc.shape, jnp.float32)
-        return jax.lax.cond(jnp.any(live_Bc), compute, skipped, hidden_BcD, labels_Bc, live_Bc, table)
+def _rows(x: Shaped[Array, "n M *rest"], shape: tuple[int, ...]) -> Shaped[Array, "B P *rest"]:
+    """What `_chunks` has cut, put together again."""
+    rows, predictions, *rest = shape
+    x = jnp.moveaxis(x.reshape(len(x), rows, -1, *rest), 0, 1)
+    return x.reshape(rows, -1, *rest)[:, :predictions]
 
-    chunks = split(hidden), split(labels), split(live)
-    _, per_chunk = jax.lax.scan(lambda _, xs: (None, one_chunk(table, *xs)), None, chunks)
-    return jnp.moveaxis(per_chunk, 0, 1).reshape(rows, -1)[:, :predictions]
+
+def _live_chunks(live_nM: Bool[Array, "n M"]) -> Int[Array, ""]:
+    """Chunks up to the last one with a live prediction."""
+    return jnp.max(jnp.where(live_nM.any(axis=1), jnp.arange(1, len(live_nM) + 1), 0))
 
 
 def sum_by_response(per_token: Float[Array, "B P"], batch: TreeBatch) -> Float[Array, "B R"]:

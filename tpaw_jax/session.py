@@ -19,6 +19,7 @@ from tpaw_jax import dataset, durable, models, packing, ring, sampling, scoring,
 from tpaw_jax.config import RunConfig, to_dict
 from tpaw_jax.logprobs import make_log_prob_fn
 from tpaw_jax.models import hub
+from tpaw_jax.models.tile_attention import tile_attention
 from tpaw_jax.types import TARGET, Prompts
 
 Say = Callable[[str], None]
@@ -104,7 +105,8 @@ def open_player(config: RunConfig, mesh: Mesh) -> Player:
     c, dtype = config.policy, jnp.dtype(config.policy.param_dtype)
     template = dataset.make_template(hub.load_tokenizer(c.tokenizer or c.path), config.data)
     architecture, params = models.load_pretrained(c.path, dtype, sharding.param_sharder(mesh))
-    model = models.Transformer(architecture, jnp.dtype(c.compute_dtype), dtype, c.remat)
+    attention = tile_attention(mesh)
+    model = models.Transformer(architecture, jnp.dtype(c.compute_dtype), dtype, c.remat, attention)
     stated = hub.load_generation_config(c.path).get("eos_token_id") or []
     stops = {template.end_of_turn, *(stated if isinstance(stated, list) else [stated])}
     sampler = sampling.make_sampler(sampling.decoder_of(model), config.sampling, sorted(stops), mesh)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,28 @@ def attend(
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     return jnp.einsum("bkgtc,bkch->btkgh", weights, values).reshape(rows, length, heads, size)
+
+
+class Attention(NamedTuple):
+    """A way to compute the attention of whole packed rows.
+
+    prepare(visibility) -> context, once for all layers
+    attend(queries [B T N H], keys [B T K H], values [B T K H], context) -> [B T N H]
+    """
+
+    prepare: Callable[[Visibility], Any]
+    attend: Callable[[Array, Array, Array, Any], Array]
+
+
+def _attend_rows(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
+    return attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), mask)
+
+
+EINSUM = Attention(visible, _attend_rows)
+"""Over all pairs of a row's tokens: O(T^2) work and memory."""
+
+SAVED = "attention"
+"""The checkpoint name of what an attention's backward pass needs and is dear to compute again."""
 
 
 class RopeScaling(NamedTuple):

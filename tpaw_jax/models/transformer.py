@@ -11,6 +11,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from tpaw_jax.models import cache as kv
 from tpaw_jax.models.attention import (
+    EINSUM,
+    SAVED,
+    Attention,
     RopeScaling,
     Visibility,
     attend,
@@ -42,10 +45,14 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
 
 
+_policies = jax.checkpoint_policies
+
 REMAT_POLICIES = {
     "none": None,  # keep every activation
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul results
-    "layer": jax.checkpoint_policies.nothing_saveable,  # keep each layer's input only
+    "dots": _policies.save_from_both_policies(  # keep the results of matmuls and of attention
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(SAVED)
+    ),
+    "layer": _policies.nothing_saveable,  # keep each layer's input only
 }
 
 
@@ -69,50 +76,55 @@ class Block(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    attention: Attention
 
     @nn.compact
-    def __call__(self, carry, layer, positions_BT, angles, mask_BTC, slots_B):
-        x_BTD, cache = carry
+    def __call__(self, carry, layer, positions_BT, angles, context, slots_B):
+        # Tokens of all rows stand on one axis M = B T: what XLA makes of the weights' gradients is then plain matmuls.
+        x_MD, cache = carry
         c = self.config
         linear = lambda name, features, bias=False: nn.Dense(
             features, use_bias=bias, name=name, dtype=self.dtype, param_dtype=self.param_dtype
         )
         norm = lambda name: RMSNorm(c.rms_norm_eps, self.param_dtype, name=name)
-        heads = lambda y, n: y.reshape(*y.shape[:-1], n, c.head_dim)
+        heads = lambda y, n: y.reshape(*positions_BT.shape, n, c.head_dim)
 
-        h_BTD = norm("attention_norm")(x_BTD)
-        q_BTNH = heads(linear("q", c.num_heads * c.head_dim, c.qkv_bias)(h_BTD), c.num_heads)
-        k_BTKH = heads(linear("k", c.num_kv_heads * c.head_dim, c.qkv_bias)(h_BTD), c.num_kv_heads)
-        v_BTKH = heads(linear("v", c.num_kv_heads * c.head_dim, c.qkv_bias)(h_BTD), c.num_kv_heads)
+        h_MD = norm("attention_norm")(x_MD)
+        q_BTNH = heads(linear("q", c.num_heads * c.head_dim, c.qkv_bias)(h_MD), c.num_heads)
+        k_BTKH = heads(linear("k", c.num_kv_heads * c.head_dim, c.qkv_bias)(h_MD), c.num_kv_heads)
+        v_BTKH = heads(linear("v", c.num_kv_heads * c.head_dim, c.qkv_bias)(h_MD), c.num_kv_heads)
         if c.qk_norm:
             q_BTNH, k_BTKH = norm("q_norm")(q_BTNH), norm("k_norm")(k_BTKH)
         q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
 
-        keys_BKCH, values_BKCH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-        if cache is not None:
+        if cache is None:
+            out_BTNH = self.attention.attend(q_BTNH, k_BTKH, v_BTKH, context)
+        else:
             cache = kv.write(cache, layer, slots_B, positions_BT, k_BTKH, v_BTKH)
-            if mask_BTC.shape[2] != x_BTD.shape[1]:  # decoding: row s attends to all of slot s, this token among it
+            keys_BKCH, values_BKCH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+            if context.shape[2] != positions_BT.shape[1]:  # decoding: row s attends to all of slot s, itself among it
                 keys_BKCH, values_BKCH = cache.keys[layer], cache.values[layer]
-        out_BTNH = attend(q_BTNH, keys_BKCH, values_BKCH, mask_BTC)
-        x_BTD += linear("o", c.hidden_size)(out_BTNH.reshape(*x_BTD.shape[:2], -1))
+            out_BTNH = attend(q_BTNH, keys_BKCH, values_BKCH, context)
+        x_MD += linear("o", c.hidden_size)(out_BTNH.reshape(x_MD.shape[0], -1))
 
-        h_BTD = norm("mlp_norm")(x_BTD)
-        gate_BTF, up_BTF = linear("gate", c.intermediate_size)(h_BTD), linear("up", c.intermediate_size)(h_BTD)
-        x_BTD += linear("down", c.hidden_size)(nn.silu(gate_BTF) * up_BTF)
-        return (x_BTD, cache), None
+        h_MD = norm("mlp_norm")(x_MD)
+        gate_MF, up_MF = linear("gate", c.intermediate_size)(h_MD), linear("up", c.intermediate_size)(h_MD)
+        x_MD += linear("down", c.hidden_size)(nn.silu(gate_MF) * up_MF)
+        return (x_MD, cache), None
 
 
 class Transformer(nn.Module):
     """tokens -> logits. Layers are stacked on a leading axis and run under `nn.scan`.
 
     `dtype` is the compute dtype (norms, softmax and logits stay float32), `param_dtype` that of new parameters, `remat`
-    a name in `REMAT_POLICIES`.
+    a name in `REMAT_POLICIES`, `attention` that of whole rows (without a cache).
     """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    attention: Attention = EINSUM
 
     def setup(self) -> None:
         c = self.config
@@ -125,7 +137,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
-        )(c, self.dtype, self.param_dtype)
+        )(c, self.dtype, self.param_dtype, self.attention)
         self.embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
         self.final_norm = RMSNorm(c.rms_norm_eps, self.param_dtype)
         if not c.tie_embeddings:
@@ -152,7 +164,8 @@ class Transformer(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
-        return self._run(tokens, positions, visible(Visibility(segment_ids, branch_ids)), None, None)[0]
+        context = self.attention.prepare(Visibility(segment_ids, branch_ids))
+        return self._run(tokens, positions, context, None, None)[0]
 
     def prefill(
         self, tokens: Int[Array, "B T"], cache: kv.KVCache, slots: Int[Array, "B"]
@@ -175,14 +188,14 @@ class Transformer(nn.Module):
         table = (self.embed if self.config.tie_embeddings else self.head).embedding.astype(self.dtype)
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
-    def _run(self, tokens_BT, positions_BT, mask_BTC, cache, slots_B):
+    def _run(self, tokens_BT, positions_BT, context, cache, slots_B):
         c = self.config
         angles = rope_angles(jnp.asarray(positions_BT), rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
-        carry = (self.embed(tokens_BT), cache)
-        (x_BTD, cache), _ = self.layers(carry, jnp.arange(c.num_layers), positions_BT, angles, mask_BTC, slots_B)
+        carry = (self.embed(tokens_BT.reshape(-1)), cache)
+        (x_MD, cache), _ = self.layers(carry, jnp.arange(c.num_layers), positions_BT, angles, context, slots_B)
         if self.is_initializing() and not c.tie_embeddings:
             self.head(tokens_BT)
-        return self.final_norm(x_BTD), cache
+        return self.final_norm(x_MD).reshape(*tokens_BT.shape, -1), cache
 
 
 def head_table(params: PyTree[Array]) -> Float[Array, "V D"]:
