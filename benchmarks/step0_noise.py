@@ -41,7 +41,7 @@ def main() -> None:
         model = Transformer(player.model.config, jnp.dtype(compute), jnp.float32, remat)
         log_prob_fn = make_log_prob_fn(model, run.policy.head_chunk)
         size = run.packing.rows_per_batch
-        first = next(packing.batches(rows, size))
+        first = packing.take(rows, np.arange(min(size, len(rows))), size)
         log_probs = scoring.score(scoring.make_scorer(log_prob_fn, mesh), player.params, first, size)
         scores = TeamScores(log_probs[None], np.ones(1, bool))
         batch = packing.step_batch(first, scores, np.arange(size), size, 1)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from conftest import ROOT, small_run
 
 from tpaw_jax import cli, monitoring, ring, self_play, session, sharding, triplets
+from tpaw_jax.config import MeshConfig
 from tpaw_jax.monitoring import compile_log
 
 # Each (program, times, why) of a three-round run; anything else is a leak.
@@ -56,6 +58,37 @@ def test_the_newest_players_reward_is_zero_at_a_rounds_first_step(played):
         assert first[f"player_{t}/alpha_is_eta"] == 1.0
 
 
+def test_a_round_tells_what_it_should_cost_and_what_it_did(played):
+    directory, table, said, _ = played
+    for t, row in enumerate(table):
+        of_round = said.split(f"Round {t} of 3")[1]
+        assert "Expected: " in of_round
+        assert f"padded pairs with {t + 1} live references compute {row['saving']:.1f} x as much" in of_round
+        assert row["saving"] == pytest.approx(row["TFLOP in pairs"] / row["TFLOP"])
+        seconds = json.loads((directory / f"round_{t:04d}" / "timings.json").read_text())
+        stages = {"sampling", "packing", "scoring", "held-out", "dry run", "training", "ring", "other"}
+        assert stages == set(seconds) - {"round"}
+        assert sum(seconds[s] for s in stages) <= seconds["round"]
+    assert table[2]["saving"] > table[0]["saving"]
+
+
+def test_a_run_that_chooses_its_rematerialisation_and_rows(tmp_path, monkeypatch):
+    """`remat: auto` compiles the step once and uses it; rows_per_batch 0 is settled when the run begins and kept."""
+    said = []
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+    settings = {"policy.remat": "auto", "packing.rows_per_batch": 0, "rounds": 1}
+    with compile_log() as compiled:
+        self_play.run(small_run(tmp_path, **settings), said.append)
+    assert [name for name, _ in compiled].count("jit(step)") == 1
+    assert "Rematerialisation: none; a step needs " in "\n".join(said)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["packing"]["rows_per_batch"] == 1
+    two = sharding.make_mesh(MeshConfig(fsdp=2), jax.local_devices()[:2])
+    kept = session._with_rows_per_batch(small_run(tmp_path, **settings), tmp_path, two)
+    assert kept.packing.rows_per_batch == 1
+    new = session._with_rows_per_batch(small_run(tmp_path, **settings), tmp_path / "another", two)
+    assert new.packing.rows_per_batch == 2
+
+
 def test_metrics_carry_the_names_people_know(played):
     records = monitoring.read_metrics(played[0], 2)
     assert {
@@ -73,6 +106,7 @@ def test_metrics_carry_the_names_people_know(played):
         "lengths/rejected",
         "tokens_per_second",
         "triplets_per_second",
+        "input_wait_share",
         "player_0/reward_target",
         "player_1/margin",
         "player_2/beta",
@@ -167,14 +201,14 @@ def play(directory, place):
 
 def results(directory):
     """What must not depend on kills: metrics, scores, generations, table without timings, final parameters."""
-    timings = ("tokens_per_second", "triplets_per_second")
+    timings = ("tokens_per_second", "triplets_per_second", "input_wait_share")
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     found = {"metrics": [{k: v for k, v in line.items() if k not in timings} for line in lines]}
     for path in sorted(directory.glob("round_*/*.npz")):
         arrays = np.load(path)
         found[str(path.relative_to(directory))] = {name: arrays[name].tolist() for name in arrays.files}
     found["table"] = [
-        {name: value for name, value in row.items() if not name.endswith(" s")}
+        {name: value for name, value in row.items() if not name.endswith((" s", "/s"))}
         for row in self_play.rounds_table(directory, 3)
     ]
     return found

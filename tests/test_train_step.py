@@ -188,6 +188,40 @@ def test_bfloat16_parameters_keep_float32_moments(stories):
     assert np.isfinite(metrics["loss"])
 
 
+def test_bfloat16_parameters_follow_a_float32_master_copy(stories):
+    """Updates far below bfloat16's resolution: one changes next to no parameter, and yet they add up."""
+    half = stories[0], jax.tree.map(lambda p: p.astype(jnp.bfloat16), stories[1])
+    step, state, inputs, _ = setup(half, optimizer="sgd", b1=0.0)
+    flat = lambda tree: np.concatenate([np.float32(x).ravel() for x in jax.tree.leaves(host(tree))])
+    start, losses = flat(state.params), []
+    for _ in range(40):
+        state, metrics = step(state, *inputs, scalars(learning_rate=2e-3, tolerance=0.5))
+        losses.append(float(metrics["loss"]))
+        if len(losses) == 1:
+            assert np.mean(flat(state.params) != start) < 0.05
+            assert np.mean(flat(state.master) != start) > 0.5
+    rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16), state.master)
+    np.testing.assert_array_equal(flat(state.params), flat(rounded))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_scoring_in_larger_batches_gives_the_same_scores(stories):
+    from tpaw_jax.logprobs import make_log_prob_fn
+    from tpaw_jax.monitoring import compile_log
+
+    prompts, rounds = random_prompts(np.random.default_rng(5), 27)
+    trees = packing.trees_of_window(prompts, rounds, packing.first_sources(prompts, rounds))
+    rows = packing.pack(trees, PackingConfig(row_length=128, max_responses_per_row=12))
+    mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    scorer = scoring.make_scorer(make_log_prob_fn(Transformer(stories[0], attention=tile_attention()), 64), mesh)
+    one = scoring.score(scorer, stories[1], rows, 2)
+    with compile_log() as compiled:
+        many = scoring.score(scorer, stories[1], rows, 2, batches_at_once=4)
+    assert len(rows) % 8  # some rows are left for the small batches
+    np.testing.assert_allclose(many, one, rtol=1e-6, atol=1e-5)
+    assert len(compiled) == 1  # the large shape; the small one is there
+
+
 def test_eight_devices_take_the_steps_of_one(stories):
     runs = []
     for devices in (1, 8):

@@ -9,9 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tpaw_jax.host import restart_with_huge_pages
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 with a sentence on standard error where the input cannot be used."""
+    if arguments is None:
+        restart_with_huge_pages()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -28,10 +28,16 @@ class PolicyConfig:
 
     path: str = knob("", "theta_0: a Hugging Face directory, a hub id or a .gguf file")
     tokenizer: str = knob("", "where the tokenizer is, if not beside the model")
-    param_dtype: Literal["float32", "bfloat16"] = knob("float32", "what parameters are stored and updated in")
+    param_dtype: Literal["float32", "bfloat16"] = knob(
+        "float32",
+        "what parameters are stored and computed from; with bfloat16 the optimizer updates a float32 master copy, and "
+        "the ring holds half the bytes",
+    )
     compute_dtype: Literal["float32", "bfloat16"] = knob("bfloat16", "what layers compute in", "SPIN")
-    remat: Literal["none", "dots", "layer"] = knob(
-        "layer", "what the backward pass recomputes: nothing, all but matmuls, all"
+    remat: Literal["auto", "none", "dots", "offload", "layer"] = knob(
+        "layer",
+        "what the backward pass recomputes: nothing; all but matmuls and attention (dots), these in the host's memory "
+        "(offload); all of a layer; auto: the first of these whose step fits the device",
     )
     head_chunk: int = knob(256, "predictions of each row whose logits exist at a time")
 
@@ -88,9 +94,12 @@ class ObjectiveConfig:
 class PackingConfig:
     """The fixed shape of the rows."""
 
-    row_length: int = knob(2048, "tokens of a row")
-    rows_per_batch: int = knob(8, "rows computed at once, over all devices")
+    row_length: int = knob(8192, "tokens of a row: long rows waste few, and attention costs what the trees in it cost")
+    rows_per_batch: int = knob(
+        0, "rows computed at once, over all devices; 0: one for each device that rows are split over"
+    )
     max_responses_per_row: int = knob(64, "responses of a row")
+    scoring_batches: int = knob(1, "batches scored at once: a forward pass keeps no activations, so more of them fit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +234,8 @@ def validate(config: RunConfig, where: str) -> None:
             "objective.tolerance",
             "must be -1 or above",
         ),
-        (packing.rows_per_batch >= 1, "packing.rows_per_batch", "must be at least 1"),
+        (packing.rows_per_batch >= 0, "packing.rows_per_batch", "cannot be negative"),
+        (packing.scoring_batches >= 1, "packing.scoring_batches", "must be at least 1"),
         (packing.max_responses_per_row >= 2, "packing.max_responses_per_row", "must be at least 2"),
         (
             packing.row_length >= data.max_length + sampling.max_new_tokens,

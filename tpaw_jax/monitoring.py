@@ -86,6 +86,11 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.start = time.perf_counter()
+
+    def report(self) -> dict[str, float]:
+        """The seconds of every stage, and of all since the beginning as `round`."""
+        return {**self.seconds, "round": time.perf_counter() - self.start}
 
     @contextlib.contextmanager
     def time(self, stage: str) -> Iterator[None]:

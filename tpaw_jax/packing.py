@@ -7,7 +7,7 @@ response, counted by multiplicity. Trees are put into rows first-fit-decreasing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -126,16 +126,20 @@ def empty_like(rows: Rows, count: int) -> Rows:
     return Rows(batch, np.full_like(shape(rows.prompt_index), -1), shape(rows.source))
 
 
-def batches(rows: Rows, size: int) -> Iterator[Rows]:
-    """Consecutive batches of `size` rows, the last filled up with padding rows."""
-    for start in range(0, len(rows), size):
-        yield _fill(_take(rows, np.arange(start, min(start + size, len(rows)))), size)
+def take(rows: Rows, indices: np.ndarray, size: int) -> Rows:
+    """The rows at `indices` as a batch of `size` rows, filled up with padding rows."""
+    return _fill(_take(rows, indices), size)
 
 
 def micro_batches_a_step(rows: Rows, batch_triplets: int, rows_per_batch: int) -> int:
     """Full micro-batches whose triplets come closest to `batch_triplets`, at least one."""
     triplets_a_row = max(float(rows.triplets.mean()), 1.0)
     return max(1, round(batch_triplets / (triplets_a_row * rows_per_batch)))
+
+
+def most_micro_batches(batch_triplets: int, rows_per_batch: int) -> int:
+    """Micro-batches that a step has room for: a row holds a triplet at least."""
+    return -(-batch_triplets // rows_per_batch)
 
 
 def epoch_order(rows: Rows, seed: int, round_number: int, epoch: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Frozen players -> log-probs of packed responses, one player resident at a time."""
+"""Frozen players -> log-probs of packed responses, one player scoring at a time."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from tpaw_jax import sharding
+from tpaw_jax import packing, sharding
+from tpaw_jax.host import Ahead
 from tpaw_jax.logprobs import LogProbFn
-from tpaw_jax.packing import Rows, batches
+from tpaw_jax.packing import Rows
 
 Scorer = LogProbFn
 
 
 def make_scorer(log_prob_fn: LogProbFn, mesh: Mesh) -> Scorer:
-    """The compiled forward pass of the function that the train step differentiates, on batches of the same shape.
+    """The compiled forward pass of the function that the train step differentiates.
 
-    Float32 gives the train step's own bits; so does bfloat16 with rematerialisation (see the tests and A8).
+    On batches of the step's shape, float32 gives the train step's own bits; so does bfloat16 with rematerialisation
+    (see the tests and A8).
     """
     return jax.jit(log_prob_fn, in_shardings=(None, sharding.rows(mesh)), out_shardings=sharding.replicated(mesh))
 
@@ -29,15 +31,29 @@ def score(
     params: PyTree[Array],
     rows: Rows,
     rows_per_batch: int,
+    batches_at_once: int = 1,
     progress: Callable[[Rows], None] = lambda _: None,
 ) -> Float[np.ndarray, "rows R"]:
-    """Summed log-probs of every response of `rows` under `params`, nats; padding responses get 0."""
+    """Summed log-probs of every response of `rows` under `params`, nats; padding responses get 0.
+
+    Rows go to the device `rows_per_batch` times `batches_at_once` at a time while there are so many, then
+    `rows_per_batch` at a time: two shapes, two programs.
+    """
+    cuts = _cuts(len(rows), rows_per_batch, rows_per_batch * batches_at_once)
+    batch_of = lambda cut: packing.take(rows, np.arange(cut[0], min(sum(cut), len(rows))), cut[1])
     pending, scored = [], []
-    for batch in batches(rows, rows_per_batch):
-        pending.append(scorer(params, batch.batch))
-        if len(pending) > 1:  # the device works on one batch while the host fetches the one before
-            scored.append(np.asarray(pending.pop(0)))
-        progress(batch)
+    with Ahead(batch_of, cuts) as batches:
+        for batch in batches:
+            pending.append(scorer(params, batch.batch))
+            if len(pending) > 1:  # the device works on one batch while the host fetches the one before
+                scored.append(np.asarray(pending.pop(0)))
+            progress(batch)
     scored.extend(np.asarray(values) for values in pending)
     width = rows.prompt_index.shape[1]
     return np.concatenate([np.zeros((0, width), np.float32), *scored])[: len(rows)]
+
+
+def _cuts(count: int, small: int, large: int) -> list[tuple[int, int]]:
+    """(first row, rows) of each batch: large ones, then small ones."""
+    whole = count // large * large
+    return [(i, large) for i in range(0, whole, large)] + [(i, small) for i in range(whole, count, small)]

@@ -10,17 +10,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import yaml
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from tpaw_jax import dataset, durable, models, packing, ring, sampling, scoring, sharding, train_step
+from tpaw_jax import dataset, durable, memory, models, packing, ring, sampling, scoring, sharding, train_step
 from tpaw_jax.config import RunConfig, to_dict
-from tpaw_jax.logprobs import make_log_prob_fn
+from tpaw_jax.logprobs import LogProbFn, make_log_prob_fn
 from tpaw_jax.models import hub
 from tpaw_jax.models.tile_attention import tile_attention
-from tpaw_jax.types import TARGET, Prompts
+from tpaw_jax.types import TARGET, Prompts, TeamScores
 
 Say = Callable[[str], None]
 
@@ -41,6 +42,7 @@ class Session:
     config: RunConfig
     directory: Path
     mesh: Mesh
+    model: models.ModelConfig
     template: dataset.Template
     prompts: Prompts
     held_out: packing.Rows
@@ -56,8 +58,9 @@ class Session:
 def open_session(config: RunConfig, say: Say) -> tuple[Session, PyTree[Array]]:
     """Open or create the run directory, load model and data, build the programs; also the policy to go on from."""
     directory = Path(config.directory)
-    _check_unchanged(directory, config)
     mesh = sharding.make_mesh(config.mesh)
+    config = _with_rows_per_batch(config, directory, mesh)
+    _check_unchanged(directory, config)
     if config.packing.rows_per_batch % sharding.row_shards(mesh):
         raise ValueError(
             f"packing.rows_per_batch is {config.packing.rows_per_batch}; it must be a multiple of the "
@@ -75,19 +78,20 @@ def open_session(config: RunConfig, say: Say) -> tuple[Session, PyTree[Array]]:
     context = player.model.config.max_position_embeddings
     if longest > context:
         say(f"Warning: sequences of up to {longest} tokens exceed the {context} positions the model was made for.")
-    log_prob_fn = make_log_prob_fn(player.model, config.policy.head_chunk)
     optimizer = train_step.make_optimizer(config.train)
+    log_prob_fn, step = _programs(config, player, optimizer, mesh, say)
     session = Session(
         config=config,
         directory=directory,
         mesh=mesh,
+        model=player.model.config,
         template=template,
         prompts=prompts,
         held_out=packing.pack(_target_trees(held_out), config.packing),
         sampler=player.sampler,
         scorer=scoring.make_scorer(log_prob_fn, mesh),
         optimizer=optimizer,
-        step=train_step.make_train_step(log_prob_fn, optimizer, config.objective, mesh),
+        step=step,
         ring=ring.open_ring(directory / "ring", config.objective.n_max),
         like=sharding.abstract(policy),
         say=say,
@@ -106,11 +110,53 @@ def open_player(config: RunConfig, mesh: Mesh) -> Player:
     template = dataset.make_template(hub.load_tokenizer(c.tokenizer or c.path), config.data)
     architecture, params = models.load_pretrained(c.path, dtype, sharding.param_sharder(mesh))
     attention = tile_attention(mesh)
-    model = models.Transformer(architecture, jnp.dtype(c.compute_dtype), dtype, c.remat, attention)
+    remat = "layer" if c.remat == "auto" else c.remat
+    model = models.Transformer(architecture, jnp.dtype(c.compute_dtype), dtype, remat, attention)
     stated = hub.load_generation_config(c.path).get("eos_token_id") or []
     stops = {template.end_of_turn, *(stated if isinstance(stated, list) else [stated])}
     sampler = sampling.make_sampler(sampling.decoder_of(model), config.sampling, sorted(stops), mesh)
     return Player(model, params, template, sampler)
+
+
+def _programs(
+    config: RunConfig, player: Player, optimizer: optax.GradientTransformation, mesh: Mesh, say: Say
+) -> tuple[LogProbFn, train_step.TrainStep]:
+    """The log-prob function and the train step, rematerialised as stated or, for `auto`, with the first that fits."""
+
+    def with_remat(remat: str) -> tuple[LogProbFn, Any]:
+        log_prob_fn = make_log_prob_fn(player.model.clone(remat=remat), config.policy.head_chunk)
+        return log_prob_fn, train_step.make_train_step(log_prob_fn, optimizer, config.objective, mesh)
+
+    if config.policy.remat != "auto":
+        return with_remat(config.policy.remat)
+    state = train_step.abstract_state(player.params, optimizer, mesh)
+    no_rows = packing.pack([], config.packing)
+    no_scores = TeamScores(
+        np.zeros((config.objective.n_max, *no_rows.prompt_index.shape), np.float32),
+        np.ones(config.objective.n_max, bool),
+    )
+    size = config.packing.rows_per_batch
+    most = packing.most_micro_batches(config.train.batch_triplets, size)
+    batch = packing.step_batch(no_rows, no_scores, np.arange(0), size, most)
+    zero = np.float32(0)
+    scalars = train_step.StepScalars(zero, zero, zero, np.bool_(False))
+    limit = memory.available_bytes()
+    fit = memory.choose_remat(lambda remat: with_remat(remat)[1].lower(state, *batch, scalars).compile(), limit)
+    say(f"Rematerialisation: {fit.remat}; a step needs {fit.needed / 2**30:.2f} of {limit / 2**30:.2f} GiB a device.")
+    return with_remat(fit.remat)[0], fit.compiled
+
+
+def _with_rows_per_batch(config: RunConfig, directory: Path, mesh: Mesh) -> RunConfig:
+    """The configuration with packing.rows_per_batch settled: what the run began with, else a row for each device.
+
+    It decides which triplets share a step, so a run that goes on with other devices keeps it.
+    """
+    if config.packing.rows_per_batch:
+        return config
+    path = directory / "config.yaml"
+    stored = yaml.safe_load(path.read_text())["packing"]["rows_per_batch"] if path.exists() else 0
+    settled = dataclasses.replace(config.packing, rows_per_batch=stored or sharding.row_shards(mesh))
+    return dataclasses.replace(config, packing=settled)
 
 
 def _check_unchanged(directory: Path, config: RunConfig) -> None:

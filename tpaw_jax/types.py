@@ -90,6 +90,7 @@ class TrainState(struct.PyTreeNode):
 
     step: Int[AnyArray, ""]  # optimizer steps taken in this round, skipped ones included
     params: PyTree[Array]
+    master: PyTree[Array] | None  # float32 parameters, of which bfloat16 `params` are the rounded copy
     opt_state: PyTree[Array]
     skipped: Int[AnyArray, ""]  # steps of this round whose loss or gradient was not finite
     skipped_in_a_row: Int[AnyArray, ""]

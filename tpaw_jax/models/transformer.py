@@ -46,12 +46,23 @@ class ModelConfig:
 
 
 _policies = jax.checkpoint_policies
+_is_matmul = _policies.dots_with_no_batch_dims_saveable
+_to_host = {"offload_src": "device", "offload_dst": "pinned_host"}
+_offload_matmul = _policies.offload_dot_with_no_batch_dims(**_to_host)
+_offload_attention = _policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=[SAVED], **_to_host
+)
 
-REMAT_POLICIES = {
+
+def _offload(primitive, *arguments, **parameters):
+    rule = _offload_matmul if _is_matmul(primitive, *arguments, **parameters) else _offload_attention
+    return rule(primitive, *arguments, **parameters)
+
+
+REMAT_POLICIES = {  # from the least to recompute to the least to keep
     "none": None,  # keep every activation
-    "dots": _policies.save_from_both_policies(  # keep the results of matmuls and of attention
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(SAVED)
-    ),
+    "dots": _policies.save_from_both_policies(_is_matmul, _policies.save_only_these_names(SAVED)),  # matmuls, attention
+    "offload": _offload,  # what dots keeps, in the host's memory
     "layer": _policies.nothing_saveable,  # keep each layer's input only
 }
 

@@ -1,0 +1,75 @@
+"""Work made ahead by a thread, and the restart that keeps buffers in huge pages."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from tpaw_jax import host
+from tpaw_jax.host import HUGE_PAGES, Ahead
+
+SHOW = "from tpaw_jax.host import restart_with_huge_pages as r; r(); import os; print(os.environ['GLIBC_TUNABLES'])"
+
+
+def test_items_come_in_order_and_are_made_by_another_thread():
+    made_by = []
+
+    def make(item):
+        made_by.append(threading.current_thread())
+        return item * item
+
+    with Ahead(make, range(7), depth=2) as ahead:
+        assert list(ahead) == [0, 1, 4, 9, 16, 25, 36]
+        assert ahead.waited >= 0
+    assert threading.main_thread() not in made_by
+
+
+def test_no_more_than_depth_items_are_made_ahead():
+    started, go_on = [], threading.Event()
+
+    def make(item):
+        started.append(item)
+        return item
+
+    with Ahead(make, range(100), depth=2) as ahead:
+        assert next(ahead) == 0
+        ahead._pool.submit(go_on.set).result()  # what was submitted is done
+        assert started == [0, 1, 2]
+
+
+def test_an_item_that_cannot_be_made_raises_where_it_is_asked_for():
+    def make(item):
+        if item == 2:
+            raise ValueError("no such checkpoint")
+        return item
+
+    with Ahead(make, range(5), depth=3) as ahead:
+        assert [next(ahead), next(ahead)] == [0, 1]
+        with pytest.raises(ValueError, match="no such checkpoint"):
+            next(ahead)
+
+
+def test_waiting_is_counted():
+    gate = threading.Event()
+    with Ahead(lambda item: gate.wait(0.2), [0]) as ahead:
+        next(ahead)
+        assert ahead.waited > 0.1
+
+
+def restarted(**variables):
+    clean = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "JAX_PLATFORMS")}
+    return subprocess.run(
+        [sys.executable, "-c", SHOW], env={**clean, **variables}, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.skipif(not host._has_glibc(), reason="only glibc reads GLIBC_TUNABLES")
+def test_a_process_on_the_cpu_begins_again_with_huge_pages():
+    assert restarted(JAX_PLATFORMS="cpu").stdout == HUGE_PAGES + "\n"
+
+
+def test_a_stated_allocator_and_an_accelerator_are_left_alone():
+    assert restarted(JAX_PLATFORMS="cpu", GLIBC_TUNABLES="").stdout == "\n"
+    assert "KeyError" in restarted(JAX_PLATFORMS="tpu").stderr
