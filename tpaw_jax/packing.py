@@ -118,6 +118,22 @@ def pack(trees: Sequence[Tree], config: PackingConfig) -> Rows:
     return _rows(members, config)
 
 
+def fullest_row_length(trees: Sequence[Tree], config: PackingConfig, lengths: Sequence[int]) -> int:
+    """The row length of `lengths` whose rows take the fewest tokens; the shortest of equal ones.
+
+    For a set of trees that will not change. Where each round brings others, long rows are full whatever comes.
+
+    Raises:
+        ValueError: none of them holds every tree.
+    """
+    longest = max(tree.tokens for tree in trees)
+    fitting = [length for length in sorted(lengths) if length >= longest]
+    if not fitting:
+        raise ValueError(f"The longest tree has {longest} tokens; none of the row lengths {list(lengths)} holds it.")
+    slots = lambda length: length * len(pack(trees, dataclasses.replace(config, row_length=length)))
+    return min(fitting, key=slots)
+
+
 def empty_like(rows: Rows, count: int) -> Rows:
     """`count` rows of padding in the shape of `rows`."""
     shape = lambda x: np.zeros((count, *x.shape[1:]), x.dtype)
