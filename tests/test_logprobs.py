@@ -7,7 +7,7 @@ import pytest
 from conftest import random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain import pair_log_probs, pair_loss, triplets_of
+from plain import pad, pair_batch, pair_log_probs, pair_loss, triplets_of
 
 from tpaw_jax import logprobs, packing, sharding
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig
@@ -53,7 +53,7 @@ def test_tree_log_probs_equal_padded_pairs(packed, chunk):
         (prompts.prompt_tokens[rows.prompt_index[p]], texts[rows.source[p], rows.prompt_index[p]])
         for p in map(tuple, places)
     ]
-    expected = pair_log_probs(model, params, pairs)
+    expected = pair_log_probs(model, params, *pad(pairs))
     np.testing.assert_allclose(found[tuple(places.T)], expected, rtol=1e-5, atol=1e-4)
     assert (found[rows.prompt_index < 0] == 0).all()
 
@@ -65,7 +65,7 @@ def test_tree_loss_and_gradient_with_cached_scores_equal_pairs_with_live_referen
     score = jax.jit(log_prob_fn)
     scores = TeamScores(jnp.stack([score(r, rows.batch) for r in references]), jnp.ones(3, bool))
     trees, tree_gradient = jax.jit(jax.value_and_grad(lambda p: tree_loss(log_prob_fn, p, scores, rows.batch)))(params)
-    triplets = triplets_of(prompts, window)
+    triplets = pair_batch(triplets_of(prompts, window))
     pairs, pair_gradient = jax.value_and_grad(lambda p: pair_loss(model, p, references, triplets, **PAPER))(params)
     np.testing.assert_allclose(trees, pairs, rtol=1e-5)
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(pair_gradient))

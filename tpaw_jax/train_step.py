@@ -34,6 +34,10 @@ class StepScalars(NamedTuple):
 
 
 Metrics = dict[str, Array]
+MicroLoss = Callable[[PyTree[Array], TreeBatch, TeamScores, Array, StepScalars], tuple[Array, Metrics]]
+"""(params, batch, scores, triplets of the step, scalars) -> a micro-batch's part of the loss, and sums for metrics:
+`triplets`; `max`, of which the largest counts; any others, of which the means over triplets are returned."""
+
 TrainStep = Callable[[TrainState, TreeBatch, TeamScores, AnyArray, StepScalars], tuple[TrainState, Metrics]]
 
 
@@ -109,19 +113,27 @@ def state_shardings(params: PyTree[Array], optimizer: optax.GradientTransformati
 def make_train_step(
     log_prob_fn: LogProbFn, optimizer: optax.GradientTransformation, objective: ObjectiveConfig, mesh: Mesh
 ) -> TrainStep:
-    """The compiled step(state, batch, scores, micro_batches, scalars) -> (state, metrics). The state is donated.
+    """The compiled step of the team loss, its mean over all triplets of the step (A4).
 
-    `batch` and `scores` carry a leading axis A of micro-batches, of which the first `micro_batches` are computed; their
-    gradients are summed, and the loss is the mean over all triplets of the step (A4), so how rows are cut into
-    micro-batches changes nothing. Metrics are means over triplets, rewards in nats times lam.
+    Metrics are means over triplets, rewards in nats times lam.
     """
 
-    def micro_loss(params, batch, scores, total, scalars):
+    def team(params, batch, scores, total, scalars):
         log_probs_BR = log_prob_fn(params, batch)
         out, chosen, rejected = _triplets(log_probs_BR, batch, scores, objective, scalars)
         weight = batch.triplet_weight.reshape(-1)
         loss = jnp.sum(weight * out.per_triplet) / total
         return loss, _metric_sums(out, weight, chosen, rejected, _lengths(batch), scalars.tolerance)
+
+    return make_step(team, optimizer, mesh)
+
+
+def make_step(micro_loss: MicroLoss, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainStep:
+    """The compiled step(state, batch, scores, micro_batches, scalars) -> (state, metrics). The state is donated.
+
+    `batch` and `scores` carry a leading axis A of micro-batches, of which the first `micro_batches` are computed; their
+    losses and gradients are summed, so how rows are cut into micro-batches changes nothing.
+    """
 
     def step(state, batch, scores, micro_batches, scalars):
         total = jnp.maximum(jnp.sum(batch.triplet_weight), 1.0)

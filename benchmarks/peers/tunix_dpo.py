@@ -1,7 +1,7 @@
 """Tunix's side of the peer comparison: DPO with one live reference. python tunix_dpo.py WORKLOAD.json BATCH STEPS
 
-Run by ../peers.py in an environment with google-tunix. Timed from the third step on, so that nothing compiles; the figure
-is of steps, float32, as the trainer comes.
+Run by ../peers.py in an environment with google-tunix. Timed from the third step on, so that nothing compiles; the
+figure is of steps, float32, as the trainer comes.
 """
 
 import json

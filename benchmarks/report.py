@@ -1,0 +1,193 @@
+"""Put what the benchmarks printed into the README: tables between its two marks, and a plot.
+
+make bench-report        # from benchmarks/results/*.jsonl, which `make bench` writes
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+START, END = "<!-- benchmarks: make bench-report -->\n", "<!-- end of benchmarks -->"
+CONTENDERS = ("tpaw_jax", "tunix", "trl", "trl precomputed")
+NAMES = {
+    "tpaw_jax": "tpaw_jax, team of 3",
+    "tunix": "Tunix DPO",
+    "trl": "TRL DPO",
+    "trl precomputed": "TRL, precomputed",
+}
+
+
+def main() -> None:
+    found = [json.loads(line) for path in sorted(RESULTS.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    of = lambda name: [record for record in found if record["benchmark"] == name]
+    parts = [
+        peers(of("peers_summary")),
+        step(of("team_step")),
+        scoring(of("scoring"), of("scoring_from_the_ring")),
+        trees(of("trees_vs_pairs"), of("trees_vs_pairs_loss")),
+        memory(of("memory_step"), of("memory_head"), of("memory_longest_row")),
+        rounds(of("round")),
+    ]
+    plot(of("peers_summary"), of("round"))
+    text = README.read_text()
+    before, rest = text.split(START)
+    README.write_text(before + START + "\n".join(parts) + END + rest.split(END)[1])
+
+
+def peers(summaries: list[dict]) -> str:
+    """Triplets/s of every contender, one line a workload."""
+    lines = []
+    for s in summaries:
+        rate = s["triplets_per_second"]
+        ratio = s["ours_over_theirs"]
+        cells = [f"{rate['tpaw_jax']['median']:.2f} ({rate['tpaw_jax']['min']:.2f} to {rate['tpaw_jax']['max']:.2f})"]
+        cells += [f"{rate[c]['median']:.2f} ({ratio[c]:.1f} x)" for c in CONTENDERS[1:]]
+        how = "with our allocator settings" if s["peers_with_huge_pages"] else "as they come"
+        lines.append([f"{s['prompts']} prompts, peers {how}", *cells])
+    return _table(["triplets/s, median (ours over theirs)", *(NAMES[c] for c in CONTENDERS)], lines)
+
+
+def step(records: list[dict]) -> str:
+    """The team step and the share of the matmul peak it reaches."""
+    lines = [
+        [
+            f"{r['model']}, rows of {r['row_length']}",
+            f"{r['fill']:.1%}",
+            f"{r['triplets_per_second']['median']:.2f}",
+            _range(r["tokens_per_second"], "{:.0f}"),
+            _range(r["model_gflops"], "{:.0f}"),
+            f"{r['matmul_peak_gflops']['median']:.0f}",
+            f"**{r['share_of_peak']:.0%}**",
+            f"{r['input_wait_share']:.3%}",
+        ]
+        for r in records
+    ]
+    head = ["team step", "fill", "triplets/s", "tokens/s", "model GFLOP/s", "matmul peak", "share", "waits for input"]
+    return _table(head, lines)
+
+
+def scoring(records: list[dict], streams: list[dict]) -> str:
+    """Forward passes, and players read from the ring."""
+    lines = [
+        [
+            f"{r['model']}, {r['batches_at_once']} rows of {r['row_length']} at once",
+            _range(r["tokens_per_second"], "{:.0f}"),
+            _range(r["model_gflops"], "{:.0f}"),
+            f"{r['share_of_peak']:.0%}",
+        ]
+        for r in records
+    ]
+    text = _table(["scoring", "tokens/s", "model GFLOP/s", "share of the peak"], lines)
+    for s in streams:
+        text += (
+            f"\nThree {s['model']} players from the ring: {s['seconds_read_ahead']['median']:.2f} s where the next is "
+            f"read while one scores, {s['seconds_in_turn']['median']:.2f} s in turn; "
+            f"{s['seconds_waited']['median']:.2f} s of the first is waiting for the disk.\n"
+        )
+    return text
+
+
+def trees(records: list[dict], losses: list[dict]) -> str:
+    """Trees with cached scores against padded pairs with live references."""
+    lines = [
+        [
+            f"{r['model']}, {r['prompts']} prompts at {r['scale']:g} of the paper's lengths",
+            f"{r['trees_triplets_per_second']['median']:.2f}",
+            f"{r['pairs_triplets_per_second']['median']:.2f}",
+            f"**{r['ratio']['median']:.1f} x** ({r['ratio']['min']:.1f} to {r['ratio']['max']:.1f})",
+            f"{r['flops_ratio']:.1f} x",
+            f"{loss['relative_difference']:.0e}",
+        ]
+        for r, loss in zip(records, losses, strict=True)
+    ]
+    head = ["three players", "trees, triplets/s", "padded pairs, live references", "ratio", "FLOPs", "loss differs by"]
+    return _table(head, lines)
+
+
+def memory(steps: list[dict], heads: list[dict], longest: list[dict]) -> str:
+    """Peaks of compiled programs."""
+    lines = [
+        [
+            f"{r['model']}, rows of {r['row_length']}, remat {r['remat']}",
+            f"{r['team_of_three_gib']:.2f}",
+            f"{r['sft_gib']:.2f}",
+            f"{r['ratio']:.3f}",
+        ]
+        for r in steps
+    ]
+    text = _table(["peak of the step, GiB", "team of three", "plain SFT", "ratio"], lines)
+    lines = [
+        [
+            f"V = {r['vocabulary']:,}, D = {r['width']}, {r['predictions']} predictions",
+            f"{r['chunked_gib']:.2f} ({r['chunked_beyond_inputs_and_gradients_gib']:.2f})",
+            f"{r['full_gib']:.2f} ({r['full_beyond_inputs_and_gradients_gib']:.2f})",
+            f"{r['ratio']:.1f} x",
+        ]
+        for r in heads
+    ]
+    head = ["peak of the head, GiB (beyond inputs and gradients)", "chunked", "full logits", "ratio"]
+    text += "\n" + _table(head, lines)
+    if longest:
+        fits = ", ".join(f"{r['row_length']:,} with `{r['remat']}`" for r in longest)
+        text += f"\nLongest row whose {longest[0]['model']} step fits {longest[0]['budget_gib']:g} GiB: {fits}.\n"
+    return text
+
+
+def rounds(records: list[dict]) -> str:
+    """Where the wall time of each round goes."""
+    stages = list(records[0]["share_of"]) if records else []
+    lines = [
+        [
+            f"{Path(r['config']).stem}, round {r['round']}, {r['triplets']} triplets",
+            f"{r['seconds']:.0f} ({r['compile_seconds']:.0f} compiling)",
+            *(f"{r['share_of'][stage]:.1%}" for stage in stages),
+        ]
+        for r in records
+    ]
+    return _table(["wall time", "seconds", *stages], lines)
+
+
+def plot(summaries: list[dict], records: list[dict]) -> None:
+    """Triplets/s beside the peers, and the stages of the rounds."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    as_they_come = [s for s in summaries if not s["peers_with_huge_pages"]]
+    for place, contender in enumerate(CONTENDERS):
+        rates = [s["triplets_per_second"][contender] for s in as_they_come]
+        x = [i + (place - 1.5) * 0.2 for i in range(len(rates))]
+        below = [r["median"] - r["min"] for r in rates]
+        above = [r["max"] - r["median"] for r in rates]
+        left.bar(x, [r["median"] for r in rates], 0.19, yerr=[below, above], label=NAMES[contender])
+    left.set_xticks(range(len(as_they_come)), [f"{s['prompts']} prompts" for s in as_they_come])
+    left.set_ylabel("triplets/s, scoring counted")
+    left.legend(frameon=False, fontsize=8)
+    start = [0.0] * len(records)
+    for stage in records[0]["seconds_of"] if records else []:
+        seconds = [r["seconds_of"][stage] for r in records]
+        right.barh(range(len(records)), seconds, left=start, label=stage)
+        start = [a + b for a, b in zip(start, seconds, strict=True)]
+    right.set_yticks(range(len(records)), [f"round {r['round']}" for r in records])
+    right.invert_yaxis()
+    right.set_xlabel("seconds")
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(RESULTS / "throughput.png", dpi=130)
+
+
+def _range(spread: dict, form: str) -> str:
+    return f"{form.format(spread['median'])} ({form.format(spread['min'])} to {form.format(spread['max'])})"
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Where does the wall time of a round go? One JSON line a round of a real run.
+
+    python benchmarks/round.py --config configs/smollm2_gsm8k.yaml --policy.path FILE.gguf
+
+Plays the configuration in a temporary directory, any key overridden as for `tpaw play`, and reads the timings that
+every round leaves: sampling, scoring (held-out prompts too), stepping (the dry run too), packing, waiting for the ring,
+everything else. The first round holds nearly all compiling, given apart.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import common
+
+from tpaw_jax import config, self_play, triplets
+from tpaw_jax.cli import _overrides
+from tpaw_jax.host import restart_with_huge_pages
+from tpaw_jax.monitoring import compile_log
+
+
+def main() -> None:
+    restart_with_huge_pages()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    options, rest = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as directory, compile_log() as compiled:
+        run = config.load(options.config, [*_overrides(rest), f"directory={directory}"])
+        compiled_before = []
+        table = self_play.run(run, lambda text: compiled_before.append((text, len(compiled))))
+        for row in table:
+            t = row["round"]
+            timings = json.loads((triplets.round_directory(Path(directory), t) / "timings.json").read_text())
+            report(options.config, row, timings, compile_seconds(compiled, compiled_before, t))
+
+
+def report(name: str, row: dict, timings: dict[str, float], compiling: float) -> None:
+    """The line of one round; shares are of its wall time."""
+    whole = timings["round"]
+    seconds = {
+        "sampling": timings["sampling"],
+        "scoring": timings["scoring"] + timings["held-out"],
+        "stepping": timings["training"] + timings["dry run"],
+        "packing": timings["packing"],
+        "ring": timings["ring"],
+    }
+    seconds["everything else"] = whole - sum(seconds.values())
+    overhead = sum(seconds[stage] for stage in ("packing", "ring", "everything else"))
+    common.emit(
+        benchmark="round",
+        config=name,
+        round=row["round"],
+        players=row["players"],
+        triplets=row["triplets"],
+        seconds=whole,
+        compile_seconds=compiling,
+        seconds_of=seconds,
+        share_of={stage: value / whole for stage, value in seconds.items()},
+        share_not_sampling_scoring_or_stepping=overhead / whole,
+        machine=common.machine(),
+    )
+
+
+def compile_seconds(compiled: list, said: list, t: int) -> float:
+    """Seconds of compiling between the beginning of round t and that of the next."""
+    begins = [count for text, count in said if text.startswith("Round ") and " of " in text.splitlines()[0]]
+    ends = [*begins[1:], len(compiled)]
+    return sum(seconds for _, seconds in compiled[begins[t] : ends[t]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Every benchmark runs, on a model so small that its figures mean nothing, and prints what the report reads."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, STORIES
+
+TINY = ["--model", "tiny"]
+RUNS = {  # script: arguments, and the benchmarks of its lines
+    "team_step.py": ([*TINY, "--row-length", "512", "--repeats", "2"], ["team_step"]),
+    "scoring.py": (
+        [*TINY, "--row-length", "512", "--batches-at-once", "1", "2", "--prompts", "8", "--repeats", "1"],
+        ["scoring", "scoring", "scoring_from_the_ring"],
+    ),
+    "trees_vs_pairs.py": ([*TINY, "--prompts", "4", "--repeats", "1"], ["trees_vs_pairs_loss", "trees_vs_pairs"]),
+    "memory.py": (
+        [*TINY, "--row-length", "512", "--policies", "layer", "--budget-gib", "0.02", "--longest", "2048"],
+        ["memory_step", "memory_head", "memory_head", "memory_longest_row"],
+    ),
+}
+
+
+def run(script, *arguments):
+    """The JSON lines of a benchmark; one device, and no restart: this process has its allocator already."""
+    environment = os.environ | {"GLIBC_TUNABLES": "", "JAX_NUM_CPU_DEVICES": "1"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_a_benchmark_prints_its_lines(script):
+    arguments, names = RUNS[script]
+    lines = run(script, *arguments)
+    assert [line["benchmark"] for line in lines] == names
+    for line in lines:
+        if line["benchmark"] == "trees_vs_pairs_loss":
+            assert line["relative_difference"] < 1e-5
+        else:
+            assert line["machine"]["backend"] == "cpu"
+        if line["benchmark"] == "memory_step":
+            assert 0.95 < line["ratio"] < 1.05
+        if line["benchmark"] == "memory_head":
+            assert line["full_gib"] > 3 * line["chunked_gib"]
+        if line["benchmark"] == "memory_longest_row":
+            assert line["row_length"] in (1024, 2048)
+
+
+def test_the_benchmark_of_a_round_accounts_for_all_its_time():
+    tiny = {
+        "rounds": 2,
+        "policy.path": STORIES,
+        "data.sources": f"[{{path: {ROOT / 'configs' / 'demo' / 'tinystories.jsonl'}}}]",
+        "data.max_prompts": 12,
+        "data.holdout_prompts": 4,
+        "sampling.max_new_tokens": 8,
+    }
+    options = [word for key, value in tiny.items() for word in (f"--{key}", str(value))]
+    lines = run("round.py", "--config", str(ROOT / "configs" / "demo.yaml"), *options)
+    lines = [line for line in lines if line.get("benchmark") == "round"]
+    assert [line["round"] for line in lines] == [0, 1]
+    for line in lines:
+        assert sum(line["share_of"].values()) == pytest.approx(1, abs=0.01)
+        assert all(share >= 0 for share in line["share_of"].values())
+    assert lines[0]["compile_seconds"] > lines[1]["compile_seconds"] >= 0
+
+
+def test_our_side_of_the_peer_comparison_runs():
+    lines = run("peers.py", "--prompts", "4", "--repeats", "1", "--only", "tpaw_jax")
+    assert [line["benchmark"] for line in lines] == ["peers", "peers_summary"]
+    assert lines[0]["triplets"] == 12
+    assert lines[0]["triplets_per_second"] < lines[0]["triplets_per_second_in_steps"]
