@@ -97,3 +97,35 @@ def test_steps_are_full_batches_and_scores_follow_their_rows():
     np.testing.assert_array_equal(batch.tokens.reshape(8, 160)[:3], rows.batch.tokens[order[:3]])
     np.testing.assert_array_equal(chosen.log_probs[1, :, 0], scores.log_probs[:, order[2]])
     assert batch.triplet_weight.reshape(8, -1)[3:].sum() == 0
+
+
+def tree_of_lengths(i, x, y, generated):
+    tokens = tuple(np.zeros(n, np.int32) for n in (y, *generated))
+    triplets = tuple((0, k + 1, 1) for k in range(len(generated)))
+    return packing.Tree(i, np.zeros(x, np.int32), tuple(range(-1, len(generated))), tokens, triplets)
+
+
+def ultrachat_like(count, scale, seed):
+    """Trees of three generations: log-normal lengths, cut at 512 prompt, 512 target and 256 new tokens times `scale`."""
+    rng = np.random.default_rng(seed)
+    of = lambda median, sigma, cap, shape: np.clip(
+        np.round(rng.lognormal(np.log(median * scale), sigma, shape)), 4, cap * scale
+    ).astype(int)
+    x, y, g = of(160, 0.7, 512, count), of(280, 0.6, 512, count), of(240, 0.5, 256, (count, 3))
+    return [tree_of_lengths(i, x[i], y[i], g[i]) for i in range(count)]
+
+
+def test_rows_of_the_default_length_are_full_at_the_papers_scale():
+    assert packing.pack(ultrachat_like(2000, 1, 0), PackingConfig()).fill >= 0.97
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_small_set_is_packed_full_in_rows_of_the_right_length(seed):
+    trees = ultrachat_like(24, 0.25, seed)
+    length = packing.fullest_row_length(trees, PackingConfig(), range(768, 2049, 64))
+    assert packing.pack(trees, PackingConfig(row_length=length)).fill >= 0.92
+
+
+def test_no_row_length_that_holds_the_longest_tree_is_told():
+    with pytest.raises(ValueError, match=r"longest tree has \d+ tokens; none of the row lengths \[64\] holds it"):
+        packing.fullest_row_length(ultrachat_like(3, 0.25, 0), PackingConfig(), [64])
