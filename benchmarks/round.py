@@ -4,11 +4,13 @@
 
 Plays the configuration in a temporary directory, any key overridden as for `tpaw play`, and reads the timings that
 every round leaves: sampling, scoring (held-out prompts too), stepping (the dry run too), packing, waiting for the ring,
-everything else. The first round holds nearly all compiling, given apart.
+everything else. The first round holds nearly all compiling, given apart. What the run says goes to standard error.
 """
 
 import argparse
 import json
+import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -28,7 +30,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory, compile_log() as compiled:
         run = config.load(options.config, [*_overrides(rest), f"directory={directory}"])
         compiled_before = []
-        table = self_play.run(run, lambda text: compiled_before.append((text, len(compiled))))
+
+        def say(text: str) -> None:
+            compiled_before.append((text, len(compiled)))
+            print(text, file=sys.stderr)
+
+        table = self_play.run(run, say)
         for row in table:
             t = row["round"]
             timings = json.loads((triplets.round_directory(Path(directory), t) / "timings.json").read_text())
@@ -64,7 +71,7 @@ def report(name: str, row: dict, timings: dict[str, float], compiling: float) ->
 
 def compile_seconds(compiled: list, said: list, t: int) -> float:
     """Seconds of compiling between the beginning of round t and that of the next."""
-    begins = [count for text, count in said if text.startswith("Round ") and " of " in text.splitlines()[0]]
+    begins = [count for text, count in said if re.match(r"Round \d+ of", text)]
     ends = [*begins[1:], len(compiled)]
     return sum(seconds for _, seconds in compiled[begins[t] : ends[t]])
 
