@@ -106,7 +106,7 @@ def tree_of_lengths(i, x, y, generated):
 
 
 def ultrachat_like(count, scale, seed):
-    """Trees of three generations: log-normal lengths, cut at 512 prompt, 512 target and 256 new tokens times `scale`."""
+    """Trees of three generations: log-normal lengths, cut at 512, 512 and 256 tokens times `scale`."""
     rng = np.random.default_rng(seed)
     of = lambda median, sigma, cap, shape: np.clip(
         np.round(rng.lognormal(np.log(median * scale), sigma, shape)), 4, cap * scale
