@@ -25,8 +25,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=common.MODELS, default="smollm2")
     parser.add_argument("--row-length", type=int, nargs="+", default=[1024, 2048])
-    parser.add_argument("--rows-per-batch", type=int, default=1)
-    parser.add_argument("--rows-per-step", type=int, default=4)
+    parser.add_argument("--tokens-per-batch", type=int, default=2048, help="of the rows that are computed at once")
+    parser.add_argument("--batch-triplets", type=int, default=64, help="of a step, met as closely as rows allow")
     parser.add_argument("--remat", default="dots")
     parser.add_argument("--head-chunk", type=int, default=256)
     parser.add_argument("--scale", type=float, default=0.25, help="of the lengths; 1 is the paper's")
@@ -39,14 +39,14 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, row_length: int) -> None:
     """The line of one row length: as many rows as fill a step each, for `repeats` steps."""
-    setup, rows = _setup(options, row_length)
-    size, model = options.rows_per_batch, setup.model.config
-    most = options.rows_per_step // size
+    size = max(1, options.tokens_per_batch // row_length)
+    setup, rows_per_step = _setup(options, row_length, size)
+    rows, model, most = setup.rows, setup.model.config, rows_per_step // size
     scores = common.team_scores(setup, size)
     step, state, scalars = common.make_step(setup)
     places = train_step.input_shardings(setup.mesh)
     order = itertools.cycle(range(len(rows)))
-    plan = [[next(order) for _ in range(options.rows_per_step)] for _ in range(2 + options.repeats)]
+    plan = [[next(order) for _ in range(rows_per_step)] for _ in range(2 + options.repeats)]
 
     def inputs(indices):
         batch = packing.step_batch(rows, scores, np.array(indices), size, most)
@@ -80,11 +80,11 @@ def measure(options: argparse.Namespace, row_length: int) -> None:
         model=options.model,
         row_length=row_length,
         rows_per_batch=size,
-        rows_per_step=options.rows_per_step,
+        rows_per_step=rows_per_step,
         players=3,
         remat=options.remat,
         scale=options.scale,
-        fill=sum(tokens) / (len(tokens) * options.rows_per_step * row_length),
+        fill=sum(tokens) / (len(tokens) * rows_per_step * row_length),
         step_seconds=common.spread(seconds),
         triplets_per_second=common.spread([n / s for n, s in zip(triplets, seconds, strict=True)]),
         tokens_per_second=common.spread([n / s for n, s in zip(tokens, seconds, strict=True)]),
@@ -98,16 +98,17 @@ def measure(options: argparse.Namespace, row_length: int) -> None:
     )
 
 
-def _setup(options, row_length):
-    trees_a_row = row_length / (4 * options.scale * 290)
-    count = max(int(2 * trees_a_row * options.rows_per_step * 3), 8)
+def _setup(options, row_length, size):
+    """A model with rows for a few steps, and the rows of one step."""
+    triplets_a_row = 3 * row_length / (4 * options.scale * 290)
+    count = max(2 * options.batch_triplets, int(8 * triplets_a_row))
     data = common.workload(count, 3, options.scale, options.seed, common.MODELS[options.model].vocab_size)
-    config = PackingConfig(row_length=row_length, rows_per_batch=options.rows_per_batch)
+    config = PackingConfig(row_length=row_length)
     setup = common.set_up(options.model, config, data, options.remat, options.head_chunk)
+    a_step = size * packing.micro_batches_a_step(setup.rows, options.batch_triplets, size)
     # The last rows of first-fit-decreasing are the leftovers of a small set; a round has few of them.
-    count = len(setup.rows) // options.rows_per_step * options.rows_per_step
-    whole = packing.take(setup.rows, np.arange(count), count)
-    return setup._replace(rows=whole), whole
+    whole = len(setup.rows) // a_step * a_step
+    return setup._replace(rows=packing.take(setup.rows, np.arange(whole), whole)), a_step
 
 
 if __name__ == "__main__":

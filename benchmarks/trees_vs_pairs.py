@@ -4,8 +4,10 @@
 
 One round of three players on UltraChat-like lengths, the same model, parameters and data on both sides, in one process,
 one after the other in every repeat. Trees: scoring by three players and two epochs of steps, all counted. Pairs
-(tests/plain.py): every triplet as two sequences padded to the longest of all, full logits, three live references in
-every step, `--batch` triplets at a time; one epoch is timed, since the second costs the same. Compiling is not counted.
+(tests/plain.py): every triplet as two sequences of one static shape, full logits, three live references in every step,
+`--batch` triplets at a time; one epoch is timed, since the second costs the same. The shape is that of the length
+limits, prompt and response, which any batch of a real set can need; `--pad longest` takes the longest pair of this
+small set instead. Compiling is not counted.
 First their losses are compared, on the policy and three players that differ from it.
 """
 
@@ -39,7 +41,8 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=0.25, help="of the lengths; 1 is the paper's")
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--batch", type=int, default=8, help="triplets of a batch of pairs")
-    parser.add_argument("--row-length", type=int, default=0, help="of the trees; 0: the fullest")
+    parser.add_argument("--pad", choices=("limits", "longest"), default="limits", help="what pairs are padded to")
+    parser.add_argument("--row-length", type=int, default=0, help="of the trees; 0: the fullest up to 2048 x scale x 4")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -49,7 +52,11 @@ def main() -> None:
     )
     prompts, generations = data
     trees = packing.trees_of_window(prompts, generations, packing.first_sources(prompts, generations))
-    lengths = [options.row_length] if options.row_length else range(int(3072 * options.scale), 8193, 64)
+    lengths = (
+        [options.row_length]
+        if options.row_length
+        else range(int(3072 * options.scale), int(8192 * options.scale) + 1, 64)
+    )
     config = PackingConfig(row_length=packing.fullest_row_length(trees, PackingConfig(), lengths))
     setup = common.set_up(options.model, config, data, remat="dots", chunk=448)
     keys = jax.random.split(jax.random.key(1), PLAYERS)
@@ -57,6 +64,8 @@ def main() -> None:
     players = [nudged(key) for key in keys]
     pairs = triplets_of(prompts, generations)
     longest = max(len(x) + max(len(y), len(g)) for x, y, g in pairs)
+    if options.pad == "limits":
+        longest = int(4 * options.scale * (common.CAPS["prompt"] + common.CAPS["target"]))
     batches = [pair_batch(pairs[i : i + options.batch], longest) for i in range(0, len(pairs), options.batch)]
 
     common.emit(benchmark="trees_vs_pairs_loss", **losses(setup, players, batches), triplets=len(pairs))
@@ -107,7 +116,7 @@ class Trees:
         self.scorer = scoring.make_scorer(setup.log_prob_fn, setup.mesh)
         self.step, self.state, self.scalars = common.make_step(setup)
         self.rows_a_step = packing.micro_batches_a_step(setup.rows, STEP_TRIPLETS, 1)
-        for _ in range(2):  # compile, with the state where the step itself puts it
+        for _ in range(3):  # compile, with the state where the step itself puts it, and once more to settle
             self()
 
     def __call__(self):
