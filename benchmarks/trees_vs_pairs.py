@@ -116,8 +116,8 @@ class Trees:
         self.scorer = scoring.make_scorer(setup.log_prob_fn, setup.mesh)
         self.step, self.state, self.scalars = common.make_step(setup)
         self.rows_a_step = packing.micro_batches_a_step(setup.rows, STEP_TRIPLETS, 1)
-        for _ in range(3):  # compile, with the state where the step itself puts it, and once more to settle
-            self()
+        for _ in range(2):  # compile, with the state where the step itself puts it
+            jax.block_until_ready(self())
 
     def __call__(self):
         rows = self.setup.rows
@@ -152,7 +152,8 @@ class Pairs:
 
         self.step = jax.jit(step, donate_argnums=(0, 1))
         for _ in range(2):
-            self.params, self.state, _ = self.step(self.params, self.state, self.players, self.batches[0])
+            self.params, self.state, loss = self.step(self.params, self.state, self.players, self.batches[0])
+        jax.block_until_ready(loss)
 
     def __call__(self):
         for batch in self.batches:
