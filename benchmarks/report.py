@@ -26,7 +26,7 @@ NAMES = {
 def main() -> None:
     found = [json.loads(line) for path in sorted(RESULTS.glob("*.jsonl")) for line in path.read_text().splitlines()]
     of = lambda name: [record for record in found if record["benchmark"] == name]
-    parts = [
+    made = [
         peers(of("peers_summary")),
         step(of("team_step")),
         scoring(of("scoring"), of("scoring_from_the_ring")),
@@ -34,6 +34,7 @@ def main() -> None:
         memory(of("memory_step"), of("memory_head"), of("memory_longest_row")),
         rounds(of("round")),
     ]
+    parts = [part for part in made if part.count("\n") > 2]  # a table of nothing has its head alone
     plot(of("peers_summary"), of("round"))
     text = README.read_text()
     before, rest = text.split(START)
