@@ -166,7 +166,8 @@ def plot(summaries: list[dict], records: list[dict]) -> None:
         left.bar(x, [r["median"] for r in rates], 0.19, yerr=[below, above], label=NAMES[contender])
     left.set_xticks(range(len(as_they_come)), [f"{s['prompts']} prompts" for s in as_they_come])
     left.set_ylabel("triplets/s, scoring counted")
-    left.legend(frameon=False, fontsize=8)
+    left.margins(y=0.25)
+    left.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
     start = [0.0] * len(records)
     for stage in records[0]["seconds_of"] if records else []:
         seconds = [r["seconds_of"][stage] for r in records]
@@ -175,7 +176,8 @@ def plot(summaries: list[dict], records: list[dict]) -> None:
     right.set_yticks(range(len(records)), [f"round {r['round']}" for r in records])
     right.invert_yaxis()
     right.set_xlabel("seconds")
-    right.legend(frameon=False, fontsize=8)
+    right.margins(x=0.3)
+    right.legend(frameon=False, fontsize=8, loc="upper right")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(RESULTS / "throughput.png", dpi=130)
