@@ -54,6 +54,14 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(steps):
     assert memory.choose_remat(compile_with, 2**40).remat == "dots"
 
 
+def test_a_step_that_the_compiler_always_refuses_is_told():
+    def compile_with(remat):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.")
+
+    with pytest.raises(ValueError, match="it needs more than the compiler can place with 'layer'"):
+        memory.choose_remat(compile_with, 2**30)
+
+
 def test_there_is_memory_on_this_machine():
     assert 2**20 < memory.available_bytes() < 2**50
 

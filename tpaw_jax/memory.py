@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,25 +48,29 @@ def available_bytes() -> int:
     return int(SHARE_TO_USE * free / jax.local_device_count())
 
 
-def choose_remat(compile_with: Callable[[str], Compiled], limit: int, policies: Sequence[str] = ()) -> Fit:
+def choose_remat(compile_with: Callable[[str], Compiled], limit: int) -> Fit:
     """The first policy, from the least to recompute on, whose program fits `limit` bytes.
 
     Raises:
         ValueError: none fits; says how much the last one needs and how much there is.
     """
-    needed = 0
-    for remat in policies or [name for name in REMAT_POLICIES if name != "offload" or jax.default_backend() != "cpu"]:
+    needed = None
+    for remat in REMAT_POLICIES:
+        if remat == "offload" and jax.default_backend() == "cpu":  # there the host's memory is the device's
+            continue
         try:
             compiled = compile_with(remat)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
+            needed = None
             continue
         needed = needed_bytes(compiled)
         if needed <= limit:
             return Fit(remat, compiled, needed)
+    much = "more than the compiler can place" if needed is None else f"{needed / 2**30:.2f} GiB"
     raise ValueError(
-        f"policy.remat: the training step does not fit with any policy; it needs {needed / 2**30:.2f} GiB with 'layer' "
+        f"policy.remat: the training step does not fit with any policy; it needs {much} with 'layer' "
         f"of the {limit / 2**30:.2f} GiB that a device has. Lower packing.rows_per_batch or packing.row_length, use "
         "policy.param_dtype: bfloat16, or more devices."
     )
