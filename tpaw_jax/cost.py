@@ -20,7 +20,6 @@ from tpaw_jax.types import Generations, Prompts
 BACKWARD = 2
 """Forward passes that a backward pass costs."""
 
-
 PAIRS = 8
 """Triplets of a batch of padded pairs, padded to the longest of them: SPIN's batch a device."""
 
@@ -128,9 +127,10 @@ def round_work(
         newest = Generations(t, tuple(np.zeros(min(len(r), most), np.int32) for r in like), ())
     window = [newest, *(generations[j] for j in players[1:])]
     sources = {t: np.full(len(prompts), t), **sources}
-    pack = lambda trees: of_rows(packing.pack(trees, config.packing))
-    one_epoch = pack(packing.trees_of_window(prompts, window, sources))
-    of_newest = pack([packing.tree_of_responses(prompts, i, {t: r}) for i, r in enumerate(newest.tokens)])
+    length = config.packing.row_length
+    padded = lambda trees: of_trees(trees)._replace(tokens=length * packing.row_count(trees, config.packing))
+    one_epoch = padded(packing.trees_of_window(prompts, window, sources))
+    of_newest = padded([packing.tree_of_responses(prompts, i, {t: r}) for i, r in enumerate(newest.tokens)])
     scored = one_epoch + of_newest * (len(players) - 1)
     trees = RoundWork(scored, one_epoch * (config.train.epochs * (1 + BACKWARD)))
     return trees, pairs_of_round(prompts, window, config.train.epochs)

@@ -102,6 +102,16 @@ def pack(trees: Sequence[Tree], config: PackingConfig) -> Rows:
     Raises:
         ValueError: x, y and one generation together exceed a row; names the prompt and the lengths.
     """
+    return _rows(_grouped(trees, config), config)
+
+
+def row_count(trees: Sequence[Tree], config: PackingConfig) -> int:
+    """The rows that `pack` makes of `trees`, without making them."""
+    return len(_grouped(trees, config))
+
+
+def _grouped(trees: Sequence[Tree], config: PackingConfig) -> list[list[Tree]]:
+    """The trees of each row."""
     pieces = [piece for tree in trees for piece in _split(tree, config)]
     order = sorted(range(len(pieces)), key=lambda i: (-pieces[i].tokens, i))
     # A row has as many places for predictions as for tokens; the third capacity is its number of responses.
@@ -115,7 +125,7 @@ def pack(trees: Sequence[Tree], config: PackingConfig) -> Rows:
             members.append([])
         members[row].append(pieces[i])
         free[row] -= needs[i]
-    return _rows(members, config)
+    return members
 
 
 def fullest_row_length(trees: Sequence[Tree], config: PackingConfig, lengths: Sequence[int]) -> int:
@@ -130,7 +140,7 @@ def fullest_row_length(trees: Sequence[Tree], config: PackingConfig, lengths: Se
     fitting = [length for length in sorted(lengths) if length >= longest]
     if not fitting:
         raise ValueError(f"The longest tree has {longest} tokens; none of the row lengths {list(lengths)} holds it.")
-    slots = lambda length: length * len(pack(trees, dataclasses.replace(config, row_length=length)))
+    slots = lambda length: length * row_count(trees, dataclasses.replace(config, row_length=length))
     return min(fitting, key=slots)
 
 
