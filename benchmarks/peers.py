@@ -13,6 +13,7 @@ They run as they come. `--huge-pages` gives Tunix and TRL the allocator settings
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -20,6 +21,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import common
+
+from tpaw_jax.host import HUGE_PAGES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -56,22 +61,17 @@ def compare(options: argparse.Namespace, prompts: int) -> None:
             for name in options.only:
                 record = run(name, file.name, options)
                 rates[name].append(record["triplets_per_second"])
-                print(json.dumps({"benchmark": "peers", "prompts": prompts, "seed": seed, **record}), flush=True)
-    summary = {
-        name: {"median": statistics.median(r), "min": min(r), "max": max(r), "repeats": len(r)}
-        for name, r in rates.items()
-    }
+                common.emit(benchmark="peers", prompts=prompts, seed=seed, **record)
     ours = rates.get("tpaw_jax", [])
     ratios = {name: statistics.median(a / b for a, b in zip(ours, r, strict=True)) for name, r in rates.items() if ours}
-    record = {
-        "benchmark": "peers_summary",
-        "prompts": prompts,
-        "peers_with_huge_pages": options.huge_pages,
-        "triplets_per_second": summary,
-        "ours_over_theirs": ratios,  # the median over repeats of the ratio on one workload
-        "machine": machine(),
-    }
-    print(json.dumps(_short(record)), flush=True)
+    common.emit(
+        benchmark="peers_summary",
+        prompts=prompts,
+        peers_with_huge_pages=options.huge_pages,
+        triplets_per_second={name: common.spread(r) for name, r in rates.items()},
+        ours_over_theirs=ratios,  # the median over repeats of the ratio on one workload
+        machine=common.machine(),
+    )
 
 
 def run(name: str, path: str, options: argparse.Namespace) -> dict:
@@ -83,8 +83,6 @@ def run(name: str, path: str, options: argparse.Namespace) -> dict:
     variables = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "PYTHONPATH")}
     variables |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     if environment and options.huge_pages:
-        from tpaw_jax.host import HUGE_PAGES
-
         variables["GLIBC_TUNABLES"] = HUGE_PAGES
     steps = [str(options.batch), str(options.steps)] if environment else []
     command = [str(python), str(HERE / "peers" / script), path, *steps, *further]
@@ -96,11 +94,6 @@ def run(name: str, path: str, options: argparse.Namespace) -> dict:
 
 def workload(prompts: int, seed: int) -> dict:
     """Random tokens of UltraChat-like lengths at a quarter of the scale, three generations a prompt, and the model."""
-    import dataclasses
-
-    sys.path.insert(0, str(HERE))
-    import common
-
     model = common.MODELS["small"]
     data, generations = common.workload(prompts, 3, 0.25, seed, model.vocab_size)
     rows = [
@@ -114,19 +107,6 @@ def workload(prompts: int, seed: int) -> dict:
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
     fields = {k: v for k, v in dataclasses.asdict(model).items() if k in (*kept, "rope_theta", "rms_norm_eps")}
     return {"model": fields, "max_prompt": common.CAPS["prompt"], "max_response": common.CAPS["target"], "rows": rows}
-
-
-def machine() -> dict:
-    """The machine, and the versions in each environment are in requirements of `make peers`."""
-    import common
-
-    return common.machine()
-
-
-def _short(value):
-    if isinstance(value, dict):
-        return {k: _short(v) for k, v in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import optax
 from tpaw_jax import cost, packing, scoring, train_step
 from tpaw_jax.config import PackingConfig, TrainConfig
 from tpaw_jax.host import Ahead, restart_with_huge_pages
+from tpaw_jax.models.attention import EINSUM
 from tpaw_jax.train_step import StepScalars
 from tpaw_jax.types import TeamScores
 
@@ -143,7 +144,7 @@ class Pairs:
         optimizer = train_step.make_optimizer(TrainConfig())
         self.params = jax.tree.map(jnp.copy, setup.params)
         self.state = optimizer.init(self.params)
-        plain = setup.model.clone(remat="none", attention=type(setup.model)(setup.model.config).attention)
+        plain = setup.model.clone(remat="none", attention=EINSUM)
 
         def step(params, state, players, batch):
             loss, gradients = jax.value_and_grad(lambda p: pair_loss(plain, p, players, batch, **PAPER))(params)
