@@ -200,8 +200,10 @@ def test_bfloat16_parameters_follow_a_float32_master_copy(stories):
         if len(losses) == 1:
             assert np.mean(flat(state.params) != start) < 0.05
             assert np.mean(flat(state.master) != start) > 0.5
+            one_update = np.median(np.abs(flat(state.master) - start))
     rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16), state.master)
     np.testing.assert_array_equal(flat(state.params), flat(rounded))
+    assert np.median(np.abs(flat(state.master) - start)) > 5 * one_update
     assert losses[-1] < 0.9 * losses[0]
 
 
