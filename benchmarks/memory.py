@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=common.MODELS, default="smollm2")
     parser.add_argument("--row-length", type=int, nargs="+", default=[1024, 2048])
-    parser.add_argument("--policies", nargs="+", default=["none", "dots", "layer"])
+    parser.add_argument("--policies", nargs="+", default=["none", "dots", "head", "layer"])
     parser.add_argument("--budget-gib", type=float, default=4.0)
     parser.add_argument("--longest", type=int, default=32768, help="the longest row that is tried")
     options = parser.parse_args()

@@ -13,7 +13,7 @@ from tpaw_jax import logprobs, packing, sharding
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig
 from tpaw_jax.models import Transformer
 from tpaw_jax.models.attention import EINSUM, Visibility, attend, visible
-from tpaw_jax.models.tile_attention import key_widths, plan, tile_attention
+from tpaw_jax.models.tile_attention import TILE, key_widths, plan, tile_attention
 from tpaw_jax.train_step import StepScalars, _triplets
 from tpaw_jax.types import TeamScores
 
@@ -104,10 +104,11 @@ def full_head(hidden, table, labels, live):
 
 @pytest.mark.parametrize("vocabulary", [100, 1024, 2500])  # below a block, a block, and two and a half
 @pytest.mark.parametrize("chunk", [7, 64])
-def test_the_blockwise_head_and_its_gradients_equal_full_logits(vocabulary, chunk):
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_blockwise_head_and_its_gradients_equal_full_logits(vocabulary, chunk, keep):
     hidden, table, labels, live = head_inputs(vocabulary)
     weight = jnp.sin(jnp.arange(live.size)).reshape(live.shape)
-    ours = lambda h, t: jnp.sum(weight * logprobs.token_log_probs(h, t, labels, live, chunk))
+    ours = lambda h, t: jnp.sum(weight * logprobs.token_log_probs(h, t, labels, live, chunk, keep))
     plain = lambda h, t: jnp.sum(weight * full_head(h, t, labels, live))
     found, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, table) for f in (ours, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
@@ -124,7 +125,8 @@ def test_the_blockwise_head_never_holds_the_logits_of_a_row():
 
     logits = 2 * predictions * vocabulary * 4
     assert peak(lambda h, t: logprobs.token_log_probs(h, t, labels, live, 64)) < logits / 16
-    assert peak(lambda h, t: full_head(h, t, labels, live)) > logits
+    assert logits < peak(lambda h, t: logprobs.token_log_probs(h, t, labels, live, 64, True)) < 1.25 * logits
+    assert peak(lambda h, t: full_head(h, t, labels, live)) > 1.25 * logits
 
 
 def random_trees(rng, rows, length):
@@ -164,7 +166,7 @@ def test_tiles_see_what_the_mask_keeps_and_little_more():
     segments, branches = random_trees(np.random.default_rng(1), 1, 1024)
     tiles = plan(Visibility(segments, branches))
     widths, bounds = key_widths(1024), np.asarray(tiles.bounds)
-    computed = sum(64 * width * int(n) for width, n in zip(widths, np.diff(bounds), strict=True))
+    computed = sum(TILE * width * int(n) for width, n in zip(widths, np.diff(bounds), strict=True))
     assert int(tiles.tile.queries[: bounds[-1]].sum()) == int((segments > 0).sum())
     assert computed < 1024 * 1024 / 4  # the dense mask computes every pair
     needed = int((visible(Visibility(segments, branches)) & (segments > 0)[:, :, None]).sum())

@@ -32,13 +32,13 @@ def test_every_policy_takes_the_same_step(steps):
 
 
 def test_policies_keep_less_and_less(steps):
-    none, dots, layer = (steps[remat][1] for remat in ("none", "dots", "layer"))
-    assert layer < dots < none
+    none, dots, head, layer = (steps[remat][1] for remat in ("none", "dots", "head", "layer"))
+    assert layer < head < dots < none
 
 
 def test_the_first_that_fits_is_chosen(steps):
     compile_with = lambda remat: steps[remat][0]
-    for remat in ("none", "dots", "layer"):
+    for remat in ("none", "dots", "head", "layer"):
         fit = memory.choose_remat(compile_with, steps[remat][1])
         assert (fit.remat, fit.compiled, fit.needed) == (remat, *steps[remat][:2])
     with pytest.raises(ValueError, match=r"policy\.remat: the training step does not fit .* GiB with 'layer'"):

@@ -34,12 +34,12 @@ class PolicyConfig:
         "the ring holds half the bytes",
     )
     compute_dtype: Literal["float32", "bfloat16"] = knob("bfloat16", "what layers compute in", "SPIN")
-    remat: Literal["auto", "none", "dots", "offload", "layer"] = knob(
+    remat: Literal["auto", "none", "dots", "head", "offload", "layer"] = knob(
         "layer",
-        "what the backward pass recomputes: nothing; all but matmuls and attention (dots), these in the host's memory "
-        "(offload); all of a layer; auto: the first of these whose step fits the device",
+        "what the backward pass recomputes: nothing; all but matmuls and attention (dots); also the logits (head), and "
+        "the rest in the host's memory (offload); all of a layer; auto: the first of these whose step fits the device",
     )
-    head_chunk: int = knob(256, "predictions of each row whose logits exist at a time")
+    head_chunk: int = knob(256, "predictions of each row whose logits are computed at a time")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Hidden states -> log-probs of responses, the one function that scoring and training share.
 
-The head runs over the predictions of a row only, in chunks, so the [B, T, V] logits never exist. Softmax and sums are
-float32.
+The head runs over the predictions of a row only, in chunks, so the [B, T, V] logits never exist, and those of the
+predictions only where a backward pass is told to keep them. Softmax and sums are float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from tpaw_jax.models.attention import Visibility, visible
-from tpaw_jax.models.transformer import Transformer, head_table
+from tpaw_jax.models.transformer import KEEPS_LOGITS, Transformer, head_table
 from tpaw_jax.types import TreeBatch
 
 VOCABULARY_BLOCK = 1024
@@ -31,7 +31,11 @@ ApplyFn = Callable[[PyTree[Array], Array, Array, Array], Array]
 
 
 def make_log_prob_fn(model: Transformer, head_chunk: int) -> LogProbFn:
-    """The log-prob function of a `Transformer`, its head in chunks of `head_chunk` predictions of each row."""
+    """The log-prob function of a `Transformer`, its head in chunks of `head_chunk` predictions of each row.
+
+    Its gradient keeps the logits of the predictions where the model's rematerialisation is in `KEEPS_LOGITS`.
+    """
+    keep = model.remat in KEEPS_LOGITS
 
     def log_prob_fn(params: PyTree[Array], batch: TreeBatch) -> Float[Array, "B R"]:
         batch = jax.tree.map(jnp.asarray, batch)  # outside jit, a batch of the host is as welcome
@@ -46,7 +50,7 @@ def make_log_prob_fn(model: Transformer, head_chunk: int) -> LogProbFn:
         hidden_BPD = jnp.take_along_axis(hidden_BTD, batch.sources[..., None], axis=1)
         table_VD = head_table(params).astype(hidden_BPD.dtype)
         live_BP = batch.responses < batch.triplet_weight.shape[-1]
-        per_token = token_log_probs(hidden_BPD, table_VD, batch.labels, live_BP, head_chunk)
+        per_token = token_log_probs(hidden_BPD, table_VD, batch.labels, live_BP, head_chunk, keep)
         return sum_by_response(per_token, batch)
 
     return log_prob_fn
@@ -66,48 +70,56 @@ def from_apply_fn(apply_fn: ApplyFn) -> LogProbFn:
     return log_prob_fn
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def token_log_probs(
     hidden: Float[Array, "B P D"],
     table: Float[Array, "V D"],
     labels: Int[Array, "B P"],
     live: Bool[Array, "B P"],
     chunk: int,
+    keep: bool = False,
 ) -> Float[Array, "B P"]:
     """log softmax(hidden table^T)[labels], nats, float32; 0 where `live` is False.
 
     Only `chunk` predictions of each row times `VOCABULARY_BLOCK` logits exist at a time: the forward pass keeps the
-    log-sum-exp, from which the backward pass computes each block again. Chunks after the last live prediction cost
-    nothing, so padding at the end of the rows is nearly free.
+    log-sum-exp, from which the backward pass computes each block again. With `keep` it keeps the logits too, 4 B P V
+    bytes, and the backward pass has one product of three less. Chunks after the last live prediction cost nothing, so
+    padding at the end of the rows is nearly free.
     """
-    return _head_forward(hidden, table, labels, live, chunk)[0]
+    return _head_forward(hidden, table, labels, live, chunk, False)[0]
 
 
-def _head_forward(hidden, table, labels, live, chunk):
+def _head_forward(hidden, table, labels, live, chunk, keep):
     hidden_nMD, labels_nM, live_nM = (_chunks(x, chunk) for x in (hidden, labels, live))
     blocks, block = _vocabulary_blocks(table)
 
     def one_chunk(n, carry):
+        *results, kept = carry
+
         def one_block(i, carry):
-            top_M, total_M, picked_M = carry
+            top_M, total_M, picked_M, kept = carry
             logits_Mv, label_Mv, _, _ = _logits(table, hidden_nMD[n], labels_nM[n], i, block)
+            if keep:
+                kept = lax.dynamic_update_slice(kept, logits_Mv[None, None], (n, i, 0, 0))
             new_top_M = jnp.maximum(top_M, jnp.max(logits_Mv, axis=-1))
             total_M = total_M * jnp.exp(top_M - new_top_M) + jnp.sum(jnp.exp(logits_Mv - new_top_M[:, None]), axis=-1)
-            return new_top_M, total_M, picked_M + jnp.sum(jnp.where(label_Mv, logits_Mv, 0), axis=-1)
+            return new_top_M, total_M, picked_M + jnp.sum(jnp.where(label_Mv, logits_Mv, 0), axis=-1), kept
 
         zeros_M = jnp.zeros(labels_nM.shape[1:], jnp.float32)
-        top_M, total_M, picked_M = lax.fori_loop(0, blocks, one_block, (zeros_M - jnp.inf, zeros_M, zeros_M))
+        start = (zeros_M - jnp.inf, zeros_M, zeros_M, kept)
+        top_M, total_M, picked_M, kept = lax.fori_loop(0, blocks, one_block, start)
         lse_M = top_M + jnp.log(total_M)
-        log_probs_nM, lse_nM = carry
-        return log_probs_nM.at[n].set(jnp.where(live_nM[n], picked_M - lse_M, 0)), lse_nM.at[n].set(lse_M)
+        log_probs_nM, lse_nM = results
+        return log_probs_nM.at[n].set(jnp.where(live_nM[n], picked_M - lse_M, 0)), lse_nM.at[n].set(lse_M), kept
 
     zeros_nM = jnp.zeros(labels_nM.shape, jnp.float32)
-    log_probs_nM, lse_nM = lax.fori_loop(0, _live_chunks(live_nM), one_chunk, (zeros_nM, zeros_nM))
-    return _rows(log_probs_nM, live.shape), (hidden, table, labels, live, lse_nM)
+    kept = lax.empty((len(live_nM), blocks, labels_nM.shape[1], block), jnp.float32) if keep else None
+    log_probs_nM, lse_nM, kept = lax.fori_loop(0, _live_chunks(live_nM), one_chunk, (zeros_nM, zeros_nM, kept))
+    return _rows(log_probs_nM, live.shape), (hidden, table, labels, live, lse_nM, kept)
 
 
-def _head_backward(chunk, saved, gradient):
-    hidden, table, labels, live, lse_nM = saved
+def _head_backward(chunk, keep, saved, gradient):
+    hidden, table, labels, live, lse_nM, kept = saved
     gradient = jnp.where(live, gradient, 0).astype(jnp.float32)
     hidden_nMD, labels_nM, gradient_nM = (_chunks(x, chunk) for x in (hidden, labels, gradient))
     blocks, block = _vocabulary_blocks(table)
@@ -119,6 +131,7 @@ def _head_backward(chunk, saved, gradient):
         def one_block(i, carry):
             d_hidden_MD, d_table_VD = carry
             logits_Mv, label_Mv, table_vD, start = _logits(table, hidden_nMD[n], labels_nM[n], i, block)
+            logits_Mv = kept[n, i] if keep else logits_Mv
             d_logits_Mv = (label_Mv - jnp.exp(logits_Mv - lse_nM[n][:, None])) * gradient_nM[n][:, None]
             d_logits_Mv = d_logits_Mv.astype(hidden.dtype)
             d_hidden_MD += matmul("mv,vd->md", d_logits_Mv, table_vD)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from tpaw_jax import sharding
 from tpaw_jax.models.attention import SAVED, Attention, Visibility
 
-TILE = 64
+TILE = 32
 """Queries of a tile: enough for the matrix units, few enough that a response's last tile is not mostly padding."""
 
 
@@ -45,8 +45,11 @@ class Tiles(NamedTuple):
 
 
 def key_widths(length: int) -> list[int]:
-    """The lengths of key lists that rows of `length` tokens are computed with: 64, 96, 128, 192, 256, ... length."""
-    widths = [w for power in range(6, 31) for w in (2**power, 3 * 2 ** (power - 1)) if w < length]
+    """The lengths of key lists that rows of `length` tokens are computed with: 32, 64, 96, ... 256, 320, ... length."""
+    widths, width = [], TILE
+    while width < length:
+        widths.append(width)
+        width += max(TILE, 2 ** (width.bit_length() - 3))
     return [*widths, length]
 
 

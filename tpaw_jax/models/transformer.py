@@ -59,12 +59,18 @@ def _offload(primitive, *arguments, **parameters):
     return rule(primitive, *arguments, **parameters)
 
 
-REMAT_POLICIES = {  # from the least to recompute to the least to keep
-    "none": None,  # keep every activation
-    "dots": _policies.save_from_both_policies(_is_matmul, _policies.save_only_these_names(SAVED)),  # matmuls, attention
+_dots = _policies.save_from_both_policies(_is_matmul, _policies.save_only_these_names(SAVED))
+
+REMAT_POLICIES = {  # from the least to recompute to the least to keep; what a layer's backward pass finds
+    "none": None,  # every activation
+    "dots": _dots,  # matmuls and attention
+    "head": _dots,  # the same, but of the head's matmul nothing
     "offload": _offload,  # what dots keeps, in the host's memory
-    "layer": _policies.nothing_saveable,  # keep each layer's input only
+    "layer": _policies.nothing_saveable,  # each layer's input only
 }
+
+KEEPS_LOGITS = ("none", "dots")
+"""Policies under which a gradient of the log-probs keeps the logits of the predictions, [B, P, V] float32."""
 
 
 class RMSNorm(nn.Module):
