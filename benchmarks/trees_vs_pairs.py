@@ -12,6 +12,7 @@ First their losses are compared, on the policy and three players that differ fro
 """
 
 import argparse
+import resource
 import sys
 from pathlib import Path
 
@@ -72,9 +73,15 @@ def main() -> None:
     common.emit(benchmark="trees_vs_pairs_loss", **losses(setup, players, batches), triplets=len(pairs))
     play_trees, play_pairs = Trees(setup, players), Pairs(setup, players, batches)
     rates: dict[str, list[float]] = {"trees": [], "pairs": []}
-    for _ in range(options.repeats):
-        rates["trees"].append(EPOCHS * len(pairs) / common.seconds_of(play_trees))
-        rates["pairs"].append(len(batches) * options.batch / common.seconds_of(play_pairs))
+    triplets = {"trees": EPOCHS * len(pairs), "pairs": len(batches) * options.batch}
+    for turn in range(options.repeats + 1):
+        for name, play in (("trees", play_trees), ("pairs", play_pairs)):
+            system = resource.getrusage(resource.RUSAGE_SELF).ru_stime
+            seconds = common.seconds_of(play)
+            system = resource.getrusage(resource.RUSAGE_SELF).ru_stime - system
+            common.emit(benchmark="trees_vs_pairs_turn", turn=turn, of=name, seconds=seconds, system_seconds=system)
+            if turn:  # the first of each finds the memory of its buffers in the other's hands, and maps anew
+                rates[name].append(triplets[name] / seconds)
     model, places = setup.model.config, len(batches) * 2 * options.batch * longest
     padded = cost.Work(places, places, places * (longest + 1) / 2)
     common.emit(
