@@ -61,7 +61,8 @@ def compare(options: argparse.Namespace, prompts: int) -> None:
             for name in options.only:
                 record = run(name, file.name, options)
                 rates[name].append(record["triplets_per_second"])
-                common.emit(benchmark="peers", prompts=prompts, seed=seed, **record)
+                how = {"prompts": prompts, "seed": seed, "peers_with_huge_pages": options.huge_pages}
+                common.emit(benchmark="peers", **how, **record)
     ours = rates.get("tpaw_jax", [])
     ratios = {name: statistics.median(a / b for a, b in zip(ours, r, strict=True)) for name, r in rates.items() if ours}
     common.emit(

@@ -6,6 +6,7 @@ make bench-report        # from benchmarks/results/*.jsonl, which `make bench` w
 import json
 from pathlib import Path
 
+import common
 import matplotlib
 
 matplotlib.use("Agg")
@@ -26,8 +27,9 @@ NAMES = {
 def main() -> None:
     found = [json.loads(line) for path in sorted(RESULTS.glob("*.jsonl")) for line in path.read_text().splitlines()]
     of = lambda name: [record for record in found if record["benchmark"] == name]
+    comparisons = of_workloads(of("peers"))
     made = [
-        peers(of("peers_summary")),
+        peers(comparisons),
         step(of("team_step")),
         scoring(of("scoring"), of("scoring_from_the_ring")),
         trees(of("trees_vs_pairs"), of("trees_vs_pairs_loss")),
@@ -35,10 +37,32 @@ def main() -> None:
         rounds(of("round")),
     ]
     parts = [part for part in made if part.count("\n") > 2]  # a table of nothing has its head alone
-    plot(of("peers_summary"), of("round"))
+    plot(comparisons, of("round"))
     text = README.read_text()
     before, rest = text.split(START)
     README.write_text(before + START + "\n".join(parts) + END + rest.split(END)[1])
+
+
+def of_workloads(records: list[dict]) -> list[dict]:
+    """Rates and ratios of each size of workload, over all runs of it; a ratio is of two rates on one workload."""
+    runs: dict[tuple, dict[int, dict[str, float]]] = {}
+    for r in records:
+        size = r["peers_with_huge_pages"], r["prompts"]
+        runs.setdefault(size, {}).setdefault(r["seed"], {})[r["contender"]] = r["triplets_per_second"]
+    found = []
+    for (huge_pages, prompts), of_seed in sorted(runs.items()):
+        theirs = {c: [rates[c] for rates in of_seed.values() if c in rates] for c in CONTENDERS}
+        over = {c: [rates["tpaw_jax"] / rates[c] for rates in of_seed.values() if c in rates] for c in CONTENDERS}
+        found.append(
+            {
+                "prompts": prompts,
+                "workloads": len(of_seed),
+                "peers_with_huge_pages": huge_pages,
+                "triplets_per_second": {c: common.spread(rates) for c, rates in theirs.items()},
+                "ours_over_theirs": {c: common.spread(ratios) for c, ratios in over.items()},
+            }
+        )
+    return found
 
 
 def peers(summaries: list[dict]) -> str:
@@ -47,11 +71,11 @@ def peers(summaries: list[dict]) -> str:
     for s in summaries:
         rate = s["triplets_per_second"]
         ratio = s["ours_over_theirs"]
-        cells = [f"{rate['tpaw_jax']['median']:.2f} ({rate['tpaw_jax']['min']:.2f} to {rate['tpaw_jax']['max']:.2f})"]
-        cells += [f"{rate[c]['median']:.2f} ({ratio[c]:.1f} x)" for c in CONTENDERS[1:]]
+        cells = [_range(rate["tpaw_jax"], "{:.2f}")]
+        cells += [f"{rate[c]['median']:.2f} (**{_range(ratio[c], '{:.1f}')}**)" for c in CONTENDERS[1:]]
         how = "with our allocator settings" if s["peers_with_huge_pages"] else "as they come"
-        lines.append([f"{s['prompts']} prompts, peers {how}", *cells])
-    return _table(["triplets/s, median (ours over theirs)", *(NAMES[c] for c in CONTENDERS)], lines)
+        lines.append([f"{s['workloads']} x {s['prompts']} prompts, peers {how}", *cells])
+    return _table(["triplets/s, median; ours over theirs, median and range", *(NAMES[c] for c in CONTENDERS)], lines)
 
 
 def step(records: list[dict]) -> str:
@@ -184,6 +208,8 @@ def plot(summaries: list[dict], records: list[dict]) -> None:
 
 
 def _range(spread: dict, form: str) -> str:
+    if spread["repeats"] == 1:
+        return form.format(spread["median"])
     return f"{form.format(spread['median'])} ({form.format(spread['min'])} to {form.format(spread['max'])})"
 
 

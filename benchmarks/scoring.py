@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--model", choices=common.MODELS, default="smollm2")
     parser.add_argument("--row-length", type=int, default=2048)
     parser.add_argument("--batches-at-once", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--prompts", type=int, default=28)
+    parser.add_argument("--prompts", type=int, default=27, help="they fill four rows")
     parser.add_argument("--scale", type=float, default=0.25, help="of the lengths; 1 is the paper's")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
