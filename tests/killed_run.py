@@ -10,7 +10,7 @@ import sys
 
 import conftest
 
-from tpaw_jax import ring, sampling, scoring, self_play, triplets
+from tpaw_jax import generation_file, ring, sampling, scoring, self_play, training, triplets
 
 
 def die(*_, **__):
@@ -35,7 +35,7 @@ def at_call(module, name, number, after=False):
 
 def while_training(steps):
     """Die after so many steps of a round have been dispatched."""
-    original = self_play.train
+    original = training.train
 
     def train(session, *arguments):
         calls = []
@@ -48,11 +48,12 @@ def while_training(steps):
 
         return original(dataclasses.replace(session, step=step), *arguments)
 
-    self_play.train = train
+    training.train = train
 
 
 PLACES = {
     "sampling": lambda: at_call(sampling, "_collect", 2),
+    "keeping": lambda: at_call(generation_file, "append", 1, after=True),
     "sampled": lambda: at_call(triplets, "append", 1, after=True),
     "scoring": lambda: at_call(scoring, "score", 1, after=True),
     "scored": lambda: at_call(triplets, "add_scores", 2, after=True),

@@ -23,6 +23,7 @@ ORDER = [  # a file imports only from files above it
     "logprobs",
     "dataset",
     "sampling",
+    "generation_file",
     "packing",
     "cost",
     "triplets",
@@ -32,6 +33,7 @@ ORDER = [  # a file imports only from files above it
     "ring",
     "monitoring",
     "session",
+    "training",
     "self_play",
     "cli",
 ]

@@ -43,7 +43,7 @@ def play(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.export:
         hub.check_export(options.export)
     with compile_log() as compiled:
-        self_play.run(run)
+        self_play.run(run, generations=Path(options.generations) if options.generations else None)
     print(f"Compiled {len(compiled)} programs in {sum(s for _, s in compiled):.0f} s:")
     for name in dict.fromkeys(name for name, _ in compiled):
         seconds = [s for n, s in compiled if n == name]
@@ -85,9 +85,10 @@ def generate(options: argparse.Namespace, overrides: list[str]) -> None:
             record = {
                 "prompt_id": int(prompts.ids[i]),
                 "prompt": decode(prompts.prompt_tokens[i]),
+                "prompt_token_ids": prompts.prompt_tokens[i].tolist(),
                 "response": decode(tokens),
                 "token_ids": tokens.tolist(),
-                "log_prob": float(made.log_probs[i].sum()),
+                "log_probs": made.log_probs[i].tolist(),
             }
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     print(f"{len(prompts)} responses are in {options.out}; {len(report.skipped)} malformed records were skipped.")
@@ -140,7 +141,12 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(f"--{name}", required=required, help=text, type=kind)
 
     configuration = (True, "a YAML file; any key of it can follow as --key.subkey value", str)
-    command(play, config=configuration, export=(False, "also write the last policy to this directory", str))
+    command(
+        play,
+        config=configuration,
+        export=(False, "also write the last policy to this directory", str),
+        generations=(False, "a JSONL file of another engine's responses; plays the one round they answer", str),
+    )
     command(
         generate,
         config=configuration,

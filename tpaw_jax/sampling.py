@@ -6,7 +6,7 @@ does not depend on the number of slots, the order of requests or a restart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,6 +21,9 @@ from tpaw_jax.config import SamplingConfig
 from tpaw_jax.models import cache as kv
 from tpaw_jax.models.transformer import Transformer
 from tpaw_jax.types import Generations, Prompts
+
+Response = tuple[np.ndarray, np.ndarray]
+"""Sampled tokens, int32, and their log-probs under the model, float32 nats."""
 
 SAMPLING_STREAM = 0
 """The stage number of sampling among the random streams of a round."""
@@ -195,20 +198,24 @@ def generate(
     *,
     seed: int,
     round_number: int,
+    finished: Mapping[int, Response] | None = None,
+    keep: Callable[[Mapping[int, Response]], None] = lambda responses: None,
     progress: Callable[[int, int], None] = lambda requests, tokens: None,
 ) -> Generations:
     """One response a prompt, in the order of `prompts`.
 
-    `progress` is called with the requests and the tokens finished since its last call.
+    `finished` holds responses, by index into `prompts`, that need not be sampled again: since a text depends on its
+    request alone, the result is the same. `keep` is called with the responses as they finish, `progress` with the
+    requests and the tokens finished since its last call.
     """
     config, key = sampler.config, round_key(seed, round_number)
     lengths = [len(tokens) for tokens in prompts.prompt_tokens]
+    done: dict[int, Response] = dict(finished or {})
     # Longest first: prompts of one bucket are prefilled together, and the order changes no text.
-    waiting = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
+    waiting = sorted(set(range(len(prompts))) - set(done), key=lambda i: (-lengths[i], i))
     slots = min(config.slots, max(1, len(prompts)))
     state = sampler.init(slots, _bucket(max(lengths, default=1)) + config.max_new_tokens)
     occupant: list[int | None] = [None] * slots
-    finished: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     while waiting or any(i is not None for i in occupant):
         while waiting and (idle := [s for s, i in enumerate(occupant) if i is None]):
             rows = min(config.prefill_rows, len(idle), len(waiting))
@@ -219,10 +226,12 @@ def generate(
         # Hand back once an eighth of the slots could be refilled; with nothing left to refill, at the end.
         until_active = slots - max(1, slots // 8) if waiting else 0
         state = sampler.decode(params, state, key, np.int32(until_active))
-        done = _collect(state, occupant)
-        finished.update(done)
-        progress(len(done), sum(len(tokens) for tokens, _ in done.values()))
-    ordered = [finished[i] for i in range(len(prompts))]
+        new = _collect(state, occupant)
+        if new:
+            keep(new)
+        done.update(new)
+        progress(len(new), sum(len(tokens) for tokens, _ in new.values()))
+    ordered = [done[i] for i in range(len(prompts))]
     return Generations(round_number, tuple(t for t, _ in ordered), tuple(p for _, p in ordered))
 
 
@@ -306,12 +315,12 @@ def _prefill(
     return sampler.prefill(params, state, key, tokens, lengths, places, requests)
 
 
-def _collect(state: DecodeState, occupant: list[int | None]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+def _collect(state: DecodeState, occupant: list[int | None]) -> dict[int, Response]:
     """Take the finished sequences out of their slots, which become free."""
     active, generated, tokens, log_probs = jax.device_get(
         (state.active, state.generated, state.tokens, state.log_probs)
     )
-    done: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    done: dict[int, Response] = {}
     for slot, i in enumerate(occupant):
         if i is not None and not active[slot]:
             count = generated[slot]

@@ -7,56 +7,49 @@ before the next begins, so a run that is started again goes on from the last fin
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
 from tpaw_jax import (
     cost,
     durable,
+    generation_file,
     monitoring,
     packing,
     ring,
     sampling,
     scoring,
-    sharding,
-    train_step,
+    training,
     triplets,
 )
 from tpaw_jax.config import RunConfig, of_round
 from tpaw_jax.host import Ahead
 from tpaw_jax.session import Say, Session, open_session
-from tpaw_jax.train_step import StepScalars
-from tpaw_jax.types import TeamScores, TrainState
 
 
-class StepInputs(NamedTuple):
-    """What one call of the step takes beside the state, on the device, and the tokens in it."""
-
-    arguments: tuple[Any, ...]
-    tokens: int
-
-
-def run(config: RunConfig, say: Say = print) -> list[dict[str, Any]]:
+def run(config: RunConfig, say: Say = print, generations: Path | None = None) -> list[dict[str, Any]]:
     """Play all rounds, or what is left of them, and return the table of rounds.
 
+    With `generations`, a file of another engine's responses, only the round that they answer is played.
+
     Raises:
-        FileNotFoundError, ValueError: model, data or configuration cannot be used; the sentence names what to mend.
+        FileNotFoundError, ValueError: model, data, generations or configuration cannot be used; the sentence names what
+            to mend.
         FloatingPointError: too many steps in a row were not finite; the batch is saved.
     """
     session, policy = open_session(config, say)
     store = triplets.open_store(session.directory, session.prompts)
-    for t in range(session.ring.policies[-1], config.rounds):
+    first = session.ring.policies[-1]
+    for t in range(first, config.rounds if generations is None else min(first + 1, config.rounds)):
         players, watch = ring.players(session.ring, t), monitoring.Stopwatch()
         say(monitoring.manifest(t, config.rounds, _manifest(session, t, players)))
         say(_expected_cost(session, store, players))
+        if generations is not None:
+            store = take(session, store, generations, t)
         store = sample(session, store, policy, t, watch)
         with watch.time("packing"):
             window = store.window(t, config.objective.n_max)
@@ -65,7 +58,7 @@ def run(config: RunConfig, say: Say = print) -> list[dict[str, Any]]:
         with watch.time("scoring"):
             scored = score(session, store, rows, trees, players, policy, t)
             scores = triplets.team_scores(store, rows, players, config.objective.n_max)
-        policy, trained = train(session, rows, scores, players, policy, t, watch)
+        policy, trained = training.train(session, rows, scores, players, policy, t, watch)
         with watch.time("other"):
             _finish_round(session, store, rows, players, scored, trained, watch.seconds, t)
         with watch.time("ring"):
@@ -93,14 +86,40 @@ def sample(
             bar.update(requests)
             bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
 
+        path = triplets.round_directory(session.directory, t) / "sampled.jsonl"
+        before = generation_file.resume(path, session.prompts)
+        bar.update(len(before))
         generations = sampling.generate(
-            session.sampler, policy, session.prompts, seed=session.config.seed, round_number=t, progress=show
+            session.sampler,
+            policy,
+            session.prompts,
+            seed=session.config.seed,
+            round_number=t,
+            finished=before,
+            keep=lambda responses: generation_file.append(path, session.prompts, responses),
+            progress=show,
         )
     with watch.time("ring"):  # the policy that sampled must be whole on disk before anything that follows from it
         ring.settle(session.ring)
     with watch.time("other"):
         store = triplets.append(store, generations)
+        path.unlink(missing_ok=True)
         _save_texts(session, store, t)
+    return store
+
+
+def take(session: Session, store: triplets.Store, path: Path, t: int) -> triplets.Store:
+    """The store with another engine's responses as D_t, unless it is there."""
+    if t in store.generations:
+        return store
+    longest, vocabulary = session.config.sampling.max_new_tokens, session.model.vocab_size
+    given = generation_file.read(path, session.prompts, session.template, vocabulary, longest, t)
+    session.say(
+        f"Round {t}: {len(session.prompts)} responses from {path}; {given.retokenised} came as text and were "
+        f"tokenised, {given.without_log_probs} came without log-probs."
+    )
+    store = triplets.append(store, given.generations)
+    _save_texts(session, store, t)
     return store
 
 
@@ -140,148 +159,10 @@ def score(
     return work
 
 
-def train(
-    session: Session,
-    rows: packing.Rows,
-    scores: TeamScores,
-    players: list[int],
-    policy: PyTree[Array],
-    t: int,
-    watch: monitoring.Stopwatch,
-) -> tuple[PyTree[Array], dict[str, Any]]:
-    """Train theta_(t+1) from theta_t on D_O; also what the round's table says of it."""
-    c = session.config
-    per_step = packing.micro_batches_a_step(rows, c.train.batch_triplets, c.packing.rows_per_batch)
-    size = per_step * c.packing.rows_per_batch
-    plan = [
-        order[i : i + size]
-        for epoch in range(c.train.epochs)
-        for order in [packing.epoch_order(rows, c.seed, t, epoch)]
-        for i in range(0, len(order), size)
-    ]
-    rates = train_step.learning_rates(c.train, t, len(plan))
-    with watch.time("held-out"):
-        before = held_out_log_prob(session, policy)
-    most = packing.most_micro_batches(c.train.batch_triplets, c.packing.rows_per_batch)
-
-    places = train_step.input_shardings(session.mesh)
-
-    def inputs(step: int, tolerance: float, dry_run: bool = False) -> StepInputs:
-        batch, of_team, used = packing.step_batch(rows, scores, plan[step], c.packing.rows_per_batch, most)
-        lam = of_round(c.objective.lam, t)
-        scalars = StepScalars(rates[step], np.float32(lam), np.float32(tolerance), np.bool_(dry_run))
-        tokens = int((np.asarray(batch.segment_ids) > 0).sum())
-        return StepInputs(jax.device_put((batch, of_team, used, scalars), places), tokens)
-
-    with watch.time("dry run"):
-        state, first, noise = _first_state(session, policy, inputs, t)
-    del policy  # the step donates it
-    log = monitoring.open_metrics(session.directory, t, first, c.tensorboard)
-    tolerance = 2 * noise if c.objective.tolerance < 0 else c.objective.tolerance
-    record = StepRecorder(session, log, players, t)
-    pending: tuple[int, StepInputs, dict[str, Array], float] | None = None
-
-    with (
-        watch.time("training"),
-        monitoring.progress(f"round {t} training", len(plan), "step") as bar,
-        Ahead(lambda step: inputs(step, tolerance), range(first, len(plan)), depth=2) as ahead,
-    ):
-        bar.update(first)
-        for step in range(first, len(plan)):
-            made, waited = next(ahead), ahead.waited
-            state, metrics = session.step(state, *made.arguments)
-            if pending is not None:  # one step late: the device is never awaited
-                record(*pending)
-            pending = step, made, metrics, waited
-            bar.update()
-            bar.set_postfix_str(record.speed, refresh=False)
-            if (step + 1) % c.train.save_every_steps == 0 and step + 1 < len(plan):
-                record(*pending)
-                pending = None
-                ring.save_training(session.ring, state, t, step + 1)
-        if pending is not None:
-            record(*pending)
-    with watch.time("held-out"):
-        after = held_out_log_prob(session, state.params)
-    share = (len(plan) - first) / len(plan)  # of the round, trained by this process
-    facts = {"steps": len(plan), "share": share, "noise": noise, "held-out before": before, "held-out after": after}
-    return state.params, facts
-
-
-def held_out_log_prob(session: Session, policy: PyTree[Array]) -> float | None:
-    """Mean log-prob of the held-out targets, nats a token."""
-    rows = session.held_out
-    if not len(rows):
-        return None
-    config = session.config.packing
-    log_probs = scoring.score(session.scorer, policy, rows, config.rows_per_batch, config.scoring_batches)
-    tokens = np.sum(np.asarray(rows.batch.responses) < rows.prompt_index.shape[1])
-    return float(log_probs.sum() / tokens)
-
-
 def rounds_table(directory: Path, rounds: int) -> list[dict[str, Any]]:
     """The table of the finished rounds."""
     files = [triplets.round_directory(directory, t) / "summary.json" for t in range(rounds)]
     return [json.loads(file.read_text()) for file in files if file.exists()]
-
-
-def _first_state(
-    session: Session, policy: PyTree[Array], inputs: Callable[..., StepInputs], t: int
-) -> tuple[TrainState, int, float]:
-    """A fresh training state or the saved one of this round, the step to go on from, and the noise of the scores.
-
-    The noise is how far the train step's program and the newest player's scores disagree while theta = theta_t, nats
-    times lam: the largest |P_t| of the first step, computed by the compiled step itself with nothing updated. It is 0
-    where both round alike. It is measured anew when a round goes on, since the machine may be another.
-    """
-    state = train_step.init_state(policy, session.optimizer, session.mesh)
-    state, metrics = session.step(state, *inputs(0, 0.0, dry_run=True).arguments)
-    noise = float(metrics["newest_max_abs_reward"])
-    noise = noise if np.isfinite(noise) else 0.0
-    saved = [step for round_number, step in session.ring.training_states if round_number == t]
-    if not saved:
-        return state, 0, noise
-    session.say(f"Round {t}: training goes on after step {saved[-1]}.")
-    like = sharding.abstract(state)
-    del state  # two states at once may not fit
-    return ring.restore_training(session.ring, t, saved[-1], like), saved[-1], noise
-
-
-@dataclasses.dataclass
-class StepRecorder:
-    """Logs finished steps with their speed, and stops the run where too many in a row were not finite."""
-
-    session: Session
-    log: monitoring.MetricsLog
-    players: list[int]
-    round: int
-    last: float = dataclasses.field(default_factory=time.perf_counter)
-    last_waited: float = 0.0
-    speed: str = ""
-
-    def __call__(self, step: int, inputs: StepInputs, metrics: dict[str, Array], waited: float) -> None:
-        record = monitoring.step_record(jax.device_get(metrics), self.players)
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        speed = {
-            "tokens_per_second": inputs.tokens / seconds,
-            "triplets_per_second": record["triplets"] / seconds,
-            "input_wait_share": (waited - self.last_waited) / seconds,  # of the step's time, waiting for its batch
-        }
-        self.last_waited = waited
-        self.speed = f"{speed['triplets_per_second']:.2f} triplets/s, {speed['tokens_per_second']:.0f} tokens/s"
-        self.log.write(round=self.round, step=step, **record, **speed)
-        limit = self.session.config.train.max_skipped_in_a_row
-        if record["skipped_in_a_row"] >= limit:
-            place = triplets.round_directory(self.session.directory, self.round)
-            path = place / f"not_finite_step_{step:08d}.npz"
-            batch, scores, *_ = jax.device_get(inputs.arguments)
-            durable.write_arrays(path, log_probs=scores.log_probs, **dataclasses.asdict(batch))
-            raise FloatingPointError(
-                f"Round {self.round}, step {step}: the loss or gradient was not finite in {limit} steps in a row. The "
-                f"last batch is saved in {path}. Look at the data of that batch, or begin again in another directory "
-                "with a lower train.learning_rate."
-            )
 
 
 def _finish_round(
@@ -323,6 +204,7 @@ def _finish_round(
         "skipped": int(records[-1]["skipped"]),
         "response tokens": float(np.mean(lengths)),
         "echoes": store.echoes(t),
+        **_sampler_gap(store, t),
         "held-out before": trained["held-out before"],
         "held-out after": trained["held-out after"],
         "TFLOP": computed / 1e12,
@@ -333,6 +215,20 @@ def _finish_round(
     }
     durable.write_json(triplets.round_directory(session.directory, t) / "summary.json", summary)
     session.say(monitoring.table([summary]) + "\n")
+
+
+def _sampler_gap(store: triplets.Store, t: int) -> dict[str, float | None]:
+    """How far the sampler's and the scorer's log-probs of D_t are apart, nats a token: mean and largest of a response.
+
+    They come from two programs, a cache and another batch; more than rounding between them means a fault in one.
+    """
+    generations, scores = store.generations[t], store.scores[t]
+    gaps = [
+        abs(float(scores[int(source)][i]) - float(log_probs.sum())) / len(log_probs)
+        for i, (source, log_probs) in enumerate(zip(store.sources[t], generations.log_probs, strict=True))
+        if not np.isnan(log_probs).any()
+    ]
+    return {"sampler gap": float(np.mean(gaps)) if gaps else None, "largest gap": max(gaps, default=None)}
 
 
 def _round_work(session: Session, store: triplets.Store, players: list[int]) -> tuple[cost.RoundWork, cost.RoundWork]:

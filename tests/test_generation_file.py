@@ -1,0 +1,137 @@
+"""Responses as JSON lines: another engine's, checked line by line, and those of a round that is not finished."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import STORIES, small_run
+
+from tpaw_jax import cli, dataset, generation_file, sampling, self_play
+from tpaw_jax.config import DataConfig, SamplingConfig, to_dict
+from tpaw_jax.models import Transformer, hub
+from tpaw_jax.types import Prompts
+
+
+@pytest.fixture(scope="module")
+def template():
+    return dataset.make_template(hub.load_tokenizer(STORIES), DataConfig(chat_template="none"))
+
+
+@pytest.fixture
+def prompts():
+    ids = lambda *values: np.array(values, np.int32)
+    return Prompts(ids(4, 7, 9), (ids(1, 5), ids(1, 6, 7), ids(1, 8)), (ids(3), ids(4), ids(5)))
+
+
+GOOD = [
+    {"prompt_id": 9, "token_ids": [11, 12], "log_probs": [-0.25, -1.5]},
+    {"prompt_id": 4, "response": "Once upon a time", "prompt_token_ids": [1, 5]},
+    {"prompt_id": 7, "token_ids": [511]},
+]
+
+
+def write(path, records):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+def read(path, prompts, template):
+    return generation_file.read(path, prompts, template, vocabulary=512, longest=16, round_number=3)
+
+
+def test_responses_come_in_the_order_of_the_prompts(tmp_path, prompts, template):
+    given = read(write(tmp_path / "g.jsonl", [*GOOD[:1], "", *GOOD[1:]]), prompts, template)
+    text, alone, first = given.generations.tokens
+    assert template.tokenizer.decode(text[:-1]) == "Once upon a time"
+    assert text[-1] == template.end_of_turn
+    assert (alone.tolist(), first.tolist()) == ([511], [11, 12])
+    np.testing.assert_array_equal(given.generations.log_probs[2], np.float32([-0.25, -1.5]))
+    assert np.isnan(given.generations.log_probs[0]).all()
+    assert (given.generations.round, given.retokenised, given.without_log_probs) == (3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 3: not valid JSON"),
+        ("[1]", "line 3: an object with prompt_id and token_ids was expected, not list"),
+        ({"token_ids": [1]}, "line 3: prompt_id is None; it must be the id of one of the 3 prompts"),
+        ({"prompt_id": 5, "token_ids": [1]}, "line 3: prompt_id is 5; it must be the id"),
+        ({"prompt_id": True, "token_ids": [1]}, "line 3: prompt_id is True"),
+        ({"prompt_id": 9, "token_ids": [1]}, "line 3: prompt_id 9 is answered in line 1 already"),
+        ({"prompt_id": 7}, "line 3: token_ids is missing, and response is no text either"),
+        ({"prompt_id": 7, "token_ids": []}, "line 3: token_ids must be a list of at least one id from 0 to 511"),
+        ({"prompt_id": 7, "token_ids": [512]}, "line 3: token_ids must be a list of at least one id from 0 to 511"),
+        ({"prompt_id": 7, "token_ids": [-1]}, "line 3: token_ids must be"),
+        ({"prompt_id": 7, "token_ids": [1.5]}, "line 3: token_ids must be"),
+        ({"prompt_id": 7, "token_ids": "12"}, "line 3: token_ids must be"),
+        ({"prompt_id": 7, "token_ids": [1] * 17}, "line 3: 17 token_ids exceed sampling.max_new_tokens, 16"),
+        ({"prompt_id": 7, "token_ids": [1, 2], "log_probs": [-1]}, "line 3: log_probs must be 2 numbers of at most 0"),
+        ({"prompt_id": 7, "token_ids": [1], "log_probs": [2.0]}, "line 3: log_probs must be 1 numbers of at most 0"),
+        ({"prompt_id": 7, "token_ids": [1], "log_probs": ["a"]}, "line 3: log_probs must be"),
+        ({"prompt_id": 7, "token_ids": [1], "prompt_token_ids": [1, 6]}, "line 3: prompt_token_ids are not those"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(tmp_path, prompts, template, line, message):
+    with pytest.raises(ValueError, match=r"g\.jsonl, line 3") as caught:
+        read(write(tmp_path / "g.jsonl", [*GOOD[:2], line]), prompts, template)
+    assert message in str(caught.value)
+
+
+def test_unanswered_prompts_and_a_missing_file_are_told(tmp_path, prompts, template):
+    with pytest.raises(ValueError, match=r"2 of 3 prompts are not answered; prompt_id 4, 7"):
+        read(write(tmp_path / "g.jsonl", GOOD[:1]), prompts, template)
+    with pytest.raises(FileNotFoundError, match="there is no such file of generations"):
+        read(tmp_path / "none.jsonl", prompts, template)
+
+
+def test_what_was_kept_is_read_back_and_a_cut_line_removed(tmp_path, prompts):
+    path = tmp_path / "sampled.jsonl"
+    assert generation_file.resume(path, prompts) == {}
+    made = {i: (np.arange(i + 1, dtype=np.int32), np.float32([-1 / 3] * (i + 1))) for i in range(3)}
+    generation_file.append(path, prompts, {2: made[2]})
+    generation_file.append(path, prompts, {0: made[0], 1: made[1]})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    found = generation_file.resume(path, prompts)
+    assert list(found) == [2, 0]
+    for i, (tokens, log_probs) in found.items():
+        np.testing.assert_array_equal(tokens, made[i][0])
+        np.testing.assert_array_equal(log_probs, made[i][1])  # bit for bit
+    generation_file.append(path, prompts, {1: made[1]})
+    assert path.read_bytes() == whole
+
+
+def test_sampling_goes_on_with_what_is_missing(stories):
+    ids = lambda n: np.arange(1, n + 1, dtype=np.int32)
+    prompts = Prompts(np.arange(6, dtype=np.int32), tuple(ids(n) for n in range(2, 8)), tuple(ids(1) for _ in range(6)))
+    settings = SamplingConfig(max_new_tokens=10, slots=2, prefill_rows=2)
+    sampler = sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, (1,))
+    generate = lambda **more: sampling.generate(sampler, stories[1], prompts, seed=1, round_number=0, **more)
+    kept = {}
+    whole = generate(keep=kept.update)
+    assert sorted(kept) == list(range(6))
+    again, sampled = {i: kept[i] for i in (5, 0, 3)}, {}
+    resumed = generate(finished=again, keep=sampled.update)
+    assert sorted(sampled) == [1, 2, 4]
+    for a, b in zip(resumed.tokens + resumed.log_probs, whole.tokens + whole.log_probs, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_round_played_on_the_samplers_own_file_is_the_round_it_would_have_played(tmp_path, monkeypatch, capsys):
+    """`tpaw generate` writes D_0, `tpaw play --generations` plays round 0 with it, and stops before round 1."""
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+    run = small_run(tmp_path / "own", rounds=1)
+    own = self_play.run(run, lambda _: None)
+    configuration = tmp_path / "run.yaml"
+    configuration.write_text(json.dumps(to_dict(run) | {"directory": str(tmp_path / "given"), "rounds": 3}))
+    made = str(tmp_path / "made.jsonl")
+    assert cli.main(["generate", "--config", str(configuration), "--out", made]) == 0
+    assert cli.main(["play", "--config", str(configuration), "--generations", made]) == 0
+    assert "12 responses from" in capsys.readouterr().out
+    table = self_play.rounds_table(tmp_path / "given", 3)
+    assert len(table) == 1
+    for name in ("loss", "margin", "held-out after", "response tokens", "echoes"):
+        assert table[0][name] == own[0][name], name
+    assert 0 <= own[0]["sampler gap"] <= own[0]["largest gap"] < 1e-4

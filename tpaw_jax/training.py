@@ -1,0 +1,164 @@
+"""A round's training: theta_t to theta_(t+1) on D_O, batches made ahead, states saved, steps logged."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from tpaw_jax import durable, monitoring, packing, ring, scoring, sharding, train_step, triplets
+from tpaw_jax.config import of_round
+from tpaw_jax.host import Ahead
+from tpaw_jax.session import Session
+from tpaw_jax.train_step import StepScalars
+from tpaw_jax.types import TeamScores, TrainState
+
+
+class StepInputs(NamedTuple):
+    """What one call of the step takes beside the state, on the device, and the tokens in it."""
+
+    arguments: tuple[Any, ...]
+    tokens: int
+
+
+def train(
+    session: Session,
+    rows: packing.Rows,
+    scores: TeamScores,
+    players: list[int],
+    policy: PyTree[Array],
+    t: int,
+    watch: monitoring.Stopwatch,
+) -> tuple[PyTree[Array], dict[str, Any]]:
+    """Train theta_(t+1) from theta_t on D_O; also what the round's table says of it."""
+    c = session.config
+    per_step = packing.micro_batches_a_step(rows, c.train.batch_triplets, c.packing.rows_per_batch)
+    size = per_step * c.packing.rows_per_batch
+    plan = [
+        order[i : i + size]
+        for epoch in range(c.train.epochs)
+        for order in [packing.epoch_order(rows, c.seed, t, epoch)]
+        for i in range(0, len(order), size)
+    ]
+    rates = train_step.learning_rates(c.train, t, len(plan))
+    with watch.time("held-out"):
+        before = held_out_log_prob(session, policy)
+    most = packing.most_micro_batches(c.train.batch_triplets, c.packing.rows_per_batch)
+
+    places = train_step.input_shardings(session.mesh)
+
+    def inputs(step: int, tolerance: float, dry_run: bool = False) -> StepInputs:
+        batch, of_team, used = packing.step_batch(rows, scores, plan[step], c.packing.rows_per_batch, most)
+        lam = of_round(c.objective.lam, t)
+        scalars = StepScalars(rates[step], np.float32(lam), np.float32(tolerance), np.bool_(dry_run))
+        tokens = int((np.asarray(batch.segment_ids) > 0).sum())
+        return StepInputs(jax.device_put((batch, of_team, used, scalars), places), tokens)
+
+    with watch.time("dry run"):
+        state, first, noise = _first_state(session, policy, inputs, t)
+    del policy  # the step donates it
+    log = monitoring.open_metrics(session.directory, t, first, c.tensorboard)
+    tolerance = 2 * noise if c.objective.tolerance < 0 else c.objective.tolerance
+    record = StepRecorder(session, log, players, t)
+    pending: tuple[int, StepInputs, dict[str, Array], float] | None = None
+
+    with (
+        watch.time("training"),
+        monitoring.progress(f"round {t} training", len(plan), "step") as bar,
+        Ahead(lambda step: inputs(step, tolerance), range(first, len(plan)), depth=2) as ahead,
+    ):
+        bar.update(first)
+        for step in range(first, len(plan)):
+            made, waited = next(ahead), ahead.waited
+            state, metrics = session.step(state, *made.arguments)
+            if pending is not None:  # one step late: the device is never awaited
+                record(*pending)
+            pending = step, made, metrics, waited
+            bar.update()
+            bar.set_postfix_str(record.speed, refresh=False)
+            if (step + 1) % c.train.save_every_steps == 0 and step + 1 < len(plan):
+                record(*pending)
+                pending = None
+                ring.save_training(session.ring, state, t, step + 1)
+        if pending is not None:
+            record(*pending)
+    with watch.time("held-out"):
+        after = held_out_log_prob(session, state.params)
+    share = (len(plan) - first) / len(plan)  # of the round, trained by this process
+    facts = {"steps": len(plan), "share": share, "noise": noise, "held-out before": before, "held-out after": after}
+    return state.params, facts
+
+
+def held_out_log_prob(session: Session, policy: PyTree[Array]) -> float | None:
+    """Mean log-prob of the held-out targets, nats a token."""
+    rows = session.held_out
+    if not len(rows):
+        return None
+    config = session.config.packing
+    log_probs = scoring.score(session.scorer, policy, rows, config.rows_per_batch, config.scoring_batches)
+    tokens = np.sum(np.asarray(rows.batch.responses) < rows.prompt_index.shape[1])
+    return float(log_probs.sum() / tokens)
+
+
+def _first_state(
+    session: Session, policy: PyTree[Array], inputs: Callable[..., StepInputs], t: int
+) -> tuple[TrainState, int, float]:
+    """A fresh training state or the saved one of this round, the step to go on from, and the noise of the scores.
+
+    The noise is how far the train step's program and the newest player's scores disagree while theta = theta_t, nats
+    times lam: the largest |P_t| of the first step, computed by the compiled step itself with nothing updated. It is 0
+    where both round alike. It is measured anew when a round goes on, since the machine may be another.
+    """
+    state = train_step.init_state(policy, session.optimizer, session.mesh)
+    state, metrics = session.step(state, *inputs(0, 0.0, dry_run=True).arguments)
+    noise = float(metrics["newest_max_abs_reward"])
+    noise = noise if np.isfinite(noise) else 0.0
+    saved = [step for round_number, step in session.ring.training_states if round_number == t]
+    if not saved:
+        return state, 0, noise
+    session.say(f"Round {t}: training goes on after step {saved[-1]}.")
+    like = sharding.abstract(state)
+    del state  # two states at once may not fit
+    return ring.restore_training(session.ring, t, saved[-1], like), saved[-1], noise
+
+
+@dataclasses.dataclass
+class StepRecorder:
+    """Logs finished steps with their speed, and stops the run where too many in a row were not finite."""
+
+    session: Session
+    log: monitoring.MetricsLog
+    players: list[int]
+    round: int
+    last: float = dataclasses.field(default_factory=time.perf_counter)
+    last_waited: float = 0.0
+    speed: str = ""
+
+    def __call__(self, step: int, inputs: StepInputs, metrics: dict[str, Array], waited: float) -> None:
+        record = monitoring.step_record(jax.device_get(metrics), self.players)
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        speed = {
+            "tokens_per_second": inputs.tokens / seconds,
+            "triplets_per_second": record["triplets"] / seconds,
+            "input_wait_share": (waited - self.last_waited) / seconds,  # of the step's time, waiting for its batch
+        }
+        self.last_waited = waited
+        self.speed = f"{speed['triplets_per_second']:.2f} triplets/s, {speed['tokens_per_second']:.0f} tokens/s"
+        self.log.write(round=self.round, step=step, **record, **speed)
+        limit = self.session.config.train.max_skipped_in_a_row
+        if record["skipped_in_a_row"] >= limit:
+            place = triplets.round_directory(self.session.directory, self.round)
+            path = place / f"not_finite_step_{step:08d}.npz"
+            batch, scores, *_ = jax.device_get(inputs.arguments)
+            durable.write_arrays(path, log_probs=scores.log_probs, **dataclasses.asdict(batch))
+            raise FloatingPointError(
+                f"Round {self.round}, step {step}: the loss or gradient was not finite in {limit} steps in a row. The "
+                f"last batch is saved in {path}. Look at the data of that batch, or begin again in another directory "
+                "with a lower train.learning_rate."
+            )
