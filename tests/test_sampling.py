@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tpaw_jax import sampling, sharding
 from tpaw_jax.config import MeshConfig, SamplingConfig
-from tpaw_jax.models import Transformer
+from tpaw_jax.models import Transformer, cache
+from tpaw_jax.models.attention import attend
 
 STOPS = (1, 403)
 
@@ -88,6 +89,35 @@ def test_responses_end_at_a_stop_token_or_at_the_limit(stories, prompts):
         assert stopped or len(tokens) == 12
 
 
+def test_every_request_has_its_own_limit(stories, prompts):
+    whole = generate(stories, prompts, slots=5)
+    settings = SamplingConfig(max_new_tokens=12, slots=3, prefill_rows=2)
+    sampler = sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, STOPS)
+    answer = lambda limits: sampling.generate(sampler, stories[1], prompts, seed=3, round_number=2, limits=limits)
+    limits = [1 + i % 12 for i in range(len(prompts))]
+    for found, expected, limit in zip(answer(limits).tokens, whole.tokens, limits, strict=True):
+        np.testing.assert_array_equal(found, expected[:limit])
+    for wrong in (limits[1:], [0, *limits[1:]], [13, *limits[1:]]):
+        with pytest.raises(
+            ValueError, match="limits: there must be 11, one a prompt, each from 1 to max_new_tokens, 12"
+        ):
+            answer(wrong)
+
+
+def test_attention_over_slots_reads_blocks_up_to_the_longest():
+    rng = np.random.default_rng(0)
+    positions = np.array([0, 63, 64, 130])
+    array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    layer = cache.LayerCache(array(4, 2, 256, 8), array(4, 2, 256, 8))
+    queries, mask = array(4, 6, 8), jnp.arange(256) <= positions[:, None]
+    expected = attend(queries[:, None], layer.keys, layer.values, mask[:, None])[:, 0]
+    np.testing.assert_allclose(cache.attend_slots(queries, layer, positions), expected, rtol=1e-5, atol=1e-6)
+    beyond = jax.tree.map(lambda x: x.at[:, :, 192:].set(jnp.nan), layer)  # the fourth block is never read
+    of_first = lambda n: (queries[:n], jax.tree.map(lambda x: x[:n], beyond), positions[:n])
+    found = [jax.jit(cache.attend_slots)(*of_first(n)) for n in (2, 4)]
+    np.testing.assert_array_equal(found[0], found[1][:2])  # nor do a slot's bits depend on the others' lengths
+
+
 def test_eight_devices_sample_the_tokens_of_one(stories, prompts):
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
     params = jax.device_put(stories[1], sharding.param_shardings(stories[1], mesh))
@@ -103,8 +133,9 @@ def test_one_program_a_bucket_and_one_to_decode(stories, prompts):
         for round_number in range(3):
             sampling.generate(sampler, stories[1], prompts, seed=0, round_number=round_number)
     names = [name for name, _ in compiled]
-    assert names.count("jit(decode)") == 1
-    assert names.count("jit(prefill)") == len({sampling._bucket(len(t)) for t in prompts.prompt_tokens})
+    assert names.count("jit(decode)") == names.count("jit(prepare)") == 1
+    longest = max(len(t) for t in prompts.prompt_tokens)
+    assert names.count("jit(prefill)") <= len({sampling._bucket(n) for n in range(1, 2 * longest + 1)})
 
 
 def draws(logits, count, **config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,9 @@ from tpaw_jax.models.attention import (
     Attention,
     RopeScaling,
     Visibility,
-    attend,
     rope_angles,
     rope_frequencies,
     rotate,
-    visible,
 )
 
 
@@ -95,39 +94,49 @@ class Block(nn.Module):
     param_dtype: jnp.dtype
     attention: Attention
 
-    @nn.compact
-    def __call__(self, carry, layer, positions_BT, angles, context, slots_B):
-        # Tokens of all rows stand on one axis M = B T: what XLA makes of the weights' gradients is then plain matmuls.
-        x_MD, cache = carry
+    def setup(self) -> None:
         c = self.config
-        linear = lambda name, features, bias=False: nn.Dense(
-            features, use_bias=bias, name=name, dtype=self.dtype, param_dtype=self.param_dtype
+        linear = lambda features, bias=False: nn.Dense(
+            features, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype
         )
-        norm = lambda name: RMSNorm(c.rms_norm_eps, self.param_dtype, name=name)
-        heads = lambda y, n: y.reshape(*positions_BT.shape, n, c.head_dim)
-
-        h_MD = norm("attention_norm")(x_MD)
-        q_BTNH = heads(linear("q", c.num_heads * c.head_dim, c.qkv_bias)(h_MD), c.num_heads)
-        k_BTKH = heads(linear("k", c.num_kv_heads * c.head_dim, c.qkv_bias)(h_MD), c.num_kv_heads)
-        v_BTKH = heads(linear("v", c.num_kv_heads * c.head_dim, c.qkv_bias)(h_MD), c.num_kv_heads)
+        norm = lambda: RMSNorm(c.rms_norm_eps, self.param_dtype)
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        self.q = linear(c.num_heads * c.head_dim, c.qkv_bias)
+        self.k = linear(c.num_kv_heads * c.head_dim, c.qkv_bias)
+        self.v = linear(c.num_kv_heads * c.head_dim, c.qkv_bias)
+        self.o = linear(c.hidden_size)
         if c.qk_norm:
-            q_BTNH, k_BTKH = norm("q_norm")(q_BTNH), norm("k_norm")(k_BTKH)
-        q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
+            self.q_norm, self.k_norm = norm(), norm()
+        self.gate, self.up = linear(c.intermediate_size), linear(c.intermediate_size)
+        self.down = linear(c.hidden_size)
 
-        if cache is None:
-            out_BTNH = self.attention.attend(q_BTNH, k_BTKH, v_BTKH, context)
-        else:
-            cache = kv.write(cache, layer, slots_B, positions_BT, k_BTKH, v_BTKH)
-            keys_BKCH, values_BKCH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-            if context.shape[2] != positions_BT.shape[1]:  # decoding: row s attends to all of slot s, itself among it
-                keys_BKCH, values_BKCH = cache.keys[layer], cache.values[layer]
-            out_BTNH = attend(q_BTNH, keys_BKCH, values_BKCH, context)
-        x_MD += linear("o", c.hidden_size)(out_BTNH.reshape(x_MD.shape[0], -1))
+    def __call__(self, x_MD, angles, context, with_cache):
+        """A layer over whole rows; with `with_cache` also their keys and values [B, T, K, H]."""
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_MD, angles)
+        x_MD = self._finish(x_MD, self.attention.attend(q_BTNH, k_BTKH, v_BTKH, context))
+        return x_MD, (k_BTKH, v_BTKH) if with_cache else None
 
-        h_MD = norm("mlp_norm")(x_MD)
-        gate_MF, up_MF = linear("gate", c.intermediate_size)(h_MD), linear("up", c.intermediate_size)(h_MD)
-        x_MD += linear("down", c.hidden_size)(nn.silu(gate_MF) * up_MF)
-        return (x_MD, cache), None
+    def decode(self, x_SD, angles, positions_S, layer):
+        """A layer over one further token a slot, and the slots' cache with it."""
+        q_S1NH, k_S1KH, v_S1KH = self._project(x_SD, angles)
+        layer = kv.write_token(layer, positions_S, k_S1KH[:, 0], v_S1KH[:, 0])
+        return self._finish(x_SD, kv.attend_slots(q_S1NH[:, 0], layer, positions_S)), layer
+
+    def _project(self, x_MD, angles):
+        # Tokens of all rows stand on one axis M = B T: what XLA makes of the weights' gradients is then plain matmuls.
+        c, rows = self.config, angles[0].shape[:2]
+        h_MD = self.attention_norm(x_MD)
+        q_BTNH = self.q(h_MD).reshape(*rows, c.num_heads, c.head_dim)
+        k_BTKH = self.k(h_MD).reshape(*rows, c.num_kv_heads, c.head_dim)
+        v_BTKH = self.v(h_MD).reshape(*rows, c.num_kv_heads, c.head_dim)
+        if c.qk_norm:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        return rotate(q_BTNH, angles), rotate(k_BTKH, angles), v_BTKH
+
+    def _finish(self, x_MD, attended):
+        x_MD += self.o(attended.reshape(x_MD.shape[0], -1))
+        h_MD = self.mlp_norm(x_MD)
+        return x_MD + self.down(nn.silu(self.gate(h_MD)) * self.up(h_MD))
 
 
 class Transformer(nn.Module):
@@ -147,12 +156,12 @@ class Transformer(nn.Module):
         c = self.config
         block = Block
         if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(4,))
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )(c, self.dtype, self.param_dtype, self.attention)
         self.embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
@@ -181,38 +190,71 @@ class Transformer(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
-        context = self.attention.prepare(Visibility(segment_ids, branch_ids))
-        return self._run(tokens, positions, context, None, None)[0]
+        return self._rows(tokens, positions, Visibility(segment_ids, branch_ids), with_cache=False)[0]
 
     def prefill(
-        self, tokens: Int[Array, "B T"], cache: kv.KVCache, slots: Int[Array, "B"]
-    ) -> tuple[Float[Array, "B T D"], kv.KVCache]:
-        """Hidden states of prompts that start at position 0, and the cache with them written to `slots`."""
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return self._run(tokens, positions, visible(Visibility(jnp.ones_like(tokens))), cache, slots)
-
-    def decode(
-        self, tokens: Int[Array, "S"], positions: Int[Array, "S"], cache: kv.KVCache
-    ) -> tuple[Float[Array, "S D"], kv.KVCache]:
-        """Hidden states of one further token a slot, and the cache with it written at `positions`."""
-        mask_SC = jnp.arange(cache.keys.shape[3]) <= positions[:, None]
-        slots = jnp.arange(tokens.shape[0])
-        hidden_S1D, cache = self._run(tokens[:, None], positions[:, None], mask_SC[:, None], cache, slots)
-        return hidden_S1D[:, 0], cache
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+        """Hidden states of packed prompts, and their keys and values, each [L, B, T, K, H]."""
+        return self._rows(tokens, positions, Visibility(segment_ids), with_cache=True)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Float32 logits of hidden states."""
         table = (self.embed if self.config.tie_embeddings else self.head).embedding.astype(self.dtype)
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
-    def _run(self, tokens_BT, positions_BT, context, cache, slots_B):
+    def _rows(self, tokens_BT, positions_BT, visibility, with_cache):
         c = self.config
-        angles = rope_angles(jnp.asarray(positions_BT), rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
-        carry = (self.embed(tokens_BT.reshape(-1)), cache)
-        (x_MD, cache), _ = self.layers(carry, jnp.arange(c.num_layers), positions_BT, angles, context, slots_B)
+        context = self.attention.prepare(visibility)
+        x_MD, cache = self.layers(self.embed(tokens_BT.reshape(-1)), _angles(c, positions_BT), context, with_cache)
         if self.is_initializing() and not c.tie_embeddings:
             self.head(tokens_BT)
         return self.final_norm(x_MD).reshape(*tokens_BT.shape, -1), cache
+
+
+class DecodeWeights(NamedTuple):
+    """Parameters as decoding reads them: each layer's its own, in the compute dtype."""
+
+    embed: Float[Array, "V D"]
+    layers: tuple[PyTree[Array], ...]
+    final_norm: PyTree[Array]
+    head: Float[Array, "V D"]
+
+
+def decode(
+    model: Transformer,
+    weights: DecodeWeights,
+    tokens: Int[Array, "S"],
+    positions: Int[Array, "S"],
+    cache: kv.KVCache,
+) -> tuple[Float[Array, "S V"], kv.KVCache]:
+    """Float32 logits after one further token a slot, and the cache with it written at `positions`.
+
+    Layers stand one after the other, not under a scan, whose slices of stacked weights XLA copies for every token.
+    """
+    block: Any = Block(model.config, model.dtype, model.param_dtype, model.attention)
+    angles = _angles(model.config, positions[:, None])
+    x_SD, layers = weights.embed[tokens], []
+    for params, layer in zip(weights.layers, cache, strict=True):
+        x_SD, layer = block.apply({"params": params}, x_SD, angles, positions, layer, method="decode")
+        layers.append(layer)
+    norm = RMSNorm(model.config.rms_norm_eps, model.param_dtype)
+    hidden_SD = norm.apply({"params": weights.final_norm}, x_SD)
+    logits_SV = jnp.einsum("sd,vd->sv", hidden_SD, weights.head, preferred_element_type=jnp.float32)
+    return logits_SV, tuple(layers)
+
+
+def decode_weights(model: Transformer, params: PyTree[Array]) -> DecodeWeights:
+    """The parameters of a model for `decode`."""
+    params = jax.tree.map(lambda p: p.astype(model.dtype), params)
+    layers = tuple(jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(model.config.num_layers))
+    return DecodeWeights(params["embed"]["embedding"], layers, params["final_norm"], head_table(params))
+
+
+def _angles(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+    return rope_angles(
+        jnp.asarray(positions), rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    )
 
 
 def head_table(params: PyTree[Array]) -> Float[Array, "V D"]:

@@ -1,0 +1,107 @@
+"""Our side of the sampling comparison: slots that refill. python tpaw_sampling.py WORKLOAD.json SLOTS DTYPE
+
+Run by ../sampling.py. The line has the share of slots busy, prefill and decode apart, and the bounds of both, measured
+in the same process: decoding must read the weights once a step, prefill computes the model's matmuls.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpaw_jax import sampling
+from tpaw_jax.config import SamplingConfig
+from tpaw_jax.host import restart_with_huge_pages
+from tpaw_jax.models import Transformer
+from tpaw_jax.models.tile_attention import tile_attention
+from tpaw_jax.monitoring import compile_log
+from tpaw_jax.types import Prompts
+
+
+def main() -> None:
+    restart_with_huge_pages()
+    work, slots, dtype = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]), jnp.dtype(sys.argv[3])
+    architecture = common.MODELS[work["name"]]
+    model = Transformer(architecture, dtype=dtype, attention=tile_attention())
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    count = len(work["prompts"])
+    ids = tuple(np.array(p, np.int32) for p in work["prompts"])
+    prompts = Prompts(np.arange(count, dtype=np.int32), ids, ids)
+    config = SamplingConfig(max_new_tokens=work["longest"]["response"], slots=slots)
+    sampler = sampling.make_sampler(sampling.decoder_of(model), config, ())
+    watch = Watch(sampler)
+    answer = lambda limits: sampling.generate(watch.sampler, params, prompts, seed=0, round_number=0, limits=limits)
+    with compile_log() as compiled:
+        answer([min(n, 8) for n in work["limits"]])
+        answer(work["limits"])
+    watch.start()
+    start = time.perf_counter()
+    made = answer(work["limits"])
+    seconds = time.perf_counter() - start
+    useful = sum(map(len, made.tokens))
+    assert useful == sum(work["limits"])
+    weights = sum(x.nbytes for x in jax.tree.leaves(jax.eval_shape(sampler.prepare, params)))
+    bandwidth, peak = read_bandwidth(), common.matmul_peak(architecture, 512, backward=False)["median"]
+    tokens, matmul = sum(map(len, ids)), 2 * sum(x.size for x in jax.tree.leaves(params["layers"]))
+    print(
+        json.dumps(
+            {
+                "requests": count,
+                "tokens": useful,
+                "seconds": seconds,
+                "tokens_per_second": useful / seconds,
+                "prefill_seconds": watch.prefill,
+                "decode_seconds": watch.decode,
+                "slots_busy": watch.busy / (watch.steps * slots),
+                "step_milliseconds": 1e3 * watch.decode / watch.steps,
+                "read_bandwidth_gb_per_second": bandwidth / 1e9,
+                "share_of_bandwidth": weights * watch.steps / watch.decode / bandwidth,
+                "prefill_gflops": tokens * matmul / watch.prefill / 1e9,
+                "share_of_peak": tokens * matmul / watch.prefill / 1e9 / peak,
+                "compiled": sorted(name for name, _ in compiled),
+                "machine": common.machine(),
+            }
+        )
+    )
+
+
+class Watch:
+    """A sampler whose programs are awaited and timed."""
+
+    def __init__(self, sampler: sampling.Sampler):
+        self.sampler = sampler._replace(
+            prefill=lambda *a: self._timed("prefill", sampler.prefill, a),
+            decode=lambda *a: self._timed("decode", sampler.decode, a),
+        )
+        self.start()
+
+    def start(self) -> None:
+        self.prefill = self.decode = 0.0
+        self.steps = self.busy = 0
+
+    def _timed(self, name, program, arguments):
+        before = jax.device_get((arguments[1].steps, arguments[1].busy))
+        start = time.perf_counter()
+        state = jax.block_until_ready(program(*arguments))
+        setattr(self, name, getattr(self, name) + time.perf_counter() - start)
+        self.steps += int(state.steps) - int(before[0])
+        self.busy += int(state.busy) - int(before[1])
+        return state
+
+
+def read_bandwidth(repeats: int = 7) -> float:
+    """Bytes a second that a sum over half a GiB reads."""
+    x = jnp.ones(2**27, jnp.float32)
+    total = jax.jit(jnp.sum)
+    total(x).block_until_ready()
+    return x.nbytes / np.median([common.seconds_of(lambda: total(x)) for _ in range(repeats)])
+
+
+if __name__ == "__main__":
+    main()

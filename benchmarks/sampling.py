@@ -1,0 +1,88 @@
+"""How fast are responses sampled? JSON lines: ours, transformers.generate and Tunix's sampler on the same requests.
+
+    make peers                                  # their virtual environments, once
+    python benchmarks/sampling.py --model smollm2 --batch 8 32 64 --dtype float32 bfloat16
+
+Requests have prompts and numbers of new tokens of log-normal length, the latter cut at 256; no token stops a response
+early. A useful token is one that ends up in a response. Ours keeps `--batch` slots busy and refills them. The others
+answer `--batch` requests at a time, each until the longest of them is done. All sample at temperature 1, with random
+weights of one architecture, one after the other, alone; compiling is not counted.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import common
+import numpy as np
+
+HERE = Path(__file__).parent
+CONTENDERS = {  # name: (virtual environment, script)
+    "tpaw_jax": ("", "tpaw_sampling.py"),
+    "transformers": (".venv-trl", "transformers_generate.py"),
+    "tunix": (".venv-tunix", "tunix_sampler.py"),
+}
+LONGEST = {"prompt": 128, "response": 256}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=common.MODELS, default="smollm2")
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 32, 64])
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--environments", type=Path, default=HERE.parent, help="where .venv-trl and .venv-tunix are")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    options = parser.parse_args()
+    for dtype in options.dtype:
+        for batch in options.batch:
+            for _ in range(options.repeats):
+                seed = int.from_bytes(os.urandom(3))
+                with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+                    json.dump(workload(options.model, options.requests, seed), file)
+                    file.flush()
+                    for name in options.only:
+                        found = run(name, options.environments, [file.name, str(batch), dtype])
+                        common.emit(benchmark="sampling", contender=name, batch=batch, dtype=dtype, seed=seed, **found)
+
+
+def workload(name: str, requests: int, seed: int) -> dict:
+    """Random prompts of log-normal length, how many tokens each is answered with, and the model."""
+    rng, model = np.random.default_rng(seed), common.MODELS[name]
+    draw = lambda median, sigma, cap: np.clip(np.round(rng.lognormal(np.log(median), sigma, requests)), 4, cap)
+    prompts, responses = draw(40, 0.7, LONGEST["prompt"]), draw(80, 0.7, LONGEST["response"])
+    tokens = [rng.integers(10, model.vocab_size, int(n)).tolist() for n in prompts]
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    fields = {k: v for k, v in dataclasses.asdict(model).items() if k in (*kept, "rope_theta", "rms_norm_eps")}
+    return {
+        "name": name,
+        "model": fields,
+        "longest": LONGEST,
+        "prompts": tokens,
+        "limits": responses.astype(int).tolist(),
+    }
+
+
+def run(name: str, environments: Path, arguments: list[str]) -> dict:
+    """What a contender printed, in its own virtual environment."""
+    environment, script = CONTENDERS[name]
+    python = environments / environment / "bin" / "python" if environment else Path(sys.executable)
+    if not python.exists():
+        sys.exit(f"{python}: there is no such environment; `make peers` builds it.")
+    variables = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "PYTHONPATH")}
+    variables |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    command = [str(python), str(HERE / "peers" / script), *arguments]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{name} failed: {' '.join(command)}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()
