@@ -394,7 +394,6 @@ def _collect(state: DecodeState, occupant: list[int | None]) -> dict[int, Respon
     return done
 
 
-def _bucket(length: int, smallest: int = 32) -> int:
-    """The next of 32, 48, 64, 96, 128, ..., so that few prefill programs serve all groups of prompts."""
-    power = max(smallest, 1 << (length - 1).bit_length())
-    return power * 3 // 4 if power > smallest and length <= power * 3 // 4 else power
+def _bucket(length: int, smallest: int = 64) -> int:
+    """The next power of two, so that few prefill programs serve all groups of prompts."""
+    return max(smallest, 1 << (length - 1).bit_length())

@@ -46,7 +46,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     useful = sum(map(len, made.tokens))
     assert useful == sum(work["limits"])
-    weights = sum(x.nbytes for x in jax.tree.leaves(jax.eval_shape(sampler.prepare, params)))
+    weights = sum(x.size * dtype.itemsize for x in jax.tree.leaves(params))
     bandwidth, peak = read_bandwidth(), common.matmul_peak(architecture, 512, backward=False)["median"]
     tokens, matmul = sum(map(len, ids)), 2 * sum(x.size for x in jax.tree.leaves(params["layers"]))
     print(

@@ -51,13 +51,13 @@ def main() -> None:
         rope_theta=m["rope_theta"],
         norm_eps=m["rms_norm_eps"],
         weight_tying=True,
-        dtype=dtype,
-        param_dtype=dtype,
     )
     prompts, limits, longest = work["prompts"], work["limits"], work["longest"]
     with jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2):
         cache = tunix_sampler.CacheConfig(sum(longest.values()), m["num_layers"], m["num_kv_heads"], m["head_dim"])
-        sampler = tunix_sampler.Sampler(llama3.Llama3(config, rngs=nnx.Rngs(0)), Ids(), cache)
+        model = llama3.Llama3(config, rngs=nnx.Rngs(0))
+        nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model)))
+        sampler = tunix_sampler.Sampler(model, Ids(), cache)
 
         def answer(i: int, new_tokens: int) -> None:
             texts = [" ".join(map(str, p)) for p in prompts[i : i + batch]]
