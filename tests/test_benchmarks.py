@@ -15,7 +15,10 @@ RUNS = {  # script: arguments, and the benchmarks of its lines
         [*TINY, "--row-length", "512", "--batches-at-once", "1", "2", "--prompts", "8", "--repeats", "1"],
         ["scoring", "scoring", "scoring_from_the_ring"],
     ),
-    "trees_vs_pairs.py": ([*TINY, "--prompts", "4", "--repeats", "1"], ["trees_vs_pairs_loss", "trees_vs_pairs"]),
+    "trees_vs_pairs.py": (
+        [*TINY, "--prompts", "4", "--repeats", "1"],
+        ["trees_vs_pairs_loss", *["trees_vs_pairs_turn"] * 4, "trees_vs_pairs"],
+    ),
     "memory.py": (
         [*TINY, "--row-length", "512", "--policies", "layer", "--budget-gib", "0.02", "--longest", "2048"],
         ["memory_step", "memory_head", "memory_head", "memory_longest_row"],
@@ -46,6 +49,9 @@ def test_a_benchmark_prints_its_lines(script):
     for line in lines:
         if line["benchmark"] == "trees_vs_pairs_loss":
             assert line["relative_difference"] < 1e-5
+        elif line["benchmark"] == "trees_vs_pairs_turn":
+            assert line["system_seconds"] >= 0
+            assert line["seconds"] > 0
         else:
             assert line["machine"]["backend"] == "cpu"
         if line["benchmark"] == "memory_step":
@@ -75,7 +81,14 @@ def test_the_benchmark_of_a_round_accounts_for_all_its_time():
     assert lines[0]["compile_seconds"] > lines[1]["compile_seconds"] >= 0
 
 
-def test_our_side_of_the_peer_comparison_runs():
+def test_our_sides_of_the_peer_comparisons_run():
+    lines = run(
+        "sampling.py",
+        *TINY,
+        *["--batch", "4", "--dtype", "float32", "--requests", "8", "--repeats", "1", "--only", "tpaw_jax"],
+    )
+    assert [(line["benchmark"], line["contender"]) for line in lines] == [("sampling", "tpaw_jax")]
+    assert 0 < lines[0]["slots_busy"] <= 1
     lines = run("peers.py", "--prompts", "4", "--repeats", "1", "--only", "tpaw_jax")
     assert [line["benchmark"] for line in lines] == ["peers", "peers_summary"]
     assert lines[0]["triplets"] == 12
