@@ -6,6 +6,8 @@ import importlib.metadata
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -155,6 +157,22 @@ def matmul_peak(model: ModelConfig, tokens: int, backward: bool, repeats: int = 
             work += times * 2 * tokens * k * n
             typical, best = typical + times * statistics.median(readings), best + times * min(readings)
     return {"median": work / typical / 1e9, "best": work / best / 1e9}
+
+
+def run_contender(
+    environments: Path, environment: str, script: str, arguments: list[str], variables: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """The line that `peers/<script>` printed, alone in its virtual environment; in this one where it is named ""."""
+    python = environments / environment / "bin" / "python" if environment else Path(sys.executable)
+    if not python.exists():
+        sys.exit(f"{python}: there is no such environment; `make peers` builds it.")
+    kept = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "PYTHONPATH")}
+    kept |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", **(variables or {})}
+    command = [str(python), str(Path(__file__).parent / "peers" / script), *arguments]
+    done = subprocess.run(command, env=kept, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{script} failed: {' '.join(command)}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def _init(model: Transformer) -> Any:

@@ -17,8 +17,6 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -26,8 +24,7 @@ import common
 
 from tpaw_jax.host import HUGE_PAGES
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
+ROOT = Path(__file__).parent.parent
 CONTENDERS = {  # name: (virtual environment, script, further arguments)
     "tpaw_jax": ("", "tpaw.py", []),
     "tunix": (".venv-tunix", "tunix_dpo.py", []),
@@ -78,19 +75,9 @@ def compare(options: argparse.Namespace, prompts: int) -> None:
 def run(name: str, path: str, options: argparse.Namespace) -> dict:
     """One contender on one workload, in its own virtual environment; the line it printed."""
     environment, script, further = CONTENDERS[name]
-    python = options.environments / environment / "bin" / "python" if environment else Path(sys.executable)
-    if not python.exists():
-        sys.exit(f"{python}: there is no such environment; `make peers` builds it.")
-    variables = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "PYTHONPATH")}
-    variables |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    if environment and options.huge_pages:
-        variables["GLIBC_TUNABLES"] = HUGE_PAGES
     steps = [str(options.batch), str(options.steps)] if environment else []
-    command = [str(python), str(HERE / "peers" / script), path, *steps, *further]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{name} failed: {' '.join(command)}\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    variables = {"GLIBC_TUNABLES": HUGE_PAGES} if environment and options.huge_pages else {}
+    return common.run_contender(options.environments, environment, script, [path, *steps, *further], variables)
 
 
 def workload(prompts: int, seed: int) -> dict:

@@ -13,15 +13,13 @@ import argparse
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import common
 import numpy as np
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 CONTENDERS = {  # name: (virtual environment, script)
     "tpaw_jax": ("", "tpaw_sampling.py"),
     "transformers": (".venv-trl", "transformers_generate.py"),
@@ -37,7 +35,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--environments", type=Path, default=HERE.parent, help="where .venv-trl and .venv-tunix are")
+    parser.add_argument("--environments", type=Path, default=ROOT, help="where .venv-trl and .venv-tunix are")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     options = parser.parse_args()
     for dtype in options.dtype:
@@ -48,7 +46,8 @@ def main() -> None:
                     json.dump(workload(options.model, options.requests, seed), file)
                     file.flush()
                     for name in options.only:
-                        found = run(name, options.environments, [file.name, str(batch), dtype])
+                        arguments = [file.name, str(batch), dtype]
+                        found = common.run_contender(options.environments, *CONTENDERS[name], arguments)
                         common.emit(benchmark="sampling", contender=name, batch=batch, dtype=dtype, seed=seed, **found)
 
 
@@ -67,21 +66,6 @@ def workload(name: str, requests: int, seed: int) -> dict:
         "prompts": tokens,
         "limits": responses.astype(int).tolist(),
     }
-
-
-def run(name: str, environments: Path, arguments: list[str]) -> dict:
-    """What a contender printed, in its own virtual environment."""
-    environment, script = CONTENDERS[name]
-    python = environments / environment / "bin" / "python" if environment else Path(sys.executable)
-    if not python.exists():
-        sys.exit(f"{python}: there is no such environment; `make peers` builds it.")
-    variables = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "PYTHONPATH")}
-    variables |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    command = [str(python), str(HERE / "peers" / script), *arguments]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{name} failed: {' '.join(command)}\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 import optax
-from flax import nnx
-from tunix.models.llama3 import model as llama3
+import tunix_model
 from tunix.sft.dpo import dpo_trainer
 
 WARM_UP = 2
@@ -24,26 +23,13 @@ def main() -> None:
     path, batch, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     with open(path) as file:
         work = json.load(file)
-    m = work["model"]
-    config = llama3.ModelConfig(
-        num_layers=m["num_layers"],
-        vocab_size=m["vocab_size"],
-        embed_dim=m["hidden_size"],
-        hidden_dim=m["intermediate_size"],
-        num_heads=m["num_heads"],
-        num_kv_heads=m["num_kv_heads"],
-        head_dim=m["head_dim"],
-        rope_theta=m["rope_theta"],
-        norm_eps=m["rms_norm_eps"],
-        weight_tying=True,
-    )
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     data = Timed(batches(work, batch)[: WARM_UP + steps])
     settings = dpo_trainer.DPOTrainingConfig(
         eval_every_n_steps=10**9, max_steps=len(data.batches), max_inflight_computations=1
     )
     with mesh:
-        policy, reference = (llama3.Llama3(config, rngs=nnx.Rngs(0)) for _ in range(2))
+        policy, reference = (tunix_model.build(work["model"]) for _ in range(2))
         trainer = dpo_trainer.DPOTrainer(policy, reference, optax.rmsprop(5e-7), settings)
         trainer.train(data)
         jax.effects_barrier()

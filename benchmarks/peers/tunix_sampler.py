@@ -12,9 +12,9 @@ import time
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
+import tunix_model
 from flax import nnx
 from tunix.generate import sampler as tunix_sampler
-from tunix.models.llama3 import model as llama3
 
 
 class Ids:
@@ -40,22 +40,10 @@ def main() -> None:
     with open(sys.argv[1]) as file:
         work = json.load(file)
     batch, dtype, m = int(sys.argv[2]), jnp.dtype(sys.argv[3]), work["model"]
-    config = llama3.ModelConfig(
-        num_layers=m["num_layers"],
-        vocab_size=m["vocab_size"],
-        embed_dim=m["hidden_size"],
-        hidden_dim=m["intermediate_size"],
-        num_heads=m["num_heads"],
-        num_kv_heads=m["num_kv_heads"],
-        head_dim=m["head_dim"],
-        rope_theta=m["rope_theta"],
-        norm_eps=m["rms_norm_eps"],
-        weight_tying=True,
-    )
     prompts, limits, longest = work["prompts"], work["limits"], work["longest"]
     with jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2):
         cache = tunix_sampler.CacheConfig(sum(longest.values()), m["num_layers"], m["num_kv_heads"], m["head_dim"])
-        model = llama3.Llama3(config, rngs=nnx.Rngs(0))
+        model = tunix_model.build(work["model"])
         nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model)))
         sampler = tunix_sampler.Sampler(model, Ids(), cache)
 
