@@ -26,7 +26,7 @@ def prompts():
 
 GOOD = [
     {"prompt_id": 9, "token_ids": [11, 12], "log_probs": [-0.25, -1.5]},
-    {"prompt_id": 4, "response": "Once upon a time", "prompt_token_ids": [1, 5]},
+    {"prompt_id": 4, "response": "Once upon a time", "token_ids": None, "prompt_token_ids": [1, 5]},
     {"prompt_id": 7, "token_ids": [511]},
 ]
 

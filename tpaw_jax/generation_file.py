@@ -50,7 +50,7 @@ def read(path: Path, prompts: Prompts, template: Template, vocabulary: int, long
         if i in lines:
             raise ValueError(f"{where}: prompt_id {record['prompt_id']} is answered in line {lines[i]} already.")
         _check_prompt_tokens(record, prompts.prompt_tokens[i], where)
-        retokenised += "token_ids" not in record
+        retokenised += record.get("token_ids") is None
         found[i], lines[i] = _response(record, template, vocabulary, longest, where), number
     missing = [int(prompts.ids[i]) for i in range(len(prompts)) if i not in found]
     if missing:
