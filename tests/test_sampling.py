@@ -129,13 +129,20 @@ def test_one_program_a_bucket_and_one_to_decode(stories, prompts):
 
     settings = SamplingConfig(max_new_tokens=8, slots=4, prefill_rows=2)
     sampler = sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, STOPS)
+    shapes = []
+
+    def prefill(*arguments):
+        shapes.append(arguments[3].tokens.shape)
+        return sampler.prefill(*arguments)
+
     with compile_log() as compiled:
         for round_number in range(3):
-            sampling.generate(sampler, stories[1], prompts, seed=0, round_number=round_number)
+            watched = sampler._replace(prefill=prefill)
+            sampling.generate(watched, stories[1], prompts, seed=0, round_number=round_number)
     names = [name for name, _ in compiled]
     assert names.count("jit(decode)") == names.count("jit(prepare)") == 1
-    longest = max(len(t) for t in prompts.prompt_tokens)
-    assert names.count("jit(prefill)") <= len({sampling._bucket(n) for n in range(1, 2 * longest + 1)})
+    assert names.count("jit(prefill)") == len(set(shapes)) < len(shapes)
+    assert {length for _, length in shapes} <= {64, 128, 256}
 
 
 def draws(logits, count, **config):

@@ -263,7 +263,7 @@ def generate(
             f"{config.max_new_tokens}."
         )
     done: dict[int, Response] = dict(finished or {})
-    # Longest first: prompts of one bucket are prefilled together, and the order changes no text.
+    # Longest first, so that the groups of a run fall into few buckets; the order changes no text.
     waiting = sorted(set(range(len(prompts))) - set(done), key=lambda i: (-lengths[i], i))
     slots, longest = min(config.slots, max(1, len(prompts))), _bucket(max(lengths, default=1))
     state = sampler.init(slots, longest + config.max_new_tokens)
@@ -358,7 +358,7 @@ def _prefill(
     slots: Sequence[int],
     longest: int,
 ) -> DecodeState:
-    """Put the prompts of `group` into `slots`: packed into rows of a bucket's length, the fullest row first."""
+    """Put the prompts of `group` into `slots`: packed into rows of a bucket's length, the longest first."""
     count, rows = sampler.config.prefill_rows, sampler.rows
     filled = [0] * rows
     place = {}
