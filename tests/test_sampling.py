@@ -127,7 +127,7 @@ def test_eight_devices_sample_the_tokens_of_one(stories, prompts):
 def test_one_program_a_bucket_and_one_to_decode(stories, prompts):
     from tpaw_jax.monitoring import compile_log
 
-    settings = SamplingConfig(max_new_tokens=8, slots=4, prefill_rows=2)
+    settings = SamplingConfig(max_new_tokens=8, slots=8, prefill_rows=8)
     sampler = sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, STOPS)
     shapes = []
 
