@@ -35,6 +35,7 @@ def main() -> None:
         trees(of("trees_vs_pairs"), of("trees_vs_pairs_loss")),
         memory(of("memory_step"), of("memory_head"), of("memory_longest_row")),
         rounds(of("round")),
+        sampling(of("sampling")),
     ]
     parts = [part for part in made if part.count("\n") > 2]  # a table of nothing has its head alone
     plot(comparisons, of("round"))
@@ -176,6 +177,26 @@ def rounds(records: list[dict]) -> str:
         for r in records
     ]
     return _table(["wall time", "seconds", *stages], lines)
+
+
+def sampling(records: list[dict]) -> str:
+    """Useful tokens/s of the samplers, one line a number of slots and a dtype, and how near to their bounds ours is."""
+    lines = []
+    sizes = {(r["requests"], r["dtype"], r["batch"]) for r in records if r["contender"] == "tpaw_jax"}
+    for requests, dtype, batch in sorted(sizes, key=lambda size: (size[0] > 128, size[1] == "bfloat16", size[2])):
+        ours = [r for r in records if r.get("requests") == requests and (r["dtype"], r["batch"]) == (dtype, batch)]
+        mine = {r["seed"]: r["tokens_per_second"] for r in ours}
+        middle = lambda name, ours=ours: common.spread([r[name] for r in ours])["median"]
+        cells = [f"{requests} requests, {dtype}, {batch}", _range(common.spread(list(mine.values())), "{:.0f}")]
+        for name in ("transformers", "tunix"):
+            theirs = [r for r in records if r["contender"] == name and r["seed"] in mine]
+            ratios = [mine[r["seed"]] / r["tokens_per_second"] for r in theirs]
+            rate = common.spread([r["tokens_per_second"] for r in theirs])["median"] if theirs else 0
+            cells.append(f"{rate:.0f} (**{_range(common.spread(ratios), '{:.1f}')}**)" if theirs else "")
+        shares = [middle("slots_busy"), middle("share_of_bandwidth"), middle("share_of_peak")]
+        lines.append([*cells, *(f"{share:.0%}" for share in shares)])
+    head = ["useful tokens/s, slots", "tpaw_jax", "transformers.generate", "Tunix's sampler"]
+    return _table([*head, "slots busy", "decode, of the bandwidth", "prefill, of the matmul peak"], lines)
 
 
 def plot(summaries: list[dict], records: list[dict]) -> None:

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--model", choices=common.MODELS, default="smollm2")
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--requests", type=int, help="two batches by default, and at least 48")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--environments", type=Path, default=ROOT, help="where .venv-trl and .venv-tunix are")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
@@ -43,7 +43,7 @@ def main() -> None:
             for _ in range(options.repeats):
                 seed = int.from_bytes(os.urandom(3))
                 with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-                    json.dump(workload(options.model, options.requests, seed), file)
+                    json.dump(workload(options.model, options.requests or max(48, 2 * batch), seed), file)
                     file.flush()
                     for name in options.only:
                         arguments = [file.name, str(batch), dtype]

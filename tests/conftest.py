@@ -78,7 +78,6 @@ def small_run(directory, **overrides):
         "data.max_length": 48,
         "sampling.max_new_tokens": 16,
         "sampling.slots": 8,
-        "sampling.prefill_rows": 4,
         "packing.row_length": 128,
         "packing.rows_per_batch": 2,
         "train.batch_triplets": 8,

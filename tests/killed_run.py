@@ -52,7 +52,7 @@ def while_training(steps):
 
 
 PLACES = {
-    "sampling": lambda: at_call(sampling, "_collect", 2),
+    "sampling": lambda: at_call(sampling._Engine, "_collect", 2),
     "keeping": lambda: at_call(generation_file, "append", 1, after=True),
     "sampled": lambda: at_call(triplets, "append", 1, after=True),
     "scoring": lambda: at_call(scoring, "score", 1, after=True),

@@ -1,11 +1,13 @@
 """Responses as JSON lines: another engine's, checked line by line, and those of a round that is not finished."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import STORIES, small_run
+from conftest import ROOT, STORIES, small_run
 
 from tpaw_jax import cli, dataset, generation_file, sampling, self_play
 from tpaw_jax.config import DataConfig, SamplingConfig, to_dict
@@ -103,10 +105,34 @@ def test_what_was_kept_is_read_back_and_a_cut_line_removed(tmp_path, prompts):
     assert path.read_bytes() == whole
 
 
+def test_another_engine_answers_the_prompts_of_an_exported_policy(tmp_path, capsys):
+    """`tpaw export`, `tpaw prompts`, scripts/answer_prompts.py, `tpaw play --generations`."""
+    settings = {"rounds": 1, "mesh.fsdp": -1, "data.max_prompts": 4}
+    configuration = tmp_path / "run.yaml"
+    run = small_run(tmp_path / "run", **settings)
+    configuration.write_text(json.dumps(to_dict(run) | {"rounds": 2}))
+    path = lambda name: str(tmp_path / name)
+    with pytest.MonkeyPatch.context() as one_device:
+        one_device.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+        assert cli.main(["play", "--config", str(configuration), "--rounds", "1"]) == 0
+        assert cli.main(["export", "--run", path("run"), "--out", path("theta")]) == 0
+        assert cli.main(["prompts", "--config", str(configuration), "--out", path("prompts.jsonl")]) == 0
+        command = [sys.executable, ROOT / "scripts" / "answer_prompts.py", "--engine", "transformers"]
+        command += ["--model", path("theta"), "--prompts", path("prompts.jsonl"), "--out", path("answers.jsonl")]
+        subprocess.run([*command, "--max-new-tokens", "16"], check=True)
+        capsys.readouterr()
+        given = ["--generations", path("answers.jsonl")]
+        assert cli.main(["play", "--config", str(configuration), *given]) == 0
+    assert "4 responses from" in capsys.readouterr().out
+    table = self_play.rounds_table(tmp_path / "run", 2)
+    assert len(table) == 2
+    assert table[1]["largest gap"] < 1e-4  # the other engine's log-probs are the scorer's
+
+
 def test_sampling_goes_on_with_what_is_missing(stories):
     ids = lambda n: np.arange(1, n + 1, dtype=np.int32)
     prompts = Prompts(np.arange(6, dtype=np.int32), tuple(ids(n) for n in range(2, 8)), tuple(ids(1) for _ in range(6)))
-    settings = SamplingConfig(max_new_tokens=10, slots=2, prefill_rows=2)
+    settings = SamplingConfig(max_new_tokens=10, slots=2)
     sampler = sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, (1,))
     generate = lambda **more: sampling.generate(sampler, stories[1], prompts, seed=1, round_number=0, **more)
     kept = {}

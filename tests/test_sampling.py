@@ -1,5 +1,10 @@
 """Text that depends on the request alone, slots that refill, and draws from the right distribution."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +13,12 @@ from conftest import random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpaw_jax import sampling, sharding
+from tpaw_jax import draws, sampling, sharding
 from tpaw_jax.config import MeshConfig, SamplingConfig
 from tpaw_jax.models import Transformer, cache
 from tpaw_jax.models.attention import attend
+from tpaw_jax.monitoring import compile_log
+from tpaw_jax.pages import Pages
 
 STOPS = (1, 403)
 
@@ -21,11 +28,14 @@ def prompts():
     return random_prompts(np.random.default_rng(5), 11)[0]
 
 
-def generate(stories, prompts, decoder=None, mesh=None, params=None, **config):
-    settings = SamplingConfig(**{"max_new_tokens": 12, "slots": 4, "prefill_rows": 2, **config})
+def generate(stories, prompts, decoder=None, mesh=None, params=None, num_generations=1, ends=None, **config):
+    settings = SamplingConfig(**{"max_new_tokens": 12, "slots": 4, **config})
     decoder = decoder or sampling.decoder_of(Transformer(stories[0]))
     sampler = sampling.make_sampler(decoder, settings, STOPS, mesh)
-    return sampling.generate(sampler, stories[1] if params is None else params, prompts, seed=3, round_number=2)
+    params = stories[1] if params is None else params
+    return sampling.generate(
+        sampler, params, prompts, seed=3, round_number=2, num_generations=num_generations, ends=ends
+    )
 
 
 def assert_same_tokens(a, b):
@@ -36,7 +46,7 @@ def assert_same_tokens(a, b):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_text_does_not_depend_on_slots_order_or_company(stories, prompts, temperature):
     reference = generate(stories, prompts, temperature=temperature, slots=11)
-    one_at_a_time = generate(stories, prompts, temperature=temperature, slots=1, prefill_rows=1)
+    one_at_a_time = generate(stories, prompts, temperature=temperature, slots=1)
     assert_same_tokens(one_at_a_time, reference)
     assert_same_tokens(generate(stories, prompts, temperature=temperature, slots=3), reference)
     order = np.random.default_rng(0).permutation(len(prompts))
@@ -51,7 +61,7 @@ def test_every_request_round_and_seed_has_its_own_stream(stories, prompts):
     twins = prompts.take([7, 7])
     apart = type(twins)(np.array([100, 101], np.int32), twins.prompt_tokens, twins.target_tokens)
     sampler = sampling.make_sampler(
-        sampling.decoder_of(Transformer(stories[0])), SamplingConfig(max_new_tokens=12, slots=2, prefill_rows=2), ()
+        sampling.decoder_of(Transformer(stories[0])), SamplingConfig(max_new_tokens=12, slots=2), ()
     )
     draw = lambda who, seed, t: sampling.generate(sampler, stories[1], who, seed=seed, round_number=t).tokens
     first, second = draw(apart, 0, 0)
@@ -89,9 +99,58 @@ def test_responses_end_at_a_stop_token_or_at_the_limit(stories, prompts):
         assert stopped or len(tokens) == 12
 
 
+def test_several_responses_share_a_prompt_and_differ(stories, prompts):
+    one = generate(stories, prompts)
+    three = generate(stories, prompts, num_generations=3)
+    assert len(three.tokens) == 33
+    for i, tokens in enumerate(one.tokens):
+        np.testing.assert_array_equal(three.tokens[3 * i], tokens)  # the first is the one that stands alone
+    texts = [tuple(tokens.tolist()) for tokens in three.tokens]
+    assert sum(len({*texts[3 * i : 3 * i + 3]}) == 3 for i in range(11)) >= 9
+    for a, b in zip(three.tokens, generate(stories, prompts, num_generations=3, slots=2).tokens, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_no_stop_token_comes_before_the_fewest_tokens(stories, prompts):
+    free, held = generate(stories, prompts), generate(stories, prompts, min_new_tokens=6)
+    assert min(map(len, free.tokens)) < 6 <= min(map(len, held.tokens))
+    for a, b in zip(free.tokens, held.tokens, strict=True):
+        np.testing.assert_array_equal(a[: min(len(a), 5)][:-1], b[: min(len(a), 5)][:-1])  # else it is the same draw
+
+
+@pytest.mark.parametrize("slots", [2, 11])
+def test_a_text_ends_with_the_token_that_completes_a_stop_string(stories, stories_tokenizer, prompts, slots):
+    whole = generate(stories, prompts, slots=slots, max_new_tokens=30)
+    strings = (" the", "ing", "Once")
+    ends = sampling.stop_at(stories_tokenizer.decode, strings)
+    cut = generate(stories, prompts, slots=slots, max_new_tokens=30, ends=ends)
+    shorter = 0
+    for all_tokens, tokens in zip(whole.tokens, cut.tokens, strict=True):
+        np.testing.assert_array_equal(tokens, all_tokens[: len(tokens)])
+        has = lambda t: any(s in stories_tokenizer.decode(t) for s in strings)
+        assert not has(tokens[:-1])
+        assert has(tokens) or len(tokens) == len(all_tokens)
+        shorter += len(tokens) < len(all_tokens)
+    assert shorter >= 3
+
+
+def test_a_bfloat16_cache_changes_log_probs_a_little(stories, prompts):
+    whole, half = (
+        generate(stories, prompts, temperature=0.0, decoder=sampling.decoder_of(Transformer(stories[0]), dtype))
+        for dtype in ("", "bfloat16")
+    )
+    gaps = []
+    for a, b, p, q in zip(whole.tokens, half.tokens, whole.log_probs, half.log_probs, strict=True):
+        same = int(np.argmin(np.append(a[: len(b)] == b[: len(a)], False)))
+        gaps += np.abs(p[:same] - q[:same]).tolist()
+    assert len(gaps) > 50
+    assert 0 < max(gaps) < 0.1
+    assert np.mean(gaps) < 0.01
+
+
 def test_every_request_has_its_own_limit(stories, prompts):
     whole = generate(stories, prompts, slots=5)
-    settings = SamplingConfig(max_new_tokens=12, slots=3, prefill_rows=2)
+    settings = SamplingConfig(max_new_tokens=12, slots=3)
     sampler = sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, STOPS)
     answer = lambda limits: sampling.generate(sampler, stories[1], prompts, seed=3, round_number=2, limits=limits)
     limits = [1 + i % 12 for i in range(len(prompts))]
@@ -104,51 +163,148 @@ def test_every_request_has_its_own_limit(stories, prompts):
             answer(wrong)
 
 
-def test_attention_over_slots_reads_blocks_up_to_the_longest():
+def pages_of(rng, positions, shards=1):
+    """A pool whose pages lie in random order, the table of it, and each slot's sequence [S, K, C, H]."""
+    slots, blocks = len(positions) // shards, 3
+    account = Pages(shards, slots, slots * blocks + 2, blocks)
+    for s in rng.permutation(slots):  # pages are not in the order of slots
+        needed = np.zeros((shards, slots), int)
+        needed[:, s] = np.asarray(positions).reshape(shards, slots)[:, s] + 1
+        assert account.reserve(needed) == 0
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    layer = cache.LayerPages(
+        draw(shards, account.pages, 2, 8, cache.PAGE), draw(shards, account.pages, 2, cache.PAGE, 8)
+    )
+    return account, layer
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_attention_over_pages_is_attention_over_sequences(shards):
     rng = np.random.default_rng(0)
     positions = np.array([0, 63, 64, 130])
-    array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    layer = cache.LayerCache(array(4, 2, 256, 8), array(4, 2, 256, 8))
-    queries, mask = array(4, 6, 8), jnp.arange(256) <= positions[:, None]
-    expected = attend(queries[:, None], layer.keys, layer.values, mask[:, None])[:, 0]
-    np.testing.assert_allclose(cache.attend_slots(queries, layer, positions), expected, rtol=1e-5, atol=1e-6)
-    beyond = jax.tree.map(lambda x: x.at[:, :, 192:].set(jnp.nan), layer)  # the fourth block is never read
-    of_first = lambda n: (queries[:n], jax.tree.map(lambda x: x[:n], beyond), positions[:n])
-    found = [jax.jit(cache.attend_slots)(*of_first(n)) for n in (2, 4)]
-    np.testing.assert_array_equal(found[0], found[1][:2])  # nor do a slot's bits depend on the others' lengths
+    account, layer = pages_of(rng, positions, shards)
+    by_shard = lambda x: jnp.asarray(x).reshape(shards, 4 // shards, *x.shape[1:])
+    queries = jnp.asarray(rng.normal(size=(4, 6, 8)), jnp.float32)
+    found = cache.attend_pages(by_shard(queries), layer, account.table(), by_shard(positions)).reshape(4, 6, 8)
+    for i, position in enumerate(positions):
+        r, s = divmod(i, 4 // shards)
+        held = account.of_slot(r, s)
+        keys = jnp.concatenate([layer.keys[r, page].swapaxes(1, 2) for page in held], axis=1)
+        values = jnp.concatenate([layer.values[r, page] for page in held], axis=1)
+        mask = jnp.arange(keys.shape[1]) <= position
+        expected = attend(queries[i][None, None], keys[None], values[None], mask[None, None])[0, 0]
+        np.testing.assert_allclose(found[i], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_eight_devices_sample_the_tokens_of_one(stories, prompts):
+def test_a_token_is_written_into_its_slots_page_alone():
+    positions = np.array([[5, 64, 130]])
+    account, layer = pages_of(np.random.default_rng(1), positions[0])
+    account.release(0, 1)  # an idle slot writes nowhere
+    new = jnp.full((1, 3, 2, 8), 7.0)
+    written = cache.write_token(layer, account.table(), positions, new, new)
+    keys, values = layer.keys, layer.values
+    for slot in (0, 2):
+        page, offset = account.of_slot(0, slot)[positions[0, slot] // cache.PAGE], positions[0, slot] % cache.PAGE
+        keys, values = keys.at[0, page, :, :, offset].set(7.0), values.at[0, page, :, offset].set(7.0)
+    np.testing.assert_array_equal(written.keys, keys)
+    np.testing.assert_array_equal(written.values, values)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_a_page_never_has_two_owners(data):
+    shards, slots, blocks = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 4)))
+    account = Pages(shards, slots, data.draw(st.integers(blocks, slots * blocks)), blocks)
+    held = np.zeros((shards, slots), int)  # tokens
+    for _ in range(data.draw(st.integers(1, 12))):
+        shard, slot = data.draw(st.integers(0, shards - 1)), data.draw(st.integers(0, slots - 1))
+        if data.draw(st.booleans()):
+            wanted = held.copy()
+            wanted[shard, slot] = data.draw(st.integers(0, blocks * cache.PAGE))
+            lacking = account.reserve(wanted)
+            if lacking:
+                order = account.resize(np.tile(np.arange(slots), (shards, 1)), account.pages + lacking)
+                assert order.shape == (shards, account.pages)
+                assert account.reserve(wanted) == 0
+            held = np.maximum(held, wanted)
+        else:
+            account.release(shard, slot)
+            held[shard, slot] = 0
+        table = account.table()
+        for r in range(shards):
+            pages = [page for s in range(slots) for page in account.of_slot(r, s)]
+            assert len(set(pages)) == len(pages)
+            for s in range(slots):
+                mine = account.of_slot(r, s)
+                assert len(mine) * cache.PAGE >= held[r, s]
+                np.testing.assert_array_equal(table.of_slot[r, s][: len(mine)], mine)
+                assert (table.of_slot[r, s][len(mine) :] == account.pages).all()
+                assert (table.owner[r, mine] == s).all()
+                np.testing.assert_array_equal(table.first[r, mine], cache.PAGE * np.arange(len(mine)))
+            free = sorted(set(range(account.pages)) - set(pages))
+            assert (table.first[r, free] > 1 << 20).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_sixty_four_prompts_are_answered_alike_everywhere(stories, temperature, tmp_path):
+    """With 4, 16 and 64 slots, on one device and on eight, and by a run that is killed and goes on."""
+    import killed_sampling
+
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
     params = jax.device_put(stories[1], sharding.param_shardings(stories[1], mesh))
-    assert_same_tokens(generate(stories, prompts, slots=8, mesh=mesh, params=params), generate(stories, prompts))
+    reference = killed_sampling.answer(stories, tmp_path / "whole.jsonl", temperature, slots=16)
+    for slots in (4, 64):
+        here = killed_sampling.answer(stories, tmp_path / f"{slots}.jsonl", temperature, slots=slots)
+        assert_same_tokens(here, reference)
+    for slots in (16, 64):
+        path = tmp_path / f"{slots}_devices.jsonl"
+        assert_same_tokens(
+            killed_sampling.answer((stories[0], params), path, temperature, slots=slots, mesh=mesh), reference
+        )
+    path = tmp_path / "killed.jsonl"
+    command = [sys.executable, killed_sampling.__file__, str(path), str(temperature)]
+    killed = subprocess.run(command, env=os.environ | {"TPAW_TEST_DEVICES": "1"}, timeout=300, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert 20 <= len(path.read_text().splitlines()) < 64
+    assert_same_tokens(killed_sampling.answer(stories, path, temperature, slots=16), reference)
 
 
-def test_one_program_a_bucket_and_one_to_decode(stories, prompts):
-    from tpaw_jax.monitoring import compile_log
+def test_programs_are_compiled_once_for_each_number_of_slots_and_pages(stories, prompts):
+    settings = SamplingConfig(max_new_tokens=100, slots=16, prefill_tokens=128)
+    sampler = sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, ())
+    many = random_prompts(np.random.default_rng(6), 40)[0]
+    limits = [1 + i * 37 % 100 for i in range(len(many))]
+    shapes = {"prefill": set(), "decode": set(), "resize": set()}
 
-    settings = SamplingConfig(max_new_tokens=8, slots=8, prefill_rows=8)
-    sampler = sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, STOPS)
-    shapes = []
+    def watched(name, shape_of):
+        def run(*arguments):
+            shapes[name].add(shape_of(*arguments))
+            return getattr(sampler, name)(*arguments)
 
-    def prefill(*arguments):
-        shapes.append(arguments[3].tokens.shape)
-        return sampler.prefill(*arguments)
+        return run
 
+    size = lambda state: (state.active.shape, state.cache[0].keys.shape[1])
+    watching = sampler._replace(
+        prefill=watched("prefill", lambda params, packed: packed.tokens.shape),
+        decode=watched("decode", lambda weights, state, *rest: size(state)),
+        resize=watched("resize", lambda state, slots, pages: (size(state), slots.shape, pages.shape)),
+    )
     with compile_log() as compiled:
-        for round_number in range(3):
-            watched = sampler._replace(prefill=prefill)
-            sampling.generate(watched, stories[1], prompts, seed=0, round_number=round_number)
+        for round_number in range(2):
+            sampling.generate(watching, stories[1], many, seed=0, round_number=round_number, limits=limits)
     names = [name for name, _ in compiled]
-    assert names.count("jit(decode)") == names.count("jit(prepare)") == 1
-    assert names.count("jit(prefill)") == len(set(shapes)) < len(shapes)
-    assert {length for _, length in shapes} <= {64, 128, 256}
+    assert names.count("jit(prefill)") == len(shapes["prefill"]) == 1
+    assert names.count("jit(decode)") == len(shapes["decode"])
+    assert names.count("jit(admit)") <= len(shapes["decode"])
+    assert names.count("jit(resize)") == len(shapes["resize"])
+    assert names.count("jit(prepare)") == 1
+    assert {slots for (_, slots), _ in shapes["decode"]} == {16, 8}  # half the slots are given up at the end
 
 
-def draws(logits, count, **config):
+def drawn(logits, count, **config):
     many = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
     uniforms = jax.random.uniform(jax.random.key(0), (count,))
-    tokens, _ = jax.jit(lambda x, u: sampling.sample(x, u, SamplingConfig(**config)))(many, uniforms)
+    tokens, _ = jax.jit(lambda x, u: draws.sample(x, u, SamplingConfig(**config)))(many, uniforms)
     return np.bincount(np.asarray(tokens), minlength=len(logits))
 
 
@@ -161,7 +317,7 @@ def test_draws_follow_the_filtered_distribution(config, kept):
     expected = np.exp(logits / config.get("temperature", 1.0))
     expected[kept:] = 0
     expected *= 20_000 / expected.sum()
-    counts = draws(logits, 20_000, **config)
+    counts = drawn(logits, 20_000, **config)
     assert (counts[kept:] == 0).all()
     chi_square = ((counts[:kept] - expected[:kept]) ** 2 / expected[:kept]).sum()
     assert chi_square < 20.5  # the 0.1 % point of 5 degrees of freedom
@@ -173,7 +329,7 @@ def test_draws_follow_the_filtered_distribution(config, kept):
     uniform=st.floats(0, 0.999),
 )
 def test_inverse_cdf_finds_the_index_where_the_sum_passes(weights, uniform):
-    found = int(sampling._inverse_cdf(jnp.asarray([weights], jnp.float32), jnp.asarray([uniform], jnp.float32))[0])
+    found = int(draws._inverse_cdf(jnp.asarray([weights], jnp.float32), jnp.asarray([uniform], jnp.float32))[0])
     upto = np.cumsum(np.asarray(weights, np.float64))
     assert weights[found] > 0
     goal, slack = uniform * upto[-1], 1e-5 * upto[-1]

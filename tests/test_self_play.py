@@ -21,6 +21,7 @@ from tpaw_jax.monitoring import compile_log
 # Each (program, times, why) of a three-round run; anything else is a leak.
 PROGRAMS = {
     "jit(prefill)": 1,  # one bucket of prompt lengths
+    "jit(admit)": 1,  # one number of slots and pages
     "jit(decode)": 1,  # all rounds
     "jit(log_prob_fn)": 1,  # every player, every round, held-out prompts
     "jit(step)": 1,  # every round, and the dry run that measures noise
@@ -226,6 +227,11 @@ def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(tmp_path):
     whole, killed = results(tmp_path / "whole"), results(tmp_path / "killed")
     assert killed.keys() == whole.keys()
     for name, value in whole.items():
+        if name.endswith("generations.npz"):
+            # The sampler's log-probs are a health figure that nothing is made of. They come from batches of whatever
+            # was being sampled, so their last bits are those of the company; tokens are the same.
+            pair = killed[name].pop("log_probs"), value.pop("log_probs")
+            np.testing.assert_allclose(*pair, atol=1e-5)
         assert killed[name] == value, name
     like = session.open_player(
         small_run(tmp_path / "whole"), sharding.make_mesh(small_run("x").mesh, jax.devices()[:1])

@@ -1,4 +1,4 @@
-"""The command line: tpaw play | generate | export."""
+"""The command line: tpaw play | generate | prompts | export."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tpaw_jax.host import restart_with_huge_pages
 
@@ -60,38 +61,65 @@ def export(options: argparse.Namespace, overrides: list[str]) -> None:
     export_policy(Path(options.run), options.round, Path(options.out))
 
 
+def prompts(options: argparse.Namespace, overrides: list[str]) -> None:
+    """The prompts of a configuration as token ids, for another engine to answer; one JSON line a prompt."""
+    from tpaw_jax import config, dataset
+    from tpaw_jax.models import hub
+
+    run = config.load(options.config, overrides)
+    template = dataset.make_template(hub.load_tokenizer(run.policy.tokenizer or run.policy.path), run.data)
+    asked, _, report = dataset.load(run.data, template, run.seed)
+    records = [
+        {"prompt_id": int(i), "prompt": template.tokenizer.decode(tokens), "prompt_token_ids": tokens.tolist()}
+        for i, tokens in zip(asked.ids, asked.prompt_tokens, strict=True)
+    ]
+    _write_lines(options.out, records)
+    print(f"{len(asked)} prompts are in {options.out}; {len(report.skipped)} malformed records were skipped.")
+
+
 def generate(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Answer the prompts of a configuration with a model; one JSON line a prompt."""
+    """Answer the prompts of a configuration with a model; one JSON line a response."""
     from tpaw_jax import config, dataset, monitoring, sampling, session, sharding
 
     if options.model:
         overrides = [*overrides, f"policy.path={options.model}"]
-    run = config.load(options.config, overrides)
-    Path(options.out).absolute().parent.mkdir(parents=True, exist_ok=True)
+    run, count = config.load(options.config, overrides), options.num_generations or 1
+    Path(options.out).absolute().parent.mkdir(parents=True, exist_ok=True)  # found out before the work, not after
     player = session.open_player(run, sharding.make_mesh(run.mesh))
-    prompts, _, report = dataset.load(run.data, player.template, run.seed)
-    with monitoring.progress("generating", len(prompts), "response") as bar:
+    asked, _, report = dataset.load(run.data, player.template, run.seed)
+    with monitoring.progress("generating", len(asked) * count, "response") as bar:
         made = sampling.generate(
             player.sampler,
             player.params,
-            prompts,
+            asked,
             seed=run.seed,
-            round_number=0,
+            round_number=options.round or 0,
+            num_generations=count,
+            ends=player.ends,
             progress=lambda requests, tokens: bar.update(requests),
         )
     decode = lambda tokens: player.template.tokenizer.decode(tokens, skip_special_tokens=True)
-    with Path(options.out).open("w") as file:
-        for i, tokens in enumerate(made.tokens):
-            record = {
-                "prompt_id": int(prompts.ids[i]),
-                "prompt": decode(prompts.prompt_tokens[i]),
-                "prompt_token_ids": prompts.prompt_tokens[i].tolist(),
-                "response": decode(tokens),
-                "token_ids": tokens.tolist(),
-                "log_probs": made.log_probs[i].tolist(),
-            }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    print(f"{len(prompts)} responses are in {options.out}; {len(report.skipped)} malformed records were skipped.")
+    records = []
+    for n, tokens in enumerate(made.tokens):
+        i, sample = divmod(n, count)
+        record = {
+            "prompt_id": int(asked.ids[i]),
+            "prompt": decode(asked.prompt_tokens[i]),
+            "prompt_token_ids": asked.prompt_tokens[i].tolist(),
+            "response": decode(tokens),
+            "token_ids": tokens.tolist(),
+            "log_probs": made.log_probs[n].tolist(),
+        }
+        records.append(record | ({"sample": sample} if count > 1 else {}))
+    _write_lines(options.out, records)
+    print(f"{len(made.tokens)} responses are in {options.out}; {len(report.skipped)} malformed records were skipped.")
+
+
+def _write_lines(out: str, records: list[dict[str, Any]]) -> None:
+    from tpaw_jax import durable
+
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    durable.write_bytes(Path(out), lines.encode())
 
 
 def export_policy(run: Path, round_number: int | None, out: Path) -> None:
@@ -138,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.set_defaults(command=function)
         for name, (required, text, kind) in arguments.items():
-            sub.add_argument(f"--{name}", required=required, help=text, type=kind)
+            sub.add_argument(f"--{name.replace('_', '-')}", required=required, help=text, type=kind)
 
     configuration = (True, "a YAML file; any key of it can follow as --key.subkey value", str)
     command(
@@ -147,10 +175,13 @@ def _parser() -> argparse.ArgumentParser:
         export=(False, "also write the last policy to this directory", str),
         generations=(False, "a JSONL file of another engine's responses; plays the one round they answer", str),
     )
+    command(prompts, config=configuration, out=(True, "the JSONL file to write", str))
     command(
         generate,
         config=configuration,
         model=(False, "a model other than the configuration's policy.path", str),
+        round=(False, "the round whose random stream is used; 0 by default", int),
+        num_generations=(False, "responses to each prompt; 1 by default", int),
         out=(True, "the JSONL file to write", str),
     )
     command(

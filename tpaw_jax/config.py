@@ -74,7 +74,12 @@ class SamplingConfig:
     top_p: float = knob(1.0, "nucleus; 1 keeps all", "SPIN")
     top_k: int = knob(0, "tokens to choose among; 0 keeps all", "transformers' sampling")
     slots: int = knob(32, "sequences decoded at once")
-    prefill_rows: int = knob(8, "prompts prefilled at once")
+    prefill_tokens: int = knob(512, "tokens of prompts computed at once, packed, on each device")
+    min_new_tokens: int = knob(0, "tokens before which no stop token is sampled", "transformers' generation")
+    stop_strings: tuple[str, ...] = knob((), "texts that end a response", "transformers' generation")
+    cache_dtype: str = knob(
+        "", "of cached keys and values: float32 or bfloat16; empty: policy.compute_dtype, on CPU float32"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +230,22 @@ def validate(config: RunConfig, where: str) -> None:
         (sampling.temperature >= 0, "sampling.temperature", "cannot be negative"),
         (0 < sampling.top_p <= 1, "sampling.top_p", "must be above 0 and at most 1"),
         (sampling.top_k >= 0, "sampling.top_k", "cannot be negative"),
-        (sampling.slots >= 1 and sampling.prefill_rows >= 1, "sampling.slots", "and prefill_rows must be at least 1"),
+        (
+            sampling.slots >= 1 and sampling.prefill_tokens >= 1,
+            "sampling.slots",
+            "and prefill_tokens must be at least 1",
+        ),
+        (
+            0 <= sampling.min_new_tokens <= sampling.max_new_tokens,
+            "sampling.min_new_tokens",
+            "must be from 0 to sampling.max_new_tokens",
+        ),
+        (all(sampling.stop_strings), "sampling.stop_strings", "cannot have an empty text"),
+        (
+            sampling.cache_dtype in ("", "float32", "bfloat16"),
+            "sampling.cache_dtype",
+            "must be float32, bfloat16 or empty",
+        ),
         (config.objective.n_max >= 1, "objective.n_max", "must be at least 1"),
         (len(config.objective.lam) >= 1, "objective.lam", "needs at least one value"),
         (min(config.objective.lam, default=1) > 0, "objective.lam", "must be above 0"),

@@ -1,235 +1,40 @@
-"""The policy answers prompts: prefill, then decoding in slots that are refilled as sequences finish.
+"""The policy answers prompts: the host's side of sampling.
 
-A request's random stream is fold_in(seed, round, prompt id, token number), and rows of a batch never mix, so the text
-does not depend on the number of slots, the order of requests or a restart.
+Prompts are computed packed, in rows of one length, and wait until a slot of their shard is free. Slots decode in chunks
+of steps, one of which is always queued behind the one that runs, so that the device never waits for the host while no
+slot can be refilled. Every sequence holds the pages that it fills; slots that nothing waits for are given up.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, PyTree
 
-from tpaw_jax import sharding
-from tpaw_jax.config import SamplingConfig
-from tpaw_jax.models import cache as kv
-from tpaw_jax.models import transformer
-from tpaw_jax.models.transformer import Transformer
-from tpaw_jax.types import AnyArray, Generations, Prompts
+from tpaw_jax import draws
+from tpaw_jax.decoder import PackedPrompts, decoder_from_apply_fn, decoder_of
+from tpaw_jax.models.cache import PAGE
+from tpaw_jax.pages import Pages
+from tpaw_jax.slots import LOOK, Admission, Look, Sampler, Staged, make_sampler
+from tpaw_jax.types import Generations, Prompts
+
+__all__ = ["Ends", "Response", "decoder_from_apply_fn", "decoder_of", "generate", "make_sampler", "stop_at"]
 
 Response = tuple[np.ndarray, np.ndarray]
 """Sampled tokens, int32, and their log-probs under the model, float32 nats."""
 
-SAMPLING_STREAM = 0
-"""The stage number of sampling among the random streams of a round."""
+Ends = Callable[[np.ndarray, int], int | None]
+"""(tokens of a response, how many of them did not end it before) -> how many are kept where they end it, or None."""
 
+ADMITTED_AT_ONCE = 8
+"""Prompts of a shard that one call of `admit` moves into slots."""
 
-class PackedPrompts(NamedTuple):
-    """Prompts end to end in R rows of T tokens, and the slots B that each of them is for."""
-
-    tokens: Int[AnyArray, "R T"]
-    positions: Int[AnyArray, "R T"]
-    segment_ids: Int[AnyArray, "R T"]  # 0 is padding
-    first: Int[AnyArray, "B"]  # where the prompt begins, rows laid end to end
-    lengths: Int[AnyArray, "B"]
-    slots: Int[AnyArray, "B"]  # a slot that is not there, for padding
-
-
-class Decoder(NamedTuple):
-    """What sampling asks of a model. `cache` is any pytree that the model understands.
-
-    init_cache(slots, positions) -> cache
-    prepare(params) -> weights, the parameters as decoding wants them
-    prefill(params, cache, prompts: PackedPrompts, longest) -> (logits [B, V] after the last token, cache); `longest`
-        is static, no prompt is longer
-    decode(weights, cache, tokens [S], positions [S]) -> (logits [S, V], cache)
-    """
-
-    init_cache: Callable[[int, int], PyTree[Array]]
-    prepare: Callable[[PyTree[Array]], PyTree[Array]]
-    prefill: Callable[..., tuple[Array, PyTree[Array]]]
-    decode: Callable[..., tuple[Array, PyTree[Array]]]
-
-
-class DecodeState(struct.PyTreeNode):
-    """The slots. A slot is idle, or holds a request that has `generated` of its new tokens."""
-
-    cache: PyTree[Array]
-    active: Bool[Array, "S"]
-    request: Int[Array, "S"]  # the prompt's id
-    position: Int[Array, "S"]  # where `last_token` goes in the sequence
-    last_token: Int[Array, "S"]
-    generated: Int[Array, "S"]
-    limit: Int[Array, "S"]  # new tokens that the request may have
-    tokens: Int[Array, "S M"]
-    log_probs: Float[Array, "S M"]
-    steps: Int[Array, ""]  # decoded so far
-    busy: Int[Array, ""]  # slots active in them
-
-
-class Sampler(NamedTuple):
-    """The compiled programs of `make_sampler`."""
-
-    init: Callable[[int, int], DecodeState]
-    prepare: Callable[[PyTree[Array]], PyTree[Array]]
-    prefill: Callable[..., DecodeState]
-    decode: Callable[..., DecodeState]
-    config: SamplingConfig
-    rows: int  # of a prefill, one for each device that rows are split over
-
-
-def decoder_of(model: Transformer) -> Decoder:
-    """The `Decoder` of a `Transformer`, its keys and values cached in the compute dtype."""
-    c = model.config
-
-    def init_cache(slots: int, positions: int) -> kv.KVCache:
-        return kv.empty(c.num_layers, slots, c.num_kv_heads, positions, c.head_dim, model.dtype)
-
-    def prepare(params):
-        return transformer.decode_weights(model, params)
-
-    def prefill(params, cache, prompts, longest):
-        variables, rows = {"params": params}, (prompts.tokens, prompts.positions, prompts.segment_ids)
-        hidden_RTD, keys_and_values = model.apply(variables, *rows, method="prefill")
-        last_BD = hidden_RTD.reshape(-1, c.hidden_size)[prompts.first + prompts.lengths - 1]
-        places_BP = _places(prompts, longest)
-        of_slots = lambda x: x.reshape(c.num_layers, -1, *x.shape[3:])[:, places_BP]
-        cache = kv.write_prompts(cache, prompts.slots, *map(of_slots, keys_and_values))
-        return model.apply(variables, last_BD, method="logits"), cache
-
-    def decode(weights, cache, tokens_S, positions_S):
-        return transformer.decode(model, weights, tokens_S, positions_S, cache)
-
-    return Decoder(init_cache, prepare, prefill, decode)
-
-
-def decoder_from_apply_fn(apply_fn: Callable[[PyTree[Array], Array], Array]) -> Decoder:
-    """A `Decoder` of any causal apply_fn(params, tokens [B, T]) -> logits [B, T, V]; it recomputes the whole sequence.
-
-    The cache is the tokens so far.
-    """
-
-    def init_cache(slots: int, positions: int) -> Array:
-        return jnp.zeros((slots, positions), jnp.int32)
-
-    def prepare(params):
-        return params
-
-    def prefill(params, cache, prompts, longest):
-        tokens_BP = prompts.tokens.reshape(-1)[_places(prompts, longest)]
-        cache = cache.at[prompts.slots, :longest].set(tokens_BP, mode="drop")
-        logits_BPV = apply_fn(params, tokens_BP)
-        return jnp.take_along_axis(logits_BPV, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0], cache
-
-    def decode(params, cache, tokens_S, positions_S):
-        cache = cache.at[jnp.arange(len(tokens_S)), positions_S].set(tokens_S)
-        logits_SCV = apply_fn(params, cache)
-        return jnp.take_along_axis(logits_SCV, positions_S[:, None, None], axis=1)[:, 0], cache
-
-    return Decoder(init_cache, prepare, prefill, decode)
-
-
-def _places(prompts: PackedPrompts, longest: int) -> Int[Array, "B P"]:
-    """Where the first `longest` tokens of each prompt stand, rows laid end to end; what follows it is of no use."""
-    return jnp.minimum(prompts.first[:, None] + jnp.arange(longest), prompts.tokens.size - 1)
-
-
-def round_key(seed: int, round_number: int) -> Array:
-    """The random key of a round's sampling."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), round_number), SAMPLING_STREAM)
-
-
-def make_sampler(
-    decoder: Decoder, config: SamplingConfig, stop_tokens: Sequence[int], mesh: Mesh | None = None
-) -> Sampler:
-    """Compile-once programs that fill slots and decode them. One prefill program a prompt bucket, one decode program.
-
-    On a mesh, slots are split over the axes of batch rows where their number divides.
-    """
-    stops = jnp.asarray(sorted(stop_tokens), jnp.int32)
-
-    def init(slots: int, positions: int) -> DecodeState:
-        ints = lambda *shape: jnp.zeros(shape, jnp.int32)
-        return DecodeState(
-            cache=decoder.init_cache(slots, positions),
-            active=jnp.zeros(slots, bool),
-            request=ints(slots),
-            position=ints(slots),
-            last_token=ints(slots),
-            generated=ints(slots),
-            limit=ints(slots),
-            tokens=ints(slots, config.max_new_tokens),
-            log_probs=jnp.zeros((slots, config.max_new_tokens), jnp.float32),
-            steps=ints(),
-            busy=ints(),
-        )
-
-    def prefill(params, state, key, prompts, requests_B, limits_B, longest):
-        logits_BV, cache = decoder.prefill(params, state.cache, prompts, longest)
-        first_B, log_probs_B = sample(logits_BV, _uniforms(key, requests_B, jnp.zeros_like(requests_B)), config)
-        slots_B = prompts.slots
-        put = lambda old, new: old.at[slots_B].set(new, mode="drop")
-        ended_B = jnp.isin(first_B, stops) | (limits_B == 1)
-        return state.replace(
-            cache=cache,
-            active=put(state.active, ~ended_B),
-            request=put(state.request, requests_B),
-            position=put(state.position, prompts.lengths),
-            last_token=put(state.last_token, first_B),
-            generated=put(state.generated, 1),
-            limit=put(state.limit, limits_B),
-            tokens=state.tokens.at[slots_B, 0].set(first_B, mode="drop"),
-            log_probs=state.log_probs.at[slots_B, 0].set(log_probs_B, mode="drop"),
-        )
-
-    def decode(weights, state, key, until_active):
-        """Decode until at most `until_active` slots are still active."""
-
-        def one_token(state):
-            position = jnp.where(state.active, state.position, 0)  # an idle slot writes where no request is
-            logits_SV, cache = decoder.decode(weights, state.cache, state.last_token, position)
-            tokens_S, log_probs_S = sample(logits_SV, _uniforms(key, state.request, state.generated), config)
-            slots = jnp.arange(len(tokens_S))
-            place = jnp.where(state.active, state.generated, config.max_new_tokens)  # idle slots write nowhere
-            generated = state.generated + state.active
-            ended = jnp.isin(tokens_S, stops) | (generated >= state.limit)
-            return state.replace(
-                cache=cache,
-                active=state.active & ~ended,
-                position=state.position + (state.active & ~ended),
-                last_token=jnp.where(state.active, tokens_S, state.last_token),
-                generated=generated,
-                tokens=state.tokens.at[slots, place].set(tokens_S, mode="drop"),
-                log_probs=state.log_probs.at[slots, place].set(log_probs_S, mode="drop"),
-                steps=state.steps + 1,
-                busy=state.busy + jnp.sum(state.active),
-            )
-
-        return jax.lax.while_loop(lambda s: jnp.sum(s.active) > until_active, one_token, state)
-
-    def placed_init(slots: int, positions: int) -> DecodeState:
-        if mesh is None:
-            return jax.device_put(init(slots, positions), jax.devices()[0])  # committed, as what the programs return is
-        split = slots % sharding.row_shards(mesh) == 0
-        rows = sharding.rows(mesh) if split else sharding.replicated(mesh)
-        state = jax.eval_shape(lambda: init(slots, positions))
-        layout = jax.tree.map(lambda x: rows if x.ndim else sharding.replicated(mesh), state)
-        return jax.jit(lambda: init(slots, positions), out_shardings=layout)()
-
-    return Sampler(
-        placed_init,
-        jax.jit(decoder.prepare),
-        jax.jit(prefill, donate_argnums=1, static_argnums=6),
-        jax.jit(decode, donate_argnums=1),
-        config,
-        1 if mesh is None else sharding.row_shards(mesh),
-    )
+FEWEST_SLOTS = 8
+"""Slots that are kept to the end: fewer would not decode a step faster."""
 
 
 def generate(
@@ -240,160 +45,267 @@ def generate(
     seed: int,
     round_number: int,
     limits: Sequence[int] | None = None,
+    num_generations: int = 1,
+    ends: Ends | None = None,
     finished: Mapping[int, Response] | None = None,
     keep: Callable[[Mapping[int, Response]], None] = lambda responses: None,
     progress: Callable[[int, int], None] = lambda requests, tokens: None,
 ) -> Generations:
-    """One response a prompt, in the order of `prompts`.
+    """`num_generations` responses a prompt, in the order of `prompts`, those of a prompt one after the other.
 
-    `limits` are new tokens that each response may have, at most and by default `max_new_tokens`.
-    `finished` holds responses, by index into `prompts`, that need not be sampled again: since a text depends on its
-    request alone, the result is the same. `keep` is called with the responses as they finish, `progress` with the
+    `limits` are new tokens that the responses of each prompt may have, at most and by default `max_new_tokens`.
+    `ends` tells which tokens end a response, besides the stop tokens (see `stop_at`).
+    `finished` holds responses, by their place in the result, that need not be sampled again: since a text depends on
+    its request alone, the result is the same. `keep` is called with the responses as they finish, `progress` with the
     requests and the tokens finished since its last call.
 
     Raises:
         ValueError: `limits` are not one a prompt within `max_new_tokens`.
     """
-    config, key = sampler.config, round_key(seed, round_number)
-    lengths = [len(tokens) for tokens in prompts.prompt_tokens]
-    most = [config.max_new_tokens] * len(prompts) if limits is None else list(limits)
-    if len(most) != len(prompts) or not all(1 <= n <= config.max_new_tokens for n in most):
+    longest = sampler.config.max_new_tokens
+    most = [longest] * len(prompts) if limits is None else list(limits)
+    if len(most) != len(prompts) or not all(1 <= n <= longest for n in most):
         raise ValueError(
-            f"limits: there must be {len(prompts)}, one a prompt, each from 1 to max_new_tokens, "
-            f"{config.max_new_tokens}."
+            f"limits: there must be {len(prompts)}, one a prompt, each from 1 to max_new_tokens, {longest}."
         )
     done: dict[int, Response] = dict(finished or {})
-    # Longest first, so that the groups of a run fall into few buckets; the order changes no text.
-    waiting = sorted(set(range(len(prompts))) - set(done), key=lambda i: (-lengths[i], i))
-    slots, longest = min(config.slots, max(1, len(prompts))), _bucket(max(lengths, default=1))
-    state = sampler.init(slots, longest + config.max_new_tokens)
-    occupant: list[int | None] = [None] * slots
-    weights = sampler.prepare(params)
-    while waiting or any(i is not None for i in occupant):
-        while waiting and (idle := [s for s, i in enumerate(occupant) if i is None]):
-            count = min(config.prefill_rows, len(idle), len(waiting))
-            group, waiting = waiting[:count], waiting[count:]
-            for slot, i in zip(idle, group, strict=False):
-                occupant[slot] = i
-            state = _prefill(sampler, params, state, key, prompts, most, group, idle[:count], longest)
-        # Hand back once a sixteenth of the slots could be refilled; with nothing left to refill, at the end.
-        until_active = slots - max(1, slots // 16) if waiting else 0
-        state = sampler.decode(weights, state, key, np.int32(until_active))
-        new = _collect(state, occupant)
-        if new:
-            keep(new)
-        done.update(new)
-        progress(len(new), sum(len(tokens) for tokens, _ in new.values()))
-    ordered = [done[i] for i in range(len(prompts))]
+    missing = [i for i in range(len(prompts) * num_generations) if i not in done]
+    if missing:
+        engine = _Engine(sampler, params, prompts, most, num_generations, missing, draws.round_key(seed, round_number))
+        while engine.unfinished:
+            engine.refill()
+            new = engine.decode(ends)
+            if new:
+                keep(new)
+            done.update(new)
+            progress(len(new), sum(len(tokens) for tokens, _ in new.values()))
+    ordered = [done[i] for i in range(len(prompts) * num_generations)]
     return Generations(round_number, tuple(t for t, _ in ordered), tuple(p for _, p in ordered))
 
 
-def sample(
-    logits: Float[Array, "S V"], uniforms: Float[Array, "S"], config: SamplingConfig
-) -> tuple[Int[Array, "S"], Float[Array, "S"]]:
-    """Tokens by inverse CDF after temperature, top-k and top-p; greedy at temperature 0.
+def stop_at(decode: Callable[[np.ndarray], str], strings: Sequence[str]) -> Ends:
+    """`ends` of `generate`: a response ends with the token that completes one of `strings`, which it keeps.
 
-    Also their log-probs in nats under the model itself, at temperature 1 and unfiltered.
+    `decode` turns tokens into text.
     """
-    logits = logits.astype(jnp.float32)
-    if config.temperature == 0:
-        tokens = jnp.argmax(logits, axis=-1)
-    else:
-        scaled = logits / config.temperature
-        if config.top_k:
-            kth = jax.lax.top_k(scaled, min(config.top_k, logits.shape[-1]))[0][:, -1:]
-            scaled = jnp.where(scaled >= kth, scaled, -jnp.inf)
-        if config.top_p < 1:
-            scaled = jnp.where(_nucleus(scaled, config.top_p), scaled, -jnp.inf)
-        tokens = _inverse_cdf(jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True)), uniforms)
-    tokens = tokens.astype(jnp.int32)
-    picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, picked - jax.nn.logsumexp(logits, axis=-1)
+
+    def ends(tokens: np.ndarray, seen: int) -> int | None:
+        text = decode(tokens)
+        if not any(string in text for string in strings):
+            return None
+        counts = range(seen + 1, len(tokens) + 1)
+        return next((n for n in counts if any(s in decode(tokens[:n]) for s in strings)), None)
+
+    return ends
 
 
-def _nucleus(logits: Float[Array, "S V"], top_p: float) -> Bool[Array, "S V"]:
-    """The smallest set of most probable tokens whose probability reaches `top_p` (arXiv 1904.09751)."""
-    order = jnp.argsort(-logits, axis=-1)
-    probabilities = jnp.take_along_axis(jax.nn.softmax(logits), order, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    return jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, before < top_p, axis=-1, inplace=False)
+class _Waiting(NamedTuple):
+    """A request whose prompt is staged."""
+
+    staged: Staged
+    prompt: int  # its number in its row
+    first: int  # where it begins there
+    request: int
 
 
-def _inverse_cdf(weights: Float[Array, "S V"], uniforms: Float[Array, "S"], block: int = 128) -> Int[Array, "S"]:
-    """The index where the cumulated weights pass uniform x total: first the block of indices, then within it.
+class _Engine:
+    """The requests of one call of `generate`, and the device's slots and pages as the host accounts for them."""
 
-    Two levels of short sums are exact enough in float32 for any vocabulary, and cheap.
-    """
-    slots, vocabulary = weights.shape
-    blocks = jnp.pad(weights, [(0, 0), (0, -vocabulary % block)]).reshape(slots, -1, block)
-    upto = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
-    goal = uniforms * upto[:, -1]
-    chosen = _first_beyond(upto, goal)
-    inside = jnp.take_along_axis(blocks, chosen[:, None, None], axis=1)[:, 0]
-    before = jnp.where(chosen > 0, jnp.take_along_axis(upto, jnp.maximum(chosen - 1, 0)[:, None], axis=1)[:, 0], 0)
-    return chosen * block + _first_beyond(jnp.cumsum(inside, axis=-1), goal - before)
+    def __init__(
+        self,
+        sampler: Sampler,
+        params: PyTree[Array],
+        prompts: Prompts,
+        limits: Sequence[int],
+        num_generations: int,
+        requests: Sequence[int],
+        key: Array,
+    ):
+        self.sampler, self.params, self.key = sampler, params, key
+        self.prompts, self.limits, self.num_generations = prompts, limits, num_generations
+        self.requests_of: dict[int, list[int]] = {}
+        for r in sorted(requests):
+            self.requests_of.setdefault(r // num_generations, []).append(r)
+        self.unstaged = deque(self.requests_of)
+        shards = sampler.shards
+        self.staged: list[deque[_Waiting]] = [deque() for _ in range(shards)]
+
+        # Sizes come from all prompts, so that a run that goes on begins with the programs of one that is whole.
+        lengths = [len(tokens) for tokens in prompts.prompt_tokens]
+        self.longest = max(lengths)
+        even_share = math.ceil(sum(lengths) / shards)
+        self.row = max(bucket(self.longest), min(bucket(sampler.config.prefill_tokens), bucket(even_share)))
+
+        slots = math.ceil(min(sampler.config.slots, len(prompts) * num_generations) / shards)
+        typical = math.ceil(np.mean([n + limit / 2 for n, limit in zip(lengths, limits, strict=True)]) / PAGE)
+        table = math.ceil((self.longest + sampler.config.max_new_tokens) / PAGE)
+        self.pages = Pages(shards, slots, max(table, typical * slots), table)
+        self.state = sampler.init(slots, self.pages.pages)
+        self.weights = sampler.prepare(params)
+        self.occupant = np.full((shards, slots), -1)
+        self.known = np.zeros((shards, slots), int)  # new tokens of a slot at the last look
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether any request has no response yet."""
+        return self._waits or bool((self.occupant >= 0).any())
+
+    @property
+    def _waits(self) -> bool:
+        return bool(self.unstaged) or any(self.staged)
+
+    def refill(self) -> None:
+        """Put waiting requests into free slots; give up slots that nothing waits for."""
+        while self._waits:
+            free = [np.flatnonzero(row < 0) for row in self.occupant]
+            if self.unstaged and any(len(f) and not s for f, s in zip(free, self.staged, strict=True)):
+                self._stage()
+            entering = [min(len(f), len(s), ADMITTED_AT_ONCE) for f, s in zip(free, self.staged, strict=True)]
+            if not any(entering):
+                break
+            self._admit([f[:n] for f, n in zip(free, entering, strict=True)])
+        if not self._waits:
+            self._give_up_slots()
+
+    def decode(self, ends: Ends | None) -> dict[int, Response]:
+        """Decode until a sixteenth of the slots are through; the finished responses, which leave their slots."""
+        enough = int((self.occupant >= 0).sum()) - max(1, self.occupant.size // 16)
+        running = self._chunk(ahead=1, until_active=enough)
+        while True:
+            behind = self._chunk(ahead=2, until_active=enough)
+            active = np.asarray(running.active)
+            before, self.known = self.known, np.where(self.occupant >= 0, np.asarray(running.generated), 0)
+            ended = self._ended_by_text(running, active, before, ends) if ends else {}
+            if active.sum() <= enough or ended:
+                return self._collect(running, active, ended)
+            running = behind
+
+    def _chunk(self, ahead: int, until_active: int) -> Look:
+        """Dispatch a chunk of steps, with pages for what `ahead` of them may write since the last look."""
+        needed = np.where(self.occupant >= 0, self._prompt_lengths() + self.known + ahead * LOOK, 0)
+        needed = np.minimum(needed, self._prompt_lengths() + self._limits())
+        self._reserve(needed)
+        self.state, look = self.sampler.decode(
+            self.weights, self.state, self.pages.table(), self.key, np.int32(max(0, until_active))
+        )
+        return look
+
+    def _ended_by_text(
+        self, look: Look, active: np.ndarray, before: np.ndarray, ends: Ends
+    ) -> dict[tuple[int, int], int]:
+        """The slots whose text ends their response, and how many tokens they keep; they are idle from here on."""
+        tokens, found = np.asarray(look.tokens), {}
+        for slot in zip(*np.nonzero(self.occupant >= 0), strict=True):
+            kept = ends(tokens[slot][: self.known[slot]], int(before[slot]))
+            if kept is not None:
+                found[slot] = kept
+        mask = np.zeros_like(active)
+        for slot in found:
+            mask[slot] = True
+        if found:
+            self.state = self.sampler.cancel(self.state, mask)
+        return found
+
+    def _collect(self, look: Look, active: np.ndarray, ended: Mapping[tuple[int, int], int]) -> dict[int, Response]:
+        tokens, log_probs = np.asarray(look.tokens), np.asarray(look.log_probs)
+        done: dict[int, Response] = {}
+        for slot in zip(*np.nonzero(self.occupant >= 0), strict=True):
+            if slot in ended or not active[slot]:
+                count = ended.get(slot, self.known[slot])
+                done[int(self.occupant[slot])] = tokens[slot][:count].copy(), log_probs[slot][:count].copy()
+                self.occupant[slot] = -1
+                self.pages.release(*slot)
+        return done
+
+    def _stage(self) -> None:
+        """Compute the prompts that fit into a row of each shard that has none waiting."""
+        shards, most = len(self.staged), max(1, self.row // 16)
+        tokens, positions, segments = np.zeros((3, shards, self.row), np.int32)
+        first, lengths = np.zeros((shards, most), np.int32), np.ones((shards, most), np.int32)
+        filled = {r: (0, 0) for r in range(shards) if not self.staged[r]}  # tokens and prompts
+        placed: list[tuple[int, int, int, int]] = []
+        while self.unstaged:
+            prompt = self.prompts.prompt_tokens[self.unstaged[0]]
+            row = min((r for r in filled if filled[r][1] < most), key=filled.__getitem__, default=None)
+            if row is None or filled[row][0] + len(prompt) > self.row:
+                break
+            start, n = filled[row]
+            run = slice(start, start + len(prompt))
+            tokens[row, run], positions[row, run], segments[row, run] = prompt, np.arange(len(prompt)), n + 1
+            first[row, n], lengths[row, n] = start, len(prompt)
+            filled[row] = run.stop, n + 1
+            placed.append((row, n, start, self.unstaged.popleft()))
+        staged = self.sampler.prefill(self.params, PackedPrompts(tokens, positions, segments, first, lengths))
+        for row, n, start, i in placed:
+            self.staged[row].extend(_Waiting(staged, n, start, request) for request in self.requests_of[i])
+
+    def _admit(self, free: list[np.ndarray]) -> None:
+        """Move the first that wait into the free slots of their shards, as many as come from one batch of prompts."""
+        shards, slots = self.occupant.shape
+        batch = next(queue[0].staged for queue, f in zip(self.staged, free, strict=True) if len(f))
+        of_prompt = math.ceil(self.longest / PAGE)
+        slot = np.full((shards, ADMITTED_AT_ONCE), slots, np.int32)
+        prompt, length, request, sample, limit = np.zeros((5, shards, ADMITTED_AT_ONCE), np.int32)
+        starts = np.zeros((shards, ADMITTED_AT_ONCE, of_prompt), np.int32)
+        lengths = np.zeros((shards, slots), int)
+        entered: list[tuple[int, int, int]] = []
+        for r, queue in enumerate(self.staged):
+            for a, s in enumerate(free[r]):
+                if queue[0].staged is not batch:
+                    break
+                new = queue.popleft()
+                i, g = divmod(new.request, self.num_generations)
+                self.occupant[r, s], self.known[r, s] = new.request, 0
+                slot[r, a], prompt[r, a], length[r, a] = s, new.prompt, len(self.prompts.prompt_tokens[i])
+                request[r, a], sample[r, a], limit[r, a] = self.prompts.ids[i], g, self.limits[i]
+                starts[r, a] = new.first + PAGE * np.arange(of_prompt)
+                lengths[r, s] = length[r, a]
+                entered.append((r, a, s))
+        self._reserve(lengths)
+        pages = np.full((shards, ADMITTED_AT_ONCE, of_prompt), self.pages.pages, np.int32)
+        for r, a, s in entered:
+            held = self.pages.of_slot(r, s)[: math.ceil(length[r, a] / PAGE)]
+            pages[r, a, : len(held)] = held
+        flat = lambda x: x.reshape(shards, -1)
+        admission = Admission(slot, prompt, length, request, sample, limit, flat(starts), flat(pages))
+        self.state = self.sampler.admit(self.state, batch, admission, self.key)
+
+    def _give_up_slots(self) -> None:
+        """Halve the slots, again and again, while half of them are enough and more than `FEWEST_SLOTS` are left."""
+        shards, slots = self.occupant.shape
+        used = int((self.occupant >= 0).sum(axis=1).max())
+        fewer = slots
+        while fewer % 2 == 0 and used <= fewer // 2 and shards * fewer // 2 >= FEWEST_SLOTS:
+            fewer //= 2
+        if fewer < slots:
+            self._resize(fewer, max(self.pages.longest_table, math.ceil(1.25 * self.pages.most_used / fewer) * fewer))
+
+    def _reserve(self, tokens: np.ndarray) -> None:
+        """Give the slots pages for `tokens` [R, S]; where too few are free, there are more from here on."""
+        if lacking := self.pages.reserve(tokens):
+            slots = self.occupant.shape[1]
+            self._resize(slots, self.pages.pages + math.ceil(lacking / slots) * slots)
+            self.pages.reserve(tokens)
+
+    def _resize(self, slots: int, pages: int) -> None:
+        """Go on with another number of pages a shard and, where some are given up, with the occupied slots first."""
+        fewer = slots < self.occupant.shape[1]
+        order = np.argsort((self.occupant < 0) & fewer, axis=1, kind="stable")[:, :slots]
+        self.occupant = np.take_along_axis(self.occupant, order, axis=1)
+        self.known = np.take_along_axis(self.known, order, axis=1)
+        self.state = self.sampler.resize(self.state, order, self.pages.resize(order, pages))
+
+    def _prompt_lengths(self) -> np.ndarray:
+        return self._of_occupants(lambda i: len(self.prompts.prompt_tokens[i]))
+
+    def _limits(self) -> np.ndarray:
+        return self._of_occupants(lambda i: self.limits[i])
+
+    def _of_occupants(self, of: Callable[[int], int]) -> np.ndarray:
+        values = [of(r // self.num_generations) if r >= 0 else 0 for r in self.occupant.reshape(-1)]
+        return np.array(values).reshape(self.occupant.shape)
 
 
-def _first_beyond(cumulated: Float[Array, "S n"], goal: Float[Array, "S"]) -> Int[Array, "S"]:
-    """The first index whose cumulated weight exceeds `goal`; the last index of weight where rounding leaves none."""
-    beyond = cumulated > goal[:, None]
-    last = jnp.argmax(cumulated >= cumulated[:, -1:], axis=-1)
-    return jnp.where(beyond.any(axis=-1), jnp.argmax(beyond, axis=-1), last)
-
-
-def _uniforms(key: Array, requests: Int[Array, "S"], numbers: Int[Array, "S"]) -> Float[Array, "S"]:
-    """One uniform in [0, 1) a slot, from (round key, request, token number)."""
-    fold = lambda request, number: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, request), number))
-    return jax.vmap(fold)(requests, numbers)
-
-
-def _prefill(
-    sampler: Sampler,
-    params: PyTree[Array],
-    state: DecodeState,
-    key: Array,
-    prompts: Prompts,
-    limits: Sequence[int],
-    group: Sequence[int],
-    slots: Sequence[int],
-    longest: int,
-) -> DecodeState:
-    """Put the prompts of `group` into `slots`: packed into rows of a bucket's length, the longest first."""
-    count, rows = sampler.config.prefill_rows, sampler.rows
-    filled = [0] * rows
-    place = {}
-    for i in sorted(group, key=lambda i: -len(prompts.prompt_tokens[i])):
-        row = min(range(rows), key=filled.__getitem__)
-        place[i] = row, filled[row]
-        filled[row] += len(prompts.prompt_tokens[i])
-    length = _bucket(max(filled))
-    tokens, positions, segments = np.zeros((3, rows, length), np.int32)
-    first, lengths, requests, most = np.zeros(count, np.int32), *np.ones((3, count), np.int32)
-    to = np.full(count, state.active.shape[0], np.int32)
-    for n, (i, slot) in enumerate(zip(group, slots, strict=True)):
-        prompt, (row, start) = prompts.prompt_tokens[i], place[i]
-        run = slice(start, start + len(prompt))
-        tokens[row, run], positions[row, run], segments[row, run] = prompt, np.arange(len(prompt)), n + 1
-        first[n], lengths[n], to[n] = row * length + start, len(prompt), slot
-        requests[n], most[n] = prompts.ids[i], limits[i]
-    packed = PackedPrompts(tokens, positions, segments, first, lengths, to)
-    return sampler.prefill(params, state, key, packed, requests, most, longest)
-
-
-def _collect(state: DecodeState, occupant: list[int | None]) -> dict[int, Response]:
-    """Take the finished sequences out of their slots, which become free."""
-    active, generated, tokens, log_probs = jax.device_get(
-        (state.active, state.generated, state.tokens, state.log_probs)
-    )
-    done: dict[int, Response] = {}
-    for slot, i in enumerate(occupant):
-        if i is not None and not active[slot]:
-            count = generated[slot]
-            done[i] = tokens[slot, :count].copy(), log_probs[slot, :count].copy()
-            occupant[slot] = None
-    return done
-
-
-def _bucket(length: int, smallest: int = 64) -> int:
-    """The next power of two, so that few prefill programs serve all groups of prompts."""
+def bucket(length: int, smallest: int = 64) -> int:
+    """The next power of two, so that runs on like prompts share their programs."""
     return max(smallest, 1 << (length - 1).bit_length())

@@ -95,6 +95,7 @@ def sample(
             session.prompts,
             seed=session.config.seed,
             round_number=t,
+            ends=session.ends,
             finished=before,
             keep=lambda responses: generation_file.append(path, session.prompts, responses),
             progress=show,

@@ -16,7 +16,7 @@ import yaml
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from tpaw_jax import dataset, durable, memory, models, packing, ring, sampling, scoring, sharding, train_step
+from tpaw_jax import dataset, durable, memory, models, packing, ring, sampling, scoring, sharding, slots, train_step
 from tpaw_jax.config import RunConfig, to_dict
 from tpaw_jax.logprobs import LogProbFn, make_log_prob_fn
 from tpaw_jax.models import hub
@@ -32,7 +32,8 @@ class Player(NamedTuple):
     model: models.Transformer
     params: PyTree[Array]
     template: dataset.Template
-    sampler: sampling.Sampler
+    sampler: slots.Sampler
+    ends: sampling.Ends | None  # where a text ends a response; None: no text does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Session:
     template: dataset.Template
     prompts: Prompts
     held_out: packing.Rows
-    sampler: sampling.Sampler
+    sampler: slots.Sampler
+    ends: sampling.Ends | None
     scorer: scoring.Scorer
     optimizer: optax.GradientTransformation
     step: train_step.TrainStep
@@ -89,6 +91,7 @@ def open_session(config: RunConfig, say: Say) -> tuple[Session, PyTree[Array]]:
         prompts=prompts,
         held_out=packing.pack(_target_trees(held_out), config.packing),
         sampler=player.sampler,
+        ends=player.ends,
         scorer=scoring.make_scorer(log_prob_fn, mesh),
         optimizer=optimizer,
         step=step,
@@ -114,8 +117,12 @@ def open_player(config: RunConfig, mesh: Mesh) -> Player:
     model = models.Transformer(architecture, jnp.dtype(c.compute_dtype), dtype, remat, attention)
     stated = hub.load_generation_config(c.path).get("eos_token_id") or []
     stops = {template.end_of_turn, *(stated if isinstance(stated, list) else [stated])}
-    sampler = sampling.make_sampler(sampling.decoder_of(model), config.sampling, sorted(stops), mesh)
-    return Player(model, params, template, sampler)
+    sampler = sampling.make_sampler(
+        sampling.decoder_of(model, config.sampling.cache_dtype), config.sampling, sorted(stops), mesh
+    )
+    strings = config.sampling.stop_strings
+    ends = sampling.stop_at(template.tokenizer.decode, strings) if strings else None
+    return Player(model, params, template, sampler, ends)
 
 
 def _programs(
@@ -170,6 +177,7 @@ def _check_unchanged(directory: Path, config: RunConfig) -> None:
         return
     old, new = _flat(yaml.safe_load(path.read_text())), _flat(to_dict(config))
     free = {"directory", "rounds", "sample_texts", "tensorboard", "train.save_every_steps"}
+    free |= {"sampling.slots", "sampling.prefill_tokens"}  # which change no token
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in free]
     if changed:
         differences = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)

@@ -38,7 +38,6 @@ def main() -> None:
     watch = Watch(sampler)
     answer = lambda limits: sampling.generate(watch.sampler, params, prompts, seed=0, round_number=0, limits=limits)
     with compile_log() as compiled:
-        answer([min(n, 8) for n in work["limits"]])
         answer(work["limits"])
     watch.start()
     start = time.perf_counter()
@@ -47,8 +46,11 @@ def main() -> None:
     useful = sum(map(len, made.tokens))
     assert useful == sum(work["limits"])
     weights = sum(x.size * dtype.itemsize for x in jax.tree.leaves(params))
+    of_token = 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim * dtype.itemsize
     bandwidth, peak = read_bandwidth(), common.matmul_peak(architecture, 512, backward=False)["median"]
-    tokens, matmul = sum(map(len, ids)), 2 * sum(x.size for x in jax.tree.leaves(params["layers"]))
+    prompt_tokens, matmul = sum(map(len, ids)), 2 * sum(x.size for x in jax.tree.leaves(params["layers"]))
+    head = 2 * architecture.vocab_size * architecture.hidden_size * count
+    programs = ("prefill", "admit", "decode", "resize")
     print(
         json.dumps(
             {
@@ -56,15 +58,20 @@ def main() -> None:
                 "tokens": useful,
                 "seconds": seconds,
                 "tokens_per_second": useful / seconds,
-                "prefill_seconds": watch.prefill,
-                "decode_seconds": watch.decode,
-                "slots_busy": watch.busy / (watch.steps * slots),
-                "step_milliseconds": 1e3 * watch.decode / watch.steps,
+                **{f"{name}_seconds": watch.seconds[name] for name in programs},
+                "host_seconds": seconds - sum(watch.seconds.values()),
+                "slots_busy": watch.busy / watch.there,
+                "steps": watch.steps,
+                "step_milliseconds": 1e3 * watch.seconds["decode"] / watch.steps,
                 "read_bandwidth_gb_per_second": bandwidth / 1e9,
-                "share_of_bandwidth": weights * watch.steps / watch.decode / bandwidth,
-                "prefill_gflops": tokens * matmul / watch.prefill / 1e9,
-                "share_of_peak": tokens * matmul / watch.prefill / 1e9 / peak,
-                "compiled": sorted(name for name, _ in compiled),
+                "share_of_bandwidth": (weights * watch.steps + of_token * watch.cached)
+                / watch.seconds["decode"]
+                / bandwidth,
+                "prefill_gflops": (prompt_tokens * matmul + head) / watch.seconds["prefill"] / 1e9,
+                "matmul_peak_gflops": peak,
+                "share_of_peak": (prompt_tokens * matmul + head) / watch.seconds["prefill"] / 1e9 / peak,
+                "compiled": {f"jit({name})": [n for n, _ in compiled].count(f"jit({name})") for name in programs},
+                "compile_seconds": sum(s for _, s in compiled),
                 "machine": common.machine(),
             }
         )
@@ -75,24 +82,37 @@ class Watch:
     """A sampler whose programs are awaited and timed."""
 
     def __init__(self, sampler: sampling.Sampler):
-        self.sampler = sampler._replace(
-            prefill=lambda *a: self._timed("prefill", sampler.prefill, a),
-            decode=lambda *a: self._timed("decode", sampler.decode, a),
-        )
+        timed = {name: self._timed(name, getattr(sampler, name)) for name in ("prefill", "admit", "resize")}
+        self.sampler = sampler._replace(decode=self._decode(self._timed("decode", sampler.decode)), **timed)
         self.start()
 
     def start(self) -> None:
-        self.prefill = self.decode = 0.0
-        self.steps = self.busy = 0
+        self.seconds = dict.fromkeys(("prefill", "admit", "decode", "resize"), 0.0)
+        self.steps = self.busy = self.there = self.cached = 0
 
-    def _timed(self, name, program, arguments):
-        before = jax.device_get((arguments[1].steps, arguments[1].busy))
-        start = time.perf_counter()
-        state = jax.block_until_ready(program(*arguments))
-        setattr(self, name, getattr(self, name) + time.perf_counter() - start)
-        self.steps += int(state.steps) - int(before[0])
-        self.busy += int(state.busy) - int(before[1])
-        return state
+    def _timed(self, name, program):
+        def run(*arguments):
+            jax.block_until_ready(arguments)
+            start = time.perf_counter()
+            result = jax.block_until_ready(program(*arguments))
+            self.seconds[name] += time.perf_counter() - start
+            return result
+
+        return run
+
+    def _decode(self, program):
+        def run(weights, state, *rest):
+            steps, busy = int(state.steps), int(state.busy)
+            cached = int(np.asarray(state.position)[np.asarray(state.active)].sum())
+            state, look = program(weights, state, *rest)
+            made = int(state.steps) - steps
+            self.steps += made
+            self.busy += int(state.busy) - busy
+            self.there += made * state.active.size
+            self.cached += made * cached
+            return state, look
+
+        return run
 
 
 def read_bandwidth(repeats: int = 7) -> float:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, PyTree
 
-from tpaw_jax.models import cache as kv
 from tpaw_jax.models.attention import (
     EINSUM,
     SAVED,
@@ -81,9 +79,14 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+        return rms_norm(x, scale, self.epsilon)
+
+
+def rms_norm(x: Array, scale: Array, epsilon: float, axis: int = -1) -> Array:
+    """x / rms(x) * scale over one axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axis, keepdims=True) + epsilon)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -115,12 +118,6 @@ class Block(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = self._project(x_MD, angles)
         x_MD = self._finish(x_MD, self.attention.attend(q_BTNH, k_BTKH, v_BTKH, context))
         return x_MD, (k_BTKH, v_BTKH) if with_cache else None
-
-    def decode(self, x_SD, angles, positions_S, layer):
-        """A layer over one further token a slot, and the slots' cache with it."""
-        q_S1NH, k_S1KH, v_S1KH = self._project(x_SD, angles)
-        layer = kv.write_token(layer, positions_S, k_S1KH[:, 0], v_S1KH[:, 0])
-        return self._finish(x_SD, kv.attend_slots(q_S1NH[:, 0], layer, positions_S)), layer
 
     def _project(self, x_MD, angles):
         # Tokens of all rows stand on one axis M = B T: what XLA makes of the weights' gradients is then plain matmuls.
@@ -206,52 +203,16 @@ class Transformer(nn.Module):
     def _rows(self, tokens_BT, positions_BT, visibility, with_cache):
         c = self.config
         context = self.attention.prepare(visibility)
-        x_MD, cache = self.layers(self.embed(tokens_BT.reshape(-1)), _angles(c, positions_BT), context, with_cache)
+        x_MD, cache = self.layers(
+            self.embed(tokens_BT.reshape(-1)), rotary_angles(c, positions_BT), context, with_cache
+        )
         if self.is_initializing() and not c.tie_embeddings:
             self.head(tokens_BT)
         return self.final_norm(x_MD).reshape(*tokens_BT.shape, -1), cache
 
 
-class DecodeWeights(NamedTuple):
-    """Parameters as decoding reads them: each layer's its own, in the compute dtype."""
-
-    embed: Float[Array, "V D"]
-    layers: tuple[PyTree[Array], ...]
-    final_norm: PyTree[Array]
-    head: Float[Array, "V D"]
-
-
-def decode(
-    model: Transformer,
-    weights: DecodeWeights,
-    tokens: Int[Array, "S"],
-    positions: Int[Array, "S"],
-    cache: kv.KVCache,
-) -> tuple[Float[Array, "S V"], kv.KVCache]:
-    """Float32 logits after one further token a slot, and the cache with it written at `positions`.
-
-    Layers stand one after the other, not under a scan, whose slices of stacked weights XLA copies for every token.
-    """
-    block: Any = Block(model.config, model.dtype, model.param_dtype, model.attention)
-    angles = _angles(model.config, positions[:, None])
-    x_SD, layers = weights.embed[tokens], []
-    for params, layer in zip(weights.layers, cache, strict=True):
-        x_SD, layer = block.apply({"params": params}, x_SD, angles, positions, layer, method="decode")
-        layers.append(layer)
-    norm = RMSNorm(model.config.rms_norm_eps, model.param_dtype)
-    hidden_SD = norm.apply({"params": weights.final_norm}, x_SD)
-    logits_SV = jnp.einsum("sd,vd->sv", hidden_SD, weights.head, preferred_element_type=jnp.float32)
-    return logits_SV, tuple(layers)
-
-
-def decode_weights(model: Transformer, params: PyTree[Array]) -> DecodeWeights:
-    """The parameters of a model for `decode`."""
-    params = jax.tree.map(lambda p: p.astype(model.dtype), params)
-    layers = tuple(jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(model.config.num_layers))
-    return DecodeWeights(params["embed"]["embedding"], layers, params["final_norm"], head_table(params))
-
-
-def _angles(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+def rotary_angles(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+    """cos and sin of the rotary embedding at `positions`, each [B, T, H/2] float32."""
     return rope_angles(
         jnp.asarray(positions), rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     )

@@ -1,0 +1,75 @@
+"""Answer prompts with another engine than the project's sampler, for `tpaw play --generations`.
+
+    tpaw export --run runs/mine --out theta                      # the newest policy, round t's
+    tpaw prompts --config run.yaml --out prompts.jsonl
+    python scripts/answer_prompts.py --model theta --prompts prompts.jsonl --out answers.jsonl --engine vllm
+    tpaw play --config run.yaml --generations answers.jsonl      # plays round t, and says what it took
+
+`transformers` needs torch; `vllm` needs vLLM, and a machine that it runs on. Token ids and log-probs are passed on as
+the engine sampled them, so nothing is tokenised twice. Before round 0 the model is the configuration's policy.path.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+Answer = tuple[list[int], list[float]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a directory that `tpaw export` wrote")
+    parser.add_argument("--prompts", required=True, type=Path, help="what `tpaw prompts` wrote")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--engine", choices=ENGINES, default="vllm")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="the run's sampling.max_new_tokens")
+    parser.add_argument("--seed", type=int, default=0, help="another one for each round")
+    options = parser.parse_args()
+    asked = [json.loads(line) for line in options.prompts.read_text().splitlines()]
+    tokens = [prompt["prompt_token_ids"] for prompt in asked]
+    answers = ENGINES[options.engine](options.model, tokens, options.max_new_tokens, options.seed)
+    with options.out.open("w") as file:
+        for prompt, (token_ids, log_probs) in zip(asked, answers, strict=True):
+            file.write(json.dumps(prompt | {"token_ids": token_ids, "log_probs": log_probs}) + "\n")
+
+
+def with_vllm(model: str, prompts: list[list[int]], most: int, seed: int) -> Iterator[Answer]:
+    """At temperature 1, unfiltered, as the project samples by default."""
+    from vllm import LLM, SamplingParams
+
+    settings = SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=most, logprobs=0)
+    made = LLM(model=model, seed=seed).generate([{"prompt_token_ids": tokens} for tokens in prompts], settings)
+    for output in (request.outputs[0] for request in made):
+        ids = list(output.token_ids)
+        yield ids, [at[token].logprob for at, token in zip(output.logprobs, ids, strict=True)]
+
+
+def with_transformers(model: str, prompts: list[list[int]], most: int, seed: int) -> Iterator[Answer]:
+    """One prompt after the other; slow, but everywhere."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    for tokens in prompts:
+        made = policy.generate(
+            torch.tensor([tokens]),
+            attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=most,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        ids = made.sequences[0, len(tokens) :]
+        log_probs = torch.log_softmax(torch.cat(made.logits).float(), dim=-1).gather(1, ids[:, None])[:, 0]
+        yield ids.tolist(), log_probs.clamp(max=0).tolist()
+
+
+ENGINES = {"vllm": with_vllm, "transformers": with_transformers}
+
+if __name__ == "__main__":
+    main()

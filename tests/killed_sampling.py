@@ -1,0 +1,36 @@
+"""Answer 64 prompts and die by SIGKILL in the middle: python killed_sampling.py FILE TEMPERATURE.
+
+Used by test_sampling.py, which goes on from the file.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import conftest
+import numpy as np
+
+from tpaw_jax import generation_file, models, sampling
+from tpaw_jax.config import SamplingConfig
+from tpaw_jax.models import Transformer
+
+
+def answer(stories, path, temperature, slots, mesh=None, die_after=None):
+    """The generations of 64 prompts, kept in `path` as they come and not sampled again if they are there."""
+    prompts = conftest.random_prompts(np.random.default_rng(7), 64)[0]
+    config = SamplingConfig(max_new_tokens=40, slots=slots, temperature=temperature)
+    sampler = sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), config, (1, 403), mesh)
+
+    def keep(responses):
+        generation_file.append(path, prompts, responses)
+        if die_after is not None and len(path.read_text().splitlines()) >= die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    before = generation_file.resume(path, prompts)
+    return sampling.generate(sampler, stories[1], prompts, seed=3, round_number=2, finished=before, keep=keep)
+
+
+if __name__ == "__main__":
+    stories = models.load_pretrained(conftest.STORIES)
+    answer(stories, Path(sys.argv[1]), float(sys.argv[2]), slots=4, die_after=20)
