@@ -120,10 +120,10 @@ def test_no_stop_token_comes_before_the_fewest_tokens(stories, prompts):
 
 @pytest.mark.parametrize("slots", [2, 11])
 def test_a_text_ends_with_the_token_that_completes_a_stop_string(stories, stories_tokenizer, prompts, slots):
-    whole = generate(stories, prompts, slots=slots, max_new_tokens=30)
-    strings = (" the", "ing", "Once")
+    whole = generate(stories, prompts, slots=slots, max_new_tokens=150)
+    strings = (" happy", "ing", "Once")  # some late, in the third page of their sequence
     ends = sampling.stop_at(stories_tokenizer.decode, strings)
-    cut = generate(stories, prompts, slots=slots, max_new_tokens=30, ends=ends)
+    cut = generate(stories, prompts, slots=slots, max_new_tokens=150, ends=ends)
     shorter = 0
     for all_tokens, tokens in zip(whole.tokens, cut.tokens, strict=True):
         np.testing.assert_array_equal(tokens, all_tokens[: len(tokens)])

@@ -144,6 +144,7 @@ class _Engine:
         self.weights = sampler.prepare(params)
         self.occupant = np.full((shards, slots), -1)
         self.known = np.zeros((shards, slots), int)  # new tokens of a slot at the last look
+        self.unseen = 0  # chunks of steps dispatched since
 
     @property
     def unfinished(self) -> bool:
@@ -170,19 +171,21 @@ class _Engine:
     def decode(self, ends: Ends | None) -> dict[int, Response]:
         """Decode until a sixteenth of the slots are through; the finished responses, which leave their slots."""
         enough = int((self.occupant >= 0).sum()) - max(1, self.occupant.size // 16)
-        running = self._chunk(ahead=1, until_active=enough)
+        running = self._chunk(enough)
         while True:
-            behind = self._chunk(ahead=2, until_active=enough)
+            behind = self._chunk(enough)
             active = np.asarray(running.active)
             before, self.known = self.known, np.where(self.occupant >= 0, np.asarray(running.generated), 0)
+            self.unseen = 1
             ended = self._ended_by_text(running, active, before, ends) if ends else {}
             if active.sum() <= enough or ended:
                 return self._collect(running, active, ended)
             running = behind
 
-    def _chunk(self, ahead: int, until_active: int) -> Look:
-        """Dispatch a chunk of steps, with pages for what `ahead` of them may write since the last look."""
-        needed = np.where(self.occupant >= 0, self._prompt_lengths() + self.known + ahead * LOOK, 0)
+    def _chunk(self, until_active: int) -> Look:
+        """Dispatch a chunk of steps, with pages for all that may be written since the last look."""
+        self.unseen += 1
+        needed = np.where(self.occupant >= 0, self._prompt_lengths() + self.known + self.unseen * LOOK, 0)
         needed = np.minimum(needed, self._prompt_lengths() + self._limits())
         self._reserve(needed)
         self.state, look = self.sampler.decode(
