@@ -20,7 +20,7 @@ import numpy as np
 from tpaw_jax import logprobs, packing, scoring, sharding, train_step
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainConfig
 from tpaw_jax.models import ModelConfig, Transformer
-from tpaw_jax.models.tile_attention import tile_attention
+from tpaw_jax.models.tile_attention import TILES
 from tpaw_jax.train_step import StepScalars
 from tpaw_jax.types import Generations, Prompts, TeamScores
 
@@ -110,7 +110,7 @@ def set_up(name: str, config: PackingConfig, data: tuple[Prompts, list[Generatio
     prompts, generations = data
     trees = packing.trees_of_window(prompts, generations, packing.first_sources(prompts, generations))
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    model = Transformer(MODELS[name], remat=remat, attention=tile_attention(mesh))
+    model = Transformer(MODELS[name], remat=remat, attention=TILES)
     shardings = sharding.param_shardings(jax.eval_shape(lambda: _init(model)), mesh)
     params = jax.jit(lambda: _init(model), out_shardings=shardings)()
     log_prob_fn = logprobs.make_log_prob_fn(model, chunk)

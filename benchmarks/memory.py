@@ -17,7 +17,7 @@ import numpy as np
 from tpaw_jax import logprobs, memory, packing, sharding, train_step
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainConfig
 from tpaw_jax.models import Transformer
-from tpaw_jax.models.tile_attention import tile_attention
+from tpaw_jax.models.tile_attention import TILES
 from tpaw_jax.train_step import StepScalars
 from tpaw_jax.types import TeamScores
 
@@ -63,7 +63,7 @@ def main() -> None:
 def needed(name: str, row_length: int, remat: str, players: int) -> int:
     """Bytes of the step on rows of `row_length`: the team step of `players` players, or plain SFT for none."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    model = Transformer(common.MODELS[name], remat=remat, attention=tile_attention(mesh))
+    model = Transformer(common.MODELS[name], remat=remat, attention=TILES)
     log_prob_fn = logprobs.make_log_prob_fn(model, 256)
     optimizer = train_step.make_optimizer(TrainConfig())
     if players:

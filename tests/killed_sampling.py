@@ -14,13 +14,16 @@ import numpy as np
 from tpaw_jax import generation_file, models, sampling
 from tpaw_jax.config import SamplingConfig
 from tpaw_jax.models import Transformer
+from tpaw_jax.models.transformer import split
 
 
 def answer(stories, path, temperature, slots, mesh=None, die_after=None):
     """The generations of 64 prompts, kept in `path` as they come and not sampled again if they are there."""
     prompts = conftest.random_prompts(np.random.default_rng(7), 64)[0]
     config = SamplingConfig(max_new_tokens=40, slots=slots, temperature=temperature)
-    sampler = sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), config, (1, 403), mesh)
+    model = Transformer(stories[0])
+    model = model if mesh is None else split(model, stories[1], mesh)
+    sampler = sampling.make_sampler(sampling.decoder_of(model), config, (1, 403), mesh)
 
     def keep(responses):
         generation_file.append(path, prompts, responses)

@@ -62,15 +62,15 @@ def test_equal_responses_are_computed_once_and_counted():
 
 def test_the_last_token_of_a_response_takes_no_place():
     prompts, _, trees, rows = pack_window(3, 5)
-    assert sum(t.tokens for t in trees) == (np.asarray(rows.batch.segment_ids) > 0).sum()
+    assert sum(t.places() for t in trees) == (np.asarray(rows.batch.segment_ids) > 0).sum()
     one = packing.tree_of_responses(prompts, 0, {TARGET: prompts.target_tokens[0]})
-    assert one.tokens == len(prompts.prompt_tokens[0]) + len(prompts.target_tokens[0]) - 1
+    assert one.places() == len(prompts.prompt_tokens[0]) + len(prompts.target_tokens[0]) - 1
 
 
 def test_a_tree_longer_than_a_row_is_split_and_one_that_cannot_be_is_told():
     _, _, trees, _ = pack_window(1, 6)
-    longest = max(trees, key=lambda t: t.tokens)
-    parts = packing.pack([longest], PackingConfig(row_length=longest.tokens - 1))
+    longest = max(trees, key=lambda t: t.places())
+    parts = packing.pack([longest], PackingConfig(row_length=longest.places() - 1))
     assert len(parts) >= 2
     assert parts.triplets.sum() == sum(n for *_, n in longest.triplets)
     with pytest.raises(ValueError, match=f"Prompt {longest.prompt}: .* exceed a row of 8 tokens"):

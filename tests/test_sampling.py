@@ -256,11 +256,10 @@ def test_sixty_four_prompts_are_answered_alike_everywhere(stories, temperature, 
     for slots in (4, 64):
         here = killed_sampling.answer(stories, tmp_path / f"{slots}.jsonl", temperature, slots=slots)
         assert_same_tokens(here, reference)
-    for slots in (16, 64):
-        path = tmp_path / f"{slots}_devices.jsonl"
-        assert_same_tokens(
-            killed_sampling.answer((stories[0], params), path, temperature, slots=slots, mesh=mesh), reference
-        )
+    spread = stories[0], params
+    for tensor, slots in ((1, 64), (2, 16)):  # eight devices with a model each, and four pairs that share one
+        path, decodes_on = tmp_path / f"{tensor}_devices.jsonl", sharding.local_mesh(tensor)
+        assert_same_tokens(killed_sampling.answer(spread, path, temperature, slots=slots, mesh=decodes_on), reference)
     path = tmp_path / "killed.jsonl"
     command = [sys.executable, killed_sampling.__file__, str(path), str(temperature)]
     killed = subprocess.run(command, env=os.environ | {"TPAW_TEST_DEVICES": "1"}, timeout=300, check=False)

@@ -23,7 +23,7 @@ PROGRAMS = {
     "jit(prefill)": 1,  # one bucket of prompt lengths
     "jit(admit)": 1,  # one number of slots and pages
     "jit(decode)": 1,  # all rounds
-    "jit(log_prob_fn)": 1,  # every player, every round, held-out prompts
+    "jit(log_probs)": 1,  # every player, every round, held-out prompts
     "jit(step)": 1,  # every round, and the dry run that measures noise
 }
 
@@ -70,6 +70,7 @@ def test_a_round_tells_what_it_should_cost_and_what_it_did(played):
         stages = {"sampling", "packing", "scoring", "held-out", "dry run", "training", "ring", "other"}
         assert stages == set(seconds) - {"round"}
         assert sum(seconds[s] for s in stages) <= seconds["round"]
+        assert 0 < row["goodput"] < 1
     assert table[2]["saving"] > table[0]["saving"]
 
 
@@ -84,9 +85,9 @@ def test_a_run_that_chooses_its_rematerialisation_and_rows(tmp_path, monkeypatch
     assert "Rematerialisation: none; a step needs " in "\n".join(said)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["packing"]["rows_per_batch"] == 1
     two = sharding.make_mesh(MeshConfig(fsdp=2), jax.local_devices()[:2])
-    kept = session._with_rows_per_batch(small_run(tmp_path, **settings), tmp_path, two)
+    kept = session._settled(small_run(tmp_path, **settings), tmp_path, two)
     assert kept.packing.rows_per_batch == 1
-    new = session._with_rows_per_batch(small_run(tmp_path, **settings), tmp_path / "another", two)
+    new = session._settled(small_run(tmp_path, **settings), tmp_path / "another", two)
     assert new.packing.rows_per_batch == 2
 
 
@@ -209,7 +210,7 @@ def results(directory):
         arrays = np.load(path)
         found[str(path.relative_to(directory))] = {name: arrays[name].tolist() for name in arrays.files}
     found["table"] = [
-        {name: value for name, value in row.items() if not name.endswith((" s", "/s"))}
+        {name: value for name, value in row.items() if not name.endswith((" s", "/s", "goodput"))}
         for row in self_play.rounds_table(directory, 3)
     ]
     return found

@@ -12,17 +12,18 @@ from conftest import random_prompts
 from tpaw_jax import logprobs, packing, scoring, sharding, train_step
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainConfig
 from tpaw_jax.models import Transformer
-from tpaw_jax.models.tile_attention import tile_attention
+from tpaw_jax.models.tile_attention import TILES
+from tpaw_jax.models.transformer import split
 from tpaw_jax.train_step import StepScalars
 from tpaw_jax.types import TeamScores
 
 
-def setup(stories, devices=1, rows_per_batch=2, most=4, compute=jnp.float32, remat="layer", **train):
+def setup(stories, devices=1, rows_per_batch=2, most=4, compute=jnp.float32, remat="layer", mesh=None, **train):
     prompts, rounds = random_prompts(np.random.default_rng(0), 10)
     trees = packing.trees_of_window(prompts, rounds[::-1], packing.first_sources(prompts, rounds))
     rows = packing.pack(trees, PackingConfig(row_length=128, max_responses_per_row=12))
-    mesh = sharding.make_mesh(MeshConfig(fsdp=devices), jax.devices()[:devices])
-    model = Transformer(stories[0], dtype=compute, remat=remat, attention=tile_attention(mesh))
+    mesh = sharding.make_mesh(mesh or MeshConfig(fsdp=devices), jax.devices()[:devices])
+    model = split(Transformer(stories[0], dtype=compute, remat=remat, attention=TILES), stories[1], mesh)
     log_prob_fn = logprobs.make_log_prob_fn(model, 64)
     config = TrainConfig(**{"optimizer": "adamw", "epsilon": 1e-4, **train})
     optimizer = train_step.make_optimizer(config)
@@ -215,7 +216,7 @@ def test_scoring_in_larger_batches_gives_the_same_scores(stories):
     trees = packing.trees_of_window(prompts, rounds, packing.first_sources(prompts, rounds))
     rows = packing.pack(trees, PackingConfig(row_length=128, max_responses_per_row=12))
     mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    scorer = scoring.make_scorer(make_log_prob_fn(Transformer(stories[0], attention=tile_attention()), 64), mesh)
+    scorer = scoring.make_scorer(make_log_prob_fn(Transformer(stories[0], attention=TILES), 64), mesh)
     one = scoring.score(scorer, stories[1], rows, 2)
     with compile_log() as compiled:
         many = scoring.score(scorer, stories[1], rows, 2, batches_at_once=4)
@@ -224,17 +225,20 @@ def test_scoring_in_larger_batches_gives_the_same_scores(stories):
     assert len(compiled) == 1  # the large shape; the small one is there
 
 
-def test_eight_devices_take_the_steps_of_one(stories):
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)], ids=["fsdp", "data, fsdp and tensor"]
+)
+def test_eight_devices_take_the_steps_of_one(stories, mesh):
     runs = []
-    for devices in (1, 8):
-        step, state, inputs, scores = setup(stories, devices=devices, rows_per_batch=8, most=1)
+    for devices, arrangement in ((1, None), (8, mesh)):
+        step, state, inputs, scores = setup(stories, devices=devices, mesh=arrangement, rows_per_batch=8, most=1)
         losses = []
         for _ in range(5):
             state, metrics = step(state, *inputs, scalars(learning_rate=1e-4))
             losses.append(float(metrics["loss"]))
         if devices == 8:
             kernel = state.params["layers"]["q"]["kernel"]
-            assert kernel.addressable_shards[0].data.shape == (5, 64 // 8, 64)
+            assert kernel.addressable_shards[0].data.shape == (5, 64 // mesh.fsdp, 64 // mesh.tensor)
         runs.append((losses, host(state.params), scores.log_probs))
     np.testing.assert_allclose(runs[1][0], runs[0][0], rtol=1e-5)
     np.testing.assert_allclose(runs[1][2], runs[0][2], rtol=1e-5, atol=1e-4)

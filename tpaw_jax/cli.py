@@ -36,15 +36,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def play(options: argparse.Namespace, overrides: list[str]) -> None:
     """Run the rounds of self-play of a configuration, or what is left of them."""
-    from tpaw_jax import config, self_play
+    from tpaw_jax import config, pod, self_play
     from tpaw_jax.models import hub
-    from tpaw_jax.monitoring import compile_log
+    from tpaw_jax.monitoring import compile_log, parse_steps
 
-    run = config.load(options.config, overrides)
+    run, profiled = (
+        config.load(options.config, overrides),
+        parse_steps(options.profile) if options.profile else range(0),
+    )
+    if options.pod or options.coordinator:
+        if options.export:
+            raise ValueError("--export is for one process; when the pod is done, run `tpaw export` on one host.")
+        pod.join(options.coordinator, options.num_processes, options.process_id)
     if options.export:
         hub.check_export(options.export)
     with compile_log() as compiled:
-        self_play.run(run, generations=Path(options.generations) if options.generations else None)
+        generations = Path(options.generations) if options.generations else None
+        self_play.run(run, generations=generations, profiled=profiled)
+    if not pod.writes():
+        return
     print(f"Compiled {len(compiled)} programs in {sum(s for _, s in compiled):.0f} s:")
     for name in dict.fromkeys(name for name, _ in compiled):
         seconds = [s for n, s in compiled if n == name]
@@ -166,7 +176,11 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.set_defaults(command=function)
         for name, (required, text, kind) in arguments.items():
-            sub.add_argument(f"--{name.replace('_', '-')}", required=required, help=text, type=kind)
+            flag = f"--{name.replace('_', '-')}"
+            if kind is None:
+                sub.add_argument(flag, help=text, action="store_true")
+            else:
+                sub.add_argument(flag, required=required, help=text, type=kind)
 
     configuration = (True, "a YAML file; any key of it can follow as --key.subkey value", str)
     command(
@@ -174,6 +188,11 @@ def _parser() -> argparse.ArgumentParser:
         config=configuration,
         export=(False, "also write the last policy to this directory", str),
         generations=(False, "a JSONL file of another engine's responses; plays the one round they answer", str),
+        profile=(False, "trace these steps of every stage of the first round: steps=10:13", str),
+        pod=(False, "one of several processes, as the pod's metadata tell", None),
+        coordinator=(False, "one of several processes: HOST:PORT of the first of them", str),
+        num_processes=(False, "how many they are", int),
+        process_id=(False, "which of them this is, from 0", int),
     )
     command(prompts, config=configuration, out=(True, "the JSONL file to write", str))
     command(

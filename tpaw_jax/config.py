@@ -77,6 +77,7 @@ class SamplingConfig:
     prefill_tokens: int = knob(512, "tokens of prompts computed at once, packed, on each device")
     min_new_tokens: int = knob(0, "tokens before which no stop token is sampled", "transformers' generation")
     stop_strings: tuple[str, ...] = knob((), "texts that end a response", "transformers' generation")
+    tensor: int = knob(1, "devices of a process that share one copy of the model while it samples")
     cache_dtype: str = knob(
         "", "of cached keys and values: float32 or bfloat16; empty: policy.compute_dtype, on CPU float32"
     )
@@ -104,6 +105,10 @@ class PackingConfig:
         0, "rows computed at once, over all devices; 0: one for each device that rows are split over"
     )
     max_responses_per_row: int = knob(64, "responses of a row")
+    alignment: int = knob(
+        0,
+        "places that prompts and responses take a multiple of; 0: what the device's attention needs, 1 on CPU and GPU",
+    )
     scoring_batches: int = knob(1, "batches scored at once: a forward pass keeps no activations, so more of them fit")
 
 
@@ -127,6 +132,7 @@ class TrainConfig:
     b2: float = knob(0.999, "second decay of adamw and lion", "optax")
     rms_decay: float = knob(0.99, "decay of rmsprop", "torch.optim.RMSprop, which SPIN uses")
     epsilon: float = knob(1e-8, "of adamw and rmsprop", "torch.optim")
+    reduce_dtype: Literal["float32", "bfloat16"] = knob("float32", "in which gradients travel between devices")
     max_skipped_in_a_row: int = knob(10, "steps with a non-finite loss or gradient that stop the run")
     save_every_steps: int = knob(50, "steps between saves of the training state")
 
@@ -135,6 +141,7 @@ class TrainConfig:
 class MeshConfig:
     """How devices are arranged. One size may be -1: all devices that remain."""
 
+    preset: str = knob("", "a known arrangement (`sharding.PRESETS`, as v5e-256); the sizes are then not read")
     data: int = knob(1, "copies of the model, each with its share of the rows")
     fsdp: int = knob(-1, "shards of parameters and optimizer state, each with its share of the rows")
     tensor: int = knob(1, "shards of every matrix product")
@@ -240,6 +247,7 @@ def validate(config: RunConfig, where: str) -> None:
             "sampling.min_new_tokens",
             "must be from 0 to sampling.max_new_tokens",
         ),
+        (sampling.tensor >= 1, "sampling.tensor", "must be at least 1"),
         (all(sampling.stop_strings), "sampling.stop_strings", "cannot have an empty text"),
         (
             sampling.cache_dtype in ("", "float32", "bfloat16"),
@@ -254,6 +262,7 @@ def validate(config: RunConfig, where: str) -> None:
             "objective.tolerance",
             "must be -1 or above",
         ),
+        (packing.alignment >= 0, "packing.alignment", "cannot be negative"),
         (packing.rows_per_batch >= 0, "packing.rows_per_batch", "cannot be negative"),
         (packing.scoring_batches >= 1, "packing.scoring_batches", "must be at least 1"),
         (packing.max_responses_per_row >= 2, "packing.max_responses_per_row", "must be at least 2"),

@@ -71,7 +71,7 @@ def of_trees(trees: Sequence[Tree]) -> Work:
     for tree in trees:
         prompt, read = len(tree.prompt_tokens), [len(r) - 1 for r in tree.responses]
         pairs = _causal(prompt) + sum(n * prompt + _causal(n) for n in read)
-        work += Work(tree.tokens, tree.predictions, pairs)
+        work += Work(tree.places(), tree.predictions, pairs)
     return work
 
 

@@ -28,6 +28,7 @@ class PackedPrompts(NamedTuple):
 class Decoder(NamedTuple):
     """A model as sampling uses it. The cache is any pytree whose leaves are [R, U, ...], a page of tokens each.
 
+    dtype of the matrices that `params` are given with; None: as they are
     init(shards, pages) -> cache
     prepare(params) -> weights, the parameters as `decode` wants them
     prefill(params, prompts) -> (logits [R, N, V] after the last token of each prompt, rows: any pytree for `place`)
@@ -35,6 +36,7 @@ class Decoder(NamedTuple):
     decode(weights, cache, tokens [R, S], positions [R, S], table) -> (logits [R, S, V], cache)
     """
 
+    dtype: jnp.dtype | None
     init: Callable[[int, int], PyTree[Array]]
     prepare: Callable[[PyTree[Array]], PyTree[Array]]
     prefill: Callable[[PyTree[Array], PackedPrompts], tuple[Array, PyTree[Array]]]
@@ -48,7 +50,7 @@ def decoder_of(model: Transformer, cache_dtype: str = "") -> Decoder:
     Keys and values are kept in `cache_dtype`; by default in the compute dtype, but on CPU in float32, since XLA's CPU
     backend copies a whole pool of 16-bit floats to write one token.
     """
-    c = model.config
+    c = model.local_config
     dtype = jnp.dtype(cache_dtype or (jnp.float32 if jax.default_backend() == "cpu" else model.dtype))
 
     def prefill(params, prompts):
@@ -58,6 +60,7 @@ def decoder_of(model: Transformer, cache_dtype: str = "") -> Decoder:
         return model.apply(variables, last_RND, method="logits"), keys_and_values
 
     return Decoder(
+        dtype=jnp.dtype(model.dtype),
         init=lambda shards, pages: kv.empty(c.num_layers, shards, pages, c.num_kv_heads, c.head_dim, dtype),
         prepare=lambda params: decoding.decode_weights(model, params),
         prefill=prefill,
@@ -100,4 +103,4 @@ def decoder_from_apply_fn(apply_fn: Callable[[PyTree[Array], Array], Array]) -> 
     def init(shards: int, pages: int) -> Array:
         return jnp.zeros((shards, pages, kv.PAGE), jnp.int32)
 
-    return Decoder(init, lambda params: params, prefill, place, decode)
+    return Decoder(None, init, lambda params: params, prefill, place, decode)

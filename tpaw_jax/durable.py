@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all. Of several processes the first one writes them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from tpaw_jax import pod
+
 
 def write_bytes(path: Path, content: bytes) -> None:
+    """`replace` by the process that writes; the others leave it to that one."""
+    if pod.writes():
+        replace(path, content)
+
+
+def replace(path: Path, content: bytes) -> None:
     """Write aside, flush to the disk, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".partial")
@@ -24,7 +32,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def append_lines(path: Path, lines: Sequence[str]) -> None:
-    """Add whole lines to a text file and flush them to the disk; a kill can cut the last one short."""
+    """Add whole lines to a process's own text file, flushed to the disk; a kill can cut the last one short."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         file.write("".join(line + "\n" for line in lines).encode())

@@ -8,7 +8,7 @@ tokenizer or template other than the run's is found out.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,12 +73,27 @@ def append(path: Path, prompts: Prompts, responses: Mapping[int, Response]) -> N
 
 def resume(path: Path, prompts: Prompts) -> dict[int, Response]:
     """What `append` wrote, by index into `prompts`. A line that a kill cut short is removed, with all after it."""
-    if not path.exists():
-        return {}
-    place = {int(prompt_id): i for i, prompt_id in enumerate(prompts.ids)}
+    found, whole = _appended(path, prompts)
+    if path.exists() and whole < path.stat().st_size:
+        durable.replace(path, path.read_bytes()[:whole])
+    return found
+
+
+def of_all(paths: Iterable[Path], prompts: Prompts) -> dict[int, Response]:
+    """What `append` wrote into any of several files."""
+    together: dict[int, Response] = {}
+    for path in paths:
+        together |= _appended(path, prompts)[0]
+    return together
+
+
+def _appended(path: Path, prompts: Prompts) -> tuple[dict[int, Response], int]:
+    """The responses in a file up to the first line that is not whole, and the bytes up to there."""
     found: dict[int, Response] = {}
-    content, whole = path.read_bytes(), 0
-    for line in content.splitlines(keepends=True):
+    if not path.exists():
+        return found, 0
+    place, whole = {int(prompt_id): i for i, prompt_id in enumerate(prompts.ids)}, 0
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
             if not line.endswith(b"\n"):
                 break
@@ -88,9 +103,7 @@ def resume(path: Path, prompts: Prompts) -> dict[int, Response]:
         except (ValueError, KeyError, TypeError):
             break
         whole += len(line)
-    if whole < len(content):
-        durable.write_bytes(path, content[:whole])
-    return found
+    return found, whole
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:

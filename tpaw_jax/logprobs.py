@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from tpaw_jax.models.attention import Visibility, visible
-from tpaw_jax.models.transformer import KEEPS_LOGITS, Transformer, head_table
+from tpaw_jax.models.transformer import KEEPS_LOGITS, Transformer, head_name, head_table
 from tpaw_jax.types import TreeBatch
 
 VOCABULARY_BLOCK = 1024
@@ -33,9 +33,10 @@ ApplyFn = Callable[[PyTree[Array], Array, Array, Array], Array]
 def make_log_prob_fn(model: Transformer, head_chunk: int) -> LogProbFn:
     """The log-prob function of a `Transformer`, its head in chunks of `head_chunk` predictions of each row.
 
-    Its gradient keeps the logits of the predictions where the model's rematerialisation is in `KEEPS_LOGITS`.
+    Its gradient keeps the logits of the predictions where the model's rematerialisation is in `KEEPS_LOGITS`. Where the
+    model is split (`Transformer.parallel`), it runs inside `shard_map`, on a device's rows and parts of the parameters.
     """
-    keep = model.remat in KEEPS_LOGITS
+    keep, split = model.remat in KEEPS_LOGITS, model.parallel
 
     def log_prob_fn(params: PyTree[Array], batch: TreeBatch) -> Float[Array, "B R"]:
         batch = jax.tree.map(jnp.asarray, batch)  # outside jit, a batch of the host is as welcome
@@ -48,9 +49,13 @@ def make_log_prob_fn(model: Transformer, head_chunk: int) -> LogProbFn:
             method="hidden",
         )
         hidden_BPD = jnp.take_along_axis(hidden_BTD, batch.sources[..., None], axis=1)
-        table_VD = head_table(params).astype(hidden_BPD.dtype)
-        live_BP = batch.responses < batch.triplet_weight.shape[-1]
-        per_token = token_log_probs(hidden_BPD, table_VD, batch.labels, live_BP, head_chunk, keep)
+        name = head_name(params)
+        table_VD = split.table(head_table(params), name, hidden_BPD.dtype)
+        live_BP, labels_BP, axis = batch.responses < batch.triplet_weight.shape[-1], batch.labels, None
+        if split.splits_vocabulary(name):
+            hidden_BPD, axis = split.share(hidden_BPD), "tensor"
+            labels_BP = labels_BP - lax.axis_index(axis) * table_VD.shape[0]
+        per_token = token_log_probs(hidden_BPD, table_VD, labels_BP, live_BP, head_chunk, keep, axis)
         return sum_by_response(per_token, batch)
 
     return log_prob_fn
@@ -70,7 +75,7 @@ def from_apply_fn(apply_fn: ApplyFn) -> LogProbFn:
     return log_prob_fn
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def token_log_probs(
     hidden: Float[Array, "B P D"],
     table: Float[Array, "V D"],
@@ -78,6 +83,7 @@ def token_log_probs(
     live: Bool[Array, "B P"],
     chunk: int,
     keep: bool = False,
+    axis: str | None = None,
 ) -> Float[Array, "B P"]:
     """log softmax(hidden table^T)[labels], nats, float32; 0 where `live` is False.
 
@@ -85,11 +91,13 @@ def token_log_probs(
     log-sum-exp, from which the backward pass computes each block again. With `keep` it keeps the logits too, 4 B P V
     bytes, and the backward pass has one product of three less. Chunks after the last live prediction cost nothing, so
     padding at the end of the rows is nearly free.
+
+    With a mesh `axis`, `table` is a device's part of the vocabulary, and `labels` are counted from its beginning.
     """
-    return _head_forward(hidden, table, labels, live, chunk, False)[0]
+    return _head_forward(hidden, table, labels, live, chunk, False, axis)[0]
 
 
-def _head_forward(hidden, table, labels, live, chunk, keep):
+def _head_forward(hidden, table, labels, live, chunk, keep, axis):
     hidden_nMD, labels_nM, live_nM = (_chunks(x, chunk) for x in (hidden, labels, live))
     blocks, block = _vocabulary_blocks(table)
 
@@ -108,6 +116,10 @@ def _head_forward(hidden, table, labels, live, chunk, keep):
         zeros_M = jnp.zeros(labels_nM.shape[1:], jnp.float32)
         start = (zeros_M - jnp.inf, zeros_M, zeros_M, kept)
         top_M, total_M, picked_M, kept = lax.fori_loop(0, blocks, one_block, start)
+        if axis is not None:
+            top_of_all_M = lax.pmax(top_M, axis)
+            parts = total_M * jnp.exp(top_M - top_of_all_M), picked_M
+            top_M, (total_M, picked_M) = top_of_all_M, lax.psum(parts, axis)
         lse_M = top_M + jnp.log(total_M)
         log_probs_nM, lse_nM = results
         return log_probs_nM.at[n].set(jnp.where(live_nM[n], picked_M - lse_M, 0)), lse_nM.at[n].set(lse_M), kept
@@ -118,7 +130,7 @@ def _head_forward(hidden, table, labels, live, chunk, keep):
     return _rows(log_probs_nM, live.shape), (hidden, table, labels, live, lse_nM, kept)
 
 
-def _head_backward(chunk, keep, saved, gradient):
+def _head_backward(chunk, keep, axis, saved, gradient):
     hidden, table, labels, live, lse_nM, kept = saved
     gradient = jnp.where(live, gradient, 0).astype(jnp.float32)
     hidden_nMD, labels_nM, gradient_nM = (_chunks(x, chunk) for x in (hidden, labels, gradient))

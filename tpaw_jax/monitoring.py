@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from tpaw_jax import durable
+from tpaw_jax import durable, pod
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -28,6 +29,8 @@ class MetricsLog:
 
     def write(self, **record: Any) -> None:
         """Append one record; numbers also become TensorBoard scalars over the round's steps."""
+        if not pod.writes():
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         if self.tensorboard is not None and "step" in record:
@@ -46,7 +49,7 @@ def open_metrics(directory: Path, round_number: int, step: int, tensorboard: boo
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _before(line, round_number, step)]
         durable.write_bytes(path, "".join(line + "\n" for line in kept).encode())
-    if not tensorboard:
+    if not tensorboard or not pod.writes():
         return MetricsLog(path)
     try:
         from tensorboardX import SummaryWriter
@@ -76,8 +79,9 @@ def step_record(metrics: dict[str, Any], players: Sequence[int]) -> dict[str, fl
 
 @contextlib.contextmanager
 def progress(description: str, total: int, unit: str) -> Iterator[Any]:
-    """A progress bar with rate and time left; silent where the output is not a terminal."""
-    with tqdm(total=total, desc=description, unit=unit, disable=None, leave=False, dynamic_ncols=True) as bar:
+    """A progress bar with rate and time left; silent where the output is not a terminal, and on all hosts but one."""
+    disable = None if pod.writes() else True
+    with tqdm(total=total, desc=description, unit=unit, disable=disable, leave=False, dynamic_ncols=True) as bar:
         yield bar
 
 
@@ -87,6 +91,12 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.start = time.perf_counter()
+
+    @property
+    def goodput(self) -> float:
+        """Share of the time since the beginning in which the devices sampled, scored or trained."""
+        busy = sum(self.seconds.get(stage, 0.0) for stage in ("sampling", "scoring", "training"))
+        return busy / (time.perf_counter() - self.start)
 
     def report(self) -> dict[str, float]:
         """The seconds of every stage, and of all since the beginning as `round`."""
@@ -99,6 +109,47 @@ class Stopwatch:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+class Profiler:
+    """Traces steps [first, end) of every stage of the first round that it sees, for XProf or TensorBoard.
+
+    A step is an optimizer step in training, a batch in scoring, a look from the host in sampling.
+    """
+
+    def __init__(self, directory: Path, steps: range) -> None:
+        self.directory, self.steps = directory, steps
+        self._seen: dict[str, int] = {}
+        self._tracing = ""
+
+    def step(self, stage: str) -> None:
+        """Called before each step of a stage."""
+        number = self._seen[stage] = self._seen.get(stage, -1) + 1
+        if self._tracing and (stage != self._tracing or number >= self.steps.stop):
+            self.stop()
+        if self.steps and number == self.steps.start:
+            jax.profiler.start_trace(str(self.directory / f"{stage}_{jax.process_index():04d}"))
+            self._tracing = stage
+
+    def stop(self) -> None:
+        """End a trace that is being taken."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = ""
+
+
+def parse_steps(text: str) -> range:
+    """`steps=10:13` as the steps 10, 11 and 12.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    match = re.fullmatch(r"steps=(\d+):(\d+)", text)
+    if match is None or int(match.group(1)) >= int(match.group(2)):
+        raise ValueError(
+            f"--profile {text}: write the steps to trace as steps=10:13, the first and the one after the last."
+        )
+    return range(int(match.group(1)), int(match.group(2)))
 
 
 @contextlib.contextmanager

@@ -26,10 +26,12 @@ class Tree:
     responses: tuple[np.ndarray, ...]
     triplets: tuple[tuple[int, int, int], ...]  # (response that is y, response that is y_gen, multiplicity)
 
-    @property
-    def tokens(self) -> int:
-        """Places the tree takes in a row: the last token of a response is a label only."""
-        return len(self.prompt_tokens) + sum(len(r) - 1 for r in self.responses)
+    def places(self, alignment: int = 1) -> int:
+        """Places that the tree takes in a row: the last token of a response is a label only.
+
+        Prompt and responses take a multiple of `alignment` places each.
+        """
+        return sum(_aligned(n, alignment) for n in (len(self.prompt_tokens), *(len(r) - 1 for r in self.responses)))
 
     @property
     def predictions(self) -> int:
@@ -113,9 +115,12 @@ def row_count(trees: Sequence[Tree], config: PackingConfig) -> int:
 def _grouped(trees: Sequence[Tree], config: PackingConfig) -> list[list[Tree]]:
     """The trees of each row."""
     pieces = [piece for tree in trees for piece in _split(tree, config)]
-    order = sorted(range(len(pieces)), key=lambda i: (-pieces[i].tokens, i))
+    places = [piece.places(config.alignment) for piece in pieces]
+    order = sorted(range(len(pieces)), key=lambda i: (-places[i], i))
     # A row has as many places for predictions as for tokens; the third capacity is its number of responses.
-    needs = np.array([[t.tokens, t.predictions, len(t.responses)] for t in pieces], int).reshape(-1, 3)
+    needs = np.array([[n, t.predictions, len(t.responses)] for n, t in zip(places, pieces, strict=True)], int).reshape(
+        -1, 3
+    )
     free = np.empty((len(pieces), 3), int)
     free[:] = config.row_length, config.row_length, config.max_responses_per_row
     members: list[list[Tree]] = []
@@ -136,7 +141,7 @@ def fullest_row_length(trees: Sequence[Tree], config: PackingConfig, lengths: Se
     Raises:
         ValueError: none of them holds every tree.
     """
-    longest = max(tree.tokens for tree in trees)
+    longest = max(tree.places(config.alignment) for tree in trees)
     fitting = [length for length in sorted(lengths) if length >= longest]
     if not fitting:
         raise ValueError(f"The longest tree has {longest} tokens; none of the row lengths {list(lengths)} holds it.")
@@ -240,7 +245,7 @@ def _subtree(tree: Tree, keep: Sequence[int], triplets: tuple[tuple[int, int, in
 
 
 def _fits(tree: Tree, config: PackingConfig) -> bool:
-    long = max(tree.tokens, tree.predictions) > config.row_length
+    long = max(tree.places(config.alignment), tree.predictions) > config.row_length
     return not long and len(tree.responses) <= config.max_responses_per_row
 
 
@@ -261,11 +266,11 @@ def _rows(members: Sequence[Sequence[Tree]], config: PackingConfig) -> Rows:
     )
     rows = Rows(batch, ints(most, -1), ints(most))
     for row, trees in enumerate(members):
-        _write_row(rows, row, trees)
+        _write_row(rows, row, trees, config.alignment)
     return rows
 
 
-def _write_row(rows: Rows, row: int, trees: Sequence[Tree]) -> None:
+def _write_row(rows: Rows, row: int, trees: Sequence[Tree], alignment: int) -> None:
     """Lay the trees of one row out, one after the other, into the arrays of `rows`."""
     b = jax.tree.map(lambda x: x[row], rows.batch)  # views
     token, prediction, response, triplet = 0, 0, 0, 0
@@ -275,8 +280,8 @@ def _write_row(rows: Rows, row: int, trees: Sequence[Tree]) -> None:
         b.tokens[trunk] = tree.prompt_tokens
         b.positions[trunk] = np.arange(prompt_length)
         b.segment_ids[trunk] = segment
-        token += prompt_length
-        last_of_prompt = token - 1
+        last_of_prompt = token + prompt_length - 1
+        token += _aligned(prompt_length, alignment)
         for branch, tokens in enumerate(tree.responses, start=1):
             read = len(tokens) - 1
             place = slice(token, token + read)
@@ -290,9 +295,14 @@ def _write_row(rows: Rows, row: int, trees: Sequence[Tree]) -> None:
             b.responses[predicted] = response
             rows.prompt_index[row, response] = tree.prompt
             rows.source[row, response] = tree.sources[branch - 1]
-            token, prediction, response = token + read, prediction + len(tokens), response + 1
+            token += _aligned(read, alignment)
+            prediction, response = prediction + len(tokens), response + 1
         for target, generated, weight in tree.triplets:
             b.triplet_target[triplet] = first_response + target
             b.triplet_generated[triplet] = first_response + generated
             b.triplet_weight[triplet] = weight
             triplet += 1
+
+
+def _aligned(places: int, alignment: int) -> int:
+    return -(-places // max(1, alignment)) * max(1, alignment)

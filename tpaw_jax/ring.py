@@ -1,6 +1,7 @@
 """The ring of historical policies on disk: Orbax checkpoints of the newest N_max rounds, and the training state.
 
-Saves are atomic and asynchronous. What falls out of the ring is removed only after its successor is whole.
+Saves are atomic and asynchronous. What falls out of the ring is removed only after its successor is whole. Every
+process saves and restores its own shards; process 0 removes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
-from tpaw_jax import sharding
+from tpaw_jax import pod, sharding
 from tpaw_jax.types import TrainState
 
 
@@ -45,11 +46,13 @@ def open_ring(directory: Path, n_max: int) -> Ring:
 
 
 def remove_unfinished(ring: Ring) -> None:
-    """Remove what a killed process left half-written. For the one process that plays the run."""
-    for kind in ("policies", "training"):
+    """Remove what a killed run left half-written. For those that play it, all of them at once."""
+    pod.meet("before removal")
+    for kind in ("policies", "training") if pod.writes() else ():
         for path in (ring.directory / kind).iterdir():
             if path.is_dir() and not re.fullmatch(r"\d{5}|\d{5}_\d{8}", path.name):
                 shutil.rmtree(path)
+    pod.meet("after removal")
 
 
 def push(ring: Ring, params: PyTree[Array], round_number: int) -> None:
@@ -70,13 +73,15 @@ def save_training(ring: Ring, state: TrainState, round_number: int, step: int) -
 def settle(ring: Ring) -> None:
     """Wait until what was begun is whole, then remove what is no longer needed."""
     ring.checkpointer.wait_until_finished()
-    policies = ring.policies
-    for old in policies[: -ring.n_max]:
-        _remove(ring.directory / "policies" / f"{old:05d}")
-    states = ring.training_states
-    for round_number, step in states:
-        if (round_number, step) != states[-1] or round_number < policies[-1]:
-            _remove(ring.directory / "training" / f"{round_number:05d}_{step:08d}")
+    pod.meet("checkpoints are whole")
+    if pod.writes():
+        policies, states = ring.policies, ring.training_states
+        for old in policies[: -ring.n_max]:
+            _remove(ring.directory / "policies" / f"{old:05d}")
+        for round_number, step in states:
+            if (round_number, step) != states[-1] or round_number < policies[-1]:
+                _remove(ring.directory / "training" / f"{round_number:05d}_{step:08d}")
+    pod.meet("old checkpoints are removed")
 
 
 def restore_policy(ring: Ring, round_number: int, like: PyTree[Array]) -> PyTree[Array]:

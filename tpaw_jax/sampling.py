@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from tpaw_jax import draws
+from tpaw_jax import draws, sharding
 from tpaw_jax.decoder import PackedPrompts, decoder_from_apply_fn, decoder_of
 from tpaw_jax.models.cache import PAGE
 from tpaw_jax.pages import Pages
@@ -121,7 +121,7 @@ class _Engine:
         requests: Sequence[int],
         key: Array,
     ):
-        self.sampler, self.params, self.key = sampler, params, key
+        self.sampler, self.params, self.key = sampler, sharding.to_local(params, sampler.mesh, sampler.dtype), key
         self.prompts, self.limits, self.num_generations = prompts, limits, num_generations
         self.requests_of: dict[int, list[int]] = {}
         for r in sorted(requests):
@@ -141,7 +141,7 @@ class _Engine:
         table = math.ceil((self.longest + sampler.config.max_new_tokens) / PAGE)
         self.pages = Pages(shards, slots, max(table, typical * slots), table)
         self.state = sampler.init(slots, self.pages.pages)
-        self.weights = sampler.prepare(params)
+        self.weights = sampler.prepare(self.params)
         self.occupant = np.full((shards, slots), -1)
         self.known = np.zeros((shards, slots), int)  # new tokens of a slot at the last look
         self.unseen = 0  # chunks of steps dispatched since
@@ -170,10 +170,11 @@ class _Engine:
 
     def decode(self, ends: Ends | None) -> dict[int, Response]:
         """Decode until a sixteenth of the slots are through; the finished responses, which leave their slots."""
-        enough = int((self.occupant >= 0).sum()) - max(1, self.occupant.size // 16)
-        running = self._chunk(enough)
+        occupied, leaving = (self.occupant >= 0).sum(axis=1), max(1, self.occupant.size // 16)
+        enough, until = int(occupied.sum()) - leaving, np.maximum(0, occupied - leaving).astype(np.int32)
+        running = self._chunk(until)
         while True:
-            behind = self._chunk(enough)
+            behind = self._chunk(until)
             active = np.asarray(running.active)
             before, self.known = self.known, np.where(self.occupant >= 0, np.asarray(running.generated), 0)
             self.unseen = 1
@@ -182,15 +183,13 @@ class _Engine:
                 return self._collect(running, active, ended)
             running = behind
 
-    def _chunk(self, until_active: int) -> Look:
+    def _chunk(self, until_active: np.ndarray) -> Look:
         """Dispatch a chunk of steps, with pages for all that may be written since the last look."""
         self.unseen += 1
         needed = np.where(self.occupant >= 0, self._prompt_lengths() + self.known + self.unseen * LOOK, 0)
         needed = np.minimum(needed, self._prompt_lengths() + self._limits())
         self._reserve(needed)
-        self.state, look = self.sampler.decode(
-            self.weights, self.state, self.pages.table(), self.key, np.int32(max(0, until_active))
-        )
+        self.state, look = self.sampler.decode(self.weights, self.state, self.pages.table(), self.key, until_active)
         return look
 
     def _ended_by_text(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,17 +14,35 @@ from tpaw_jax import packing, sharding
 from tpaw_jax.host import Ahead
 from tpaw_jax.logprobs import LogProbFn
 from tpaw_jax.packing import Rows
+from tpaw_jax.types import TreeBatch
 
 Scorer = LogProbFn
 
 
-def make_scorer(log_prob_fn: LogProbFn, mesh: Mesh) -> Scorer:
-    """The compiled forward pass of the function that the train step differentiates.
+def make_scorer(log_prob_fn: LogProbFn, mesh: Mesh, compiler_options: Mapping[str, str] | None = None) -> Scorer:
+    """The compiled forward pass of the function that the train step differentiates, on batches of the host.
 
     On batches of the step's shape, float32 gives the train step's own bits; so does bfloat16 with rematerialisation
     (see the tests and A8).
     """
-    return jax.jit(log_prob_fn, in_shardings=(None, sharding.rows(mesh)), out_shardings=sharding.replicated(mesh))
+    program = score_program(log_prob_fn, mesh, compiler_options)
+    return lambda params, batch: program(params, sharding.place(batch, sharding.rows(mesh)))
+
+
+def score_program(log_prob_fn: LogProbFn, mesh: Mesh, compiler_options: Mapping[str, str] | None = None) -> Any:
+    """The jitted (params, batch) -> log-probs, each device computing its own rows; the result is on all of them."""
+    by_row = sharding.rows(mesh)
+
+    def log_probs(params: PyTree[Array], batch: TreeBatch) -> Array:
+        specs = jax.tree.map(lambda placed: placed.spec, sharding.param_shardings(params, mesh))
+        of_device = jax.shard_map(
+            log_prob_fn, mesh=mesh, in_specs=(specs, by_row.spec), out_specs=by_row.spec, check_vma=False
+        )
+        return of_device(params, batch)
+
+    options = dict(compiler_options) if compiler_options else None
+    everywhere = sharding.replicated(mesh)
+    return jax.jit(log_probs, in_shardings=(None, by_row), out_shardings=everywhere, compiler_options=options)
 
 
 def score(

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
@@ -20,6 +21,7 @@ from tpaw_jax import (
     generation_file,
     monitoring,
     packing,
+    pod,
     ring,
     sampling,
     scoring,
@@ -29,25 +31,29 @@ from tpaw_jax import (
 from tpaw_jax.config import RunConfig, of_round
 from tpaw_jax.host import Ahead
 from tpaw_jax.session import Say, Session, open_session
+from tpaw_jax.types import Generations
 
 
-def run(config: RunConfig, say: Say = print, generations: Path | None = None) -> list[dict[str, Any]]:
+def run(
+    config: RunConfig, say: Say = print, generations: Path | None = None, profiled: range = range(0)
+) -> list[dict[str, Any]]:
     """Play all rounds, or what is left of them, and return the table of rounds.
 
-    With `generations`, a file of another engine's responses, only the round that they answer is played.
+    With `generations`, a file of another engine's responses, only the round that they answer is played. Steps in
+    `profiled` of every stage are traced.
 
     Raises:
         FileNotFoundError, ValueError: model, data, generations or configuration cannot be used; the sentence names what
             to mend.
         FloatingPointError: too many steps in a row were not finite; the batch is saved.
     """
-    session, policy = open_session(config, say)
+    session, policy = open_session(config, say, profiled)
     store = triplets.open_store(session.directory, session.prompts)
     first = session.ring.policies[-1]
     for t in range(first, config.rounds if generations is None else min(first + 1, config.rounds)):
         players, watch = ring.players(session.ring, t), monitoring.Stopwatch()
-        say(monitoring.manifest(t, config.rounds, _manifest(session, t, players)))
-        say(_expected_cost(session, store, players))
+        session.say(monitoring.manifest(t, config.rounds, _manifest(session, t, players)))
+        session.say(_expected_cost(session, store, players))
         if generations is not None:
             store = take(session, store, generations, t)
         store = sample(session, store, policy, t, watch)
@@ -59,14 +65,16 @@ def run(config: RunConfig, say: Say = print, generations: Path | None = None) ->
             scored = score(session, store, rows, trees, players, policy, t)
             scores = triplets.team_scores(store, rows, players, config.objective.n_max)
         policy, trained = training.train(session, rows, scores, players, policy, t, watch)
+        session.profiler.stop()
         with watch.time("other"):
-            _finish_round(session, store, rows, players, scored, trained, watch.seconds, t)
+            _finish_round(session, store, rows, players, scored, trained, watch, t)
         with watch.time("ring"):
             ring.push(session.ring, policy, t + 1)
         durable.write_json(triplets.round_directory(session.directory, t) / "timings.json", watch.report())
     ring.settle(session.ring)
+    pod.meet("all rounds are played")
     table = rounds_table(session.directory, config.rounds)
-    say(monitoring.table(table))
+    session.say(monitoring.table(table))
     return table
 
 
@@ -77,36 +85,62 @@ def sample(
     if t in store.generations:
         session.say(f"Round {t}: the {len(session.prompts)} responses are there, sampled before.")
         return store
-    with watch.time("sampling"), monitoring.progress(f"round {t} sampling", len(session.prompts), "response") as bar:
+    directory, prompts = triplets.round_directory(session.directory, t), session.prompts
+    mine = np.arange(jax.process_index(), len(prompts), jax.process_count())
+    with watch.time("sampling"), monitoring.progress(f"round {t} sampling", len(mine), "response") as bar:
         tokens = 0
 
         def show(requests: int, new_tokens: int) -> None:
             nonlocal tokens
             tokens += new_tokens
+            session.profiler.step("sampling")
             bar.update(requests)
             bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
 
-        path = triplets.round_directory(session.directory, t) / "sampled.jsonl"
-        before = generation_file.resume(path, session.prompts)
-        bar.update(len(before))
-        generations = sampling.generate(
+        path = directory / f"sampled_{jax.process_index():04d}.jsonl"
+        generation_file.resume(path, prompts)
+        before = generation_file.of_all(sorted(directory.glob("sampled_*.jsonl")), prompts)
+        finished = {n: before[i] for n, i in enumerate(mine) if i in before}
+        bar.update(len(finished))
+        made = sampling.generate(
             session.sampler,
             policy,
-            session.prompts,
+            prompts.take(mine),
             seed=session.config.seed,
             round_number=t,
             ends=session.ends,
-            finished=before,
-            keep=lambda responses: generation_file.append(path, session.prompts, responses),
+            finished=finished,
+            keep=lambda responses: generation_file.append(
+                path, prompts, {int(mine[n]): r for n, r in responses.items()}
+            ),
             progress=show,
         )
+        generations = _of_all_processes(made, mine, t)
     with watch.time("ring"):  # the policy that sampled must be whole on disk before anything that follows from it
         ring.settle(session.ring)
     with watch.time("other"):
         store = triplets.append(store, generations)
-        path.unlink(missing_ok=True)
+        for sampled in directory.glob("sampled_*.jsonl") if pod.writes() else ():
+            sampled.unlink()
         _save_texts(session, store, t)
     return store
+
+
+def _of_all_processes(made: Generations, mine: np.ndarray, t: int) -> Generations:
+    """The round's generations from what each process has made of its prompts."""
+    gathered = pod.exchange(
+        index=mine,
+        lengths=np.array([len(tokens) for tokens in made.tokens], np.int32),
+        tokens=np.concatenate([*made.tokens, np.zeros(0, np.int32)]),
+        log_probs=np.concatenate([*made.log_probs, np.zeros(0, np.float32)]),
+    )
+    responses: dict[int, sampling.Response] = {}
+    for part in gathered:
+        cuts = np.cumsum(part["lengths"])[:-1]
+        both = zip(np.split(part["tokens"], cuts), np.split(part["log_probs"], cuts), strict=True)
+        responses |= dict(zip(part["index"].tolist(), both, strict=False))
+    ordered = [responses[i] for i in range(len(responses))]
+    return Generations(t, tuple(tokens for tokens, _ in ordered), tuple(log_probs for _, log_probs in ordered))
 
 
 def take(session: Session, store: triplets.Store, path: Path, t: int) -> triplets.Store:
@@ -136,7 +170,8 @@ def score(
     """Have each player score what it has not scored, and return what that computed.
 
     The newest scores all of D_O on the round's own rows, the others D_t alone. While one scores, the next is read from
-    the ring.
+    the ring, but not on a pod: restoring is something that processes do together, and they must do all such things in
+    one order.
     """
     unscored = {player: triplets.missing(store, player, trees) for player in players}
     work, config = cost.NOTHING, session.config.packing
@@ -144,13 +179,17 @@ def score(
     for player in sorted(set(players) - set(busy)):
         session.say(f"Round {t}: player {player} has scored everything before.")
     load = lambda player: policy if player == t else ring.restore_policy(session.ring, player, session.like)
-    with Ahead(load, busy) as loaded:
+    with Ahead(load, busy, depth=1 if jax.process_count() == 1 else 0) as loaded:
         for player in busy:
             params = next(loaded)
             own = rows if player == t else packing.pack(unscored[player], config)
             total = int((np.asarray(own.batch.segment_ids) > 0).sum())
             with monitoring.progress(f"round {t} player {player} scoring", total, "token") as bar:
-                show = lambda batch, bar=bar: bar.update(int((batch.batch.segment_ids > 0).sum()))
+
+                def show(batch: packing.Rows, bar: Any = bar) -> None:
+                    session.profiler.step("scoring")
+                    bar.update(int((batch.batch.segment_ids > 0).sum()))
+
                 log_probs = scoring.score(
                     session.scorer, params, own, config.rows_per_batch, config.scoring_batches, progress=show
                 )
@@ -173,18 +212,20 @@ def _finish_round(
     players: list[int],
     scored: cost.Work,
     trained: dict[str, Any],
-    seconds: dict[str, float],
+    watch: monitoring.Stopwatch,
     t: int,
 ) -> None:
     """Write the round's line of the table and say it, with what the round computed and saved."""
     trees, pairs = _round_work(session, store, players)
     computed, in_pairs = cost.flops(session.model, trees.total), cost.flops(session.model, pairs.total)
     done = cost.flops(session.model, scored + trees.training * trained["share"])  # by this process
+    seconds = watch.seconds
     busy = seconds["scoring"] + seconds["training"]
     session.say(
         f"Measured: {done / 1e12:.3g} TFLOP in {busy:.3g} s of scoring and training, {done / busy / 1e9:.3g} GFLOP/s; "
         f"padded pairs with {len(players)} live references compute {in_pairs / computed:.1f} x as much."
     )
+    pod.meet("the round's steps are logged")
     records = monitoring.read_metrics(session.directory, t)
     last_epoch = records[-max(1, len(records) // session.config.train.epochs) :]
     mean = lambda name: float(np.average([r[name] for r in last_epoch], weights=[r["triplets"] for r in last_epoch]))
@@ -212,6 +253,7 @@ def _finish_round(
         "TFLOP in pairs": in_pairs / 1e12,
         "saving": in_pairs / computed,
         "GFLOP/s": done / busy / 1e9,
+        "goodput": watch.goodput,
         **{f"{stage} s": round(value, 2) for stage, value in seconds.items() if stage not in ("ring", "other")},
     }
     durable.write_json(triplets.round_directory(session.directory, t) / "summary.json", summary)

@@ -16,11 +16,27 @@ import yaml
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from tpaw_jax import dataset, durable, memory, models, packing, ring, sampling, scoring, sharding, slots, train_step
+from tpaw_jax import (
+    dataset,
+    durable,
+    memory,
+    models,
+    monitoring,
+    packing,
+    pod,
+    ring,
+    sampling,
+    scoring,
+    sharding,
+    slots,
+    tpu,
+    train_step,
+)
 from tpaw_jax.config import RunConfig, to_dict
 from tpaw_jax.logprobs import LogProbFn, make_log_prob_fn
-from tpaw_jax.models import hub
-from tpaw_jax.models.tile_attention import tile_attention
+from tpaw_jax.models import hub, splash_attention
+from tpaw_jax.models.tile_attention import TILES
+from tpaw_jax.models.transformer import split
 from tpaw_jax.types import TARGET, Prompts, TeamScores
 
 Say = Callable[[str], None]
@@ -54,32 +70,31 @@ class Session:
     step: train_step.TrainStep
     ring: ring.Ring
     like: PyTree[jax.ShapeDtypeStruct]
+    profiler: monitoring.Profiler
     say: Say
 
 
-def open_session(config: RunConfig, say: Say) -> tuple[Session, PyTree[Array]]:
-    """Open or create the run directory, load model and data, build the programs; also the policy to go on from."""
+def open_session(config: RunConfig, say: Say, profiled: range) -> tuple[Session, PyTree[Array]]:
+    """Open or create the run directory, load model and data, build the programs; also the policy to go on from.
+
+    Raises:
+        ValueError: the configuration cannot be used, or not with what the directory holds; of several processes, one
+            differs from the others or sees another directory.
+    """
     directory = Path(config.directory)
+    say = say if pod.writes() else lambda text: None
+    pod.check_same({"the configuration": json.dumps(to_dict(config)), **pod.facts_of_this_host()})
+    pod.check_shared_directory(directory)
     mesh = sharding.make_mesh(config.mesh)
-    config = _with_rows_per_batch(config, directory, mesh)
+    config = _settled(config, directory, mesh)
     _check_unchanged(directory, config)
-    if config.packing.rows_per_batch % sharding.row_shards(mesh):
-        raise ValueError(
-            f"packing.rows_per_batch is {config.packing.rows_per_batch}; it must be a multiple of the "
-            f"{sharding.row_shards(mesh)} devices that rows are split over."
-        )
+    _check_rows(config, mesh)
     player = open_player(config, mesh)
     template, policy = player.template, player.params
     prompts, held_out, report = dataset.load(config.data, template, config.seed)
     say(_data_lines(report, prompts, held_out))
 
-    longest = max(map(len, prompts.prompt_tokens)) + config.sampling.max_new_tokens
-    longest = max(
-        longest, *(len(x) + len(y) for x, y in zip(prompts.prompt_tokens, prompts.target_tokens, strict=True))
-    )
-    context = player.model.config.max_position_embeddings
-    if longest > context:
-        say(f"Warning: sequences of up to {longest} tokens exceed the {context} positions the model was made for.")
+    _warn_of_long_sequences(config, player, prompts, say)
     optimizer = train_step.make_optimizer(config.train)
     log_prob_fn, step = _programs(config, player, optimizer, mesh, say)
     session = Session(
@@ -92,13 +107,15 @@ def open_session(config: RunConfig, say: Say) -> tuple[Session, PyTree[Array]]:
         held_out=packing.pack(_target_trees(held_out), config.packing),
         sampler=player.sampler,
         ends=player.ends,
-        scorer=scoring.make_scorer(log_prob_fn, mesh),
+        scorer=scoring.make_scorer(log_prob_fn, mesh, tpu.options_of(mesh)),
         optimizer=optimizer,
         step=step,
         ring=ring.open_ring(directory / "ring", config.objective.n_max),
         like=sharding.abstract(policy),
+        profiler=monitoring.Profiler(directory / "profile", profiled),
         say=say,
     )
+    pod.check_same({"the fingerprint of the data": report.fingerprint})
     _check_same_data(directory, report.fingerprint)
     # Stored only now: a configuration that could not be opened binds nobody.
     durable.write_bytes(directory / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
@@ -112,14 +129,15 @@ def open_player(config: RunConfig, mesh: Mesh) -> Player:
     c, dtype = config.policy, jnp.dtype(config.policy.param_dtype)
     template = dataset.make_template(hub.load_tokenizer(c.tokenizer or c.path), config.data)
     architecture, params = models.load_pretrained(c.path, dtype, sharding.param_sharder(mesh))
-    attention = tile_attention(mesh)
     remat = "layer" if c.remat == "auto" else c.remat
-    model = models.Transformer(architecture, jnp.dtype(c.compute_dtype), dtype, remat, attention)
+    attention = splash_attention.splash_attention() if _on_tpu() else TILES
+    whole = models.Transformer(architecture, jnp.dtype(c.compute_dtype), dtype, remat, attention)
+    model = split(whole, params, mesh, config.train.reduce_dtype)
+    decodes_on = sharding.local_mesh(config.sampling.tensor)
     stated = hub.load_generation_config(c.path).get("eos_token_id") or []
     stops = {template.end_of_turn, *(stated if isinstance(stated, list) else [stated])}
-    sampler = sampling.make_sampler(
-        sampling.decoder_of(model, config.sampling.cache_dtype), config.sampling, sorted(stops), mesh
-    )
+    decoder = sampling.decoder_of(split(whole, params, decodes_on), config.sampling.cache_dtype)
+    sampler = sampling.make_sampler(decoder, config.sampling, sorted(stops), decodes_on)
     strings = config.sampling.stop_strings
     ends = sampling.stop_at(template.tokenizer.decode, strings) if strings else None
     return Player(model, params, template, sampler, ends)
@@ -132,7 +150,9 @@ def _programs(
 
     def with_remat(remat: str) -> tuple[LogProbFn, Any]:
         log_prob_fn = make_log_prob_fn(player.model.clone(remat=remat), config.policy.head_chunk)
-        return log_prob_fn, train_step.make_train_step(log_prob_fn, optimizer, config.objective, mesh)
+        return log_prob_fn, train_step.make_train_step(
+            log_prob_fn, optimizer, config.objective, mesh, config.train.reduce_dtype, tpu.options_of(mesh)
+        )
 
     if config.policy.remat != "auto":
         return with_remat(config.policy.remat)
@@ -153,17 +173,52 @@ def _programs(
     return with_remat(fit.remat)[0], fit.compiled
 
 
-def _with_rows_per_batch(config: RunConfig, directory: Path, mesh: Mesh) -> RunConfig:
-    """The configuration with packing.rows_per_batch settled: what the run began with, else a row for each device.
+def _settled(config: RunConfig, directory: Path, mesh: Mesh) -> RunConfig:
+    """The configuration with packing's rows_per_batch and alignment settled: as the run began, else for the devices.
 
-    It decides which triplets share a step, so a run that goes on with other devices keeps it.
+    They decide which triplets share a step, so a run that goes on with other devices keeps them.
     """
-    if config.packing.rows_per_batch:
-        return config
     path = directory / "config.yaml"
-    stored = yaml.safe_load(path.read_text())["packing"]["rows_per_batch"] if path.exists() else 0
-    settled = dataclasses.replace(config.packing, rows_per_batch=stored or sharding.row_shards(mesh))
-    return dataclasses.replace(config, packing=settled)
+    stored = yaml.safe_load(path.read_text())["packing"] if path.exists() else {}
+    wanted = {
+        "rows_per_batch": sharding.row_shards(mesh),
+        "alignment": splash_attention.alignment(config.packing.row_length) if _on_tpu() else 1,
+    }
+    settled = {key: getattr(config.packing, key) or stored.get(key) or value for key, value in wanted.items()}
+    return dataclasses.replace(config, packing=dataclasses.replace(config.packing, **settled))
+
+
+def _on_tpu() -> bool:
+    return jax.default_backend() == "tpu"
+
+
+def _check_rows(config: RunConfig, mesh: Mesh) -> None:
+    """Check that rows can be split over the devices and be computed there.
+
+    Raises:
+        ValueError: they cannot; names the key.
+    """
+    c, shards = config.packing, sharding.row_shards(mesh)
+    needed = splash_attention.alignment(c.row_length) if _on_tpu() else 1
+    if c.alignment % needed:
+        raise ValueError(
+            f"packing.alignment is {c.alignment}; rows of {c.row_length} tokens need a multiple of {needed} on TPU."
+        )
+    if c.rows_per_batch % shards:
+        raise ValueError(
+            f"packing.rows_per_batch is {c.rows_per_batch}; it must be a multiple of the {shards} devices that rows "
+            "are split over."
+        )
+
+
+def _warn_of_long_sequences(config: RunConfig, player: Player, prompts: Prompts, say: Say) -> None:
+    longest = max(map(len, prompts.prompt_tokens)) + config.sampling.max_new_tokens
+    longest = max(
+        longest, *(len(x) + len(y) for x, y in zip(prompts.prompt_tokens, prompts.target_tokens, strict=True))
+    )
+    context = player.model.config.max_position_embeddings
+    if longest > context:
+        say(f"Warning: sequences of up to {longest} tokens exceed the {context} positions the model was made for.")
 
 
 def _check_unchanged(directory: Path, config: RunConfig) -> None:
@@ -177,7 +232,7 @@ def _check_unchanged(directory: Path, config: RunConfig) -> None:
         return
     old, new = _flat(yaml.safe_load(path.read_text())), _flat(to_dict(config))
     free = {"directory", "rounds", "sample_texts", "tensorboard", "train.save_every_steps"}
-    free |= {"sampling.slots", "sampling.prefill_tokens"}  # which change no token
+    free |= {"sampling.slots", "sampling.prefill_tokens", "sampling.tensor"}  # which change no token
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in free]
     if changed:
         differences = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)

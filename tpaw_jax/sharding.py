@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
+from tpaw_jax import tpu
 from tpaw_jax.config import MeshConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -46,13 +49,43 @@ PARAM_AXES = {  # flax path: logical axes
 }
 
 
+def preset_of(topology: tpu.Topology) -> MeshConfig:
+    """The preset of a topology: parameters split over a slice, or over 16 chips where it has a dimension of 16."""
+    size = topology.chips // topology.slices
+    fsdp = 16 if 16 in topology.shape and size > 16 else size
+    return MeshConfig(data=topology.chips // fsdp, fsdp=fsdp)
+
+
+PRESETS = {  # (data, fsdp, tensor) of known places
+    "chip": MeshConfig(data=1, fsdp=1),
+    "host": MeshConfig(data=1, fsdp=-1),
+    **{
+        name: preset_of(tpu.parse_topology(text))
+        for name, text in {
+            "v5e-16": "v5e:4x4",
+            "v5e-64": "v5e:8x8",
+            "v5e-256": "v5e:16x16",
+            "v5p-64": "v5p:4x4x4",
+            "v6e-16": "v6e:4x4",
+            "v6e-256": "v6e:16x16",
+            "2 x v5e-256": "2 x v5e:16x16",
+            "4 x v5e-256": "4 x v5e:16x16",
+        }.items()
+    },
+}
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over `devices`, all of them by default.
+    """The mesh (data, fsdp, tensor) over `devices`, by default all; on TPU, neighbours of the torus side by side.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        ValueError: the sizes do not multiply to the number of devices, or the preset is unknown.
     """
     devices = jax.devices() if devices is None else devices
+    if config.preset:
+        if config.preset not in PRESETS:
+            raise ValueError(f"mesh.preset is {config.preset!r}; known are {', '.join(PRESETS)}.")
+        config = PRESETS[config.preset]
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(f"mesh: the sizes {sizes} must be positive, and at most one of them -1.")
@@ -60,7 +93,57 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // int(np.prod([s for s in sizes if s != -1]))
     if int(np.prod(sizes)) != len(devices):
         raise ValueError(f"mesh: data x fsdp x tensor = {sizes} does not cover the {len(devices)} devices there are.")
-    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and sizes[0] % slices:
+        raise ValueError(
+            f"mesh.data is {sizes[0]}; it must be a multiple of the {slices} slices, which it is split over."
+        )
+    if tpu.generation(devices[0]) is None:
+        return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
+    return Mesh(tpu.arrange(list(devices), tuple(sizes), slices), MESH_AXES)
+
+
+def local_mesh(tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices of this process (or some of them) for sampling: whole models, or `tensor` shards of one.
+
+    Raises:
+        ValueError: `tensor` does not divide the number of devices.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    if tensor < 1 or len(devices) % tensor:
+        raise ValueError(f"sampling.tensor is {tensor}; it must divide the {len(devices)} devices of a process.")
+    return Mesh(np.asarray(devices).reshape(-1, 1, tensor), MESH_AXES)
+
+
+def to_local(params: PyTree[Array], mesh: Mesh, dtype: jnp.dtype | None = None) -> PyTree[Array]:
+    """Parameters that are split over a mesh of any processes, split as a local mesh wants them; matrices in `dtype`.
+
+    One parameter at a time comes together on every device, which keeps its part of it.
+    """
+
+    def local(x: Array, place: NamedSharding) -> Array:
+        if dtype is not None and x.ndim > 1 and x.dtype != dtype:
+            x = _cast(x, dtype)
+        if x.sharding.is_equivalent_to(place, x.ndim):
+            return x
+        if x.is_fully_addressable:
+            return jax.device_put(x, place)
+        split: Any = x.sharding
+        whole = {s.device: s.data for s in _replicate(x, replicated(split.mesh)).addressable_shards}
+        own = [whole[device][index] for device, index in place.devices_indices_map(x.shape).items()]
+        return jax.make_array_from_single_device_arrays(x.shape, place, own)
+
+    return jax.tree.map(local, params, param_shardings(params, mesh))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(x: Array, dtype: jnp.dtype) -> Array:
+    return x.astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _replicate(x: Array, everywhere: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(x, everywhere)
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -85,7 +168,7 @@ def param_sharder(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]
         logical = PARAM_AXES.get(name, ("norm",) * len(shape))
         spec = []
         for axis, size in zip(logical, shape, strict=True):
-            axes = MESH_AXES_OF[axis]
+            axes = tuple(a for a in MESH_AXES_OF[axis] if mesh.shape[a] > 1)
             divides = size % int(np.prod([mesh.shape[a] for a in axes])) == 0
             spec.append(axes if axes and divides else None)
         return NamedSharding(mesh, P(*spec))
@@ -96,9 +179,33 @@ def param_sharder(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]
 def param_shardings(params: PyTree[Any], mesh: Mesh) -> PyTree[NamedSharding]:
     """The sharding of every parameter, by its path and shape."""
     sharder = param_sharder(mesh)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: sharder("/".join(str(key.key) for key in path), leaf.shape), params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: sharder(path_name(path), leaf.shape), params)
+
+
+def param_specs(params: PyTree[Any], mesh: Mesh) -> dict[str, P]:
+    """How each parameter is split, by its flax path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(param_shardings(params, mesh))
+    return {path_name(path): leaf.spec for path, leaf in leaves}
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A leaf's path in a tree of parameters as in `PARAM_AXES`."""
+    return "/".join(str(key.key) for key in path)
+
+
+def place(tree: PyTree[Any], shardings: PyTree[NamedSharding]) -> PyTree[Array]:
+    """Arrays of the host, the same on all processes, on the devices; `shardings` may stand for whole subtrees.
+
+    Each process copies what its own devices hold.
+    """
+
+    def one(x: Any, sharding: NamedSharding) -> Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree, jax.tree.broadcast(shardings, tree))
 
 
 def abstract(tree: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:

@@ -1,18 +1,22 @@
 """The slots of the sampler on the device, and the compiled programs that fill, decode, empty and resize them.
 
-Slots are split into R shards, one for each device that batch rows are split over, with S slots and U pages each. A
-program runs without the host knowing what it finds; the host alone decides which request and which page goes where.
+Slots are split into R shards, one for each device that batch rows are split over, with S slots and U pages each. The
+shards decode apart, without a word between them; where a tensor axis splits the model, its devices hold the same slots.
+A program runs without the host knowing what it finds; the host alone decides which request and page goes where.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from tpaw_jax import draws, sharding
@@ -38,8 +42,8 @@ class DecodeState(struct.PyTreeNode):
     limit: Int[Array, "R S"]  # new tokens that the request may have
     tokens: Int[Array, "R S M"]
     log_probs: Float[Array, "R S M"]
-    steps: Int[Array, ""]  # decoded so far
-    busy: Int[Array, ""]  # slots active in them
+    steps: Int[Array, "R"]  # decoded so far
+    busy: Int[Array, "R"]  # slots active in them
 
 
 class Look(NamedTuple):
@@ -78,26 +82,30 @@ class Sampler(NamedTuple):
     prepare: Callable[[PyTree[Array]], PyTree[Array]]  # params -> weights
     prefill: Callable[[PyTree[Array], PackedPrompts], Staged]
     admit: Callable[[DecodeState, Staged, Admission, Array], DecodeState]  # the last is the round's key
-    decode: Callable[..., tuple[DecodeState, Look]]  # (weights, state, table, key, until_active)
+    decode: Callable[..., tuple[DecodeState, Look]]  # (weights, state, table, key, until_active [R])
     cancel: Callable[[DecodeState, AnyArray], DecodeState]  # slots [R, S] that become idle
     resize: Callable[[DecodeState, AnyArray, AnyArray], DecodeState]  # (state, slots [R, S'], pages [R, U']) that stay
     config: SamplingConfig
+    mesh: Mesh
+    dtype: jnp.dtype | None  # of the matrices of `params`; None: any
     shards: int
 
 
 def make_sampler(
     decoder: Decoder, config: SamplingConfig, stop_tokens: Sequence[int], mesh: Mesh | None = None
 ) -> Sampler:
-    """Compile-once programs: one of each for a number of slots and pages, one to prefill prompts."""
-    stops = jnp.asarray(sorted(stop_tokens), jnp.int32)
-    shards = 1 if mesh is None else sharding.row_shards(mesh)
+    """Compile-once programs: one of each for a number of slots and pages, one to prefill prompts.
 
-    def pinned(tree):
-        """Leaves of a state on the devices of their shard, so that no program makes another layout of it."""
-        if mesh is None:
-            return tree
-        at = lambda x: sharding.rows(mesh) if x.ndim else sharding.replicated(mesh)
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, at(x)), tree)
+    `mesh` has devices of this process only, each group of its tensor axis a whole model (`sharding.local_mesh`); by
+    default it is the first device alone.
+
+    Raises:
+        ValueError: the mesh splits parameters over fsdp, which would be gathered for every token.
+    """
+    stops = jnp.asarray(sorted(stop_tokens), jnp.int32)
+    mesh = sharding.local_mesh(1, jax.local_devices()[:1]) if mesh is None else mesh
+    if mesh.shape["fsdp"] > 1:
+        raise ValueError("The sampler's mesh has an fsdp axis; make it with sharding.local_mesh.")
 
     def drawn(logits, key, request, sample, number):
         """Tokens and log-probs, [...], of logits [..., V]."""
@@ -111,9 +119,9 @@ def make_sampler(
         return tokens.reshape(request.shape), log_probs.reshape(request.shape)
 
     def new_state(slots: int, pages: int) -> DecodeState:
-        ints = lambda *shape: jnp.zeros((shards, slots, *shape), jnp.int32)
+        ints = lambda *shape: jnp.zeros((1, slots, *shape), jnp.int32)
         return DecodeState(
-            cache=decoder.init(shards, pages),
+            cache=decoder.init(1, pages),
             active=ints().astype(bool),
             request=ints(),
             sample=ints(),
@@ -123,15 +131,9 @@ def make_sampler(
             limit=ints(),
             tokens=ints(config.max_new_tokens),
             log_probs=ints(config.max_new_tokens).astype(jnp.float32),
-            steps=jnp.int32(0),
-            busy=jnp.int32(0),
+            steps=jnp.zeros(1, jnp.int32),
+            busy=jnp.zeros(1, jnp.int32),
         )
-
-    def init(slots: int, pages: int) -> DecodeState:
-        if mesh is None:
-            # Committed, as what the programs return is: else each would be compiled for both.
-            return jax.device_put(new_state(slots, pages), jax.devices()[0])
-        return jax.jit(lambda: pinned(new_state(slots, pages)))()
 
     def prepare(params):
         return decoder.prepare(params)
@@ -145,19 +147,17 @@ def make_sampler(
         put = lambda old, values: jax.vmap(lambda o, s, v: o.at[s].set(v, mode="drop"))(old, new.slot, values)
         put_first = lambda old, v: jax.vmap(lambda o, s, v: o.at[s, 0].set(v, mode="drop"))(old, new.slot, v)
         ended = jnp.isin(first, stops) | (new.limit == 1)
-        return pinned(
-            state.replace(
-                cache=decoder.place(state.cache, staged.rows, new.starts, new.pages),
-                active=put(state.active, ~ended),
-                request=put(state.request, new.request),
-                sample=put(state.sample, new.sample),
-                position=put(state.position, new.length),
-                last_token=put(state.last_token, first),
-                generated=put(state.generated, jnp.ones_like(first)),
-                limit=put(state.limit, new.limit),
-                tokens=put_first(state.tokens, first),
-                log_probs=put_first(state.log_probs, log_probs),
-            )
+        return state.replace(
+            cache=decoder.place(state.cache, staged.rows, new.starts, new.pages),
+            active=put(state.active, ~ended),
+            request=put(state.request, new.request),
+            sample=put(state.sample, new.sample),
+            position=put(state.position, new.length),
+            last_token=put(state.last_token, first),
+            generated=put(state.generated, jnp.ones_like(first)),
+            limit=put(state.limit, new.limit),
+            tokens=put_first(state.tokens, first),
+            log_probs=put_first(state.log_probs, log_probs),
         )
 
     def decode(weights, state: DecodeState, table: PageTable, key, until_active) -> tuple[DecodeState, Look]:
@@ -170,42 +170,68 @@ def make_sampler(
             put = jax.vmap(jax.vmap(lambda old_M, i, new: old_M.at[i].set(new, mode="drop")))
             generated = state.generated + state.active
             ended = jnp.isin(tokens, stops) | (generated >= state.limit)
-            return pinned(
-                state.replace(
-                    cache=cache,
-                    active=state.active & ~ended,
-                    position=state.position + (state.active & ~ended),
-                    last_token=jnp.where(state.active, tokens, state.last_token),
-                    generated=generated,
-                    tokens=put(state.tokens, place, tokens),
-                    log_probs=put(state.log_probs, place, log_probs),
-                    steps=state.steps + 1,
-                    busy=state.busy + jnp.sum(state.active),
-                )
+            return state.replace(
+                cache=cache,
+                active=state.active & ~ended,
+                position=state.position + (state.active & ~ended),
+                last_token=jnp.where(state.active, tokens, state.last_token),
+                generated=generated,
+                tokens=put(state.tokens, place, tokens),
+                log_probs=put(state.log_probs, place, log_probs),
+                steps=state.steps + 1,
+                busy=state.busy + jnp.sum(state.active),
             )
 
         begun = state.steps
-        goes_on = lambda s: (jnp.sum(s.active) > until_active) & (s.steps - begun < LOOK)
+        goes_on = lambda s: ((jnp.sum(s.active) > until_active) & (s.steps - begun < LOOK))[0]
         state = jax.lax.while_loop(goes_on, one_token, state)
         return state, Look(state.active, state.generated, state.tokens, state.log_probs)
 
     def cancel(state: DecodeState, slots) -> DecodeState:
-        return pinned(state.replace(active=state.active & ~slots))
+        return state.replace(active=state.active & ~slots)
 
     def resize(state: DecodeState, slots, pages) -> DecodeState:
         """The slots and pages that stay, in a new order; a page beyond the old ones is a new one."""
         take = jax.vmap(lambda x, i: x[jnp.minimum(i, len(x) - 1)])
-        kept = jax.tree.map(lambda x: take(x, slots) if x.ndim else x, state.replace(cache=None))
-        return pinned(kept.replace(cache=jax.tree.map(lambda x: take(x, pages), state.cache)))
+        per_slot = state.replace(cache=None, steps=None, busy=None)
+        kept = jax.tree.map(lambda x: take(x, slots), per_slot)
+        cache = jax.tree.map(lambda x: take(x, pages), state.cache)
+        return kept.replace(cache=cache, steps=state.steps, busy=state.busy)
+
+    by_shard: Any = sharding.rows(mesh).spec
+    everywhere, of_device = P(), P(mesh.axis_names)  # the latter for what a device alone knows the shape of, end to end
+    weights = P("tensor") if mesh.shape["tensor"] > 1 else everywhere
+    others = (field.name for field in dataclasses.fields(DecodeState) if field.name != "cache")
+    state: Any = DecodeState(cache=of_device, **dict.fromkeys(others, by_shard))
+    staged: Any = Staged(by_shard, of_device)
+
+    def program(function, in_specs, out_specs, donate=()):
+        on_mesh = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        functools.update_wrapper(on_mesh, function)
+        return jax.jit(on_mesh, donate_argnums=donate)
+
+    def of_params(function, others, out_specs):
+        """A program whose first argument are parameters, split as the mesh wants them."""
+
+        def with_params(params, *arguments):
+            specs = jax.tree.map(lambda placed: placed.spec, sharding.param_shardings(params, mesh))
+            on_mesh = jax.shard_map(
+                function, mesh=mesh, in_specs=(specs, *others), out_specs=out_specs, check_vma=False
+            )
+            return on_mesh(params, *arguments)
+
+        return jax.jit(functools.update_wrapper(with_params, function))
 
     return Sampler(
-        init,
-        jax.jit(prepare),
-        jax.jit(prefill),
-        jax.jit(admit, donate_argnums=0),
-        jax.jit(decode, donate_argnums=1),
-        jax.jit(cancel, donate_argnums=0),
-        jax.jit(resize),
-        config,
-        shards,
+        init=lambda slots, pages: program(functools.partial(new_state, slots, pages), (), state)(),
+        prepare=of_params(prepare, (), weights),
+        prefill=of_params(prefill, (by_shard,), staged),
+        admit=program(admit, (state, staged, by_shard, everywhere), state, donate=0),
+        decode=program(decode, (weights, state, by_shard, everywhere, by_shard), (state, by_shard), donate=1),
+        cancel=program(cancel, (state, by_shard), state, donate=0),
+        resize=program(resize, (state, by_shard, by_shard), state),
+        config=config,
+        mesh=mesh,
+        dtype=decoder.dtype,
+        shards=sharding.row_shards(mesh),
     )

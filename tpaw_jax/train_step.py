@@ -7,7 +7,7 @@ compiled program. A step whose loss or gradient is not finite changes nothing bu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
 from tpaw_jax import sharding
@@ -82,7 +83,7 @@ def init_state(params: PyTree[Array], optimizer: optax.GradientTransformation, m
         out_shardings=(shardings.master, shardings.opt_state),
     )
     # Three buffers, not one used thrice: the step donates its state.
-    zeros = (jax.device_put(np.zeros((), np.int32), sharding.replicated(mesh)) for _ in range(3))
+    zeros = (sharding.place(np.zeros((), np.int32), sharding.replicated(mesh)) for _ in range(3))
     master, opt_state = init(params)
     return TrainState(next(zeros), params, master, opt_state, next(zeros), next(zeros))
 
@@ -111,7 +112,12 @@ def state_shardings(params: PyTree[Array], optimizer: optax.GradientTransformati
 
 
 def make_train_step(
-    log_prob_fn: LogProbFn, optimizer: optax.GradientTransformation, objective: ObjectiveConfig, mesh: Mesh
+    log_prob_fn: LogProbFn,
+    optimizer: optax.GradientTransformation,
+    objective: ObjectiveConfig,
+    mesh: Mesh,
+    reduce_dtype: str = "float32",
+    compiler_options: Mapping[str, str] | None = None,
 ) -> TrainStep:
     """The compiled step of the team loss, its mean over all triplets of the step (A4).
 
@@ -125,36 +131,43 @@ def make_train_step(
         loss = jnp.sum(weight * out.per_triplet) / total
         return loss, _metric_sums(out, weight, chosen, rejected, _lengths(batch), scalars.tolerance)
 
-    return make_step(team, optimizer, mesh)
+    return make_step(team, optimizer, mesh, reduce_dtype, compiler_options)
 
 
-def make_step(micro_loss: MicroLoss, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainStep:
+def make_step(
+    micro_loss: MicroLoss,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    reduce_dtype: str = "float32",
+    compiler_options: Mapping[str, str] | None = None,
+) -> TrainStep:
     """The compiled step(state, batch, scores, micro_batches, scalars) -> (state, metrics). The state is donated.
 
     `batch` and `scores` carry a leading axis A of micro-batches, of which the first `micro_batches` are computed; their
-    losses and gradients are summed, so how rows are cut into micro-batches changes nothing.
+    losses and gradients are summed, so how rows are cut into micro-batches changes nothing. Each device computes them
+    on its own rows and its parts of the parameters (see `models.parallel`); gradients travel in `reduce_dtype`.
+    `compiler_options` are XLA's.
     """
 
     def step(state, batch, scores, micro_batches, scalars):
         total = jnp.maximum(jnp.sum(batch.triplet_weight), 1.0)
-        of_one = lambda i: jax.tree.map(lambda x: x[i], (batch, scores))
-        gradient = jax.value_and_grad(micro_loss, has_aux=True)
+        specs = jax.tree.map(lambda placed: placed.spec, sharding.param_shardings(state.params, mesh))
+        places = jax.tree.map(lambda placed: placed.spec, input_shardings(mesh))
 
-        def accumulate(i, carry):
-            loss, sums, gradients = carry
-            (part, part_sums), part_gradients = gradient(state.params, *of_one(i), total, scalars)
-            add = lambda a, b: a + b.astype(jnp.float32)
-            largest = jnp.maximum(sums["max"], part_sums["max"])
-            sums = {**jax.tree.map(jnp.add, sums, part_sums), "max": largest}
-            return loss + part, sums, jax.tree.map(add, gradients, part_gradients)
+        def of_device(params, batch, scores, micro_batches, scalars, total):
+            loss, sums, gradients = _accumulated(micro_loss, params, batch, scores, micro_batches, scalars, total)
+            in_all = lambda x: jax.lax.psum(x, sharding.MESH_AXES_OF["batch"])
+            largest = jax.lax.pmax(sums["max"], sharding.MESH_AXES_OF["batch"])
+            reduced = jax.tree.map(lambda g, spec: _sum_over_rows(g, spec, reduce_dtype), gradients, specs)
+            return in_all(loss), {**in_all(sums), "max": largest}, reduced
 
-        sums = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype),
-            jax.eval_shape(lambda: gradient(state.params, *of_one(0), total, scalars)[0][1]),
-        )
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-        start = (jnp.zeros(()), sums, zeros)
-        loss, sums, gradients = jax.lax.fori_loop(0, micro_batches, accumulate, start)
+        loss, sums, gradients = jax.shard_map(
+            of_device,
+            mesh=mesh,
+            in_specs=(specs, *places, P()),
+            out_specs=(P(), P(), specs),
+            check_vma=False,  # the sums above and those in `models.parallel` are all there are
+        )(state.params, batch, scores, micro_batches, scalars, total)
 
         placed = state_shardings(state.params, optimizer, mesh)
         state, update_metrics = _update(state, optimizer, loss, gradients, scalars)
@@ -163,7 +176,36 @@ def make_step(micro_loss: MicroLoss, optimizer: optax.GradientTransformation, me
         return state, {"loss": loss, **_means(sums, counted), **update_metrics}
 
     in_shardings = (None, *input_shardings(mesh))  # the state comes as it is placed
-    return jax.jit(step, donate_argnums=0, in_shardings=in_shardings)
+    options = dict(compiler_options) if compiler_options else None
+    return jax.jit(step, donate_argnums=0, in_shardings=in_shardings, compiler_options=options)
+
+
+def _accumulated(micro_loss, params, batch, scores, micro_batches, scalars, total):
+    """Loss, sums and gradients of a device's rows in the first `micro_batches`."""
+    of_one = lambda i: jax.tree.map(lambda x: x[i], (batch, scores))
+    gradient = jax.value_and_grad(micro_loss, has_aux=True)
+
+    def accumulate(i, carry):
+        loss, sums, gradients = carry
+        (part, part_sums), part_gradients = gradient(params, *of_one(i), total, scalars)
+        add = lambda a, b: a + b.astype(jnp.float32)
+        largest = jnp.maximum(sums["max"], part_sums["max"])
+        sums = {**jax.tree.map(jnp.add, sums, part_sums), "max": largest}
+        return loss + part, sums, jax.tree.map(add, gradients, part_gradients)
+
+    sums = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype),
+        jax.eval_shape(lambda: gradient(params, *of_one(0), total, scalars)[0][1]),
+    )
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    return jax.lax.fori_loop(0, micro_batches, accumulate, (jnp.zeros(()), sums, zeros))
+
+
+def _sum_over_rows(gradient: Array, spec: P, reduce_dtype: str) -> Array:
+    """A gradient summed over the devices that have other rows and the same part of the parameter."""
+    split = {a for axes in spec if axes for a in (axes if isinstance(axes, tuple) else (axes,))}
+    axes = [a for a in sharding.MESH_AXES_OF["batch"] if a not in split]  # over fsdp the gather has summed it
+    return jax.lax.psum(gradient.astype(reduce_dtype), axes).astype(jnp.float32) if axes else gradient
 
 
 def input_shardings(mesh: Mesh) -> tuple[Any, ...]:

@@ -49,7 +49,6 @@ def train(
     with watch.time("held-out"):
         before = held_out_log_prob(session, policy)
     most = packing.most_micro_batches(c.train.batch_triplets, c.packing.rows_per_batch)
-
     places = train_step.input_shardings(session.mesh)
 
     def inputs(step: int, tolerance: float, dry_run: bool = False) -> StepInputs:
@@ -57,7 +56,7 @@ def train(
         lam = of_round(c.objective.lam, t)
         scalars = StepScalars(rates[step], np.float32(lam), np.float32(tolerance), np.bool_(dry_run))
         tokens = int((np.asarray(batch.segment_ids) > 0).sum())
-        return StepInputs(jax.device_put((batch, of_team, used, scalars), places), tokens)
+        return StepInputs(sharding.place((batch, of_team, used, scalars), places), tokens)
 
     with watch.time("dry run"):
         state, first, noise = _first_state(session, policy, inputs, t)
@@ -75,6 +74,7 @@ def train(
         bar.update(first)
         for step in range(first, len(plan)):
             made, waited = next(ahead), ahead.waited
+            session.profiler.step("training")
             state, metrics = session.step(state, *made.arguments)
             if pending is not None:  # one step late: the device is never awaited
                 record(*pending)

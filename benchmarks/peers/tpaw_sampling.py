@@ -19,7 +19,7 @@ from tpaw_jax import sampling
 from tpaw_jax.config import SamplingConfig
 from tpaw_jax.host import restart_with_huge_pages
 from tpaw_jax.models import Transformer
-from tpaw_jax.models.tile_attention import tile_attention
+from tpaw_jax.models.tile_attention import TILES
 from tpaw_jax.monitoring import compile_log
 from tpaw_jax.types import Prompts
 
@@ -28,7 +28,7 @@ def main() -> None:
     restart_with_huge_pages()
     work, slots, dtype = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]), jnp.dtype(sys.argv[3])
     architecture = common.MODELS[work["name"]]
-    model = Transformer(architecture, dtype=dtype, attention=tile_attention())
+    model = Transformer(architecture, dtype=dtype, attention=TILES)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     count = len(work["prompts"])
     ids = tuple(np.array(p, np.int32) for p in work["prompts"])
@@ -102,12 +102,12 @@ class Watch:
 
     def _decode(self, program):
         def run(weights, state, *rest):
-            steps, busy = int(state.steps), int(state.busy)
+            steps, busy = int(state.steps[0]), int(state.busy[0])
             cached = int(np.asarray(state.position)[np.asarray(state.active)].sum())
             state, look = program(weights, state, *rest)
-            made = int(state.steps) - steps
+            made = int(state.steps[0]) - steps
             self.steps += made
-            self.busy += int(state.busy) - busy
+            self.busy += int(state.busy[0]) - busy
             self.there += made * state.active.size
             self.cached += made * cached
             return state, look

@@ -69,10 +69,11 @@ def decode(
     Products read their operands in the compute dtype and are summed in float32; all else is float32. Layers stand one
     after the other, not under a scan, whose slices of stacked weights XLA copies for every token.
     """
-    c, shape = model.config, tokens.shape
+    c, split, shape = model.local_config, model.parallel, tokens.shape
     norm = lambda x_DM, scale: rms_norm(x_DM, scale[:, None], c.rms_norm_eps, axis=0)
     angles = rotary_angles(c, positions)
-    x_DM, layers = _feature_first(_rows(weights.embed, tokens.reshape(-1)).astype(jnp.float32).T), []
+    x_MD = split.embed(weights.embed, "embed/embedding", tokens.reshape(-1), jnp.float32, take=_rows)
+    x_DM, layers = _feature_first(x_MD.T), []
     for w, layer in zip(weights.layers, cache, strict=True):
         qkv_EM = _product(w.qkv, norm(x_DM, w.attention_norm))
         if w.qkv_bias is not None:
@@ -85,12 +86,14 @@ def decode(
         layer = kv.write_token(layer, table, positions, k, v)
         layers.append(layer)
         attended_ME = kv.attend_pages(q, layer, table, positions).reshape(x_DM.shape[1], -1)
-        x_DM += _product(w.o, _feature_first(attended_ME.T))
+        x_DM += split.total(_product(w.o, _feature_first(attended_ME.T)))
         gate_FM, up_FM = jnp.split(_product(w.gate_up, norm(x_DM, w.mlp_norm)), 2)
-        x_DM += _product(w.down, nn.silu(gate_FM) * up_FM)
+        x_DM += split.total(_product(w.down, nn.silu(gate_FM) * up_FM))
     head_VD = weights.embed if weights.head is None else weights.head
     logits_VM = _product(head_VD, norm(x_DM, weights.final_norm))
-    return _feature_first(logits_VM).T.reshape(*shape, -1), tuple(layers)
+    logits_MV = _feature_first(logits_VM).T
+    name = "embed/embedding" if weights.head is None else "head/embedding"
+    return split.whole_vocabulary(logits_MV, name).reshape(*shape, -1), tuple(layers)
 
 
 def _rows(table_VD, tokens_M):

@@ -16,11 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from tpaw_jax import sharding
 from tpaw_jax.models.attention import SAVED, Attention, Visibility
 
 TILE = 32
@@ -54,15 +51,16 @@ def key_widths(length: int) -> list[int]:
 
 
 def plan(visibility: Visibility) -> Tiles:
-    """The tiles of packed rows. Tokens of a segment, and of a branch in it, must stand together, its trunk first."""
+    """The tiles of packed rows. Tokens of a branch must stand together, the branches of a segment one after the other,
+    its trunk first; padding may stand between them."""
     segments_BT, branches_BT = visibility
     if branches_BT is None:
         branches_BT = jnp.zeros_like(segments_BT)
     length, total = segments_BT.shape[1], segments_BT.size
     place = jnp.arange(total)
     differs = lambda x: jnp.pad(x[:, 1:] != x[:, :-1], ((0, 0), (1, 0)), constant_values=True).reshape(-1)
-    new_segment = differs(segments_BT)
-    new_branch = new_segment | differs(branches_BT)
+    new_branch = differs(segments_BT) | differs(branches_BT)
+    new_segment = differs(_without_padding(segments_BT))
     start_of = lambda new: lax.cummax(jnp.where(new, place, 0))
     trunk, branch = start_of(new_segment), start_of(new_branch)
     end = lax.cummin(jnp.append(jnp.where(new_branch, place, total)[1:], total), reverse=True)  # of the own branch
@@ -83,21 +81,11 @@ def plan(visibility: Visibility) -> Tiles:
     return Tiles(jax.tree.map(lambda x: x[order].astype(jnp.int32), tile), bounds.astype(jnp.int32))
 
 
-def tile_attention(mesh: Mesh | None = None) -> Attention:
-    """Attention by tiles; on a mesh of several devices, each takes the rows and heads that it holds."""
-    if mesh is None or mesh.size == 1:
-        return Attention(plan, attend_tiles)
-    by_row = P(sharding.MESH_AXES_OF["batch"])
-    plan_on_mesh = jax.shard_map(plan, mesh=mesh, in_specs=by_row, out_specs=by_row, check_vma=False)
-
-    def attend_on_mesh(queries, keys, values, tiles):
-        divides = keys.shape[2] % mesh.shape["tensor"] == 0
-        by_row_and_head = P(sharding.MESH_AXES_OF["batch"], None, "tensor" if divides else None)
-        specs = (by_row_and_head, by_row_and_head, by_row_and_head, by_row)
-        attend = jax.shard_map(attend_tiles, mesh=mesh, in_specs=specs, out_specs=by_row_and_head, check_vma=False)
-        return attend(queries, keys, values, tiles)
-
-    return Attention(plan_on_mesh, attend_on_mesh)
+def _without_padding(segments_BT: Array) -> Array:
+    """The segment of each token, and that of the last token before it for padding."""
+    place_T = jnp.arange(segments_BT.shape[1])
+    last_BT = lax.cummax(jnp.where(segments_BT > 0, place_T, 0), axis=1)
+    return jnp.take_along_axis(segments_BT, last_BT, axis=1)
 
 
 @jax.custom_vjp
@@ -258,3 +246,7 @@ def _scores(q: Float[Array, "K Q G H"], k: Float[Array, "K C H"], tile: Tile) ->
     query = tile.first_query + jnp.arange(length)[:, None]
     seen = (column < tile.trunk_length) | (column - tile.trunk_length + tile.branch <= query)
     return jnp.where(seen[None, :, None], scores, jnp.finfo(jnp.float32).min)
+
+
+TILES = Attention(plan, attend_tiles)
+"""By tiles: O(T) memory, and work that follows the trees."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
+from tpaw_jax import sharding
 from tpaw_jax.models.attention import (
     EINSUM,
     SAVED,
@@ -19,6 +22,7 @@ from tpaw_jax.models.attention import (
     rope_frequencies,
     rotate,
 )
+from tpaw_jax.models.parallel import WHOLE, Parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +100,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     attention: Attention
+    parallel: Parallel
 
     def setup(self) -> None:
         c = self.config
@@ -122,7 +127,7 @@ class Block(nn.Module):
     def _project(self, x_MD, angles):
         # Tokens of all rows stand on one axis M = B T: what XLA makes of the weights' gradients is then plain matmuls.
         c, rows = self.config, angles[0].shape[:2]
-        h_MD = self.attention_norm(x_MD)
+        h_MD = self.parallel.share(self.attention_norm(x_MD))
         q_BTNH = self.q(h_MD).reshape(*rows, c.num_heads, c.head_dim)
         k_BTKH = self.k(h_MD).reshape(*rows, c.num_kv_heads, c.head_dim)
         v_BTKH = self.v(h_MD).reshape(*rows, c.num_kv_heads, c.head_dim)
@@ -131,16 +136,28 @@ class Block(nn.Module):
         return rotate(q_BTNH, angles), rotate(k_BTKH, angles), v_BTKH
 
     def _finish(self, x_MD, attended):
-        x_MD += self.o(attended.reshape(x_MD.shape[0], -1))
-        h_MD = self.mlp_norm(x_MD)
-        return x_MD + self.down(nn.silu(self.gate(h_MD)) * self.up(h_MD))
+        x_MD += self.parallel.total(self.o(attended.reshape(x_MD.shape[0], -1)))
+        h_MD = self.parallel.share(self.mlp_norm(x_MD))
+        return x_MD + self.parallel.total(self.down(nn.silu(self.gate(h_MD)) * self.up(h_MD)))
+
+
+class Embedding(nn.Module):
+    """A table of token embeddings, of which a device may hold a part."""
+
+    shape: tuple[int, ...]  # (vocabulary, features)
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "v d"]:
+        return self.param("embedding", nn.initializers.normal(self.shape[1] ** -0.5), self.shape, self.param_dtype)
 
 
 class Transformer(nn.Module):
     """tokens -> logits. Layers are stacked on a leading axis and run under `nn.scan`.
 
     `dtype` is the compute dtype (norms, softmax and logits stay float32), `param_dtype` that of new parameters, `remat`
-    a name in `REMAT_POLICIES`, `attention` that of whole rows (without a cache).
+    a name in `REMAT_POLICIES`, `attention` that of whole rows (without a cache). With `parallel`, the methods run
+    inside `shard_map` on a device's own rows and its parts of the parameters.
     """
 
     config: ModelConfig
@@ -148,23 +165,39 @@ class Transformer(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     attention: Attention = EINSUM
+    parallel: Parallel = WHOLE
+
+    @property
+    def local_config(self) -> ModelConfig:
+        """The architecture with the heads and the feed-forward that a device has of each layer."""
+        c, tensor = self.config, self.parallel.tensor
+        return dataclasses.replace(
+            c,
+            num_heads=c.num_heads // tensor,
+            num_kv_heads=c.num_kv_heads // tensor,
+            intermediate_size=c.intermediate_size // tensor,
+        )
 
     def setup(self) -> None:
-        c = self.config
+        c, split = self.config, self.parallel
         block = Block
+        if split.specs:
+            whole = lambda variables: {"params": split.layer(variables["params"], self.dtype)}
+            block = nn.map_variables(Block, "params", whole)
         if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(4,))
+            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(4,))
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
-        )(c, self.dtype, self.param_dtype, self.attention)
-        self.embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
+        )(self.local_config, self.dtype, self.param_dtype, self.attention, split)
+        table = lambda name: Embedding(split.held(f"{name}/embedding", (c.vocab_size, c.hidden_size)), self.param_dtype)
+        self.embed = table("embed")
         self.final_norm = RMSNorm(c.rms_norm_eps, self.param_dtype)
         if not c.tie_embeddings:
-            self.head = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
+            self.head = table("head")
 
     def __call__(
         self,
@@ -197,18 +230,37 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Float32 logits of hidden states."""
-        table = (self.embed if self.config.tie_embeddings else self.head).embedding.astype(self.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        name = "embed" if self.config.tie_embeddings else "head"
+        table = self.parallel.table(getattr(self, name)(), f"{name}/embedding", self.dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        return self.parallel.whole_vocabulary(logits, f"{name}/embedding")
 
     def _rows(self, tokens_BT, positions_BT, visibility, with_cache):
         c = self.config
         context = self.attention.prepare(visibility)
-        x_MD, cache = self.layers(
-            self.embed(tokens_BT.reshape(-1)), rotary_angles(c, positions_BT), context, with_cache
-        )
+        x_MD = self.parallel.embed(self.embed(), "embed/embedding", tokens_BT.reshape(-1), self.dtype)
+        x_MD, cache = self.layers(x_MD, rotary_angles(c, positions_BT), context, with_cache)
         if self.is_initializing() and not c.tie_embeddings:
-            self.head(tokens_BT)
+            self.head()
         return self.final_norm(x_MD).reshape(*tokens_BT.shape, -1), cache
+
+
+def split(model: Transformer, params: PyTree[Any], mesh: Mesh, reduce_dtype: str = "float32") -> Transformer:
+    """The model for use inside `shard_map`, its parameters (arrays or shapes) split by `sharding.PARAM_AXES`.
+
+    Gradients travel between devices in `reduce_dtype`.
+
+    Raises:
+        ValueError: heads or feed-forward do not divide by the mesh's tensor axis.
+    """
+    c, tensor = model.config, mesh.shape["tensor"]
+    if c.num_heads % tensor or c.num_kv_heads % tensor or c.intermediate_size % tensor:
+        raise ValueError(
+            f"mesh.tensor is {tensor}; it must divide the model's {c.num_heads} heads, its {c.num_kv_heads} key-value "
+            f"heads and its {c.intermediate_size} feed-forward features."
+        )
+    specs = {name: spec for name, spec in sharding.param_specs(params, mesh).items() if any(spec)}
+    return model.clone(parallel=Parallel(specs, tensor, reduce_dtype))
 
 
 def rotary_angles(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
@@ -218,6 +270,11 @@ def rotary_angles(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Ar
     )
 
 
+def head_name(params: PyTree[Array]) -> str:
+    """The path of the output embedding: the head's own table, or the input embedding where they are tied."""
+    return "head/embedding" if "head" in params else "embed/embedding"
+
+
 def head_table(params: PyTree[Array]) -> Float[Array, "V D"]:
-    """The output embedding: the head's own table, or the input embedding where they are tied."""
-    return params.get("head", params["embed"])["embedding"]
+    """The output embedding."""
+    return params[head_name(params).split("/")[0]]["embedding"]

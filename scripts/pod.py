@@ -1,0 +1,204 @@
+"""Launch a run on Cloud TPU: prints the commands, and with --run executes them.
+
+    python scripts/pod.py create  --name tpaw --type v5litepod-16 --zone us-west4-a [--slices 2] [--run]
+    python scripts/pod.py install --name tpaw --zone us-west4-a --source gs://BUCKET/tpaw_jax.tar.gz [--run]
+    python scripts/pod.py play    --name tpaw --zone us-west4-a --config run.yaml \\
+                                  --bucket BUCKET [--slices 2] [--max-restarts 20] [--run] [-- --key value ...]
+    python scripts/pod.py logs    --name tpaw --zone us-west4-a [--run]
+    python scripts/pod.py delete  --name tpaw --zone us-west4-a [--slices 2] [--run]
+    python scripts/pod.py xpk     --name tpaw --cluster CLUSTER --zone ZONE --type v5litepod-256 --slices 2 \\
+                                  --image IMAGE --config FILE --bucket BUCKET [--run]
+    python scripts/pod.py manifest --name tpaw --type v5litepod-256 --slices 2 --image IMAGE --config FILE \\
+                                  --bucket BUCKET > job.yaml        # a JobSet for kubectl apply
+
+Capacity is asked for as a queued resource, which waits until there is some. Every host mounts the bucket and runs
+scripts/on_each_host.sh, which starts the run again after a preemption and keeps a log of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+
+CHIPS_A_HOST = 4
+RUNTIMES = {
+    "v4": "tpu-ubuntu2204-base",
+    "v5litepod": "v2-alpha-tpuv5-lite",
+    "v5p": "v2-alpha-tpuv5",
+    "v6e": "v2-alpha-tpuv6e",
+}
+GKE = {  # accelerator type: (what GKE calls the chip, cores that its size counts for each chip)
+    "v4": ("tpu-v4-podslice", 2),
+    "v5litepod": ("tpu-v5-lite-podslice", 1),
+    "v5p": ("tpu-v5p-slice", 2),
+    "v6e": ("tpu-v6e-slice", 1),
+}
+TOPOLOGIES = {  # chips of a slice: its shape, for generations of two dimensions and of three
+    2: {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+    3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"},
+}
+MOUNT = "/mnt/runs"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    words, _, overrides = _split(words)
+    options = _parser().parse_args(words)
+    if options.action == "manifest":
+        print(json.dumps(manifest(options, overrides), indent=2))
+        return 0
+    for command in COMMANDS[options.action](options, overrides):
+        print(shlex.join(command))
+        if options.run and (code := subprocess.run(command, check=False).returncode):
+            print(f"The command failed with code {code}.", file=sys.stderr)
+            return code
+    return 0
+
+
+def create(options: argparse.Namespace, overrides: list[str]) -> list[list[str]]:
+    """A queued resource of one slice or several, preemptible if asked."""
+    command = ["gcloud", "compute", "tpus", "queued-resources", "create", options.name]
+    command += [
+        f"--zone={options.zone}",
+        f"--accelerator-type={options.type}",
+        f"--runtime-version={_runtime(options)}",
+    ]
+    command += [f"--node-count={options.slices}", f"--node-prefix={options.name}"] if options.slices > 1 else []
+    command += [f"--node-id={options.name}"] if options.slices == 1 else []
+    return [command + (["--spot"] if options.spot else [])]
+
+
+def install(options: argparse.Namespace, overrides: list[str]) -> list[list[str]]:
+    """The package and its TPU packages on every host of every slice."""
+    script = (
+        f"set -e; mkdir -p tpaw_jax; gcloud storage cat {shlex.quote(options.source)} | tar xz -C tpaw_jax; "
+        "python3.11 -m venv venv; venv/bin/pip install -q -c tpaw_jax/requirements.lock -e 'tpaw_jax[tpu]'"
+    )
+    return _on_all_hosts(options, script)
+
+
+def play(options: argparse.Namespace, overrides: list[str]) -> list[list[str]]:
+    """The run on every host, each under scripts/on_each_host.sh."""
+    run = shlex.join(_host_command(options, overrides))
+    script = f"cd tpaw_jax && nohup {run} >/dev/null 2>&1 </dev/null &"
+    return _on_all_hosts(options, script)
+
+
+def logs(options: argparse.Namespace, overrides: list[str]) -> list[list[str]]:
+    """The last lines of each host's log."""
+    return _on_all_hosts(options, f"tail -n 20 {MOUNT}/{options.name}/logs/$(hostname).log")
+
+
+def delete(options: argparse.Namespace, overrides: list[str]) -> list[list[str]]:
+    """The queued resource and its machines."""
+    place = [f"--zone={options.zone}", "--force", "--quiet"]
+    return [["gcloud", "compute", "tpus", "queued-resources", "delete", options.name, *place]]
+
+
+def xpk(options: argparse.Namespace, overrides: list[str]) -> list[list[str]]:
+    """A workload of XPK on a GKE cluster."""
+    command = ["xpk", "workload", "create", f"--cluster={options.cluster}", f"--zone={options.zone}"]
+    command += [f"--workload={options.name}", f"--tpu-type={options.type}", f"--num-slices={options.slices}"]
+    command += [f"--docker-image={options.image}", f"--max-restarts={options.max_restarts}"]
+    return [[*command, f"--command={shlex.join(_host_command(options, overrides, restarts=0))}"]]
+
+
+def manifest(options: argparse.Namespace, overrides: list[str]) -> dict:
+    """A JobSet: one job a slice, one pod a host; a preempted slice restarts all of them."""
+    generation, size = options.type.rsplit("-", 1)
+    accelerator, cores = GKE[generation]
+    chips = int(size) // cores
+    shape = TOPOLOGIES[3 if generation in ("v4", "v5p") else 2].get(chips)
+    if shape is None:
+        raise SystemExit(f"--type {options.type}: no shape of {chips} chips is known; see TOPOLOGIES in this file.")
+    hosts = max(1, chips // CHIPS_A_HOST)
+    container = {
+        "name": "tpaw",
+        "image": options.image,
+        "command": _host_command(options, overrides, restarts=0),
+        "securityContext": {"privileged": True},
+        "resources": {"limits": {"google.com/tpu": CHIPS_A_HOST}},
+        "volumeMounts": [{"name": "runs", "mountPath": MOUNT}],
+    }
+    bucket = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": {"bucketName": options.bucket}}
+    pod = {
+        "metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}},
+        "spec": {
+            "restartPolicy": "Never",
+            "nodeSelector": {
+                "cloud.google.com/gke-tpu-accelerator": accelerator,
+                "cloud.google.com/gke-tpu-topology": shape,
+            },
+            "containers": [container],
+            "volumes": [{"name": "runs", "csi": bucket}],
+        },
+    }
+    job = {"parallelism": hosts, "completions": hosts, "backoffLimit": 0, "template": pod}
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": options.name,
+            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
+        },
+        "spec": {
+            "failurePolicy": {"maxRestarts": options.max_restarts},
+            "replicatedJobs": [{"name": "slice", "replicas": options.slices, "template": {"spec": job}}],
+        },
+    }
+
+
+COMMANDS = {"create": create, "install": install, "play": play, "logs": logs, "delete": delete, "xpk": xpk}
+
+
+def _host_command(options: argparse.Namespace, overrides: list[str], restarts: int | None = None) -> list[str]:
+    most = options.max_restarts if restarts is None else restarts
+    script = ["bash", "scripts/on_each_host.sh", options.name, options.bucket, MOUNT, str(most)]
+    return [*script, options.config, f"--directory={MOUNT}/{options.name}/run", *overrides]
+
+
+def _on_all_hosts(options: argparse.Namespace, script: str) -> list[list[str]]:
+    names = [options.name] if options.slices == 1 else [f"{options.name}-{i}" for i in range(options.slices)]
+    ssh = ["gcloud", "compute", "tpus", "tpu-vm", "ssh"]
+    return [[*ssh, name, f"--zone={options.zone}", "--worker=all", f"--command={script}"] for name in names]
+
+
+def _runtime(options: argparse.Namespace) -> str:
+    generation = options.type.rsplit("-", 1)[0]
+    if generation not in RUNTIMES:
+        raise SystemExit(f"--type {options.type}: its generation is none of {', '.join(RUNTIMES)}.")
+    return RUNTIMES[generation]
+
+
+def _split(words: list[str]) -> tuple[list[str], str, list[str]]:
+    if "--" not in words:
+        return words, "", []
+    at = words.index("--")
+    return words[:at], "--", words[at + 1 :]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=[*COMMANDS, "manifest"])
+    parser.add_argument("--name", required=True, help="of the resource, and of the run in the bucket")
+    parser.add_argument("--zone", default="", help="as in us-west4-a")
+    parser.add_argument("--type", default="v5litepod-16", help="the accelerator type of a slice")
+    parser.add_argument("--slices", type=int, default=1)
+    parser.add_argument("--spot", action="store_true", help="cheaper machines that can be taken away")
+    parser.add_argument(
+        "--source", default="", help="gs:// path of the package, as `git archive --format tar.gz` makes it"
+    )
+    parser.add_argument("--config", default="run.yaml", help="in the package")
+    parser.add_argument("--bucket", default="", help="the bucket that holds the run, without gs://")
+    parser.add_argument("--max-restarts", type=int, default=20)
+    parser.add_argument("--cluster", default="", help="the GKE cluster of xpk")
+    parser.add_argument("--image", default="", help="a container image with the package at its working directory")
+    parser.add_argument("--run", action="store_true", help="execute the commands instead of printing them only")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""One process of a small run, for test_pod.py: pod_run.py DIRECTORY PORT PROCESSES PROCESS DEVICES [key=value ...]"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+DIRECTORY, PORT, PROCESSES, PROCESS, DEVICES, *OVERRIDES = sys.argv[1:]
+os.environ["TPAW_TEST_DEVICES"] = DEVICES
+
+from conftest import small_run
+
+from tpaw_jax import pod, self_play
+
+
+def main() -> None:
+    if int(PROCESSES) > 1:
+        pod.join(f"127.0.0.1:{PORT}", int(PROCESSES), int(PROCESS))
+    settings = dict(override.split("=", 1) for override in OVERRIDES)
+    table = self_play.run(small_run(DIRECTORY, **{"mesh.fsdp": -1, "packing.rows_per_batch": 8, **settings}))
+    if pod.writes():
+        Path(DIRECTORY, "table.json").write_text(json.dumps(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The launch scripts as far as they can be checked without a cloud: the commands that they print."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SPEC = importlib.util.spec_from_file_location("pod_script", ROOT / "scripts" / "pod.py")
+launch = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(launch)
+
+
+def printed(capsys, *words):
+    assert launch.main(list(words)) == 0
+    return capsys.readouterr().out
+
+
+def test_a_slice_is_created_played_on_and_deleted(capsys):
+    place = ("--name", "mine", "--zone", "us-west4-a")
+    created = printed(capsys, "create", *place, "--type", "v5litepod-16", "--spot")
+    assert created.split() == [
+        *["gcloud", "compute", "tpus", "queued-resources", "create", "mine", "--zone=us-west4-a"],
+        *["--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--node-id=mine", "--spot"],
+    ]
+    played = printed(capsys, "play", *place, "--bucket", "b", "--config", "c.yaml", "--", "--rounds", "2")
+    assert "--worker=all" in played
+    assert "scripts/on_each_host.sh mine b /mnt/runs 20 c.yaml --directory=/mnt/runs/mine/run --rounds 2" in played
+    assert "queued-resources delete mine" in printed(capsys, "delete", *place)
+
+
+def test_several_slices_are_nodes_of_one_resource(capsys):
+    place = ("--name", "mine", "--zone", "z", "--slices", "2")
+    assert "--node-count=2 --node-prefix=mine" in printed(capsys, "create", *place)
+    lines = printed(capsys, "logs", *place).splitlines()
+    assert [line.split()[5] for line in lines] == ["mine-0", "mine-1"]
+
+
+def test_the_manifest_has_a_pod_for_every_host(capsys):
+    words = ["manifest", "--name", "mine", "--type", "v5p-128", "--slices", "3", "--image", "i", "--bucket", "b"]
+    jobs = json.loads(printed(capsys, *words))["spec"]["replicatedJobs"]
+    assert jobs[0]["replicas"] == 3
+    job = jobs[0]["template"]["spec"]
+    assert job["completions"] == job["parallelism"] == 16  # 128 cores are 64 chips, four a host
+    assert job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4x4"
+
+
+def test_an_unknown_generation_is_refused():
+    with pytest.raises(SystemExit, match="none of v4"):
+        launch.main(["create", "--name", "n", "--zone", "z", "--type", "v1-8"])
+
+
+HOST = ROOT / "scripts" / "on_each_host.sh"
+
+
+def run_host(tmp_path, codes):
+    """The host script with stand-ins for the cloud's commands and a `tpaw` that ends with each code in turn."""
+    bin_directory = tmp_path / "bin"
+    bin_directory.mkdir()
+    stand_ins = {
+        "mountpoint": "exit 0",
+        "sleep": "exit 0",
+        "tpaw": f'echo "$@" >> {tmp_path}/calls; set -- {" ".join(map(str, codes))}\n'
+        f'n=$(wc -l < {tmp_path}/calls); shift $((n - 1)); exit "$1"',
+    }
+    for name, text in stand_ins.items():
+        path = bin_directory / name
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    environment = {"PATH": f"{bin_directory}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    command = ["bash", str(HOST), "mine", "bucket", str(tmp_path), "2", "c.yaml", "--rounds", "2"]
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    return done.returncode, (tmp_path / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize(("codes", "expected"), [([0], 0), ([1, 0], 0), ([2], 2), ([1, 1, 1, 0], 1)])
+def test_a_host_plays_on_after_a_crash_but_not_after_bad_input(tmp_path, codes, expected):
+    code, calls = run_host(tmp_path, codes)
+    assert code == expected
+    assert len(calls) == min(len(codes), 3)
+    assert set(calls) == {"play --pod --config c.yaml --rounds 2"}
+    assert list((tmp_path / "mine" / "logs").glob("*.log"))
+
+
+def test_the_shell_scripts_are_clean():
+    shellcheck = [sys.executable, "-m", "shellcheck"] if importlib.util.find_spec("shellcheck") else ["shellcheck"]
+    try:
+        checked = subprocess.run([*shellcheck, str(HOST)], check=False, capture_output=True, text=True)
+    except FileNotFoundError:
+        checked = subprocess.run(["bash", "-n", str(HOST)], check=False, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr

@@ -1,0 +1,177 @@
+"""Attention over packed trees on TPU: the splash attention kernel of JAX, told the tree's rule at run time.
+
+The kernel takes an int32 for each query and asks `mask_function(that, key's place)` whether it sees a key. A query of a
+response sees its tree's prompt and its own response up to itself: three places that fit 32 bits because prompts and
+responses begin at multiples of `alignment(T)` (`packing.alignment`). Trees are told apart by segment ids. Blocks of
+queries and keys of which no pair is seen are skipped, by a table made of the rows themselves: no recompile.
+
+The plain twin is `attention.attend` under `attention.visible`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
+from jaxtyping import Array, Bool, Float, Int
+
+from tpaw_jax.models.attention import SAVED, Attention, Visibility
+
+BLOCKS = (512, 256, 128)
+"""Sizes of a block of queries, the largest that divides a row; keys come in blocks of up to twice as many."""
+
+BITS = 32
+"""Of what the kernel carries for a query."""
+
+
+class Rules(NamedTuple):
+    """What the kernel is told about some rows: all of it data, none of it in the program."""
+
+    rule: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    blocks: Bool[Array, "B Q C"]  # whether any query of a block sees any key of a block
+
+
+def alignment(length: int) -> int:
+    """What the places of prompts and responses in rows of `length` tokens must be multiples of: 1 up to 1024, then
+    2, 4, 16 and 32 for rows of 2048, 4096, 8192 and 16384."""
+    bits = _bits(length)
+    return 2 ** max(0, -(-(3 * bits - BITS) // 2))
+
+
+def splash_attention(interpret: bool = False) -> Attention:
+    """Attention by the splash kernel, inside `shard_map` or on one device. `interpret` runs it on any device, slowly.
+
+    Rows must be a multiple of 128 tokens long, with trees laid out by `packing.pack` with `alignment(T)`.
+    """
+    return Attention(plan, functools.partial(attend_blocks, interpret=interpret))
+
+
+def plan(visibility: Visibility) -> Rules:
+    """What each query of packed rows sees, and which blocks hold any of it. Tokens of a branch must stand together."""
+    segments_BT, branches_BT = visibility
+    if branches_BT is None:
+        branches_BT = jnp.zeros_like(segments_BT)
+    length = segments_BT.shape[1]
+    tree_BT, branch_BT, prompt_end_BT = jax.vmap(_runs)(segments_BT, branches_BT)
+    in_prompt_BT = (branches_BT == 0) | (segments_BT == 0)
+    prompt_end_BT = jnp.where(in_prompt_BT, 0, prompt_end_BT)
+    place_T, step, bits = jnp.arange(length), alignment(length), _bits(length)
+    coarse_bits = _bits(-(-length // step))
+    # A prompt is rounded up to where its first response begins: what stands between is padding, of no tree.
+    rule_BT = place_T | -(-prompt_end_BT // step) << bits | (branch_BT // step) << (bits + coarse_bits)
+    blocks_BQC = _seen_blocks(tree_BT, prompt_end_BT, branch_BT, *_blocks(length))
+    return Rules(rule_BT.astype(jnp.int32), segments_BT, blocks_BQC)
+
+
+def attend_blocks(
+    queries: Float[Array, "B T N H"],
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    rules: Rules,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention of packed rows, softmax(q k^T / sqrt(H)) v over what each query sees."""
+    length, size = queries.shape[1], queries.shape[3]
+    query, key = _blocks(length)
+    sizes = kernel.BlockSizes(
+        block_q=query,
+        block_kv=key,
+        block_kv_compute=query,
+        block_q_dkv=query,
+        block_kv_dkv=key,
+        block_kv_dkv_compute=query,
+        use_fused_bwd_kernel=True,
+    )
+
+    def one_row(row):
+        q_NTH, k_KTH, v_KTH, rules = row
+        table = rules.blocks[None].astype(jnp.int32)
+        info = lambda axis: mask_info.MaskInfo(_next_block(rules.blocks, axis)[None], None, table, None, rules.rule)
+        attention = kernel.SplashAttentionKernel(
+            info(axis=1),
+            None,
+            info(axis=0),
+            block_sizes=sizes,
+            is_mqa=False,
+            save_residuals=False,
+            mask_value=kernel.DEFAULT_MASK_VALUE,
+            attn_logits_soft_cap=None,
+            residual_checkpoint_name=SAVED,
+            mask_function=functools.partial(_sees, length),
+            interpret=interpret,
+        )
+        return attention(q_NTH, k_KTH, v_KTH, kernel.SegmentIds(rules.segments, rules.segments))
+
+    by_head = lambda x_BTNH: x_BTNH.swapaxes(1, 2)
+    found = lax.map(one_row, (by_head(queries * size**-0.5), by_head(keys), by_head(values), rules))
+    return by_head(found).astype(queries.dtype)
+
+
+def _sees(length: int, rule: Array, key: Array) -> Array:
+    """Whether the queries of these rules see the keys at these places, of one tree."""
+    bits, step = _bits(length), alignment(length)
+    coarse_bits = _bits(-(-length // step))
+    part = lambda shift, width: lax.shift_right_logical(rule, jnp.full_like(rule, shift)) & (2**width - 1)
+    own, prompt_end, branch = (
+        rule & (2**bits - 1),
+        part(bits, coarse_bits) * step,
+        part(bits + coarse_bits, coarse_bits),
+    )
+    return (key <= own) & ((key < prompt_end) | (key >= branch * step))
+
+
+def _runs(segments_T: Array, branches_T: Array) -> tuple[Array, Array, Array]:
+    """Where the tree, and in it the prompt or response, of each token begins, and where the tree's prompt ends."""
+    length = len(segments_T)
+    place = jnp.arange(length)
+    token = segments_T > 0
+    before = lax.cummax(jnp.where(token, place, -1))  # the last token up to here: padding may stand inside a tree
+    before = jnp.concatenate([jnp.full(1, -1), before[:-1]])
+    segment_before = jnp.where(before >= 0, segments_T[jnp.maximum(before, 0)], 0)
+    new_tree = token & (segments_T != segment_before)
+    differs = lambda x: jnp.concatenate([jnp.ones(1, bool), x[1:] != x[:-1]])
+    new_branch = differs(segments_T) | differs(branches_T)
+    start_of = lambda new: lax.cummax(jnp.where(new, place, 0))
+    tree, branch = start_of(new_tree), start_of(new_branch)
+    prompt = token & (branches_T == 0)
+    prompt_end = jax.ops.segment_max(jnp.where(prompt, place + 1, 0), tree, num_segments=length)[tree]
+    return jnp.where(token, tree, place), branch, prompt_end
+
+
+def _seen_blocks(tree_BT: Array, prompt_end_BT: Array, branch_BT: Array, query: int, keys: int) -> Array:
+    """[B, T / query, T / keys]: whether a query of a block sees the prompt or its own branch in a block of keys."""
+    rows, length = tree_BT.shape
+    first_C = jnp.arange(length // keys) * keys
+    meets = lambda begin_BT, end_BT: (begin_BT[..., None] < first_C + keys) & (end_BT[..., None] > first_C)
+    seen_BTC = meets(tree_BT, prompt_end_BT) | meets(branch_BT, jnp.arange(1, length + 1)[None])
+    return seen_BTC.reshape(rows, -1, query, len(first_C)).any(axis=2)
+
+
+def _next_block(blocks_QC: Array, axis: int) -> Array:
+    """For each block the next one along `axis` that is computed, or the last: what the kernel fetches meanwhile."""
+    index = lax.broadcasted_iota(jnp.int32, blocks_QC.shape, axis)
+    following = lax.cummin(jnp.where(blocks_QC, index, blocks_QC.shape[axis]), axis=axis, reverse=True)
+    last = jnp.max(jnp.where(blocks_QC, index, 0), axis=axis, keepdims=True)
+    return jnp.minimum(following, last)
+
+
+def _blocks(length: int) -> tuple[int, int]:
+    """Queries and keys of a block.
+
+    Raises:
+        ValueError: the row is not a multiple of 128 tokens.
+    """
+    query = next((size for size in BLOCKS if length % size == 0), None)
+    if query is None:
+        raise ValueError(f"Rows of {length} tokens: splash attention takes rows of a multiple of {BLOCKS[-1]} tokens.")
+    return query, 2 * query if length % (2 * query) == 0 else query
+
+
+def _bits(values: int) -> int:
+    return (values - 1).bit_length()
