@@ -5,7 +5,7 @@ compute dtype where they are used, forward and again backward; their gradients a
 arXiv 1910.02054). Over `tensor`, heads, feed-forward and vocabulary stay split, and what they add up to is summed
 (Megatron, arXiv 1909.08053). The table of what is split how is `sharding.PARAM_AXES`.
 
-The explicit form moves fewer bytes than what GSPMD makes of the same table, and nothing that it does not state.
+Nothing moves between devices that is not stated here or in the step.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
+from tpaw_jax import sharding
+
 
 class Parallel(NamedTuple):
     """Where the parameters of a model are split, and the dtype in which gradients travel."""
@@ -33,7 +35,7 @@ class Parallel(NamedTuple):
         """One layer's parameters with all of their `fsdp` shards, matrices in the compute dtype."""
 
         def whole(path, x):
-            name = "layers/" + "/".join(str(key.key) for key in path)
+            name = "layers/" + sharding.path_name(path)
             spec = P(*self.specs.get(name, P())[1:])  # without the axis of layers
             if name.split("/")[1] in ("q_norm", "k_norm") and self.tensor > 1:
                 x = copy_over_tensor(x)  # a scale that all heads share, each device having some of them
