@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from tpaw_jax import monitoring
 
@@ -37,3 +38,16 @@ def test_tables_have_one_column_a_record():
     text = monitoring.table([{"round": 0, "loss": 0.693147}, {"round": 1, "loss": None}])
     assert text.splitlines() == ["  round       0  1", "  loss   0.6931  -"]
     assert "no finished round" in monitoring.table([])
+
+
+def test_chosen_steps_of_every_stage_are_traced_once(tmp_path):
+    profiler = monitoring.Profiler(tmp_path, monitoring.parse_steps("steps=1:2"))
+    for stage in ("scoring", "training", "scoring"):
+        for _ in range(3):
+            profiler.step(stage)
+    profiler.stop()
+    traced = [path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.xplane.pb")]
+    assert sorted(traced) == ["scoring_0000", "training_0000"]
+    for wrong in ("10:13", "steps=3:3", "steps=5:2"):
+        with pytest.raises(ValueError, match="steps=10:13"):
+            monitoring.parse_steps(wrong)
