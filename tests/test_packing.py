@@ -99,6 +99,17 @@ def test_steps_are_full_batches_and_scores_follow_their_rows():
     assert batch.triplet_weight.reshape(8, -1)[3:].sum() == 0
 
 
+@pytest.mark.parametrize(("rows_per_batch", "room"), [(1, 20), (16, 1), (256, 1)])
+def test_a_step_has_room_for_the_micro_batches_that_rounds_ask_for(rows_per_batch, room):
+    config = PackingConfig(rows_per_batch=rows_per_batch)
+    most = packing.most_micro_batches(64, 1024 + 256, config)
+    assert most == room
+    for responses in (1, 2, 3):  # rounds 0, 1 and 2
+        longest = [tree_of_lengths(i, 512, 512, [256] * responses) for i in range(400)]
+        for trees in (longest, ultrachat_like(2000, 1, 0)):
+            assert packing.micro_batches_a_step(packing.pack(trees, config), 64, rows_per_batch) <= most
+
+
 def tree_of_lengths(i, x, y, generated):
     tokens = tuple(np.zeros(n, np.int32) for n in (y, *generated))
     triplets = tuple((0, k + 1, 1) for k in range(len(generated)))

@@ -168,9 +168,14 @@ def micro_batches_a_step(rows: Rows, batch_triplets: int, rows_per_batch: int) -
     return max(1, round(batch_triplets / (triplets_a_row * rows_per_batch)))
 
 
-def most_micro_batches(batch_triplets: int, rows_per_batch: int) -> int:
-    """Micro-batches that a step has room for: a row holds a triplet at least."""
-    return -(-batch_triplets // rows_per_batch)
+def most_micro_batches(batch_triplets: int, longest_triplet: int, config: PackingConfig) -> int:
+    """Micro-batches that a step has room for: those that `micro_batches_a_step` asks for where rows hold the least.
+
+    First-fit leaves rows half full or fuller, all but one of them, so a row of many holds `row_length` / (2
+    `longest_triplet`) triplets, x, y and y_gen of `longest_triplet` tokens each, or half of the responses it may.
+    """
+    least = min(config.row_length / longest_triplet, config.max_responses_per_row / 2) / 2
+    return max(1, round(batch_triplets / (max(1.0, least) * config.rows_per_batch)))
 
 
 def epoch_order(rows: Rows, seed: int, round_number: int, epoch: int) -> np.ndarray:

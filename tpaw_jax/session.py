@@ -163,14 +163,19 @@ def _programs(
         np.ones(config.objective.n_max, bool),
     )
     size = config.packing.rows_per_batch
-    most = packing.most_micro_batches(config.train.batch_triplets, size)
-    batch = packing.step_batch(no_rows, no_scores, np.arange(0), size, most)
+    batch = packing.step_batch(no_rows, no_scores, np.arange(0), size, most_micro_batches(config))
     zero = np.float32(0)
     scalars = train_step.StepScalars(zero, zero, zero, np.bool_(False))
     limit = memory.available_bytes()
     fit = memory.choose_remat(lambda remat: with_remat(remat)[1].lower(state, *batch, scalars).compile(), limit)
     say(f"Rematerialisation: {fit.remat}; a step needs {fit.needed / 2**30:.2f} of {limit / 2**30:.2f} GiB a device.")
     return with_remat(fit.remat)[0], fit.compiled
+
+
+def most_micro_batches(config: RunConfig) -> int:
+    """Micro-batches that a step has room for, whatever the rounds bring."""
+    longest = config.data.max_length + config.sampling.max_new_tokens
+    return packing.most_micro_batches(config.train.batch_triplets, longest, config.packing)
 
 
 def _settled(config: RunConfig, directory: Path, mesh: Mesh) -> RunConfig:

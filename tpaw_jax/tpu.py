@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from typing import Any, NamedTuple
@@ -10,21 +11,57 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-GENERATIONS = ("v4", "v5e", "v5p", "v6e")
+
+class Chip(NamedTuple):
+    """What is published of one chip of a generation (cloud.google.com/tpu/docs, the page of each)."""
+
+    flops: float  # a second, bfloat16 matmuls
+    hbm: float  # bytes a second
+    link: float  # bytes a second that one of its ICI links carries in one direction
+    network: float  # bytes a second between slices, over the data center's network
+    host: tuple[int, ...]  # the shape of a host's chips
+
+    @property
+    def axes(self) -> int:
+        """Dimensions of the torus; a chip has two links along each."""
+        return len(self.host)
+
+
+CHIPS = {  # a link has half of what the page calls its bidirectional bandwidth
+    "v4": Chip(275e12, 1228e9, 50e9, 6.25e9, (2, 2, 1)),
+    "v5e": Chip(197e12, 819e9, 50e9, 3.125e9, (2, 2)),
+    "v5p": Chip(459e12, 2765e9, 100e9, 6.25e9, (2, 2, 1)),
+    "v6e": Chip(918e12, 1638e9, 100e9, 12.5e9, (2, 2)),
+}
+GENERATIONS = tuple(CHIPS)
 
 _ASYNCHRONOUS = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
     "xla_enable_async_all_gather": "true",
     "xla_enable_async_all_reduce": "true",
+    "xla_enable_async_reduce_scatter_fusion": "true",
+    "xla_tpu_decompose_every_reduce_scatters_hlos": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
+    "xla_tpu_scoped_vmem_limit_kib": "17408",  # without a word about it reduce-scatters stay synchronous
 }
 
 COMPILER_OPTIONS = dict.fromkeys(GENERATIONS, _ASYNCHRONOUS)
 """What the compiler is told for each generation, of the step and of scoring: collectives beside the computation."""
+
+
+QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+}
+"""Environment in which libtpu, on a machine without a TPU, looks for none and is silent."""
 
 
 def options_of(mesh: Mesh) -> dict[str, str]:
@@ -49,6 +86,34 @@ class Topology(NamedTuple):
         """As it is written on the command line."""
         one = f"{self.generation}:{'x'.join(map(str, self.shape))}"
         return one if self.slices == 1 else f"{self.slices} x {one}"
+
+    @property
+    def chip(self) -> Chip:
+        """Its chips."""
+        return CHIPS[self.generation]
+
+    def devices(self) -> list[Any]:
+        """Devices to compile for, of which none need be here; `libtpu` must be.
+
+        Raises:
+            ImportError: libtpu is not installed.
+            ValueError: its compiler does not know such a slice.
+        """
+        if importlib.util.find_spec("libtpu") is None:
+            raise ImportError("Compiling for a TPU takes libtpu: pip install 'tpaw_jax[plan]'.")
+        from jax.experimental import topologies
+
+        wanted: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
+        if len(self.shape) == 3:  # whole cubes come as a torus; without it gathers become sums
+            wanted["wrap"] = tuple(size % 4 == 0 for size in self.shape)
+        host = tuple(map(min, self.chip.host, self.shape))
+        if host != self.chip.host:
+            wanted["chips_per_host_bounds"] = [*host, *[1] * (3 - len(host))]
+        name = f"{self.generation}:{'x'.join(map(str, self.shape))}"
+        try:
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **wanted).devices)
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError(f"{self.name}: the TPU compiler knows no such slice ({error}).") from error
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:

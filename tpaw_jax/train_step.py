@@ -184,6 +184,9 @@ def _accumulated(micro_loss, params, batch, scores, micro_batches, scalars, tota
     """Loss, sums and gradients of a device's rows in the first `micro_batches`."""
     of_one = lambda i: jax.tree.map(lambda x: x[i], (batch, scores))
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
+    if len(batch.tokens) == 1:  # without a loop no sums are kept, and nothing of its body can be computed twice
+        (loss, sums), gradients = gradient(params, *of_one(0), total, scalars)
+        return loss, sums, jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
 
     def accumulate(i, carry):
         loss, sums, gradients = carry

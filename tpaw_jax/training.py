@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 from tpaw_jax import durable, monitoring, packing, ring, scoring, sharding, train_step, triplets
 from tpaw_jax.config import of_round
 from tpaw_jax.host import Ahead
-from tpaw_jax.session import Session
+from tpaw_jax.session import Session, most_micro_batches
 from tpaw_jax.train_step import StepScalars
 from tpaw_jax.types import TeamScores, TrainState
 
@@ -37,7 +37,8 @@ def train(
 ) -> tuple[PyTree[Array], dict[str, Any]]:
     """Train theta_(t+1) from theta_t on D_O; also what the round's table says of it."""
     c = session.config
-    per_step = packing.micro_batches_a_step(rows, c.train.batch_triplets, c.packing.rows_per_batch)
+    most = most_micro_batches(c)
+    per_step = min(most, packing.micro_batches_a_step(rows, c.train.batch_triplets, c.packing.rows_per_batch))
     size = per_step * c.packing.rows_per_batch
     plan = [
         order[i : i + size]
@@ -48,7 +49,6 @@ def train(
     rates = train_step.learning_rates(c.train, t, len(plan))
     with watch.time("held-out"):
         before = held_out_log_prob(session, policy)
-    most = packing.most_micro_batches(c.train.batch_triplets, c.packing.rows_per_batch)
     places = train_step.input_shardings(session.mesh)
 
     def inputs(step: int, tolerance: float, dry_run: bool = False) -> StepInputs:
