@@ -81,11 +81,24 @@ bench: $(VENV)/demo $(VENV)/smollm2 peers
 	$(MEASURE)/round.py --config configs/smollm2_gsm8k.yaml --policy.path $(SMOLLM2) > $(RESULTS)/round.jsonl
 	$(MEASURE)/sampling.py > $(RESULTS)/sampling.jsonl
 	$(MEASURE)/sampling.py --only tpaw_jax --batch 32 64 --dtype float32 --requests 512 --repeats 1 > $(RESULTS)/sampling_512.jsonl
+	$(MEASURE)/tree_attention.py > $(RESULTS)/tree_attention.jsonl
 	$(MAKE) bench-report
 
 bench-report: $(VENV)/demo
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[bench]'
 	$(MEASURE)/report.py
+
+# What the TPU's compiler says of the paper's runs, without a TPU: about an hour.
+PLAN = $(BIN)/tpaw plan --search
+.PHONY: plans
+plans: $(VENV)/test
+	$(PLAN) --config configs/llama31_8b_ultrachat.yaml --architecture configs/models/llama-3.1-8b \
+	  --topology 'v5e:4x4, v5e:8x8, v5e:16x16, 2 x v5e:16x16, 4 x v5e:16x16' --json $(RESULTS)/plan_llama_v5e.json
+	$(PLAN) --config configs/llama31_8b_ultrachat.yaml --architecture configs/models/llama-3.1-8b \
+	  --topology 'v5p:4x4x4, v6e:4x4' --policy.remat dots --json $(RESULTS)/plan_llama_v5p_v6e.json
+	$(PLAN) --config configs/qwen25_1b5_ultrachat.yaml --architecture configs/models/qwen2.5-1.5b \
+	  --topology 'v5e:2x2, v5e:4x4' --json $(RESULTS)/plan_qwen.json
+	$(MAKE) bench-report
 
 # The trainers that benchmarks/peers.py compares with, each in an environment of its own.
 .PHONY: peers

@@ -1,6 +1,6 @@
 """Put what the benchmarks printed into the README: tables between its two marks, and a plot.
 
-make bench-report        # from benchmarks/results/*.jsonl, which `make bench` writes
+make bench-report        # from benchmarks/results: *.jsonl, which `make bench` writes, and plan*.json of `make plans`
 """
 
 import json
@@ -15,6 +15,7 @@ from matplotlib import pyplot
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- benchmarks: make bench-report -->\n", "<!-- end of benchmarks -->"
+PLANS, END_OF_PLANS = "<!-- plans: make bench-report -->\n", "<!-- end of plans -->"
 CONTENDERS = ("tpaw_jax", "tunix", "trl", "trl precomputed")
 NAMES = {
     "tpaw_jax": "tpaw_jax, team of 3",
@@ -27,6 +28,7 @@ NAMES = {
 def main() -> None:
     found = [json.loads(line) for path in sorted(RESULTS.glob("*.jsonl")) for line in path.read_text().splitlines()]
     of = lambda name: [record for record in found if record["benchmark"] == name]
+    planned = [plan for path in sorted(RESULTS.glob("plan*.json")) for plan in json.loads(path.read_text())]
     comparisons = of_workloads(of("peers"))
     made = [
         peers(comparisons),
@@ -36,12 +38,15 @@ def main() -> None:
         memory(of("memory_step"), of("memory_head"), of("memory_longest_row")),
         rounds(of("round")),
         sampling(of("sampling")),
+        tree_attention(*(of(f"tree_attention_{part}") for part in ("parity", "blocks", "compile"))),
     ]
     parts = [part for part in made if part.count("\n") > 2]  # a table of nothing has its head alone
     plot(comparisons, of("round"))
     text = README.read_text()
-    before, rest = text.split(START)
-    README.write_text(before + START + "\n".join(parts) + END + rest.split(END)[1])
+    for start, end, tables in ((START, END, parts), (PLANS, END_OF_PLANS, [plans(planned), exchanges(planned)])):
+        before, rest = text.split(start)
+        text = before + start + "\n".join(tables) + end + rest.split(end)[1]
+    README.write_text(text)
 
 
 def of_workloads(records: list[dict]) -> list[dict]:
@@ -197,6 +202,72 @@ def sampling(records: list[dict]) -> str:
         lines.append([*cells, *(f"{share:.0%}" for share in shares)])
     head = ["useful tokens/s, slots", "tpaw_jax", "transformers.generate", "Tunix's sampler"]
     return _table([*head, "slots busy", "decode, of the bandwidth", "prefill, of the matmul peak"], lines)
+
+
+def tree_attention(parities: list[dict], skipped: list[dict], compiled: list[dict]) -> str:
+    """The splash kernel under the tree's rule: errors, blocks that are skipped, seconds to compile."""
+    lines = []
+    for r in skipped:
+        of_row = [c for c in compiled if c["row_length"] == r["row_length"]]
+        seconds = ", ".join(f"{c['seconds']:.1f} ({c['topology']})" for c in of_row)
+        over = f"{r['pairs_computed_over_pairs_seen']:.1f}"
+        lines.append(
+            [f"rows of {r['row_length']:,}", f"{r['fill']:.0%}", f"{r['skipped_of_causal']:.0%}", over, seconds]
+        )
+    head = ["tree attention on TPU", "fill", "blocks skipped of causal's", "pairs computed over seen", "compiling, s"]
+    text = _table(head, lines)
+    for r in parities:
+        values, gradients = r["largest_relative_error"].values()
+        text += (
+            f"\nIn interpret mode, {r['trees']} random trees in {r['rows']} rows: largest error {values:.1e} of the "
+            f"largest value, {gradients:.1e} of the largest gradient.\n"
+        )
+    return text
+
+
+def plans(reports: list[dict]) -> str:
+    """What `tpaw plan` says of each topology: the compiler's peaks, and what is predicted."""
+    lines = []
+    for r in reports:
+        of = r["stages"]
+        peaks = [f"{s['peak GiB']:.1f} + {s['beside it GiB']:.1f}" for s in of.values()]
+        run, step = r["predicted run"], of["step"]
+        mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1)
+        lines.append(
+            [
+                f"{Path(r['model']).name} on {r['topology']}, {mesh}, remat {r['remat']}",
+                f"{step['of GiB']:.1f}",
+                *peaks,
+                f"**{step['predicted MFU']:.0%}**",
+                step["binds"],
+                f"{run['triplets/s of training']:.0f}",
+                f"{run['hours']:.1f}",
+                f"{run['chip-hours']:.0f}",
+                f"{run['padded pairs, hours']:.0f}",
+            ]
+        )
+    head = ["planned", "GiB there are", *(f"{name}, GiB" for name in ("step", "scoring", "prefill", "decode"))]
+    return _table([*head, "MFU of the step", "binds", "triplets/s", "hours", "chip-hours", "hours in pairs"], lines)
+
+
+def exchanges(reports: list[dict]) -> str:
+    """What a step computes and moves on one device, by topology: collectives beside their count by hand."""
+    kinds = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "between slices")
+    lines = []
+    for r in reports:
+        step, cells = r["stages"]["step"], []
+        for kind in kinds:
+            found = [e for e in step["exchanges"] if e["kind"] == kind]
+            total, expected = sum(e["GiB"] for e in found), step["by hand GiB"].get(kind, 0)
+            cells.append(f"{total:.2f} ({expected:.2f})" if expected or total > 0.01 else "")
+        every = sum(e["GiB"] for e in step["exchanges"])
+        beside = sum(e["GiB"] for e in step["exchanges"] if e["asynchronous"])
+        figures = [f"{step['TFLOP executed']:.0f}", f"{step['memory traffic GiB']:.0f}", f"{step['peak GiB']:.1f}"]
+        lines.append(
+            [f"{Path(r['model']).name} on {r['topology']}", *figures, *cells, f"{beside / every:.1%}" if every else ""]
+        )
+    head = ["a step on one chip", "TFLOP", "memory traffic, GiB", "peak, GiB"]
+    return _table([*head, *(f"{kind}, GiB (by hand)" for kind in kinds), "asynchronous"], lines)
 
 
 def plot(summaries: list[dict], records: list[dict]) -> None:

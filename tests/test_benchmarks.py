@@ -19,6 +19,10 @@ RUNS = {  # script: arguments, and the benchmarks of its lines
         [*TINY, "--prompts", "4", "--repeats", "1"],
         ["trees_vs_pairs_loss", *["trees_vs_pairs_turn"] * 4, "trees_vs_pairs"],
     ),
+    "tree_attention.py": (
+        ["--trees", "12", "--row-length", "2048", "--topology", "v5e:2x2"],
+        ["tree_attention_parity", "tree_attention_blocks", "tree_attention_compile"],
+    ),
     "memory.py": (
         [*TINY, "--row-length", "512", "--policies", "layer", "--budget-gib", "0.02", "--longest", "2048"],
         ["memory_step", "memory_head", "memory_head", "memory_longest_row"],
@@ -52,8 +56,14 @@ def test_a_benchmark_prints_its_lines(script):
         elif line["benchmark"] == "trees_vs_pairs_turn":
             assert line["system_seconds"] >= 0
             assert line["seconds"] > 0
+        elif line["benchmark"] == "tree_attention_blocks":
+            assert 0 < line["skipped_of_causal"] < 1
+        elif line["benchmark"] == "tree_attention_compile":
+            assert 0 < line["peak_gib"] < 1
         else:
             assert line["machine"]["backend"] == "cpu"
+        if line["benchmark"] == "tree_attention_parity":
+            assert max(line["largest_relative_error"].values()) < 1e-5
         if line["benchmark"] == "memory_step":
             assert 0.95 < line["ratio"] < 1.05
         if line["benchmark"] == "memory_head":

@@ -13,6 +13,8 @@ ORDER = [  # a file imports only from files above it
     "host",
     "objective",
     "tpu",
+    "hlo",
+    "roofline",
     "sharding",
     "models.attention",
     "models.tile_attention",
@@ -39,11 +41,14 @@ ORDER = [  # a file imports only from files above it
     "scoring",
     "train_step",
     "memory",
+    "lowering",
     "ring",
     "monitoring",
     "session",
     "training",
     "self_play",
+    "workload",
+    "planning",
     "cli",
 ]
 

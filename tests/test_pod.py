@@ -87,6 +87,13 @@ def test_a_run_goes_on_with_other_devices_and_processes(alone, tmp_path):
     assert_same_run(tmp_path, alone[0], 3)
 
 
+def test_processes_sample_together_where_devices_share_a_model(alone, tmp_path):
+    """Two processes of four devices, a model in every two: one program for all, and the same tokens."""
+    play(tmp_path, 2, 4, "sampling.tensor=2", "sampling.slots=4", "rounds=1")
+    for a, b in zip(tokens(tmp_path, 0), tokens(alone[0], 0), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_processes_that_differ_are_told_where(tmp_path):
     differing = lambda process: (f"train.b1={0.9 - process / 10}",)
     outputs, codes = start(tmp_path, 2, 1, of_process=differing)

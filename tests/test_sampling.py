@@ -258,7 +258,7 @@ def test_sixty_four_prompts_are_answered_alike_everywhere(stories, temperature, 
         assert_same_tokens(here, reference)
     spread = stories[0], params
     for tensor, slots in ((1, 64), (2, 16)):  # eight devices with a model each, and four pairs that share one
-        path, decodes_on = tmp_path / f"{tensor}_devices.jsonl", sharding.local_mesh(tensor)
+        path, decodes_on = tmp_path / f"{tensor}_devices.jsonl", sharding.sampling_mesh(tensor)
         assert_same_tokens(killed_sampling.answer(spread, path, temperature, slots=slots, mesh=decodes_on), reference)
     path = tmp_path / "killed.jsonl"
     command = [sys.executable, killed_sampling.__file__, str(path), str(temperature)]

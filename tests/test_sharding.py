@@ -29,4 +29,4 @@ def test_meshes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="does not cover the 8 devices"):
         sharding.make_mesh(MeshConfig(data=3, fsdp=2))
     with pytest.raises(ValueError, match=r"sampling\.tensor is 3"):
-        sharding.local_mesh(3)
+        sharding.sampling_mesh(3)

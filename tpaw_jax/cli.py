@@ -1,4 +1,4 @@
-"""The command line: tpaw play | generate | prompts | export."""
+"""The command line: tpaw play | generate | prompts | export | plan."""
 
 from __future__ import annotations
 
@@ -125,6 +125,31 @@ def generate(options: argparse.Namespace, overrides: list[str]) -> None:
     print(f"{len(made.tokens)} responses are in {options.out}; {len(report.skipped)} malformed records were skipped.")
 
 
+def plan(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Compile a configuration for TPU topologies, without a TPU, and say what fits and how long the run would take."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from tpaw_jax import config, durable, lowering, planning, tpu
+    from tpaw_jax.models import hub
+
+    os.environ.update({name: value for name, value in tpu.QUIET.items() if name not in os.environ})
+    run = config.load(options.config, overrides)
+    architecture = hub.load_architecture(options.architecture or run.policy.path)
+    stages = tuple(options.stages.split(",")) if options.stages else planning.STAGES
+    if unknown := [name for name in stages if name not in planning.STAGES]:
+        raise ValueError(f"--stages: there is no stage '{unknown[0]}'; known are {', '.join(planning.STAGES)}.")
+    topologies = [tpu.parse_topology(text.strip(), options.slices or 1) for text in options.topology.split(",")]
+    prompts, reports = options.prompts or run.data.max_prompts or planning.PROMPTS, []
+    for topology in topologies:
+        target = lowering.target_of(run, architecture, topology)
+        say = lambda line: print(line, file=sys.stderr, flush=True)
+        reports.append(planning.plan(target, prompts, stages, options.search, say))
+        print(planning.text(reports[-1]) + "\n", flush=True)
+        if options.json:  # after each, since the next may take minutes
+            durable.write_bytes(Path(options.json), json.dumps(reports, indent=1).encode())
+    if len(reports) > 1:
+        print(planning.comparison(reports))
+
+
 def _write_lines(out: str, records: list[dict[str, Any]]) -> None:
     from tpaw_jax import durable
 
@@ -208,6 +233,17 @@ def _parser() -> argparse.ArgumentParser:
         run=(True, "a run directory", str),
         round=(False, "the round that the policy starts; the newest by default", int),
         out=(True, "the directory to write", str),
+    )
+    command(
+        plan,
+        config=configuration,
+        topology=(True, "v5e:16x16, '2 x v5e:16x16' for two slices; several with commas between", str),
+        slices=(False, "slices of each topology; 1 by default", int),
+        architecture=(False, "where config.json is, if not at the configuration's policy.path; no weights", str),
+        prompts=(False, "prompts of a round; by default data.max_prompts, or 50,000", int),
+        stages=(False, "only some of step,scoring,prefill,decode", str),
+        search=(False, "also find the most rows a device, and the longest row, that fit", None),
+        json=(False, "also write the figures to this file", str),
     )
     return parser
 

@@ -73,11 +73,13 @@ class SamplingConfig:
     temperature: float = knob(1.0, "0 is greedy", "SPIN")
     top_p: float = knob(1.0, "nucleus; 1 keeps all", "SPIN")
     top_k: int = knob(0, "tokens to choose among; 0 keeps all", "transformers' sampling")
-    slots: int = knob(32, "sequences decoded at once")
+    slots: int = knob(32, "sequences that a process decodes at once")
     prefill_tokens: int = knob(512, "tokens of prompts computed at once, packed, on each device")
     min_new_tokens: int = knob(0, "tokens before which no stop token is sampled", "transformers' generation")
     stop_strings: tuple[str, ...] = knob((), "texts that end a response", "transformers' generation")
-    tensor: int = knob(1, "devices of a process that share one copy of the model while it samples")
+    tensor: int = knob(
+        1, "devices that share one copy of the model while it samples; above 1, all processes sample together"
+    )
     cache_dtype: str = knob(
         "", "of cached keys and values: float32 or bfloat16; empty: policy.compute_dtype, on CPU float32"
     )

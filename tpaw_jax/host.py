@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Generic, TypeVar
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
@@ -74,5 +75,7 @@ def _has_accelerator() -> bool:
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms != "cpu"
-    plugins = entry_points(group="jax_plugins")
-    return bool(plugins) or any(importlib.util.find_spec(name) for name in ("libtpu", "jax_plugins"))
+    if entry_points(group="jax_plugins") or importlib.util.find_spec("jax_plugins"):
+        return True
+    chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None  # libtpu alone compiles, for `tpaw plan`

@@ -199,6 +199,13 @@ def step_batch(
     return jax.tree.map(split, batch), TeamScores(log_probs, mask), np.int32(used)
 
 
+def empty_step(config: PackingConfig, players: int, micro_batches: int) -> tuple[TreeBatch, TeamScores, np.int32]:
+    """What `step_batch` gives for no rows at all: the shapes of a step."""
+    rows = pack([], config)
+    scores = TeamScores(np.zeros((players, *rows.prompt_index.shape), np.float32), np.ones(players, bool))
+    return step_batch(rows, scores, np.arange(0), config.rows_per_batch, micro_batches)
+
+
 def _take(rows: Rows, indices: np.ndarray) -> Rows:
     batch = jax.tree.map(lambda x: x[indices], rows.batch)
     return Rows(batch, rows.prompt_index[indices], rows.source[indices])

@@ -12,7 +12,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from tpaw_jax import draws, sharding
@@ -20,7 +22,7 @@ from tpaw_jax.decoder import PackedPrompts, decoder_from_apply_fn, decoder_of
 from tpaw_jax.models.cache import PAGE
 from tpaw_jax.pages import Pages
 from tpaw_jax.slots import LOOK, Admission, Look, Sampler, Staged, make_sampler
-from tpaw_jax.types import Generations, Prompts
+from tpaw_jax.types import AnyArray, Generations, Prompts
 
 __all__ = ["Ends", "Response", "decoder_from_apply_fn", "decoder_of", "generate", "make_sampler", "stop_at"]
 
@@ -121,7 +123,8 @@ class _Engine:
         requests: Sequence[int],
         key: Array,
     ):
-        self.sampler, self.params, self.key = sampler, sharding.to_local(params, sampler.mesh, sampler.dtype), key
+        self.sampler, self.params = sampler, sharding.resplit(params, sampler.mesh, sampler.dtype)
+        self.key = _everywhere(key, sampler.mesh) if sampler.processes > 1 else key
         self.prompts, self.limits, self.num_generations = prompts, limits, num_generations
         self.requests_of: dict[int, list[int]] = {}
         for r in sorted(requests):
@@ -136,7 +139,7 @@ class _Engine:
         even_share = math.ceil(sum(lengths) / shards)
         self.row = max(bucket(self.longest), min(bucket(sampler.config.prefill_tokens), bucket(even_share)))
 
-        slots = math.ceil(min(sampler.config.slots, len(prompts) * num_generations) / shards)
+        slots = math.ceil(min(sampler.config.slots * sampler.processes, len(prompts) * num_generations) / shards)
         typical = math.ceil(np.mean([n + limit / 2 for n, limit in zip(lengths, limits, strict=True)]) / PAGE)
         table = math.ceil((self.longest + sampler.config.max_new_tokens) / PAGE)
         self.pages = Pages(shards, slots, max(table, typical * slots), table)
@@ -189,7 +192,9 @@ class _Engine:
         needed = np.where(self.occupant >= 0, self._prompt_lengths() + self.known + self.unseen * LOOK, 0)
         needed = np.minimum(needed, self._prompt_lengths() + self._limits())
         self._reserve(needed)
-        self.state, look = self.sampler.decode(self.weights, self.state, self.pages.table(), self.key, until_active)
+        self.state, look = self.sampler.decode(
+            self.weights, self.state, self._split(self.pages.table()), self.key, self._split(until_active)
+        )
         return look
 
     def _ended_by_text(
@@ -205,7 +210,7 @@ class _Engine:
         for slot in found:
             mask[slot] = True
         if found:
-            self.state = self.sampler.cancel(self.state, mask)
+            self.state = self.sampler.cancel(self.state, self._split(mask))
         return found
 
     def _collect(self, look: Look, active: np.ndarray, ended: Mapping[tuple[int, int], int]) -> dict[int, Response]:
@@ -237,7 +242,8 @@ class _Engine:
             first[row, n], lengths[row, n] = start, len(prompt)
             filled[row] = run.stop, n + 1
             placed.append((row, n, start, self.unstaged.popleft()))
-        staged = self.sampler.prefill(self.params, PackedPrompts(tokens, positions, segments, first, lengths))
+        packed = PackedPrompts(tokens, positions, segments, first, lengths)
+        staged = self.sampler.prefill(self.params, self._split(packed))
         for row, n, start, i in placed:
             self.staged[row].extend(_Waiting(staged, n, start, request) for request in self.requests_of[i])
 
@@ -270,7 +276,7 @@ class _Engine:
             pages[r, a, : len(held)] = held
         flat = lambda x: x.reshape(shards, -1)
         admission = Admission(slot, prompt, length, request, sample, limit, flat(starts), flat(pages))
-        self.state = self.sampler.admit(self.state, batch, admission, self.key)
+        self.state = self.sampler.admit(self.state, batch, self._split(admission), self.key)
 
     def _give_up_slots(self) -> None:
         """Halve the slots, again and again, while half of them are enough and more than `FEWEST_SLOTS` are left."""
@@ -295,7 +301,13 @@ class _Engine:
         order = np.argsort((self.occupant < 0) & fewer, axis=1, kind="stable")[:, :slots]
         self.occupant = np.take_along_axis(self.occupant, order, axis=1)
         self.known = np.take_along_axis(self.known, order, axis=1)
-        self.state = self.sampler.resize(self.state, order, self.pages.resize(order, pages))
+        kept = self._split((order, self.pages.resize(order, pages)))
+        self.state = self.sampler.resize(self.state, *kept)
+
+    def _split(self, arrays: PyTree[np.ndarray]) -> PyTree[AnyArray]:
+        """Arrays of the host, [R, ...], as the programs take them."""
+        one_process = self.sampler.processes == 1
+        return arrays if one_process else sharding.place(arrays, sharding.rows(self.sampler.mesh))
 
     def _prompt_lengths(self) -> np.ndarray:
         return self._of_occupants(lambda i: len(self.prompts.prompt_tokens[i]))
@@ -306,6 +318,11 @@ class _Engine:
     def _of_occupants(self, of: Callable[[int], int]) -> np.ndarray:
         values = [of(r // self.num_generations) if r >= 0 else 0 for r in self.occupant.reshape(-1)]
         return np.array(values).reshape(self.occupant.shape)
+
+
+def _everywhere(key: Array, mesh: Mesh) -> Array:
+    data = sharding.place(np.asarray(jax.random.key_data(key)), sharding.replicated(mesh))
+    return jax.jit(jax.random.wrap_key_data)(data)
 
 
 def bucket(length: int, smallest: int = 64) -> int:

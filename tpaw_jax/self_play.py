@@ -86,7 +86,8 @@ def sample(
         session.say(f"Round {t}: the {len(session.prompts)} responses are there, sampled before.")
         return store
     directory, prompts = triplets.round_directory(session.directory, t), session.prompts
-    mine = np.arange(jax.process_index(), len(prompts), jax.process_count())
+    together = session.sampler.processes > 1  # each process then samples all prompts with the others, else its own
+    mine = np.arange(len(prompts)) if together else np.arange(jax.process_index(), len(prompts), jax.process_count())
     with watch.time("sampling"), monitoring.progress(f"round {t} sampling", len(mine), "response") as bar:
         tokens = 0
 
@@ -97,8 +98,10 @@ def sample(
             bar.update(requests)
             bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
 
-        path = directory / f"sampled_{jax.process_index():04d}.jsonl"
-        generation_file.resume(path, prompts)
+        path, writes = directory / f"sampled_{jax.process_index():04d}.jsonl", pod.writes() or not together
+        if writes:
+            generation_file.resume(path, prompts)
+        pod.meet("what was sampled before is whole")
         before = generation_file.of_all(sorted(directory.glob("sampled_*.jsonl")), prompts)
         finished = {n: before[i] for n, i in enumerate(mine) if i in before}
         bar.update(len(finished))
@@ -110,12 +113,14 @@ def sample(
             round_number=t,
             ends=session.ends,
             finished=finished,
-            keep=lambda responses: generation_file.append(
-                path, prompts, {int(mine[n]): r for n, r in responses.items()}
+            keep=lambda responses: (
+                generation_file.append(path, prompts, {int(mine[n]): r for n, r in responses.items()})
+                if writes
+                else None
             ),
             progress=show,
         )
-        generations = _of_all_processes(made, mine, t)
+        generations = made if together else _of_all_processes(made, mine, t)
     with watch.time("ring"):  # the policy that sampled must be whole on disk before anything that follows from it
         ring.settle(session.ring)
     with watch.time("other"):

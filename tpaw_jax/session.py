@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import yaml
 from jax.sharding import Mesh
@@ -37,7 +36,7 @@ from tpaw_jax.logprobs import LogProbFn, make_log_prob_fn
 from tpaw_jax.models import hub, splash_attention
 from tpaw_jax.models.tile_attention import TILES
 from tpaw_jax.models.transformer import split
-from tpaw_jax.types import TARGET, Prompts, TeamScores
+from tpaw_jax.types import TARGET, Prompts
 
 Say = Callable[[str], None]
 
@@ -133,7 +132,7 @@ def open_player(config: RunConfig, mesh: Mesh) -> Player:
     attention = splash_attention.splash_attention() if _on_tpu() else TILES
     whole = models.Transformer(architecture, jnp.dtype(c.compute_dtype), dtype, remat, attention)
     model = split(whole, params, mesh, config.train.reduce_dtype)
-    decodes_on = sharding.local_mesh(config.sampling.tensor)
+    decodes_on = sharding.sampling_mesh(config.sampling.tensor)
     stated = hub.load_generation_config(c.path).get("eos_token_id") or []
     stops = {template.end_of_turn, *(stated if isinstance(stated, list) else [stated])}
     decoder = sampling.decoder_of(split(whole, params, decodes_on), config.sampling.cache_dtype)
@@ -157,17 +156,10 @@ def _programs(
     if config.policy.remat != "auto":
         return with_remat(config.policy.remat)
     state = train_step.abstract_state(player.params, optimizer, mesh)
-    no_rows = packing.pack([], config.packing)
-    no_scores = TeamScores(
-        np.zeros((config.objective.n_max, *no_rows.prompt_index.shape), np.float32),
-        np.ones(config.objective.n_max, bool),
-    )
-    size = config.packing.rows_per_batch
-    batch = packing.step_batch(no_rows, no_scores, np.arange(0), size, most_micro_batches(config))
-    zero = np.float32(0)
-    scalars = train_step.StepScalars(zero, zero, zero, np.bool_(False))
+    inputs = packing.empty_step(config.packing, config.objective.n_max, most_micro_batches(config))
     limit = memory.available_bytes()
-    fit = memory.choose_remat(lambda remat: with_remat(remat)[1].lower(state, *batch, scalars).compile(), limit)
+    compile_with = lambda remat: with_remat(remat)[1].lower(state, *inputs, train_step.NO_SCALARS).compile()
+    fit = memory.choose_remat(compile_with, limit)
     say(f"Rematerialisation: {fit.remat}; a step needs {fit.needed / 2**30:.2f} of {limit / 2**30:.2f} GiB a device.")
     return with_remat(fit.remat)[0], fit.compiled
 

@@ -103,37 +103,42 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(tpu.arrange(list(devices), tuple(sizes), slices), MESH_AXES)
 
 
-def local_mesh(tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices of this process (or some of them) for sampling: whole models, or `tensor` shards of one.
+def sampling_mesh(tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices that sample together: this process's, each with a whole model, or where `tensor` share one, all.
+
+    Of all processes, since TPU v5e and v6e compile no program in which a part of a slice's devices exchange anything.
 
     Raises:
         ValueError: `tensor` does not divide the number of devices.
     """
-    devices = jax.local_devices() if devices is None else devices
+    if devices is None:
+        devices = jax.local_devices() if tensor == 1 else jax.devices()
     if tensor < 1 or len(devices) % tensor:
-        raise ValueError(f"sampling.tensor is {tensor}; it must divide the {len(devices)} devices of a process.")
-    return Mesh(np.asarray(devices).reshape(-1, 1, tensor), MESH_AXES)
+        raise ValueError(f"sampling.tensor is {tensor}; it must divide the {len(devices)} devices there are.")
+    if tensor == 1:
+        return Mesh(np.asarray(devices).reshape(-1, 1, 1), MESH_AXES)
+    return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=tensor), devices)
 
 
-def to_local(params: PyTree[Array], mesh: Mesh, dtype: jnp.dtype | None = None) -> PyTree[Array]:
-    """Parameters that are split over a mesh of any processes, split as a local mesh wants them; matrices in `dtype`.
+def resplit(params: PyTree[Array], mesh: Mesh, dtype: jnp.dtype | None = None) -> PyTree[Array]:
+    """Parameters that are split over a mesh of any processes, split as another mesh wants them; matrices in `dtype`.
 
     One parameter at a time comes together on every device, which keeps its part of it.
     """
 
-    def local(x: Array, place: NamedSharding) -> Array:
+    def own_part(x: Array, place: NamedSharding) -> Array:
         if dtype is not None and x.ndim > 1 and x.dtype != dtype:
             x = _cast(x, dtype)
         if x.sharding.is_equivalent_to(place, x.ndim):
             return x
-        if x.is_fully_addressable:
+        if x.is_fully_addressable and place.is_fully_addressable:
             return jax.device_put(x, place)
         split: Any = x.sharding
         whole = {s.device: s.data for s in _replicate(x, replicated(split.mesh)).addressable_shards}
-        own = [whole[device][index] for device, index in place.devices_indices_map(x.shape).items()]
+        own = [whole[device][index] for device, index in place.addressable_devices_indices_map(x.shape).items()]
         return jax.make_array_from_single_device_arrays(x.shape, place, own)
 
-    return jax.tree.map(local, params, param_shardings(params, mesh))
+    return jax.tree.map(own_part, params, param_shardings(params, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -180,6 +185,12 @@ def param_shardings(params: PyTree[Any], mesh: Mesh) -> PyTree[NamedSharding]:
     """The sharding of every parameter, by its path and shape."""
     sharder = param_sharder(mesh)
     return jax.tree_util.tree_map_with_path(lambda path, leaf: sharder(path_name(path), leaf.shape), params)
+
+
+def param_shapes(params: PyTree[Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter, by its flax path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {path_name(path): leaf.shape for path, leaf in leaves}
 
 
 def param_specs(params: PyTree[Any], mesh: Mesh) -> dict[str, P]:

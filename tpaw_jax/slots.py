@@ -47,7 +47,7 @@ class DecodeState(struct.PyTreeNode):
 
 
 class Look(NamedTuple):
-    """What the host sees of the slots after a chunk of steps."""
+    """What the host sees of the slots after a chunk of steps; every process, of all slots that it decodes."""
 
     active: Bool[Array, "R S"]
     generated: Int[Array, "R S"]
@@ -89,6 +89,7 @@ class Sampler(NamedTuple):
     mesh: Mesh
     dtype: jnp.dtype | None  # of the matrices of `params`; None: any
     shards: int
+    processes: int  # that sample together
 
 
 def make_sampler(
@@ -96,16 +97,16 @@ def make_sampler(
 ) -> Sampler:
     """Compile-once programs: one of each for a number of slots and pages, one to prefill prompts.
 
-    `mesh` has devices of this process only, each group of its tensor axis a whole model (`sharding.local_mesh`); by
-    default it is the first device alone.
+    Each group of the tensor axis of `mesh` holds a whole model (`sharding.sampling_mesh`); by default it is the first
+    device alone. Where the mesh is of several processes, all of them call the programs alike.
 
     Raises:
         ValueError: the mesh splits parameters over fsdp, which would be gathered for every token.
     """
     stops = jnp.asarray(sorted(stop_tokens), jnp.int32)
-    mesh = sharding.local_mesh(1, jax.local_devices()[:1]) if mesh is None else mesh
+    mesh = sharding.sampling_mesh(1, jax.local_devices()[:1]) if mesh is None else mesh
     if mesh.shape["fsdp"] > 1:
-        raise ValueError("The sampler's mesh has an fsdp axis; make it with sharding.local_mesh.")
+        raise ValueError("The sampler's mesh has an fsdp axis; make it with sharding.sampling_mesh.")
 
     def drawn(logits, key, request, sample, number):
         """Tokens and log-probs, [...], of logits [..., V]."""
@@ -117,6 +118,9 @@ def make_sampler(
         uniforms = draws.uniforms(key, flat(request), flat(sample), flat(number))
         tokens, log_probs = draws.sample(flat(logits), uniforms, config, banned)
         return tokens.reshape(request.shape), log_probs.reshape(request.shape)
+
+    def of_all(x):
+        return jax.lax.all_gather(x, sharding.MESH_AXES_OF["batch"], tiled=True)
 
     def new_state(slots: int, pages: int) -> DecodeState:
         ints = lambda *shape: jnp.zeros((1, slots, *shape), jnp.int32)
@@ -185,7 +189,8 @@ def make_sampler(
         begun = state.steps
         goes_on = lambda s: ((jnp.sum(s.active) > until_active) & (s.steps - begun < LOOK))[0]
         state = jax.lax.while_loop(goes_on, one_token, state)
-        return state, Look(state.active, state.generated, state.tokens, state.log_probs)
+        look = Look(state.active, state.generated, state.tokens, state.log_probs)
+        return state, jax.tree.map(of_all, look) if mesh.is_multi_process else look
 
     def cancel(state: DecodeState, slots) -> DecodeState:
         return state.replace(active=state.active & ~slots)
@@ -200,6 +205,7 @@ def make_sampler(
 
     by_shard: Any = sharding.rows(mesh).spec
     everywhere, of_device = P(), P(mesh.axis_names)  # the latter for what a device alone knows the shape of, end to end
+    seen = everywhere if mesh.is_multi_process else by_shard
     weights = P("tensor") if mesh.shape["tensor"] > 1 else everywhere
     others = (field.name for field in dataclasses.fields(DecodeState) if field.name != "cache")
     state: Any = DecodeState(cache=of_device, **dict.fromkeys(others, by_shard))
@@ -227,11 +233,12 @@ def make_sampler(
         prepare=of_params(prepare, (), weights),
         prefill=of_params(prefill, (by_shard,), staged),
         admit=program(admit, (state, staged, by_shard, everywhere), state, donate=0),
-        decode=program(decode, (weights, state, by_shard, everywhere, by_shard), (state, by_shard), donate=1),
+        decode=program(decode, (weights, state, by_shard, everywhere, by_shard), (state, seen), donate=1),
         cancel=program(cancel, (state, by_shard), state, donate=0),
         resize=program(resize, (state, by_shard, by_shard), state),
         config=config,
         mesh=mesh,
         dtype=decoder.dtype,
         shards=sharding.row_shards(mesh),
+        processes=len({device.process_index for device in mesh.devices.flat}),
     )

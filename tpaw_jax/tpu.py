@@ -16,6 +16,7 @@ class Chip(NamedTuple):
     """What is published of one chip of a generation (cloud.google.com/tpu/docs, the page of each)."""
 
     flops: float  # a second, bfloat16 matmuls
+    memory: float  # bytes of HBM that its compiler lets a program have
     hbm: float  # bytes a second
     link: float  # bytes a second that one of its ICI links carries in one direction
     network: float  # bytes a second between slices, over the data center's network
@@ -28,10 +29,10 @@ class Chip(NamedTuple):
 
 
 CHIPS = {  # a link has half of what the page calls its bidirectional bandwidth
-    "v4": Chip(275e12, 1228e9, 50e9, 6.25e9, (2, 2, 1)),
-    "v5e": Chip(197e12, 819e9, 50e9, 3.125e9, (2, 2)),
-    "v5p": Chip(459e12, 2765e9, 100e9, 6.25e9, (2, 2, 1)),
-    "v6e": Chip(918e12, 1638e9, 100e9, 12.5e9, (2, 2)),
+    "v4": Chip(275e12, 31.25 * 2**30, 1228e9, 50e9, 6.25e9, (2, 2, 1)),
+    "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 50e9, 3.125e9, (2, 2)),
+    "v5p": Chip(459e12, 95.74 * 2**30, 2765e9, 100e9, 6.25e9, (2, 2, 1)),
+    "v6e": Chip(918e12, 31.25 * 2**30, 1638e9, 100e9, 12.5e9, (2, 2)),
 }
 GENERATIONS = tuple(CHIPS)
 
@@ -111,9 +112,12 @@ class Topology(NamedTuple):
             wanted["chips_per_host_bounds"] = [*host, *[1] * (3 - len(host))]
         name = f"{self.generation}:{'x'.join(map(str, self.shape))}"
         try:
-            return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **wanted).devices)
+            devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name, **wanted).devices)
         except jax.errors.JaxRuntimeError as error:
             raise ValueError(f"{self.name}: the TPU compiler knows no such slice ({error}).") from error
+        if len(devices) != self.chips:
+            raise ValueError(f"{self.name}: the compiler sees {len(devices)} devices in {self.chips} chips.")
+        return devices
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:

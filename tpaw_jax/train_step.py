@@ -34,6 +34,8 @@ class StepScalars(NamedTuple):
     dry_run: AnyArray  # compute everything, change nothing
 
 
+NO_SCALARS = StepScalars(np.float32(0), np.float32(0), np.float32(0), np.bool_(False))
+
 Metrics = dict[str, Array]
 MicroLoss = Callable[[PyTree[Array], TreeBatch, TeamScores, Array, StepScalars], tuple[Array, Metrics]]
 """(params, batch, scores, triplets of the step, scalars) -> a micro-batch's part of the loss, and sums for metrics:

@@ -123,18 +123,20 @@ def load_pretrained(
         FileNotFoundError: nothing to load there.
         ValueError: unsupported architecture, missing or surplus tensors, or wrong shapes; names them.
     """
-    place = resolve(path)
-    source: TensorSource
-    if place.suffix == ".gguf":
-        source = gguf.GGUFSource(place)
-        config = source.config
-    else:
-        config = config_json.from_dict(_read_json(place / "config.json"), str(place / "config.json"))
-        source = SafetensorsSource(place)
+    place, config = resolve(path), load_architecture(path)
+    source: TensorSource = gguf.GGUFSource(place) if place.suffix == ".gguf" else SafetensorsSource(place)
     shapes = param_shapes(config)
     _check(source, shapes, config, place)
     params = {name: _place(source, name, shape, dtype, sharder) for name, shape in shapes.items()}
     return config, traverse_util.unflatten_dict(params, sep="/")
+
+
+def load_architecture(path: str | Path) -> ModelConfig:
+    """The architecture alone, of a directory with config.json (no weights needed), a hub id or a GGUF file."""
+    place = resolve(path)
+    if place.suffix == ".gguf":
+        return gguf.GGUFSource(place).config
+    return config_json.from_dict(_read_json(place / "config.json"), str(place / "config.json"))
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
