@@ -2,9 +2,14 @@
 
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.update(JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # pytest's workers and the processes that tests start share it
+    CACHE = tempfile.TemporaryDirectory(prefix="tpaw-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+os.environ.update(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2", JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1")
 
 import jax
 

@@ -325,6 +325,6 @@ def _everywhere(key: Array, mesh: Mesh) -> Array:
     return jax.jit(jax.random.wrap_key_data)(data)
 
 
-def bucket(length: int, smallest: int = 64) -> int:
-    """The next power of two, so that runs on like prompts share their programs."""
+def bucket(length: int, smallest: int = 128) -> int:
+    """The next power of two, so that runs on like prompts share programs; splash attention takes no less than 128."""
     return max(smallest, 1 << (length - 1).bit_length())

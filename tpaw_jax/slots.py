@@ -165,7 +165,7 @@ def make_sampler(
         )
 
     def decode(weights, state: DecodeState, table: PageTable, key, until_active) -> tuple[DecodeState, Look]:
-        """`LOOK` steps, or fewer where at most `until_active` slots are still active."""
+        """`LOOK` steps; where no devices share a model, fewer once at most `until_active` slots are still active."""
 
         def one_token(state: DecodeState) -> DecodeState:
             logits, cache = decoder.decode(weights, state.cache, state.last_token, state.position, table)
@@ -187,7 +187,8 @@ def make_sampler(
             )
 
         begun = state.steps
-        goes_on = lambda s: ((jnp.sum(s.active) > until_active) & (s.steps - begun < LOOK))[0]
+        alike = mesh.shape["tensor"] > 1  # devices that exchange something in every step all take as many
+        goes_on = lambda s: ((alike | (jnp.sum(s.active) > until_active)) & (s.steps - begun < LOOK))[0]
         state = jax.lax.while_loop(goes_on, one_token, state)
         look = Look(state.active, state.generated, state.tokens, state.log_probs)
         return state, jax.tree.map(of_all, look) if mesh.is_multi_process else look
