@@ -88,8 +88,8 @@ bench-report: $(VENV)/demo
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[bench]'
 	$(MEASURE)/report.py
 
-# What the TPU's compiler says of the paper's runs, without a TPU: about an hour.
-PLAN = $(BIN)/tpaw plan --search
+# What the TPU's compiler says of the paper's runs, without a TPU: an hour or two.
+PLAN = $(BIN)/tpaw plan
 .PHONY: plans
 plans: $(VENV)/test
 	$(PLAN) --config configs/llama31_8b_ultrachat.yaml --architecture configs/models/llama-3.1-8b \

@@ -229,9 +229,10 @@ def plans(reports: list[dict]) -> str:
     """What `tpaw plan` says of each topology: the compiler's peaks, and what is predicted."""
     lines = []
     for r in reports:
-        of = r["stages"]
-        peaks = [f"{s['peak GiB']:.1f} + {s['beside it GiB']:.1f}" for s in of.values()]
-        run, step = r["predicted run"], of["step"]
+        of, run = r["stages"], r.get("predicted run")
+        if run is None or len(of) < 4:  # something does not fit, or was not asked for
+            continue
+        peaks, step = [f"{s['peak GiB']:.1f} + {s['beside it GiB']:.1f}" for s in of.values()], of["step"]
         mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1)
         lines.append(
             [
@@ -255,7 +256,9 @@ def exchanges(reports: list[dict]) -> str:
     kinds = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "between slices")
     lines = []
     for r in reports:
-        step, cells = r["stages"]["step"], []
+        step, cells = r["stages"].get("step", {}), []
+        if "exchanges" not in step:
+            continue
         for kind in kinds:
             found = [e for e in step["exchanges"] if e["kind"] == kind]
             total, expected = sum(e["GiB"] for e in found), step["by hand GiB"].get(kind, 0)

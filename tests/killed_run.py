@@ -1,6 +1,6 @@
-"""Play a small run in this process and die by SIGKILL at a chosen place: python killed_run.py DIRECTORY PLACE.
+"""Play a small run in this process that gets a signal at a chosen place: python killed_run.py DIRECTORY PLACE [SIGNAL].
 
-PLACE is a key of PLACES, or `never`. Used by test_self_play.py.
+PLACE is a key of PLACES, or `never`; the signal is SIGKILL unless named. Used by test_self_play.py.
 """
 
 import dataclasses
@@ -10,11 +10,13 @@ import sys
 
 import conftest
 
-from tpaw_jax import generation_file, ring, sampling, scoring, self_play, training, triplets
+from tpaw_jax import generation_file, preemption, ring, sampling, scoring, self_play, training, triplets
+
+DIRECTORY, PLACE, *SIGNAL = sys.argv[1:] if __name__ == "__main__" else ("", "never")
 
 
 def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.Signals[SIGNAL[0]] if SIGNAL else signal.SIGKILL)
 
 
 def at_call(module, name, number, after=False):
@@ -26,7 +28,7 @@ def at_call(module, name, number, after=False):
         if len(calls) == number and not after:
             die()
         result = original(*arguments, **named)
-        if len(calls) == number:
+        if len(calls) == number and after:
             die()
         return result
 
@@ -63,8 +65,12 @@ PLACES = {
 }
 
 if __name__ == "__main__":
-    directory, place = sys.argv[1:]
-    if place != "never":
-        PLACES[place]()
-    # One device: the eight that the tests see would only slow this down.
-    self_play.run(conftest.small_run(directory, **{"mesh.fsdp": -1}))
+    if PLACE != "never":
+        PLACES[PLACE]()
+    with preemption.Notice() as notice:
+        try:
+            # One device: the eight that the tests see would only slow this down.
+            self_play.run(conftest.small_run(DIRECTORY, **{"mesh.fsdp": -1}), notice=notice)
+        except preemption.Preempted as stopped:
+            print(stopped)
+            sys.exit(preemption.EXIT_CODE)

@@ -79,7 +79,9 @@ ENTRY %main (state: f32[8,128]) -> f32[8,128] {
 
 
 def test_collectives_count_as_often_as_their_loops_run_and_chains_once():
-    found = {(c.kind, c.times): c for c in hlo.parse(LOOPS, [3]).collectives()}
+    collectives = hlo.parse(LOOPS, [3]).collectives()
+    assert len(collectives) == 5
+    found = {(c.kind, c.times): c for c in collectives}
     gather = found["all-gather", 32]
     assert (gather.size, gather.group, gather.asynchronous) == (1024, (0, 1, 2, 3), True)
     assert gather.bytes == 32 * 1024
@@ -89,7 +91,6 @@ def test_collectives_count_as_often_as_their_loops_run_and_chains_once():
     assert (inner.size, inner.group, inner.asynchronous) == (4 * 128 * 4, (0, 2), False)
     assert found["all-to-all", 1].group == (0, 1)
     assert found["all-reduce", 1].group == ()
-    assert len(found) == 5
 
 
 def test_a_loop_of_unknown_length_runs_once_unless_told():
@@ -138,6 +139,19 @@ def test_traffic_is_of_slices_and_updates_and_not_of_what_stays_on_the_chip():
     block = 8 * 128 * 4
     # reads one slice of the stack and x; copies 1 block to memory; reads it and writes it into the stack
     assert hlo.parse(TRAFFIC).traffic() == (1 + 1) * block + block + 2 * block
+
+
+def test_what_a_fusion_hands_through_is_not_read():
+    through = TRAFFIC.replace("ROOT %sum =", "%sum =").replace(
+        "%sum = f32[8,128]{1,0} add(%inner, %x.1)",
+        "%sum = f32[8,128]{1,0} add(%inner, %x.1)\n  ROOT %both = (f32[8,128]{1,0}, f32[4,8,128]{2,1,0}) tuple(%sum, %stack.1)",
+    )
+    through = through.replace(
+        "%read = f32[8,128]{1,0:T(8,128)S(1)} fusion",
+        "%read = (f32[8,128]{1,0:T(8,128)S(1)}, f32[4,8,128]{2,1,0}) fusion",
+    )
+    assert through != TRAFFIC
+    assert hlo.parse(through).traffic() == hlo.parse(TRAFFIC).traffic()
 
 
 def test_traffic_in_a_loop_counts_as_often_as_it_runs():

@@ -9,6 +9,7 @@ ORDER = [  # a file imports only from files above it
     "types",
     "config",
     "pod",
+    "preemption",
     "durable",
     "host",
     "objective",

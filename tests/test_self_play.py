@@ -14,7 +14,7 @@ import transformers
 import yaml
 from conftest import ROOT, small_run
 
-from tpaw_jax import cli, monitoring, ring, self_play, session, sharding, triplets
+from tpaw_jax import cli, monitoring, preemption, ring, self_play, session, sharding, triplets
 from tpaw_jax.config import MeshConfig
 from tpaw_jax.monitoring import compile_log
 
@@ -193,9 +193,9 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeypat
     assert {"tokens", "labels", "log_probs"} <= set(np.load(saved).files)
 
 
-def play(directory, place):
+def play(directory, *place_and_signal):
     """Run tests/killed_run.py; its return code and output."""
-    command = [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(directory), place]
+    command = [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(directory), *place_and_signal]
     environment = os.environ | {"TPAW_TEST_DEVICES": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     return done.returncode, done.stdout + done.stderr
@@ -216,16 +216,26 @@ def results(directory):
     return found
 
 
-def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(tmp_path):
+def test_a_run_killed_or_told_to_stop_in_every_stage_ends_as_the_undisturbed_one(tmp_path):
     from killed_run import PLACES
 
     assert play(tmp_path / "whole", "never")[0] == 0
     for place in PLACES:  # one run, killed and started again in every stage
         code, output = play(tmp_path / "killed", place)
         assert code == -signal.SIGKILL, (place, output[-2000:])
-    code, output = play(tmp_path / "killed", "never")
-    assert code == 0, output[-2000:]
-    whole, killed = results(tmp_path / "whole"), results(tmp_path / "killed")
+    for place, where in (("sampling", "sampling stopped"), ("training", "training stopped after step 5 of")):
+        code, output = play(tmp_path / "stopped", place, "SIGTERM")
+        assert code == preemption.EXIT_CODE, (place, output[-2000:])
+        assert where in output
+        assert "the same command goes on" in output
+    for disturbed in ("killed", "stopped"):
+        code, output = play(tmp_path / disturbed, "never")
+        assert code == 0, output[-2000:]
+        assert_same_as_whole(tmp_path, disturbed)
+
+
+def assert_same_as_whole(tmp_path, disturbed):
+    whole, killed = results(tmp_path / "whole"), results(tmp_path / disturbed)
     assert killed.keys() == whole.keys()
     for name, value in whole.items():
         if name.endswith("generations.npz"):
@@ -238,7 +248,7 @@ def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(tmp_path):
         small_run(tmp_path / "whole"), sharding.make_mesh(small_run("x").mesh, jax.devices()[:1])
     )
     policies = [
-        ring.restore_policy(ring.open_ring(tmp_path / run / "ring", 3), 3, like.params) for run in ("whole", "killed")
+        ring.restore_policy(ring.open_ring(tmp_path / run / "ring", 3), 3, like.params) for run in ("whole", disturbed)
     ]
     jax.tree.map(np.testing.assert_array_equal, *policies)
 

@@ -14,7 +14,10 @@ from tpaw_jax.host import restart_with_huge_pages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 with a sentence on standard error where the input cannot be used."""
+    """Run one command; 0 on success, 2 with a sentence on standard error where the input cannot be used.
+
+    75 where a run was told to stop and the same command goes on (`preemption.EXIT_CODE`).
+    """
     if arguments is None:
         restart_with_huge_pages()
     parser = _parser()
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def play(options: argparse.Namespace, overrides: list[str]) -> None:
     """Run the rounds of self-play of a configuration, or what is left of them."""
-    from tpaw_jax import config, pod, self_play
+    from tpaw_jax import config, pod, preemption, self_play
     from tpaw_jax.models import hub
     from tpaw_jax.monitoring import compile_log, parse_steps
 
@@ -50,9 +53,13 @@ def play(options: argparse.Namespace, overrides: list[str]) -> None:
         pod.join(options.coordinator, options.num_processes, options.process_id)
     if options.export:
         hub.check_export(options.export)
-    with compile_log() as compiled:
-        generations = Path(options.generations) if options.generations else None
-        self_play.run(run, generations=generations, profiled=profiled)
+    generations = Path(options.generations) if options.generations else None
+    with compile_log() as compiled, preemption.Notice() as notice:
+        try:
+            self_play.run(run, generations=generations, profiled=profiled, notice=notice)
+        except preemption.Preempted as stopped:
+            print(f"tpaw: {stopped}", file=sys.stderr)
+            sys.exit(preemption.EXIT_CODE)
     if not pod.writes():
         return
     print(f"Compiled {len(compiled)} programs in {sum(s for _, s in compiled):.0f} s:")
@@ -128,10 +135,13 @@ def generate(options: argparse.Namespace, overrides: list[str]) -> None:
 def plan(options: argparse.Namespace, overrides: list[str]) -> None:
     """Compile a configuration for TPU topologies, without a TPU, and say what fits and how long the run would take."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
     from tpaw_jax import config, durable, lowering, planning, tpu
     from tpaw_jax.models import hub
 
     os.environ.update({name: value for name, value in tpu.QUIET.items() if name not in os.environ})
+    jax.config.update("jax_enable_compilation_cache", False)  # from which nothing for absent devices can be read back
     run = config.load(options.config, overrides)
     architecture = hub.load_architecture(options.architecture or run.policy.path)
     stages = tuple(options.stages.split(",")) if options.stages else planning.STAGES
@@ -139,6 +149,8 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError(f"--stages: there is no stage '{unknown[0]}'; known are {', '.join(planning.STAGES)}.")
     topologies = [tpu.parse_topology(text.strip(), options.slices or 1) for text in options.topology.split(",")]
     prompts, reports = options.prompts or run.data.max_prompts or planning.PROMPTS, []
+    if prompts < 1:
+        raise ValueError(f"--prompts is {prompts}; a round plays on one at least.")
     for topology in topologies:
         target = lowering.target_of(run, architecture, topology)
         say = lambda line: print(line, file=sys.stderr, flush=True)

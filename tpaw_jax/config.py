@@ -143,7 +143,10 @@ class TrainConfig:
 class MeshConfig:
     """How devices are arranged. One size may be -1: all devices that remain."""
 
-    preset: str = knob("", "a known arrangement (`sharding.PRESETS`, as v5e-256); the sizes are then not read")
+    preset: str = knob(
+        "",
+        "a known arrangement (`sharding.PRESETS`, as v5e-256), or auto: that of the TPU slice; sizes are not read then",
+    )
     data: int = knob(1, "copies of the model, each with its share of the rows")
     fsdp: int = knob(-1, "shards of parameters and optimizer state, each with its share of the rows")
     tensor: int = knob(1, "shards of every matrix product")

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tpaw_jax import pod
+
+
+@contextlib.contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Keep other runs out of a directory while the block runs; a process that ends in any way lets go of it.
+
+    File systems that know no locks, as mounted buckets, are left unguarded.
+
+    Raises:
+        ValueError: another process holds it; names its host and number.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".held").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(
+                f"{directory}: another process is playing this run: {file.read().strip() or 'it does not say which'}. "
+                "Wait until it is through, stop it, or choose another directory."
+            ) from error
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -176,6 +176,8 @@ class Program(NamedTuple):
         for user in fused.instructions.values():
             if name not in user.operands:
                 continue
+            if user.opcode == "tuple":  # handed through
+                continue
             if user.opcode in _VIEWS:
                 total += self._taken(fused, user.name)
             elif user.opcode in _SLICES:

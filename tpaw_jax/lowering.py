@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from tpaw_jax import draws, packing, sampling, scoring, sharding, tpu, train_step
-from tpaw_jax.config import MeshConfig, RunConfig
+from tpaw_jax.config import RunConfig
 from tpaw_jax.logprobs import make_log_prob_fn
 from tpaw_jax.models import ModelConfig, Transformer, splash_attention
-from tpaw_jax.models.cache import PAGE
+from tpaw_jax.models.cache import PAGE, PageTable
 from tpaw_jax.models.hub import param_shapes
 from tpaw_jax.models.transformer import split
 from tpaw_jax.pages import Pages
+from tpaw_jax.slots import DecodeState
 
 
 class Target(NamedTuple):
@@ -35,20 +36,21 @@ class Target(NamedTuple):
 
 
 def target_of(config: RunConfig, architecture: ModelConfig, topology: tpu.Topology) -> Target:
-    """A configuration on a topology; where it says nothing of a mesh, on the preset of the topology.
+    """A configuration on a topology.
 
     Raises:
-        ImportError, ValueError: libtpu is missing; the mesh does not cover the topology or cannot split the model.
+        ImportError: libtpu is missing.
+        ValueError: the mesh does not cover the topology, or cannot split the model or the rows.
     """
     devices = topology.devices()
-    wanted = sharding.preset_of(topology) if config.mesh == MeshConfig() else config.mesh
-    mesh = sharding.make_mesh(wanted, devices)
+    mesh = sharding.make_mesh(config.mesh, devices)
     policy, rows = config.policy, config.packing
     settled = dataclasses.replace(
         rows,
         rows_per_batch=rows.rows_per_batch or sharding.row_shards(mesh),
         alignment=rows.alignment or splash_attention.alignment(rows.row_length),
     )
+    packing.check_rows(settled, sharding.row_shards(mesh), splash_attention.alignment(rows.row_length))
     dtype, compute = jnp.dtype(policy.param_dtype), jnp.dtype(policy.compute_dtype)
     remat = "layer" if policy.remat == "auto" else policy.remat
     whole = Transformer(architecture, compute, dtype, remat, splash_attention.splash_attention())
@@ -57,13 +59,13 @@ def target_of(config: RunConfig, architecture: ModelConfig, topology: tpu.Topolo
     tensor = config.sampling.tensor
     sampling_mesh = sharding.sampling_mesh(tensor, one_process if tensor == 1 else devices)
     return Target(
-        config=dataclasses.replace(config, packing=settled, mesh=wanted),
+        config=dataclasses.replace(config, packing=settled),
         topology=topology,
         mesh=mesh,
         model=split(whole, params, mesh, config.train.reduce_dtype),
         params=params,
         sampling_mesh=sampling_mesh,
-        sampling_model=split(whole, params, sampling_mesh),
+        sampling_model=split(whole, params, sampling_mesh, key="sampling.tensor"),
     )
 
 
@@ -123,20 +125,21 @@ def slots_a_shard(target: Target) -> int:
 
 def decode(target: Target, typical_tokens: int) -> jax.stages.Lowered:
     """A chunk of decoding steps of all slots, with pages for sequences of `typical_tokens`."""
-    config = target.config.sampling
     sampler: Any = _sampler(target)
-    shards, slots = sampler.shards, slots_a_shard(target)
-    table = math.ceil((target.config.data.max_prompt_length + config.max_new_tokens) / PAGE)
-    pages = max(table, math.ceil(typical_tokens / PAGE) * slots)
     weights = jax.eval_shape(sampler.prepare, sampling_params(target))
-    state = jax.eval_shape(lambda: sampler.init(slots, pages))
-    page_table = jax.tree.map(jnp.asarray, Pages(shards, slots, pages, table).table())
-    until = jax.ShapeDtypeStruct((shards,), jnp.int32)
-    return sampler.decode.lower(weights, state, jax.eval_shape(lambda: page_table), _key(), until)
+    state, table = slots_of(target, typical_tokens)
+    until = jax.ShapeDtypeStruct((sampler.shards,), jnp.int32)
+    key = jax.eval_shape(lambda: draws.round_key(0, 0))
+    return sampler.decode.lower(weights, state, table, key, until)
 
 
-def _key() -> Any:
-    return jax.eval_shape(lambda: draws.round_key(0, 0))
+def slots_of(target: Target, typical_tokens: int) -> tuple[DecodeState, PageTable]:
+    """The slots of all shards, with pages for sequences of `typical_tokens`, and whose the pages are."""
+    config, sampler, slots = target.config.sampling, _sampler(target), slots_a_shard(target)
+    longest = math.ceil((target.config.data.max_prompt_length + config.max_new_tokens) / PAGE)
+    pages = max(longest, math.ceil(typical_tokens / PAGE) * slots)
+    table = jax.tree.map(jnp.asarray, Pages(sampler.shards, slots, pages, longest).table())
+    return jax.eval_shape(lambda: sampler.init(slots, pages)), jax.eval_shape(lambda: table)
 
 
 def _sampler(target: Target) -> sampling.Sampler:
@@ -147,7 +150,7 @@ def _sampler(target: Target) -> sampling.Sampler:
 
 
 def sampling_params(target: Target) -> PyTree[jax.ShapeDtypeStruct]:
-    """The policy as it is sampled from: matrices in the compute dtype, on the devices of a process."""
+    """The policy as it is sampled from: matrices in the compute dtype, split over the devices that share a model."""
     shardings = sharding.param_shardings(target.params, target.sampling_mesh)
     dtype = jnp.dtype(target.config.policy.compute_dtype)
     cast = lambda x, place: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype, sharding=place)

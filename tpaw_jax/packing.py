@@ -107,6 +107,24 @@ def pack(trees: Sequence[Tree], config: PackingConfig) -> Rows:
     return _rows(_grouped(trees, config), config)
 
 
+def check_rows(config: PackingConfig, shards: int, alignment: int) -> None:
+    """Check that rows can be split over `shards` devices and be computed where attention wants `alignment`.
+
+    Raises:
+        ValueError: they cannot; names the key.
+    """
+    if config.alignment % alignment:
+        raise ValueError(
+            f"packing.alignment is {config.alignment}; rows of {config.row_length} tokens need a multiple of "
+            f"{alignment} on TPU."
+        )
+    if config.rows_per_batch % shards:
+        raise ValueError(
+            f"packing.rows_per_batch is {config.rows_per_batch}; it must be a multiple of the {shards} devices that "
+            "rows are split over."
+        )
+
+
 def row_count(trees: Sequence[Tree], config: PackingConfig) -> int:
     """The rows that `pack` makes of `trees`, without making them."""
     return len(_grouped(trees, config))
@@ -164,8 +182,12 @@ def take(rows: Rows, indices: np.ndarray, size: int) -> Rows:
 
 def micro_batches_a_step(rows: Rows, batch_triplets: int, rows_per_batch: int) -> int:
     """Full micro-batches whose triplets come closest to `batch_triplets`, at least one."""
-    triplets_a_row = max(float(rows.triplets.mean()), 1.0)
-    return max(1, round(batch_triplets / (triplets_a_row * rows_per_batch)))
+    return micro_batches_of(float(rows.triplets.mean()), batch_triplets, rows_per_batch)
+
+
+def micro_batches_of(triplets_a_row: float, batch_triplets: int, rows_per_batch: int) -> int:
+    """The same of rows with so many triplets on average."""
+    return max(1, round(batch_triplets / (max(triplets_a_row, 1.0) * rows_per_batch)))
 
 
 def most_micro_batches(batch_triplets: int, longest_triplet: int, config: PackingConfig) -> int:

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tpaw_jax import cost, lowering, monitoring, roofline, sharding, workload
+from tpaw_jax import cost, lowering, monitoring, packing, roofline, sharding, workload
 from tpaw_jax.config import RunConfig
 from tpaw_jax.cost import Work
 from tpaw_jax.hlo import BETWEEN_SLICES, KINDS
 from tpaw_jax.lowering import Target
+from tpaw_jax.memory import SHARE_TO_USE
 from tpaw_jax.models.transformer import KEEPS_LOGITS, REMAT_POLICIES
 from tpaw_jax.roofline import GIB, Flops, Stage
 from tpaw_jax.session import most_micro_batches
@@ -29,10 +30,14 @@ PROMPTS = 50_000
 
 STAGES = ("step", "scoring", "prefill", "decode")
 
+LONGEST_ROW = 16384
+"""Of a search: what the tree's rule has bits for."""
+
 SEARCHED = ("most rows a device", "longest row")
 
 SLOTS_BUSY = 0.95
-"""Share of the sampler's slots that hold an unfinished sequence: benchmarks/sampling.py, 512 requests."""
+"""Share of the sampler's slots that hold an unfinished sequence: as measured on CPU (benchmarks/sampling.py, 512
+requests, 64 slots); where devices share a model it is less, since a chunk of steps is then never cut short."""
 
 
 def plan(
@@ -46,9 +51,14 @@ def plan(
 
     With `search`, also the most rows a device and the longest row whose step fits, found by compiling. `prompts` are
     what a round plays on.
+
+    Raises:
+        ValueError: it is to search without the step among the stages.
     """
     config, chip = target.config, target.topology.chip
     load = workload.assumed(config, target.model.config, prompts)
+    if search and "step" not in stages:
+        raise ValueError("--search compiles train steps; name step among --stages.")
     found: dict[str, Stage] = {}
     remat: str = config.policy.remat
     for name in stages:
@@ -69,9 +79,9 @@ def plan(
         "fill": load.fill,
         "attention blocks / causal": load.blocks,
         "published peaks": {k: v for k, v in chip._asdict().items() if k != "host"},
-        "stages": {name: _record(target, load, name, s) for name, s in found.items()},
+        "stages": {name: _record(target, load, name, s, remat) for name, s in found.items()},
     }
-    if set(STAGES) <= set(found) and all(s.traffic for s in found.values()):
+    if set(STAGES) <= set(found) and all(s.fits for s in found.values()):
         report["predicted run"] = hours(target, load, found)
     if search:
         report |= largest(target, remat, say)
@@ -92,12 +102,13 @@ def step_flops(target: Target, load: Workload, remat: str, micro_batches: int) -
     return _of_device(target, passes * rows, load.row * (3 * rows), target.mesh.size)
 
 
-def by_hand(target: Target, stage: str, micro_batches: int = 1) -> dict[str, float]:
+def by_hand(target: Target, stage: str, remat: str = "layer", micro_batches: int = 1) -> dict[str, float]:
     """Bytes that the design has a device exchange in a run of a stage, by kind of collective.
 
-    Every layer's matrices are gathered forward and backward in the compute dtype, the head's table once, gradients
-    scattered back in `train.reduce_dtype` and summed over `data`; embeddings are exchanged, tokens by the columns of
-    the table that a device holds; over `tensor`, what attention and feed-forward add up to is summed.
+    Every layer's matrices are gathered forward, and backward unless they are kept, in the compute dtype, the head's
+    table once; gradients are scattered back in `train.reduce_dtype` and summed over `data`; embeddings are exchanged,
+    tokens by the columns of the table that a device holds; over `tensor`, what attention and feed-forward add up to is
+    summed forward, their gradients backward, and what attention adds up to once more where a layer is computed again.
     """
     config, sampled = target.config, stage in ("prefill", "decode")
     mesh, model = (target.sampling_mesh, target.sampling_model) if sampled else (target.mesh, target.model)
@@ -116,7 +127,8 @@ def by_hand(target: Target, stage: str, micro_batches: int = 1) -> dict[str, flo
         return found
     batches = micro_batches if stage == "step" else config.packing.scoring_batches
     tokens = config.packing.row_length * config.packing.rows_per_batch // (data * fsdp) * batches
-    gathers = 2 if stage == "step" else 1
+    again = stage == "step" and remat != "none"
+    gathers = 1 + again
     specs, shapes = model.parallel.specs, sharding.param_shapes(target.params)
     head = "embed/embedding" if c.tie_embeddings else "head/embedding"
     for name, shape in shapes.items():
@@ -126,20 +138,23 @@ def by_hand(target: Target, stage: str, micro_batches: int = 1) -> dict[str, flo
         if "fsdp" in axes and (layer or name == head):
             found["all-gather"] += held * compute * (gathers if layer else 1) * (batches if stage == "step" else 1)
             found["reduce-scatter"] += held * reduce * batches if stage == "step" else 0
-        if stage == "step" and data > 1 and "fsdp" in axes:
-            _add_sum_over_data(found, held / fsdp * reduce, data, target.topology.slices)
+        if stage == "step":
+            own, others = (held / fsdp, data) if "fsdp" in axes else (held, data * fsdp)
+            _add_sum_over_data(found, own * reduce, others, target.topology.slices)
     if fsdp > 1:
-        found["all-to-all"] = gathers * tokens * c.hidden_size * compute
+        found["all-to-all"] = (2 if stage == "step" else 1) * tokens * c.hidden_size * compute
         found["all-gather"] += 4 * tokens * fsdp
     if tensor > 1:
-        passes = (4 + 2 * (config.policy.remat == "layer")) if stage == "step" else 2
-        found["all-reduce"] += (passes * c.num_layers + 1) * tokens * c.hidden_size * compute
+        sums = (4 + again) * c.num_layers + 2 if stage == "step" else 2 * c.num_layers + 1
+        found["all-reduce"] += sums * tokens * c.hidden_size * compute
     return found
 
 
 def _add_sum_over_data(found: dict[str, float], size: float, data: int, slices: int) -> None:
     """What a sum over `data` exchanges; where that spans slices, each chip of a slice sums its part with the others."""
     inside = data // slices
+    if data == 1:
+        return
     if slices == 1:
         found["all-reduce"] += size
     else:
@@ -219,22 +234,32 @@ def hours(target: Target, load: Workload, stages: dict[str, Stage]) -> dict[str,
 
 
 def largest(target: Target, remat: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """The most rows a device, and the longest row, whose step fits: guessed from two compiles, made sure by more."""
-    memory, c = target.topology.chip.memory, target.config.packing
+    """The most rows a device, and the longest row up to `LONGEST_ROW`, whose step fits.
+
+    The number is guessed from the compiled steps of one and two rows and made sure by compiling it and the next.
+    """
+    chip, c = target.topology.chip, target.config.packing
     shards = sharding.row_shards(target.mesh)
+    known: dict[tuple[int, int], Stage] = {}
 
-    def peak(rows: int, length: int) -> float:
-        say(f"{target.topology.name}: compiling a step of {rows} rows of {length} a device")
-        wanted = lowering.with_rows(target, rows * shards, length)
-        lowered = lowering.team_step(wanted, remat, 1)
-        return roofline.compile_stage(lowered, target.mesh, target.topology.chip, Flops(0, 0)).peak
+    def step(rows: int, length: int) -> Stage:
+        if (rows, length) not in known:
+            say(f"{target.topology.name}: compiling a step of {rows} rows of {length} a device")
+            wanted = lowering.with_rows(target, rows * shards, length)
+            lowered = lowering.team_step(wanted, remat, most_micro_batches(wanted.config))
+            known[rows, length] = roofline.compile_stage(lowered, target.mesh, chip, Flops(0, 0))
+        return known[rows, length]
 
-    one, two = peak(1, c.row_length), peak(2, c.row_length)
-    most = 0 if one > memory else 1 if two > memory else max(2, 1 + int((memory - one) / (two - one)))
-    while most > 2 and peak(most, c.row_length) > memory:
-        most -= 1
+    one, two = step(1, c.row_length), step(2, c.row_length)
+    most = int(one.fits) + int(one.fits and two.fits)
+    if most == 2:
+        most = max(2, 1 + int((chip.memory - one.peak) / max(two.peak - one.peak, GIB / 64)))
+        while most > 2 and not step(most, c.row_length).fits:
+            most -= 1
+        while step(most + 1, c.row_length).fits:
+            most += 1
     longest = c.row_length if most else 0
-    while most and longest < 16384 and peak(1, 2 * longest) <= memory:
+    while most and longest < LONGEST_ROW and step(1, 2 * longest).fits:
         longest *= 2
     return dict(zip(SEARCHED, (most, longest), strict=True))
 
@@ -249,40 +274,45 @@ def _step(target: Target, load: Workload) -> tuple[str, Stage]:
         chunks = math.ceil(load.computed.predictions / config.policy.head_chunk)
         trips = [chunks] if most == 1 else [used, chunks]
         found = roofline.compile_stage(lowered, target.mesh, target.topology.chip, flops, trips)
-        if found.fits:
+        if config.policy.remat != "auto" or found.peak <= SHARE_TO_USE * found.chip.memory:  # as the run chooses
             break
     return remat, found
 
 
 def _other_stage(target: Target, load: Workload, name: str) -> Stage:
-    config, chip, typical = target.config, target.topology.chip, (load.prompt_tokens + load.new_tokens) / load.prompts
+    config, chip = target.config, target.topology.chip
+    typical = math.ceil((load.prompt_tokens + load.new_tokens) / load.prompts)
     policy = _bytes_held(target.params)
     if name == "scoring":
         chunks = math.ceil(load.computed.predictions / config.policy.head_chunk)
         rows = config.packing.rows_per_batch * config.packing.scoring_batches
         flops = _of_device(target, load.computed * rows, load.row * rows, target.mesh.size)
-        # The player that scores is an argument; the policy and the player that is read meanwhile are not.
-        return roofline.compile_stage(lowering.scoring_pass(target), target.mesh, chip, flops, [chunks], 2 * policy)
+        # The player that scores is an argument; the policy is not, nor the player that one process reads meanwhile.
+        resident = policy * (1 if target.mesh.is_multi_process else 2)
+        return roofline.compile_stage(lowering.scoring_pass(target), target.mesh, chip, flops, [chunks], resident)
     mesh = target.sampling_mesh
     sampled = _bytes_held(lowering.sampling_params(target))
     if name == "prefill":
         row = lowering.prefill_row(config)
         count = load.prompts * row / load.prompt_tokens  # prompts in a row
         seen = row * (row / count + 1) / 2
-        work = Work(row, row // 16, seen) * sharding.row_shards(mesh)
-        flops = _of_device(target, work, work._replace(predictions=count), mesh.size)
-        return roofline.compile_stage(lowering.prefill(target), mesh, chip, flops, [], policy + sampled)
+        shards = sharding.row_shards(mesh)
+        executed, useful = Work(row, row // 16, seen) * shards, Work(row, count, seen) * shards
+        flops = _of_device(target, executed, useful, mesh.size)
+        cache = jax.tree.leaves(lowering.slots_of(target, typical)[0].cache)
+        resident = policy + sampled + sum(x.size * x.dtype.itemsize for x in cache) / mesh.size
+        return roofline.compile_stage(lowering.prefill(target), mesh, chip, flops, [], resident)
     slots = lowering.slots_a_shard(target) * sharding.row_shards(mesh)
     work = Work(slots, slots, slots * typical) * LOOK
     flops = _of_device(target, work, work * SLOTS_BUSY, mesh.size)
-    lowered = lowering.decode(target, math.ceil(typical))
+    lowered = lowering.decode(target, typical)
     return roofline.compile_stage(lowered, mesh, chip, flops, [LOOK], policy + sampled)
 
 
-def _record(target: Target, load: Workload, name: str, stage: Stage) -> dict[str, Any]:
+def _record(target: Target, load: Workload, name: str, stage: Stage, remat: str) -> dict[str, Any]:
     record = roofline.record(stage)
     if stage.traffic:
-        expected = by_hand(target, name, _micro_batches(target.config, load))
+        expected = by_hand(target, name, remat, _micro_batches(target.config, load))
         record["by hand GiB"] = {kind: size / GIB for kind, size in expected.items() if size}
     return record
 
@@ -293,6 +323,8 @@ def _warnings(target: Target, load: Workload, stages: dict[str, Stage]) -> list[
         if not s.fits:
             needed, there = (s.peak + s.resident) / GIB, s.chip.memory / GIB
             found.append(f"{name} does not fit: it needs {needed:.2f} of the {there:.2f} GiB of a device.")
+    if config.policy.remat in ("auto", "offload"):
+        found.append("What remat `offload` moves to the host's memory and back is not in the predicted times.")
     triplets = config.packing.rows_per_batch * _micro_batches(config, load) * load.triplets_a_row
     if triplets > 2 * config.train.batch_triplets:
         found.append(
@@ -303,8 +335,9 @@ def _warnings(target: Target, load: Workload, stages: dict[str, Stage]) -> list[
 
 
 def _micro_batches(config: RunConfig, load: Workload) -> int:
-    wanted = round(config.train.batch_triplets / (load.triplets_a_row * config.packing.rows_per_batch))
-    return min(most_micro_batches(config), max(1, wanted))
+    c = config.packing
+    wanted = packing.micro_batches_of(load.triplets_a_row, config.train.batch_triplets, c.rows_per_batch)
+    return min(most_micro_batches(config), wanted)
 
 
 def _of_device(target: Target, executed: Work, useful: Work, devices: int) -> Flops:

@@ -105,10 +105,11 @@ def compile_stage(
     try:
         compiled: Any = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        needed = _needed(str(error))
+        if needed is None:
             raise
         seconds = time.perf_counter() - start
-        return Stage(seconds, False, _needed(str(error)), resident, flops, 0, (), chip)
+        return Stage(seconds, False, needed, resident, flops, 0, (), chip)
     seconds = time.perf_counter() - start
     program = hlo.parse(compiled.as_text(), unknown_trips)
     peak = compiled.memory_analysis().peak_memory_in_bytes
@@ -142,7 +143,7 @@ def collective_seconds(c: Collective, mesh: Mesh, chip: tpu.Chip) -> float:
     Rings in both directions along each dimension of the torus that the group spans: n devices gather or scatter V
     bytes in V (n - 1) / n / W, sum them in twice that, exchange V n / 4 / W where each holds V
     (jax-ml.github.io/scaling-book). W is two links a dimension, one where it does not wrap around. What slices sum goes
-    over each chip's share of the network.
+    over each chip's share of the network; the little else that they exchange is counted as if it were summed.
     """
     if c.kind == hlo.BETWEEN_SLICES:
         slices = len({d.slice_index for d in mesh.devices.flat})
@@ -158,10 +159,10 @@ def collective_seconds(c: Collective, mesh: Mesh, chip: tpu.Chip) -> float:
 
 def _links(devices: list[Any], mesh: Mesh) -> int:
     """Links by which each device of a group takes part: two along a dimension of the torus that wraps, else one."""
-    shape = [max(values) + 1 for values in zip(*(d.coords for d in mesh.devices.flat), strict=True)]
-    whole = 4 if len([size for size in shape if size > 1]) > 2 else 16  # dimensions of so many, or multiples, wrap
-    spanned = [len(set(values)) for values in zip(*(d.coords for d in devices), strict=True)]
-    return sum(2 if n == size and n % whole == 0 else 1 for n, size in zip(spanned, shape, strict=True) if n > 1)
+    shape = tuple(max(places) + 1 for places in zip(*(d.coords for d in mesh.devices.flat), strict=True))
+    spanned = [len(set(places)) for places in zip(*(d.coords for d in devices), strict=True)]
+    ring = [n == size and wraps for n, size, wraps in zip(spanned, shape, tpu.wraps(shape), strict=True)]
+    return sum(2 if r else 1 for n, r in zip(spanned, ring, strict=True) if n > 1)
 
 
 def record(stage: Stage) -> dict[str, Any]:
@@ -199,8 +200,11 @@ def record(stage: Stage) -> dict[str, Any]:
     }
 
 
-def _needed(message: str) -> float:
-    """Bytes that the compiler says a program would need, from its refusal; infinite where it gives no figure."""
-    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
-    match = re.search(r"(?:Used|required for \w+ \w+ \()\s*([\d.]+)([KMGT]?)", message)
-    return float(match.group(1)) * units[match.group(2)] if match else float("inf")
+def _needed(message: str) -> float | None:
+    """Bytes of memory that a refused program would need; None where it was refused for another reason."""
+    used = r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"
+    wanted = r"Ran out of memory on HBM.*?\(([\d.]+)([KMGT]?)\)"
+    match = re.search(used, message) or re.search(wanted, message)
+    if "RESOURCE_EXHAUSTED" not in message or match is None:
+        return None
+    return float(match.group(1)) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}[match.group(2)]

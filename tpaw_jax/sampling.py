@@ -71,9 +71,10 @@ def generate(
             f"limits: there must be {len(prompts)}, one a prompt, each from 1 to max_new_tokens, {longest}."
         )
     done: dict[int, Response] = dict(finished or {})
+    local = sharding.resplit(params, sampler.mesh, sampler.dtype)  # by all processes, whether they have work or not
     missing = [i for i in range(len(prompts) * num_generations) if i not in done]
     if missing:
-        engine = _Engine(sampler, params, prompts, most, num_generations, missing, draws.round_key(seed, round_number))
+        engine = _Engine(sampler, local, prompts, most, num_generations, missing, draws.round_key(seed, round_number))
         while engine.unfinished:
             engine.refill()
             new = engine.decode(ends)
@@ -123,7 +124,7 @@ class _Engine:
         requests: Sequence[int],
         key: Array,
     ):
-        self.sampler, self.params = sampler, sharding.resplit(params, sampler.mesh, sampler.dtype)
+        self.sampler, self.params = sampler, params
         self.key = _everywhere(key, sampler.mesh) if sampler.processes > 1 else key
         self.prompts, self.limits, self.num_generations = prompts, limits, num_generations
         self.requests_of: dict[int, list[int]] = {}

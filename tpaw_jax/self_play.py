@@ -7,6 +7,7 @@ before the next begins, so a run that is started again goes on from the last fin
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,17 @@ from tpaw_jax import (
 )
 from tpaw_jax.config import RunConfig, of_round
 from tpaw_jax.host import Ahead
+from tpaw_jax.preemption import Notice, Preempted
 from tpaw_jax.session import Say, Session, open_session
 from tpaw_jax.types import Generations
 
 
 def run(
-    config: RunConfig, say: Say = print, generations: Path | None = None, profiled: range = range(0)
+    config: RunConfig,
+    say: Say = print,
+    generations: Path | None = None,
+    profiled: range = range(0),
+    notice: Notice | None = None,
 ) -> list[dict[str, Any]]:
     """Play all rounds, or what is left of them, and return the table of rounds.
 
@@ -46,8 +52,20 @@ def run(
         FileNotFoundError, ValueError: model, data, generations or configuration cannot be used; the sentence names what
             to mend.
         FloatingPointError: too many steps in a row were not finite; the batch is saved.
+        Preempted: `notice` told the run to stop; all that is finished is on disk.
     """
-    session, policy = open_session(config, say, profiled)
+    guard = durable.held(Path(config.directory)) if pod.writes() else contextlib.nullcontext()
+    with guard:
+        session, policy = open_session(config, say, profiled, notice or Notice())
+        try:
+            return _play(session, policy, generations)
+        except Preempted:
+            ring.settle(session.ring)
+            raise
+
+
+def _play(session: Session, policy: PyTree[Array], generations: Path | None) -> list[dict[str, Any]]:
+    config = session.config
     store = triplets.open_store(session.directory, session.prompts)
     first = session.ring.policies[-1]
     for t in range(first, config.rounds if generations is None else min(first + 1, config.rounds)):
@@ -95,6 +113,7 @@ def sample(
             nonlocal tokens
             tokens += new_tokens
             session.profiler.step("sampling")
+            session.notice.check(f"Round {t}: sampling stopped; what is sampled is kept")
             bar.update(requests)
             bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
 
@@ -104,6 +123,8 @@ def sample(
         pod.meet("what was sampled before is whole")
         before = generation_file.of_all(sorted(directory.glob("sampled_*.jsonl")), prompts)
         finished = {n: before[i] for n, i in enumerate(mine) if i in before}
+        if together:
+            pod.check_same({"the responses that were sampled before": str(sorted(finished))})
         bar.update(len(finished))
         made = sampling.generate(
             session.sampler,
@@ -193,6 +214,7 @@ def score(
 
                 def show(batch: packing.Rows, bar: Any = bar) -> None:
                     session.profiler.step("scoring")
+                    session.notice.check(f"Round {t}: scoring stopped; what earlier players have scored is kept")
                     bar.update(int((batch.batch.segment_ids > 0).sum()))
 
                 log_probs = scoring.score(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import yaml
 from jax.sharding import Mesh
@@ -36,6 +37,7 @@ from tpaw_jax.logprobs import LogProbFn, make_log_prob_fn
 from tpaw_jax.models import hub, splash_attention
 from tpaw_jax.models.tile_attention import TILES
 from tpaw_jax.models.transformer import split
+from tpaw_jax.preemption import Notice
 from tpaw_jax.types import TARGET, Prompts
 
 Say = Callable[[str], None]
@@ -70,10 +72,11 @@ class Session:
     ring: ring.Ring
     like: PyTree[jax.ShapeDtypeStruct]
     profiler: monitoring.Profiler
+    notice: Notice
     say: Say
 
 
-def open_session(config: RunConfig, say: Say, profiled: range) -> tuple[Session, PyTree[Array]]:
+def open_session(config: RunConfig, say: Say, profiled: range, notice: Notice) -> tuple[Session, PyTree[Array]]:
     """Open or create the run directory, load model and data, build the programs; also the policy to go on from.
 
     Raises:
@@ -87,7 +90,7 @@ def open_session(config: RunConfig, say: Say, profiled: range) -> tuple[Session,
     mesh = sharding.make_mesh(config.mesh)
     config = _settled(config, directory, mesh)
     _check_unchanged(directory, config)
-    _check_rows(config, mesh)
+    packing.check_rows(config.packing, sharding.row_shards(mesh), _needed_alignment(config))
     player = open_player(config, mesh)
     template, policy = player.template, player.params
     prompts, held_out, report = dataset.load(config.data, template, config.seed)
@@ -112,6 +115,7 @@ def open_session(config: RunConfig, say: Say, profiled: range) -> tuple[Session,
         ring=ring.open_ring(directory / "ring", config.objective.n_max),
         like=sharding.abstract(policy),
         profiler=monitoring.Profiler(directory / "profile", profiled),
+        notice=notice,
         say=say,
     )
     pod.check_same({"the fingerprint of the data": report.fingerprint})
@@ -135,7 +139,7 @@ def open_player(config: RunConfig, mesh: Mesh) -> Player:
     decodes_on = sharding.sampling_mesh(config.sampling.tensor)
     stated = hub.load_generation_config(c.path).get("eos_token_id") or []
     stops = {template.end_of_turn, *(stated if isinstance(stated, list) else [stated])}
-    decoder = sampling.decoder_of(split(whole, params, decodes_on), config.sampling.cache_dtype)
+    decoder = sampling.decoder_of(split(whole, params, decodes_on, key="sampling.tensor"), config.sampling.cache_dtype)
     sampler = sampling.make_sampler(decoder, config.sampling, sorted(stops), decodes_on)
     strings = config.sampling.stop_strings
     ends = sampling.stop_at(template.tokenizer.decode, strings) if strings else None
@@ -157,7 +161,8 @@ def _programs(
         return with_remat(config.policy.remat)
     state = train_step.abstract_state(player.params, optimizer, mesh)
     inputs = packing.empty_step(config.packing, config.objective.n_max, most_micro_batches(config))
-    limit = memory.available_bytes()
+    limits = pod.exchange(limit=np.array([memory.available_bytes()]))
+    limit = min(int(one["limit"][0]) for one in limits)  # all processes take the same program
     compile_with = lambda remat: with_remat(remat)[1].lower(state, *inputs, train_step.NO_SCALARS).compile()
     fit = memory.choose_remat(compile_with, limit)
     say(f"Rematerialisation: {fit.remat}; a step needs {fit.needed / 2**30:.2f} of {limit / 2**30:.2f} GiB a device.")
@@ -179,33 +184,18 @@ def _settled(config: RunConfig, directory: Path, mesh: Mesh) -> RunConfig:
     stored = yaml.safe_load(path.read_text())["packing"] if path.exists() else {}
     wanted = {
         "rows_per_batch": sharding.row_shards(mesh),
-        "alignment": splash_attention.alignment(config.packing.row_length) if _on_tpu() else 1,
+        "alignment": _needed_alignment(config),
     }
     settled = {key: getattr(config.packing, key) or stored.get(key) or value for key, value in wanted.items()}
     return dataclasses.replace(config, packing=dataclasses.replace(config.packing, **settled))
 
 
+def _needed_alignment(config: RunConfig) -> int:
+    return splash_attention.alignment(config.packing.row_length) if _on_tpu() else 1
+
+
 def _on_tpu() -> bool:
     return jax.default_backend() == "tpu"
-
-
-def _check_rows(config: RunConfig, mesh: Mesh) -> None:
-    """Check that rows can be split over the devices and be computed there.
-
-    Raises:
-        ValueError: they cannot; names the key.
-    """
-    c, shards = config.packing, sharding.row_shards(mesh)
-    needed = splash_attention.alignment(c.row_length) if _on_tpu() else 1
-    if c.alignment % needed:
-        raise ValueError(
-            f"packing.alignment is {c.alignment}; rows of {c.row_length} tokens need a multiple of {needed} on TPU."
-        )
-    if c.rows_per_batch % shards:
-        raise ValueError(
-            f"packing.rows_per_batch is {c.rows_per_batch}; it must be a multiple of the {shards} devices that rows "
-            "are split over."
-        )
 
 
 def _warn_of_long_sequences(config: RunConfig, player: Player, prompts: Prompts, say: Say) -> None:

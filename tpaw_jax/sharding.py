@@ -82,9 +82,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ValueError: the sizes do not multiply to the number of devices, or the preset is unknown.
     """
     devices = jax.devices() if devices is None else devices
-    if config.preset:
+    if config.preset == "auto":
+        topology = tpu.topology_of(devices)
+        config = PRESETS["host"] if topology is None else preset_of(topology)
+    elif config.preset:
         if config.preset not in PRESETS:
-            raise ValueError(f"mesh.preset is {config.preset!r}; known are {', '.join(PRESETS)}.")
+            raise ValueError(f"mesh.preset is {config.preset!r}; known are auto, {', '.join(PRESETS)}.")
         config = PRESETS[config.preset]
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
@@ -113,8 +116,11 @@ def sampling_mesh(tensor: int, devices: Sequence[jax.Device] | None = None) -> M
     """
     if devices is None:
         devices = jax.local_devices() if tensor == 1 else jax.devices()
-    if tensor < 1 or len(devices) % tensor:
-        raise ValueError(f"sampling.tensor is {tensor}; it must divide the {len(devices)} devices there are.")
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if tensor < 1 or len(devices) % (tensor * slices):
+        raise ValueError(
+            f"sampling.tensor is {tensor}; it must divide the {len(devices) // slices} devices of a slice."
+        )
     if tensor == 1:
         return Mesh(np.asarray(devices).reshape(-1, 1, 1), MESH_AXES)
     return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=tensor), devices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +22,6 @@ class Chip(NamedTuple):
     link: float  # bytes a second that one of its ICI links carries in one direction
     network: float  # bytes a second between slices, over the data center's network
     host: tuple[int, ...]  # the shape of a host's chips
-
-    @property
-    def axes(self) -> int:
-        """Dimensions of the torus; a chip has two links along each."""
-        return len(self.host)
 
 
 CHIPS = {  # a link has half of what the page calls its bidirectional bandwidth
@@ -105,8 +101,8 @@ class Topology(NamedTuple):
         from jax.experimental import topologies
 
         wanted: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
-        if len(self.shape) == 3:  # whole cubes come as a torus; without it gathers become sums
-            wanted["wrap"] = tuple(size % 4 == 0 for size in self.shape)
+        if len(self.shape) == 3:  # the compiler is not told by the name; without it gathers become sums
+            wanted["wrap"] = wraps(self.shape)
         host = tuple(map(min, self.chip.host, self.shape))
         if host != self.chip.host:
             wanted["chips_per_host_bounds"] = [*host, *[1] * (3 - len(host))]
@@ -134,6 +130,24 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
         )
     shape = tuple(map(int, match.group(3).split("x")))
     return Topology(match.group(2), shape, int(match.group(1) or slices))
+
+
+def wraps(shape: tuple[int, ...]) -> tuple[bool, ...]:
+    """Which dimensions of a slice close to rings: of v4 and v5p those of whole cubes, of v5e and v6e those of 16."""
+    if len([size for size in shape if size > 1]) > 2:
+        return (all(size % 4 == 0 for size in shape),) * len(shape)
+    return tuple(size == 16 for size in shape)
+
+
+def topology_of(devices: Sequence[Any]) -> Topology | None:
+    """The topology that devices are of; None where they are no TPU."""
+    name = generation(devices[0])
+    if name is None:
+        return None
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    along = zip(*(device.coords for device in devices), strict=True)
+    shape = tuple(max(places) - min(places) + 1 for places in along)
+    return Topology(name, shape[: len(CHIPS[name].host)], slices)
 
 
 def arrange(devices: list[Any], sizes: tuple[int, ...], slices: int = 1) -> np.ndarray:

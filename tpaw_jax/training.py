@@ -12,11 +12,15 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from tpaw_jax import durable, monitoring, packing, ring, scoring, sharding, train_step, triplets
-from tpaw_jax.config import of_round
+from tpaw_jax.config import RunConfig, of_round
 from tpaw_jax.host import Ahead
+from tpaw_jax.preemption import Preempted
 from tpaw_jax.session import Session, most_micro_batches
 from tpaw_jax.train_step import StepScalars
 from tpaw_jax.types import TeamScores, TrainState
+
+STEPS_OF_A_ROUND = 1 << 24
+"""Numbers that the steps of a round have for a pod's notice of preemption, those of later rounds above them."""
 
 
 class StepInputs(NamedTuple):
@@ -35,17 +39,13 @@ def train(
     t: int,
     watch: monitoring.Stopwatch,
 ) -> tuple[PyTree[Array], dict[str, Any]]:
-    """Train theta_(t+1) from theta_t on D_O; also what the round's table says of it."""
+    """Train theta_(t+1) from theta_t on D_O; also what the round's table says of it.
+
+    Raises:
+        Preempted: the run was told to stop; the training state is on disk once the ring is settled.
+    """
     c = session.config
-    most = most_micro_batches(c)
-    per_step = min(most, packing.micro_batches_a_step(rows, c.train.batch_triplets, c.packing.rows_per_batch))
-    size = per_step * c.packing.rows_per_batch
-    plan = [
-        order[i : i + size]
-        for epoch in range(c.train.epochs)
-        for order in [packing.epoch_order(rows, c.seed, t, epoch)]
-        for i in range(0, len(order), size)
-    ]
+    most, plan = most_micro_batches(c), rows_of_steps(rows, c, t)
     rates = train_step.learning_rates(c.train, t, len(plan))
     with watch.time("held-out"):
         before = held_out_log_prob(session, policy)
@@ -53,8 +53,8 @@ def train(
 
     def inputs(step: int, tolerance: float, dry_run: bool = False) -> StepInputs:
         batch, of_team, used = packing.step_batch(rows, scores, plan[step], c.packing.rows_per_batch, most)
-        lam = of_round(c.objective.lam, t)
-        scalars = StepScalars(rates[step], np.float32(lam), np.float32(tolerance), np.bool_(dry_run))
+        lam = np.float32(of_round(c.objective.lam, t))
+        scalars = StepScalars(rates[step], lam, np.float32(tolerance), np.bool_(dry_run))
         tokens = int((np.asarray(batch.segment_ids) > 0).sum())
         return StepInputs(sharding.place((batch, of_team, used, scalars), places), tokens)
 
@@ -81,10 +81,14 @@ def train(
             pending = step, made, metrics, waited
             bar.update()
             bar.set_postfix_str(record.speed, refresh=False)
-            if (step + 1) % c.train.save_every_steps == 0 and step + 1 < len(plan):
+            told = session.notice.told_at(STEPS_OF_A_ROUND * t + step)
+            if told or ((step + 1) % c.train.save_every_steps == 0 and step + 1 < len(plan)):
                 record(*pending)
                 pending = None
                 ring.save_training(session.ring, state, t, step + 1)
+            if told:
+                where = f"Round {t}: training stopped after step {step + 1} of {len(plan)}"
+                raise Preempted(f"{where}; the same command goes on there.")
         if pending is not None:
             record(*pending)
     with watch.time("held-out"):
@@ -92,6 +96,14 @@ def train(
     share = (len(plan) - first) / len(plan)  # of the round, trained by this process
     facts = {"steps": len(plan), "share": share, "noise": noise, "held-out before": before, "held-out after": after}
     return state.params, facts
+
+
+def rows_of_steps(rows: packing.Rows, config: RunConfig, t: int) -> list[np.ndarray]:
+    """The rows of every step of a round, over all epochs."""
+    wanted = packing.micro_batches_a_step(rows, config.train.batch_triplets, config.packing.rows_per_batch)
+    size = min(most_micro_batches(config), wanted) * config.packing.rows_per_batch
+    orders = [packing.epoch_order(rows, config.seed, t, epoch) for epoch in range(config.train.epochs)]
+    return [order[i : i + size] for order in orders for i in range(0, len(order), size)]
 
 
 def held_out_log_prob(session: Session, policy: PyTree[Array]) -> float | None:

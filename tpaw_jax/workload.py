@@ -16,7 +16,7 @@ from tpaw_jax.models.attention import Visibility
 from tpaw_jax.types import Generations, Prompts
 
 MEDIANS, SPREADS = (160, 280, 240), (0.7, 0.6, 0.5)
-"""Of the lengths of x, y and y_gen where data.max_length is 1024, log-normal as UltraChat's are; tokens."""
+"""Of the lengths of x, y and y_gen where data.max_length is 1024, tokens: assumed, log-normal, of chats' order."""
 
 SAMPLE = 1024
 """Prompts that are drawn and packed for it."""
@@ -102,5 +102,6 @@ def _computed(rows: packing.Rows, config: RunConfig) -> tuple[Work, float]:
     seen = np.asarray(rules.blocks)
     query, keys = length // seen.shape[1], length // seen.shape[2]
     causal = sum(math.ceil((i + 1) * query / keys) for i in range(seen.shape[1]))
-    work = Work(len(rows) * length, float((np.ceil(live / chunk) * chunk).sum()), float(seen.sum()) * query * keys)
+    predictions = float(np.minimum(np.ceil(live / chunk) * chunk, length).sum())
+    work = Work(len(rows) * length, predictions, float(seen.sum()) * query * keys)
     return work, float(seen.sum() / (causal * len(rows)))

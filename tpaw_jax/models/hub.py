@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,7 +90,11 @@ class SafetensorsSource:
         return self._slices[name][index]
 
 
-def resolve(path: str | Path) -> Path:
+WANTED = ("*.json", "*.safetensors", "*.model", "*.jinja")
+"""Files that are fetched from a hub."""
+
+
+def resolve(path: str | Path, wanted: Sequence[str] = WANTED) -> Path:
     """The local place of a model: a directory, a GGUF file, or the snapshot of a hub id ('org/name'), downloaded.
 
     Raises:
@@ -102,7 +106,7 @@ def resolve(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+        return Path(snapshot_download(str(path), allow_patterns=list(wanted)))
     except Exception as error:  # the hub client raises dozens of types; the user needs one sentence
         raise FileNotFoundError(
             f"{path}: no such directory or file, and the hub did not deliver it ({type(error).__name__}: {error})."
@@ -123,8 +127,14 @@ def load_pretrained(
         FileNotFoundError: nothing to load there.
         ValueError: unsupported architecture, missing or surplus tensors, or wrong shapes; names them.
     """
-    place, config = resolve(path), load_architecture(path)
-    source: TensorSource = gguf.GGUFSource(place) if place.suffix == ".gguf" else SafetensorsSource(place)
+    place = resolve(path)
+    source: TensorSource
+    if place.suffix == ".gguf":
+        source = gguf.GGUFSource(place)
+        config = source.config
+    else:
+        config = load_architecture(place)
+        source = SafetensorsSource(place)
     shapes = param_shapes(config)
     _check(source, shapes, config, place)
     params = {name: _place(source, name, shape, dtype, sharder) for name, shape in shapes.items()}
@@ -132,8 +142,8 @@ def load_pretrained(
 
 
 def load_architecture(path: str | Path) -> ModelConfig:
-    """The architecture alone, of a directory with config.json (no weights needed), a hub id or a GGUF file."""
-    place = resolve(path)
+    """The architecture alone, of a directory with config.json, a hub id or a GGUF file; weights are not fetched."""
+    place = resolve(path, ["config.json"])
     if place.suffix == ".gguf":
         return gguf.GGUFSource(place).config
     return config_json.from_dict(_read_json(place / "config.json"), str(place / "config.json"))

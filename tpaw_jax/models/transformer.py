@@ -245,10 +245,12 @@ class Transformer(nn.Module):
         return self.final_norm(x_MD).reshape(*tokens_BT.shape, -1), cache
 
 
-def split(model: Transformer, params: PyTree[Any], mesh: Mesh, reduce_dtype: str = "float32") -> Transformer:
+def split(
+    model: Transformer, params: PyTree[Any], mesh: Mesh, reduce_dtype: str = "float32", key: str = "mesh.tensor"
+) -> Transformer:
     """The model for use inside `shard_map`, its parameters (arrays or shapes) split by `sharding.PARAM_AXES`.
 
-    Gradients travel between devices in `reduce_dtype`.
+    Gradients travel between devices in `reduce_dtype`; `key` is what the configuration calls the tensor axis.
 
     Raises:
         ValueError: heads or feed-forward do not divide by the mesh's tensor axis.
@@ -256,7 +258,7 @@ def split(model: Transformer, params: PyTree[Any], mesh: Mesh, reduce_dtype: str
     c, tensor = model.config, mesh.shape["tensor"]
     if c.num_heads % tensor or c.num_kv_heads % tensor or c.intermediate_size % tensor:
         raise ValueError(
-            f"mesh.tensor is {tensor}; it must divide the model's {c.num_heads} heads, its {c.num_kv_heads} key-value "
+            f"{key} is {tensor}; it must divide the model's {c.num_heads} heads, its {c.num_kv_heads} key-value "
             f"heads and its {c.intermediate_size} feed-forward features."
         )
     specs = {name: spec for name, spec in sharding.param_specs(params, mesh).items() if any(spec)}

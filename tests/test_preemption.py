@@ -1,0 +1,64 @@
+"""Being told to stop, and keeping other processes out of a run."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tpaw_jax import durable
+from tpaw_jax.preemption import Notice, Preempted
+
+
+def test_the_first_signal_is_noted_and_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with Notice() as notice:
+        notice.check("Nothing is told yet")
+        assert not notice.told_at(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert notice.told_at(1)
+        with pytest.raises(Preempted, match="Round 3: sampling stopped; the same command goes on from there"):
+            notice.check("Round 3: sampling stopped")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_second_signal_ends_the_process_at_once():
+    code = """if True:
+        import os, signal
+        from tpaw_jax.preemption import Notice
+        with Notice():
+            os.kill(os.getpid(), signal.SIGINT)
+            print("noted", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("still here")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stdout == "noted\n"
+    assert "SIGINT: the run stops when it has saved what it is at" in done.stderr
+
+
+def test_a_directory_is_held_by_one_process(tmp_path):
+    with (
+        durable.held(tmp_path / "run"),
+        pytest.raises(ValueError, match=rf"another process is playing this run: process {os.getpid()} on "),
+        durable.held(tmp_path / "run"),
+    ):
+        pass
+    with durable.held(tmp_path / "run"):  # free again
+        pass
+
+
+def test_a_process_that_is_killed_lets_go(tmp_path):
+    code = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from tpaw_jax import durable
+        with durable.held(Path(sys.argv[1])):
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    with durable.held(tmp_path):
+        pass
