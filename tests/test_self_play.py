@@ -26,6 +26,8 @@ PROGRAMS = {
     "jit(log_probs)": 1,  # every player, every round, held-out prompts
     "jit(step)": 1,  # every round, and the dry run that measures noise
 }
+SMALL_PROGRAMS = 14
+"""Casts, placements and the like that make up no stage; one more is a leak too."""
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +126,7 @@ def test_every_program_is_compiled_once(played):
     names = [name for name, _ in played[3]]
     for program, times in PROGRAMS.items():
         assert names.count(program) == times, (program, names)
-    small = [seconds for name, seconds in played[3] if name not in PROGRAMS]
-    assert len(small) <= 20
-    assert max(small) < 3, "a large program is compiled that PROGRAMS does not know"
+    assert len([name for name in names if name not in PROGRAMS]) <= SMALL_PROGRAMS, names
 
 
 def test_each_response_is_scored_once_per_player(played):
