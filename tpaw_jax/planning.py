@@ -19,6 +19,7 @@ from tpaw_jax.cost import Work
 from tpaw_jax.hlo import BETWEEN_SLICES, KINDS
 from tpaw_jax.lowering import Target
 from tpaw_jax.memory import SHARE_TO_USE
+from tpaw_jax.models.hub import param_shapes
 from tpaw_jax.models.transformer import KEEPS_LOGITS, REMAT_POLICIES
 from tpaw_jax.roofline import GIB, Flops, Stage
 from tpaw_jax.session import most_micro_batches
@@ -56,9 +57,9 @@ def plan(
         ValueError: it is to search without the step among the stages.
     """
     config, chip = target.config, target.topology.chip
-    load = workload.assumed(config, target.model.config, prompts)
     if search and "step" not in stages:
         raise ValueError("--search compiles train steps; name step among --stages.")
+    load = workload.assumed(config, target.model.config, prompts)
     found: dict[str, Stage] = {}
     remat: str = config.policy.remat
     for name in stages:
@@ -129,7 +130,7 @@ def by_hand(target: Target, stage: str, remat: str = "layer", micro_batches: int
     tokens = config.packing.row_length * config.packing.rows_per_batch // (data * fsdp) * batches
     again = stage == "step" and remat != "none"
     gathers = 1 + again
-    specs, shapes = model.parallel.specs, sharding.param_shapes(target.params)
+    specs, shapes = model.parallel.specs, param_shapes(c)
     head = "embed/embedding" if c.tie_embeddings else "head/embedding"
     for name, shape in shapes.items():
         axes = {a for part in specs.get(name, ()) if part for a in (part if isinstance(part, tuple) else (part,))}

@@ -193,12 +193,6 @@ def param_shardings(params: PyTree[Any], mesh: Mesh) -> PyTree[NamedSharding]:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: sharder(path_name(path), leaf.shape), params)
 
 
-def param_shapes(params: PyTree[Any]) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter, by its flax path."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {path_name(path): leaf.shape for path, leaf in leaves}
-
-
 def param_specs(params: PyTree[Any], mesh: Mesh) -> dict[str, P]:
     """How each parameter is split, by its flax path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(param_shardings(params, mesh))
