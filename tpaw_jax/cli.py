@@ -141,7 +141,6 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> None:
     from tpaw_jax.models import hub
 
     os.environ.update({name: value for name, value in tpu.QUIET.items() if name not in os.environ})
-    jax.config.update("jax_enable_compilation_cache", False)  # from which nothing for absent devices can be read back
     run = config.load(options.config, overrides)
     architecture = hub.load_architecture(options.architecture or run.policy.path)
     stages = tuple(options.stages.split(",")) if options.stages else planning.STAGES
@@ -151,6 +150,7 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> None:
     prompts, reports = options.prompts or run.data.max_prompts or planning.PROMPTS, []
     if prompts < 1:
         raise ValueError(f"--prompts is {prompts}; a round plays on one at least.")
+    jax.config.update("jax_enable_compilation_cache", False)  # from which nothing for absent devices can be read back
     for topology in topologies:
         target = lowering.target_of(run, architecture, topology)
         say = lambda line: print(line, file=sys.stderr, flush=True)
