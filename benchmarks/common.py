@@ -23,6 +23,7 @@ from tpaw_jax.models import ModelConfig, Transformer
 from tpaw_jax.models.tile_attention import TILES
 from tpaw_jax.train_step import StepScalars
 from tpaw_jax.types import Generations, Prompts, TeamScores
+from tpaw_jax.workload import MEDIANS, SPREADS
 
 MODELS = {  # Llama's architecture with random weights
     "smollm2": ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, 100000.0, 1e-5, 8192, True),
@@ -89,11 +90,12 @@ def lengths(prompts: int, generations: int, scale: float, seed: int) -> tuple[np
     rng, quarter = np.random.default_rng(seed), 4 * scale
 
     def of(median: float, sigma: float, cap: float, count: int) -> np.ndarray:
-        drawn = rng.lognormal(np.log(median * quarter), sigma, count)
+        drawn = rng.lognormal(np.log(median * scale), sigma, count)
         return np.clip(np.round(drawn), 4, cap * quarter).astype(int)
 
-    x, y = of(40, 0.7, CAPS["prompt"], prompts), of(70, 0.6, CAPS["target"], prompts)
-    return x, y, of(60, 0.5, CAPS["generated"], prompts * generations).reshape(prompts, generations)
+    counts = (prompts, prompts, prompts * generations)
+    x, y, g = (of(*one) for one in zip(MEDIANS, SPREADS, CAPS.values(), counts, strict=True))
+    return x, y, g.reshape(prompts, generations)
 
 
 def workload(prompts: int, rounds: int, scale: float, seed: int, vocabulary: int) -> tuple[Prompts, list[Generations]]:

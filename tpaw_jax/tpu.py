@@ -24,7 +24,7 @@ class Chip(NamedTuple):
     host: tuple[int, ...]  # the shape of a host's chips
 
 
-CHIPS = {  # a link has half of what the page calls its bidirectional bandwidth
+CHIPS = {  # a link has half of what the page calls its bidirectional bandwidth; v4, two devices a chip, is not planned
     "v4": Chip(275e12, 31.25 * 2**30, 1228e9, 50e9, 6.25e9, (2, 2, 1)),
     "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 50e9, 3.125e9, (2, 2)),
     "v5p": Chip(459e12, 95.74 * 2**30, 2765e9, 100e9, 6.25e9, (2, 2, 1)),
