@@ -44,7 +44,7 @@ _ASYNCHRONOUS = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
-    "xla_tpu_scoped_vmem_limit_kib": "17408",  # without a word about it reduce-scatters stay synchronous
+    "xla_tpu_scoped_vmem_limit_kib": "17408",  # a fused reduce-scatter of an 8B model takes 16.25 MiB of the default 16
 }
 
 COMPILER_OPTIONS = dict.fromkeys(GENERATIONS, _ASYNCHRONOUS)
