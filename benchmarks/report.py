@@ -252,7 +252,7 @@ def plans(reports: list[dict]) -> str:
 
 
 def exchanges(reports: list[dict]) -> str:
-    """What a step computes and moves on one device, by topology: collectives beside their count by hand."""
+    """What a step computes, moves and sends on one device, by topology: collectives beside their count by hand."""
     kinds = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "between slices")
     lines = []
     for r in reports:
@@ -261,16 +261,17 @@ def exchanges(reports: list[dict]) -> str:
             continue
         for kind in kinds:
             found = [e for e in step["exchanges"] if e["kind"] == kind]
-            total, expected = sum(e["GiB"] for e in found), step["by hand GiB"].get(kind, 0)
+            total, expected = sum(e["GiB sent"] for e in found), step["GiB sent by hand"].get(kind, 0)
             cells.append(f"{total:.2f} ({expected:.2f})" if expected or total > 0.01 else "")
-        every = sum(e["GiB"] for e in step["exchanges"])
-        beside = sum(e["GiB"] for e in step["exchanges"] if e["asynchronous"])
+        every = sum(e["GiB sent"] for e in step["exchanges"])
+        beside = sum(e["GiB sent"] for e in step["exchanges"] if e["asynchronous"])
+        if every:
+            cells += [f"**{every / sum(step['GiB sent by hand'].values()):.2f}**", f"{beside / every:.1%}"]
         figures = [f"{step['TFLOP executed']:.0f}", f"{step['memory traffic GiB']:.0f}", f"{step['peak GiB']:.1f}"]
-        lines.append(
-            [f"{Path(r['model']).name} on {r['topology']}", *figures, *cells, f"{beside / every:.1%}" if every else ""]
-        )
+        lines.append([f"{Path(r['model']).name} on {r['topology']}", *figures, *cells])
     head = ["a step on one chip", "TFLOP", "memory traffic, GiB", "peak, GiB"]
-    return _table([*head, *(f"{kind}, GiB (by hand)" for kind in kinds), "asynchronous"], lines)
+    sent = [f"{kind}, GiB sent (by hand)" for kind in kinds]
+    return _table([*head, *sent, "all sent over by hand", "asynchronous"], lines)
 
 
 def plot(summaries: list[dict], records: list[dict]) -> None:

@@ -1,9 +1,16 @@
 """Meshes: presets, topologies and what is refused."""
 
+from types import SimpleNamespace
+
+import jax
+import numpy as np
 import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from tpaw_jax import sharding, tpu
 from tpaw_jax.config import MeshConfig
+from tpaw_jax.models import parallel
 
 
 def test_topologies_are_read_and_refused():
@@ -30,3 +37,44 @@ def test_meshes_that_do_not_fit_are_refused():
         sharding.make_mesh(MeshConfig(data=3, fsdp=2))
     with pytest.raises(ValueError, match=r"sampling\.tensor is 3"):
         sharding.sampling_mesh(3)
+
+
+@pytest.mark.parametrize("stages", [(2, 4), (4, 2), (2, 2, 2)])
+@pytest.mark.parametrize(("axis", "parts"), [(0, "of rows"), (1, "of whole tiles"), (1, "of less than a tile")])
+def test_a_sum_scattered_in_stages_is_the_sum_scattered_at_once(stages, axis, parts):
+    columns = 8 * (parallel.LANES if parts == "of whole tiles" else 3)
+    x = np.random.default_rng(0).integers(-9, 9, (8, 16, columns)).astype(np.float32)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=-1))
+    out = P(*[None] * axis, "fsdp")
+
+    def scattered(scatter):
+        run = jax.shard_map(lambda x: scatter(x[0]), mesh=mesh, in_specs=P("fsdp"), out_specs=out, check_vma=False)
+        return np.asarray(jax.jit(run)(x))
+
+    at_once = scattered(lambda x: lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True))
+    np.testing.assert_array_equal(at_once, x.sum(0))
+    np.testing.assert_array_equal(scattered(lambda x: parallel._sum_scattered(x, axis, stages)), at_once)
+
+
+def places(*coords):
+    return [SimpleNamespace(coords=c) for c in coords]
+
+
+def test_an_axis_of_devices_fills_lines_of_the_torus():
+    by_row = [(x, y, 0) for x in range(2) for y in range(3)]
+    assert tpu.lines(places(*by_row)) == (2, 3)
+    assert tpu.lines(places(*sorted(by_row, key=lambda c: c[1]))) == (3, 2)
+    assert tpu.lines(places(*by_row[:3])) == (3,)
+    assert tpu.lines(places((1, 1, 0))) == (1,)
+    wound = [(0, 0, 0), (0, 1, 0), (1, 1, 0), (1, 0, 0)]  # a ring, of which no part is a line of two
+    assert tpu.lines(places(*wound)) == (4,)
+
+
+def test_a_slice_that_one_axis_covers_is_in_the_order_of_its_places():
+    of_a_slice = lambda s: [
+        SimpleNamespace(slice_index=s, coords=(x, y, 0), device_kind="TPU v5 lite") for y in range(4) for x in range(4)
+    ]
+    mesh = tpu.arrange(of_a_slice(1) + of_a_slice(0), (2, 16, 1), slices=2)
+    assert [d.slice_index for d in mesh[:, 0, 0]] == [0, 1]
+    for row in mesh:
+        assert tpu.lines(row[:, 0]) == (4, 4)

@@ -73,6 +73,12 @@ class Collective(NamedTuple):
         """Bytes of all its runs."""
         return self.size * self.times
 
+    def sent(self, devices: int) -> float:
+        """Bytes that a device of a group of `devices` sends in all runs: V (n - 1) / n of V, twice that of a sum."""
+        if self.kind == "collective-permute":
+            return self.bytes
+        return self.bytes * (2 if self.kind in ("all-reduce", BETWEEN_SLICES) else 1) * (devices - 1) / devices
+
 
 class Program(NamedTuple):
     """A compiled program."""
@@ -97,7 +103,8 @@ class Program(NamedTuple):
                 comes_out = _size(part.shape, everywhere=True)
                 if part.opcode.endswith("-start") or part.opcode == "send":  # whose result holds what went in too
                     comes_out -= goes_in
-                size = max(goes_in, comes_out)
+                padded = _size(inner.shape, everywhere=True) if inner is not part else 0
+                size = max(goes_in, comes_out, padded)
                 new = Collective(kind, size, _group(inner.attributes), times, beside)
                 if len(new.group) == 1:
                     continue

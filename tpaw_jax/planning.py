@@ -104,7 +104,8 @@ def step_flops(target: Target, load: Workload, remat: str, micro_batches: int) -
 
 
 def by_hand(target: Target, stage: str, remat: str = "layer", micro_batches: int = 1) -> dict[str, float]:
-    """Bytes that the design has a device exchange in a run of a stage, by kind of collective.
+    """Bytes that the design has a device send in a run of a stage, by kind of collective: of n devices that gather or
+    scatter V, V (n - 1) / n; of those that sum V, twice that.
 
     Every layer's matrices are gathered forward, and backward unless they are kept, in the compute dtype, the head's
     table once; gradients are scattered back in `train.reduce_dtype` and summed over `data`; embeddings are exchanged,
@@ -121,10 +122,11 @@ def by_hand(target: Target, stage: str, remat: str = "layer", micro_batches: int
         row = lowering.prefill_row(config)
         tokens, logits, size, times = (slots, slots, 4, LOOK) if stage == "decode" else (row, row // 16, compute, 1)
         if tensor > 1:
-            found["all-reduce"] = times * (2 * c.num_layers + 1) * tokens * c.hidden_size * size
-            found["all-gather"] = times * logits * c.vocab_size * 4
+            found["all-reduce"] = 2 * _others(tensor) * times * (2 * c.num_layers + 1) * tokens * c.hidden_size * size
+            found["all-gather"] = _others(tensor) * times * logits * c.vocab_size * 4
         if mesh.is_multi_process and stage == "decode":  # what the host sees: a flag, a count, tokens and log-probs
-            found["all-gather"] += slots * sharding.row_shards(mesh) * (5 + 8 * config.sampling.max_new_tokens)
+            seen, shards = 5 + 8 * config.sampling.max_new_tokens, sharding.row_shards(mesh)
+            found["all-gather"] += _others(shards) * slots * shards * seen
         return found
     batches = micro_batches if stage == "step" else config.packing.scoring_batches
     tokens = config.packing.row_length * config.packing.rows_per_batch // (data * fsdp) * batches
@@ -137,32 +139,35 @@ def by_hand(target: Target, stage: str, remat: str = "layer", micro_batches: int
         held = math.prod(shape) / (tensor if "tensor" in axes else 1)  # by the devices of an fsdp group together
         layer = name.startswith("layers/")
         if "fsdp" in axes and (layer or name == head):
-            found["all-gather"] += held * compute * (gathers if layer else 1) * (batches if stage == "step" else 1)
-            found["reduce-scatter"] += held * reduce * batches if stage == "step" else 0
+            times = (gathers if layer else 1) * (batches if stage == "step" else 1)
+            found["all-gather"] += _others(fsdp) * held * compute * times
+            found["reduce-scatter"] += _others(fsdp) * held * reduce * batches if stage == "step" else 0
         if stage == "step":
             own, others = (held / fsdp, data) if "fsdp" in axes else (held, data * fsdp)
             _add_sum_over_data(found, own * reduce, others, target.topology.slices)
     if fsdp > 1:
-        found["all-to-all"] = (2 if stage == "step" else 1) * tokens * c.hidden_size * compute
-        found["all-gather"] += 4 * tokens * fsdp
+        found["all-to-all"] = _others(fsdp) * (2 if stage == "step" else 1) * tokens * c.hidden_size * compute
+        found["all-gather"] += _others(fsdp) * 4 * tokens * fsdp
     if tensor > 1:
         sums = (4 + again) * c.num_layers + 2 if stage == "step" else 2 * c.num_layers + 1
-        found["all-reduce"] += sums * tokens * c.hidden_size * compute
+        found["all-reduce"] += 2 * _others(tensor) * sums * tokens * c.hidden_size * compute
     return found
+
+
+def _others(devices: int) -> float:
+    """The share of what a group holds that is on other devices than one's own."""
+    return (devices - 1) / devices
 
 
 def _add_sum_over_data(found: dict[str, float], size: float, data: int, slices: int) -> None:
     """What a sum over `data` exchanges; where that spans slices, each chip of a slice sums its part with the others."""
     inside = data // slices
-    if data == 1:
-        return
     if slices == 1:
-        found["all-reduce"] += size
+        found["all-reduce"] += 2 * _others(data) * size
     else:
-        found[BETWEEN_SLICES] += size / inside
-        if inside > 1:
-            found["reduce-scatter"] += size
-            found["all-gather"] += size
+        found[BETWEEN_SLICES] += 2 * _others(slices) * size / inside
+        found["reduce-scatter"] += _others(inside) * size
+        found["all-gather"] += _others(inside) * size
 
 
 def text(report: dict[str, Any]) -> str:
@@ -174,11 +179,11 @@ def text(report: dict[str, Any]) -> str:
     ]
     stages = []
     for name, record in report["stages"].items():
-        flat = {"stage": name, **{k: v for k, v in record.items() if k not in ("exchanges", "by hand GiB")}}
+        flat = {"stage": name, **{k: v for k, v in record.items() if k not in ("exchanges", "GiB sent by hand")}}
         for e in record.get("exchanges", []):
-            if e["GiB"] > 0.001:
-                flat[f"{e['kind']} GiB, {'beside' if e['asynchronous'] else 'alone'}"] = e["GiB"]
-        flat |= {f"{kind} GiB, by hand": size for kind, size in record.get("by hand GiB", {}).items()}
+            if e["GiB sent"] > 0.001:
+                flat[f"{e['kind']} GiB sent, {'beside' if e['asynchronous'] else 'alone'}"] = e["GiB sent"]
+        flat |= {f"{kind} GiB sent, by hand": size for kind, size in record.get("GiB sent by hand", {}).items()}
         stages.append(flat)
     lines.append(monitoring.table(stages))
     of_run = {k: report[k] for k in ("fill", "attention blocks / causal", *SEARCHED) if k in report}
@@ -314,7 +319,7 @@ def _record(target: Target, load: Workload, name: str, stage: Stage, remat: str)
     record = roofline.record(stage)
     if stage.traffic:
         expected = by_hand(target, name, remat, _micro_batches(target.config, load))
-        record["by hand GiB"] = {kind: size / GIB for kind, size in expected.items() if size}
+        record["GiB sent by hand"] = {kind: size / GIB for kind, size in expected.items() if size}
     return record
 
 

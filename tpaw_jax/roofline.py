@@ -33,7 +33,7 @@ class Exchange(NamedTuple):
 
     kind: str
     asynchronous: bool
-    bytes: int
+    sent: float  # bytes that a device sends
     seconds: float
     devices: int  # of the largest group that exchanges
 
@@ -129,12 +129,11 @@ def exchanges(collectives: list[Collective], mesh: Mesh, chip: tpu.Chip) -> tupl
     """Collectives by kind and by whether they run beside computation, the largest first."""
     found: dict[tuple[str, bool], Exchange] = {}
     for c in collectives:
-        key, none = (c.kind, c.asynchronous), Exchange(c.kind, c.asynchronous, 0, 0.0, 0)
-        old = found.get(key, none)
+        key, none = (c.kind, c.asynchronous), Exchange(c.kind, c.asynchronous, 0.0, 0.0, 0)
+        old, devices = found.get(key, none), _group_size(c, mesh)
         seconds = old.seconds + c.times * collective_seconds(c, mesh, chip)
-        devices = max(old.devices, len(c.group) or mesh.size)
-        found[key] = Exchange(c.kind, c.asynchronous, old.bytes + c.bytes, seconds, devices)
-    return tuple(sorted(found.values(), key=lambda e: -e.bytes))
+        found[key] = Exchange(*key, old.sent + c.sent(devices), seconds, max(old.devices, devices))
+    return tuple(sorted(found.values(), key=lambda e: -e.sent))
 
 
 def collective_seconds(c: Collective, mesh: Mesh, chip: tpu.Chip) -> float:
@@ -145,16 +144,20 @@ def collective_seconds(c: Collective, mesh: Mesh, chip: tpu.Chip) -> float:
     (jax-ml.github.io/scaling-book). W is two links a dimension, one where it does not wrap around. What slices sum goes
     over each chip's share of the network; the little else that they exchange is counted as if it were summed.
     """
+    sent, count = c.sent(_group_size(c, mesh)) / c.times, _group_size(c, mesh)
     if c.kind == hlo.BETWEEN_SLICES:
-        slices = len({d.slice_index for d in mesh.devices.flat})
-        return 2 * c.size * (slices - 1) / slices / chip.network
+        return sent / chip.network
     if c.kind == "collective-permute":
-        return c.size / chip.link
-    devices = [mesh.devices.flat[i] for i in c.group] or list(mesh.devices.flat)
-    count, width = len(devices), chip.link * _links(devices, mesh)
-    if c.kind == "all-to-all":
-        return c.size * count / 4 / width
-    return (2 if c.kind == "all-reduce" else 1) * c.size * (count - 1) / count / width
+        return sent / chip.link
+    width = chip.link * _links([mesh.devices.flat[i] for i in c.group] or list(mesh.devices.flat), mesh)
+    return (c.size * count / 4 if c.kind == "all-to-all" else sent) / width
+
+
+def _group_size(c: Collective, mesh: Mesh) -> int:
+    """How many devices exchange it with each other; of what slices exchange, how many slices."""
+    if c.kind == hlo.BETWEEN_SLICES:
+        return len({d.slice_index for d in mesh.devices.flat})
+    return len(c.group) or mesh.size
 
 
 def _links(devices: list[Any], mesh: Mesh) -> int:
@@ -184,7 +187,7 @@ def record(stage: Stage) -> dict[str, Any]:
             {
                 "kind": e.kind,
                 "asynchronous": e.asynchronous,
-                "GiB": e.bytes / GIB,
+                "GiB sent": e.sent / GIB,
                 "devices": e.devices,
                 "predicted s": e.seconds,
             }

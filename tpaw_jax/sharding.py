@@ -162,6 +162,18 @@ def row_shards(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in MESH_AXES_OF["batch"]]))
 
 
+def scatter_stages(mesh: Mesh) -> tuple[int, ...]:
+    """The steps in which sums are scattered over `fsdp`: one for each dimension of the torus that the axis spans.
+
+    The TPU's compiler makes a sum of everything, of twice the bytes, of a scattered sum over more than 8 chips that do
+    not lie on a line.
+    """
+    devices = list(mesh.devices[0, :, 0])
+    if len(devices) <= 8 or tpu.generation(devices[0]) is None:
+        return (len(devices),)
+    return tpu.lines(devices)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Everything on every device."""
     return NamedSharding(mesh, P())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -154,11 +155,29 @@ def arrange(devices: list[Any], sizes: tuple[int, ...], slices: int = 1) -> np.n
     """TPU devices in the shape of a mesh, neighbours on the torus beside each other; slices along its first axis."""
     from jax.experimental import mesh_utils
 
+    within = (sizes[0] // slices, *sizes[1:])
+    if max(within) == math.prod(within):  # JAX would wind some as one ring, of which no part is a line (see `lines`)
+        ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), *d.coords))
+        return np.asarray(ordered).reshape(sizes)
     if slices > 1:
-        within = (sizes[0] // slices, *sizes[1:])
         across = (slices, *[1] * (len(sizes) - 1))
         return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+
+
+def lines(devices: Sequence[Any]) -> tuple[int, ...]:
+    """The lengths of the torus's dimensions that an axis of devices fills, the outermost first; else all as one.
+
+    An axis of 16 chips of `v5e:4x4` is 4 lines of 4.
+    """
+    places = [tuple(d.coords) for d in devices]
+    spanned = [sorted(set(along)) for along in zip(*places, strict=True)]
+    fills = list(itertools.product(*spanned))
+    for order in itertools.permutations(range(len(spanned))):
+        in_order = lambda place: tuple(place[i] for i in order)  # noqa: B023, called within the turn
+        if places == sorted(fills, key=in_order):
+            return tuple(len(spanned[i]) for i in order if len(spanned[i]) > 1) or (1,)
+    return (len(places),)
 
 
 def generation(device: jax.Device) -> str | None:

@@ -17,11 +17,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
 from tpaw_jax import sharding
+
+LANES = 128
+"""Values of a TPU's tile along an array's last axis."""
 
 
 class Parallel(NamedTuple):
@@ -30,6 +34,7 @@ class Parallel(NamedTuple):
     specs: Mapping[str, P] = {}  # by flax path; none is split by default
     tensor: int = 1  # parts that heads, feed-forward and vocabulary are split into
     reduce_dtype: str = "float32"
+    scatter_stages: tuple[int, ...] = ()  # sizes whose product is `fsdp`, see `sharding.scatter_stages`; (): at once
 
     def layer(self, params: PyTree[Array], dtype: jnp.dtype) -> PyTree[Array]:
         """One layer's parameters with all of their `fsdp` shards, matrices in the compute dtype."""
@@ -98,26 +103,48 @@ class Parallel(NamedTuple):
 
     def _whole(self, x: Array, spec: P, dtype: jnp.dtype) -> Array:
         axis = next((i for i in range(x.ndim) if "fsdp" in _axes(spec, i)), None)
-        return x.astype(dtype) if axis is None else _gather(x, axis, jnp.dtype(dtype), self.reduce_dtype)
+        if axis is None:
+            return x.astype(dtype)
+        return _gather(x, axis, jnp.dtype(dtype), self.reduce_dtype, self.scatter_stages)
 
 
 WHOLE = Parallel()
 """A model of which each device holds all."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(x: Array, axis: int, dtype: jnp.dtype, reduce_dtype: str) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather(x: Array, axis: int, dtype: jnp.dtype, reduce_dtype: str, stages: tuple[int, ...]) -> Array:
     """All shards of `x` along `axis`, in `dtype`; gradients are summed in `reduce_dtype` and scattered back."""
     return lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
-def _gather_forward(x, axis, dtype, reduce_dtype):
-    return _gather(x, axis, dtype, reduce_dtype), jnp.zeros((), x.dtype)
+def _gather_forward(x, axis, dtype, reduce_dtype, stages):
+    return _gather(x, axis, dtype, reduce_dtype, stages), jnp.zeros((), x.dtype)
 
 
-def _gather_backward(axis, dtype, reduce_dtype, like, gradient):
-    gradient = gradient.astype(reduce_dtype)
-    return (lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True).astype(like.dtype),)
+def _gather_backward(axis, dtype, reduce_dtype, stages, like, gradient):
+    return (_sum_scattered(gradient.astype(reduce_dtype), axis, stages).astype(like.dtype),)
+
+
+def _sum_scattered(x: Array, axis: int, stages: tuple[int, ...]) -> Array:
+    """The device's part along `axis` of the sum over `fsdp`: over one dimension of `stages` after the other.
+
+    The outermost comes first, so that after it a device has the parts of all those that differ from it in the others.
+    Parts that are no whole tiles of the last axis are put along an axis of their own, since the TPU's compiler would
+    sum everything instead, twice the bytes.
+    """
+    if len(stages) <= 1:
+        return lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
+    count = math.prod(stages)
+    devices = np.arange(count).reshape(stages)
+    by_part = axis == x.ndim - 1 and x.shape[axis] // count % LANES
+    if by_part:
+        x = jnp.moveaxis(x.reshape(*x.shape[:-1], count, -1), -2, 0)
+    for i, size in enumerate(stages):
+        groups = np.moveaxis(devices, i, -1).reshape(-1, size).tolist()
+        along = 0 if by_part else axis
+        x = lax.psum_scatter(x, "fsdp", scatter_dimension=along, tiled=True, axis_index_groups=groups)
+    return x[0] if by_part else x
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

@@ -262,7 +262,7 @@ def split(
             f"heads and its {c.intermediate_size} feed-forward features."
         )
     specs = {name: spec for name, spec in sharding.param_specs(params, mesh).items() if any(spec)}
-    return model.clone(parallel=Parallel(specs, tensor, reduce_dtype))
+    return model.clone(parallel=Parallel(specs, tensor, reduce_dtype, sharding.scatter_stages(mesh)))
 
 
 def rotary_angles(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
