@@ -130,8 +130,8 @@ def _sum_scattered(x: Array, axis: int, stages: tuple[int, ...]) -> Array:
     """The device's part along `axis` of the sum over `fsdp`: over one dimension of `stages` after the other.
 
     The outermost comes first, so that after it a device has the parts of all those that differ from it in the others.
-    Parts that are no whole tiles of the last axis are put along an axis of their own, since the TPU's compiler would
-    sum everything instead, twice the bytes.
+    Parts of the last axis that are no whole tiles are put below each other first, since the TPU's compiler would sum
+    everything instead, twice the bytes.
     """
     if len(stages) <= 1:
         return lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
@@ -140,11 +140,12 @@ def _sum_scattered(x: Array, axis: int, stages: tuple[int, ...]) -> Array:
     by_part = axis == x.ndim - 1 and x.shape[axis] // count % LANES
     if by_part:
         x = jnp.moveaxis(x.reshape(*x.shape[:-1], count, -1), -2, 0)
+        shape, x = x.shape[1:], x.reshape(-1, x.shape[-1])
     for i, size in enumerate(stages):
         groups = np.moveaxis(devices, i, -1).reshape(-1, size).tolist()
         along = 0 if by_part else axis
         x = lax.psum_scatter(x, "fsdp", scatter_dimension=along, tiled=True, axis_index_groups=groups)
-    return x[0] if by_part else x
+    return x.reshape(shape) if by_part else x
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
