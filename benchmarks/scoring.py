@@ -16,7 +16,7 @@ import common
 import jax
 import numpy as np
 
-from tpaw_jax import cost, ring, scoring, sharding
+from tpaw_jax import cost, journal, ring, scoring, sharding
 from tpaw_jax.config import PackingConfig
 from tpaw_jax.host import Ahead, restart_with_huge_pages
 
@@ -82,7 +82,7 @@ def streaming(setup: common.Setup, options: argparse.Namespace) -> None:
     players, like = [2, 1, 0], sharding.abstract(setup.params)
     scorer = scoring.make_scorer(setup.log_prob_fn, setup.mesh)
     with tempfile.TemporaryDirectory() as directory:
-        opened = ring.open_ring(Path(directory), 3)
+        opened = ring.open_ring(journal.open_journal(Path(directory)), 3)
         for player in players:
             ring.push(opened, setup.params, player)
         opened.checkpointer.wait_until_finished()

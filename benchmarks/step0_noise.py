@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpaw_jax import config, dataset, packing, scoring, session, sharding, train_step, triplets
+from tpaw_jax import config, dataset, journal, packing, scoring, session, sharding, train_step, triplets
 from tpaw_jax.cli import _overrides
 from tpaw_jax.logprobs import make_log_prob_fn
 from tpaw_jax.models import Transformer
@@ -33,7 +33,7 @@ def main() -> None:
     mesh = sharding.make_mesh(run.mesh)
     player = session.open_player(run, mesh)
     prompts, *_ = dataset.load(run.data, player.template, run.seed)
-    store = triplets.open_store(options.run, prompts)
+    store = triplets.open_store(journal.open_journal(options.run, reading=True), prompts)
     window = store.window(max(store.generations), run.objective.n_max)
     rows = packing.pack(packing.trees_of_window(prompts, window, store.sources), run.packing)
     optimizer = train_step.make_optimizer(run.train)

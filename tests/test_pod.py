@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import STORIES
 
-from tpaw_jax import durable, models, pod, ring, sharding
+from tpaw_jax import durable, journal, models, pod, ring, sharding
 from tpaw_jax.config import MeshConfig
 
 SCRIPT = Path(__file__).parent / "pod_run.py"
@@ -42,7 +42,7 @@ def play(directory, processes, devices, *overrides):
 def policy(directory, round_number):
     mesh = sharding.make_mesh(MeshConfig())
     _, like = models.load_pretrained(STORIES, sharder=sharding.param_sharder(mesh))
-    return ring.restore_policy(ring.open_ring(directory / "ring", 3), round_number, like)
+    return ring.restore_policy(ring.open_ring(journal.open_journal(directory), 3), round_number, like)
 
 
 def tokens(directory, round_number):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpaw_jax import ring, sharding, train_step
+from tpaw_jax import journal, ring, sharding, train_step
 from tpaw_jax.config import MeshConfig, TrainConfig
 
 
@@ -16,7 +16,7 @@ def policy(value, mesh=None):
 
 
 def test_the_newest_players_are_kept_in_order(tmp_path):
-    kept = ring.open_ring(tmp_path, 3)
+    kept = ring.open_ring(journal.open_journal(tmp_path), 3)
     for t in range(5):
         ring.push(kept, policy(float(t)), t)
         ring.settle(kept)
@@ -27,7 +27,7 @@ def test_the_newest_players_are_kept_in_order(tmp_path):
 
 
 def test_what_falls_out_stays_until_the_next_is_whole(tmp_path):
-    kept = ring.open_ring(tmp_path, 1)
+    kept = ring.open_ring(journal.open_journal(tmp_path), 1)
     ring.push(kept, policy(0.0), 0)
     ring.settle(kept)
     ring.push(kept, policy(1.0), 1)
@@ -37,7 +37,7 @@ def test_what_falls_out_stays_until_the_next_is_whole(tmp_path):
 
 
 def test_a_policy_comes_back_on_another_mesh(tmp_path):
-    kept = ring.open_ring(tmp_path, 3)
+    kept = ring.open_ring(journal.open_journal(tmp_path), 3)
     eight = sharding.make_mesh(MeshConfig(fsdp=8))
     ring.push(kept, policy(7.0, eight), 0)
     ring.settle(kept)
@@ -49,7 +49,8 @@ def test_a_policy_comes_back_on_another_mesh(tmp_path):
 
 
 def test_training_states_replace_each_other_and_go_with_their_round(tmp_path):
-    kept, mesh = ring.open_ring(tmp_path, 3), sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    kept = ring.open_ring(journal.open_journal(tmp_path), 3)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     state = train_step.init_state(policy(1.0), train_step.make_optimizer(TrainConfig()), mesh)
     ring.push(kept, policy(0.0), 0)
     for step in (2, 4):
@@ -63,15 +64,15 @@ def test_training_states_replace_each_other_and_go_with_their_round(tmp_path):
 
 
 def test_half_written_checkpoints_are_removed_and_damaged_ones_told(tmp_path):
-    kept = ring.open_ring(tmp_path, 3)
+    kept = ring.open_ring(journal.open_journal(tmp_path), 3)
     ring.push(kept, policy(0.0), 0)
     ring.settle(kept)
-    (tmp_path / "policies" / "00001.orbax-checkpoint-tmp-7").mkdir()
-    (tmp_path / "policies" / "00000.removed").mkdir()
-    assert ring.open_ring(tmp_path, 3).policies == [0]
+    (tmp_path / "ring" / "policies" / "00001.orbax-checkpoint-tmp-7").mkdir()
+    (tmp_path / "ring" / "policies" / "00000.removed").mkdir()
+    assert ring.open_ring(journal.open_journal(tmp_path), 3).policies == [0]
     ring.remove_unfinished(kept)
-    assert [p.name for p in (tmp_path / "policies").iterdir()] == ["00000"]
-    for file in (tmp_path / "policies" / "00000").rglob("*"):
+    assert [p.name for p in (tmp_path / "ring" / "policies").iterdir()] == ["00000"]
+    for file in (tmp_path / "ring" / "policies" / "00000").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
     with pytest.raises(ValueError, match="policies/00000: the checkpoint cannot be read back"):

@@ -1,5 +1,6 @@
 """Whole runs: three rounds, what they leave behind, what they compile, and being killed in every stage."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import transformers
 import yaml
 from conftest import ROOT, small_run
 
-from tpaw_jax import cli, monitoring, preemption, ring, self_play, session, sharding, triplets
+from tpaw_jax import cli, journal, monitoring, preemption, ring, self_play, session, sharding, triplets
 from tpaw_jax.config import MeshConfig
 from tpaw_jax.monitoring import compile_log
 
@@ -25,6 +26,7 @@ PROGRAMS = {
     "jit(decode)": 1,  # all rounds
     "jit(log_probs)": 1,  # every player, every round, held-out prompts
     "jit(step)": 1,  # every round, and the dry run that measures noise
+    "jit(digests_of)": 2,  # of policies and of training states
 }
 SMALL_PROGRAMS = 14
 """Casts, placements and the like that make up no stage; one more is a leak too."""
@@ -87,9 +89,9 @@ def test_a_run_that_chooses_its_rematerialisation_and_rows(tmp_path, monkeypatch
     assert "Rematerialisation: none; a step needs " in "\n".join(said)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["packing"]["rows_per_batch"] == 1
     two = sharding.make_mesh(MeshConfig(fsdp=2), jax.local_devices()[:2])
-    kept = session._settled(small_run(tmp_path, **settings), tmp_path, two)
+    kept = session._settled(small_run(tmp_path, **settings), journal.open_journal(tmp_path).config, two)
     assert kept.packing.rows_per_batch == 1
-    new = session._settled(small_run(tmp_path, **settings), tmp_path / "another", two)
+    new = session._settled(small_run(tmp_path, **settings), {}, two)
     assert new.packing.rows_per_batch == 2
 
 
@@ -151,13 +153,14 @@ def test_a_finished_run_is_left_alone_and_can_be_prolonged(played, tmp_path):
         assert not any("sampling" in line for line in said[:-1])
         with pytest.raises(ValueError, match=r"objective.eta was 6.0, is 1.0"):
             self_play.run(small_run(directory, **{"objective.eta": 1}), said.append)
-        (directory / "data.json").write_text('{"fingerprint": "of other data"}')
+        opened = journal.open_journal(directory)
+        journal.save(dataclasses.replace(opened, data="of other data"))
         with pytest.raises(ValueError, match="the run began with other prompts and targets"):
             self_play.run(small_run(directory), said.append)
-        shutil.copy(played[0] / "data.json", directory)
+        journal.save(opened)
         longer = self_play.run(small_run(directory, rounds=4), said.append)
     assert [row["players"] for row in longer] == [1, 2, 3, 3]
-    assert ring.open_ring(directory / "ring", 3).policies == [2, 3, 4]
+    assert ring.open_ring(journal.open_journal(directory), 3).policies == [2, 3, 4]
 
 
 def test_the_export_is_loaded_by_transformers_and_generates_our_tokens(played, tmp_path, capsys):
@@ -247,9 +250,8 @@ def assert_same_as_whole(tmp_path, disturbed):
     like = session.open_player(
         small_run(tmp_path / "whole"), sharding.make_mesh(small_run("x").mesh, jax.devices()[:1])
     )
-    policies = [
-        ring.restore_policy(ring.open_ring(tmp_path / run / "ring", 3), 3, like.params) for run in ("whole", disturbed)
-    ]
+    rings = [ring.open_ring(journal.open_journal(tmp_path / run), 3) for run in ("whole", disturbed)]
+    policies = [ring.restore_policy(kept, 3, like.params) for kept in rings]
     jax.tree.map(np.testing.assert_array_equal, *policies)
 
 

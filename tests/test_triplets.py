@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import random_prompts
 
-from tpaw_jax import packing, triplets
+from tpaw_jax import journal, packing, triplets
 from tpaw_jax.config import PackingConfig
 from tpaw_jax.types import Prompts
 
@@ -14,7 +14,7 @@ PACKING = PackingConfig(row_length=160, max_responses_per_row=12)
 @pytest.fixture
 def world(tmp_path):
     prompts, rounds = random_prompts(np.random.default_rng(0), 6)
-    store = triplets.open_store(tmp_path, prompts)
+    store = triplets.open_store(journal.open_journal(tmp_path), prompts)
     for generations in rounds:
         store = triplets.append(store, generations)
     trees = packing.trees_of_window(prompts, store.window(2, 3), store.sources)
@@ -29,7 +29,7 @@ def opinion(rows, player):
 def test_generations_and_scores_come_back_from_disk(world):
     store, _, rows, rounds = world
     triplets.add_scores(store, 2, 5, rows, opinion(rows, 5))
-    again = triplets.open_store(store.directory, store.prompts)
+    again = triplets.open_store(journal.open_journal(store.journal.directory), store.prompts)
     for generations in rounds:
         for a, b in zip(again.generations[generations.round].tokens, generations.tokens, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -72,11 +72,11 @@ def test_missing_scores_are_told(world):
 
 def test_damage_and_other_data_are_told(world):
     store = world[0]
-    path = store.directory / "round_0001" / "generations.npz"
+    path = store.journal.directory / "round_0001" / "generations.npz"
     content = path.read_bytes()
     other = Prompts(store.prompts.ids[:3], store.prompts.prompt_tokens[:3], store.prompts.target_tokens[:3])
     with pytest.raises(ValueError, match="the data or the seed has changed since the run began"):
-        triplets.open_store(store.directory, other)
+        triplets.open_store(store.journal, other)
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"round_0001/generations.npz: the file is damaged"):
-        triplets.open_store(store.directory, store.prompts)
+        triplets.open_store(store.journal, store.prompts)

@@ -172,25 +172,25 @@ def _write_lines(out: str, records: list[dict[str, Any]]) -> None:
 def export_policy(run: Path, round_number: int | None, out: Path) -> None:
     """The policy that starts `round_number` (the newest by default) as a directory that transformers loads."""
     import jax.numpy as jnp
-    import yaml
 
-    from tpaw_jax import config, dataset, models, ring, sharding
+    from tpaw_jax import config, dataset, journal, models, ring, sharding
     from tpaw_jax.models import hub
 
-    if not (run / "config.yaml").exists():
-        raise FileNotFoundError(f"{run}: no run is there (config.yaml is missing).")
-    settings = config.parse(config.RunConfig, yaml.safe_load((run / "config.yaml").read_text()), str(run))
+    opened = journal.open_journal(run, reading=True)
+    if not opened.config:
+        raise FileNotFoundError(f"{run}: no run is there (journal.json is missing).")
+    settings = config.parse(config.RunConfig, opened.config, str(run))
     mesh = sharding.make_mesh(config.MeshConfig())  # any mesh can read what any other wrote
     policy = settings.policy
     architecture, theta_0 = models.load_pretrained(
         policy.path, jnp.dtype(policy.param_dtype), sharding.param_sharder(mesh)
     )
-    opened = ring.open_ring(run / "ring", settings.objective.n_max)
-    there = opened.policies
+    kept = ring.open_ring(opened, settings.objective.n_max)
+    there = kept.policies
     wanted = there[-1] if round_number is None and there else round_number
     if wanted not in there:
         raise ValueError(f"{run}: the policy of round {wanted} is not in the ring; it holds {there}.")
-    params = ring.restore_policy(opened, wanted, theta_0)
+    params = ring.restore_policy(kept, wanted, theta_0)
     template = dataset.make_template(hub.load_tokenizer(policy.tokenizer or policy.path), settings.data)
     if template.chat is not None:
         template.tokenizer.chat_template = template.chat

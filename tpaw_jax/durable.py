@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -15,6 +16,44 @@ from typing import Any
 import numpy as np
 
 from tpaw_jax import pod
+
+_OUT_OF = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of disk space is used up",
+    errno.EROFS: "the file system can only be read",
+    errno.EACCES: "writing there is not permitted",
+    errno.EPERM: "writing there is not permitted",
+    errno.EMFILE: "this process has as many files open as it may (ulimit -n)",
+    errno.ENFILE: "the system has as many files open as it can",
+}
+
+
+class Damaged(ValueError):
+    """A file or checkpoint that is not what was written; `path` is the one."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"{path}: {what}.")
+        self.path = path
+
+
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Say in a sentence what of the system keeps `path` from being written.
+
+    Raises:
+        OSError: the disk is full, cannot be written, or too many files are open; says that nothing is lost.
+    """
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore wrap the system's errors in many types
+        number = getattr(error, "errno", None)
+        number = number or next((n for n in _OUT_OF if os.strerror(n).lower() in str(error).lower()), None)
+        if number not in _OUT_OF:
+            raise
+        raise OSError(
+            f"{path} could not be written: {_OUT_OF[number]}. What was finished before is whole; when that is mended, "
+            "the same command goes on from there."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -52,22 +91,40 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def replace(path: Path, content: bytes) -> None:
     """Write aside, flush to the disk, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    write_aside(path, content)
+    with told(path):
+        os.replace(aside_of(path), path)
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """The first half of `replace`: the content beside its place, on the disk. Nothing half-written stays there."""
+    aside = aside_of(path)
+    try:
+        with told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def aside_of(path: Path) -> Path:
+    """Where a file is written before it is renamed."""
+    return path.with_name(path.name + ".partial")
 
 
 def append_lines(path: Path, lines: Sequence[str]) -> None:
     """Add whole lines to a process's own text file, flushed to the disk; a kill can cut the last one short."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write("".join(line + "\n" for line in lines).encode())
-        file.flush()
-        os.fsync(file.fileno())
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write("".join(line + "\n" for line in lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -77,21 +134,24 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     """An .npz file of named arrays."""
+    write_bytes(path, npz(**arrays))
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    """Named arrays as the content of an .npz file: the same bytes for the same arrays."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type] # numpy's stub takes names for options
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file; pickled content is refused.
 
     Raises:
-        ValueError: the file is damaged; names it.
+        Damaged: it cannot be read back.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except Exception as error:  # zipfile, struct, numpy and OS errors alike mean a damaged file
-        raise ValueError(
-            f"{path}: the file is damaged ({type(error).__name__}: {error}); delete it, and it is made again."
-        ) from error
+        raise Damaged(path, f"the file is damaged ({type(error).__name__}: {error})") from error

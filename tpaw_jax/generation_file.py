@@ -2,12 +2,13 @@
 
 One line a response: {"prompt_id": 7, "token_ids": [12, 9, 2], "log_probs": [-0.3, -1.2, -0.1]}. Another engine may
 leave out `log_probs`, may give `response`, a text, instead of `token_ids`, and may add `prompt_token_ids`, so that a
-tokenizer or template other than the run's is found out.
+tokenizer or template other than the run's is found out. A run's own lines end with `check`, the CRC-32 of the rest.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,18 +65,18 @@ def read(path: Path, prompts: Prompts, template: Template, vocabulary: int, long
 
 def append(path: Path, prompts: Prompts, responses: Mapping[int, Response]) -> None:
     """Add finished responses, by index into `prompts`, and see them to the disk."""
-    lines = [
-        json.dumps({"prompt_id": int(prompts.ids[i]), "token_ids": tokens.tolist(), "log_probs": log_probs.tolist()})
-        for i, (tokens, log_probs) in responses.items()
-    ]
+    lines = []
+    for i, (tokens, log_probs) in responses.items():
+        record = {"prompt_id": int(prompts.ids[i]), "token_ids": tokens.tolist(), "log_probs": log_probs.tolist()}
+        lines.append(json.dumps(record | {"check": _check(record)}))
     durable.append_lines(path, lines)
 
 
 def resume(path: Path, prompts: Prompts) -> dict[int, Response]:
-    """What `append` wrote, by index into `prompts`. A line that a kill cut short is removed, with all after it."""
+    """What `append` wrote, by index into `prompts`. A line that a kill cut short, or that is damaged, is removed."""
     found, whole = _appended(path, prompts)
-    if path.exists() and whole < path.stat().st_size:
-        durable.replace(path, path.read_bytes()[:whole])
+    if path.exists() and len(content := b"".join(whole)) < path.stat().st_size:
+        durable.replace(path, content)
     return found
 
 
@@ -87,23 +88,28 @@ def of_all(paths: Iterable[Path], prompts: Prompts) -> dict[int, Response]:
     return together
 
 
-def _appended(path: Path, prompts: Prompts) -> tuple[dict[int, Response], int]:
-    """The responses in a file up to the first line that is not whole, and the bytes up to there."""
+def _appended(path: Path, prompts: Prompts) -> tuple[dict[int, Response], list[bytes]]:
+    """The responses in a file, of its whole lines, and those lines."""
     found: dict[int, Response] = {}
+    whole: list[bytes] = []
     if not path.exists():
-        return found, 0
-    place, whole = {int(prompt_id): i for i, prompt_id in enumerate(prompts.ids)}, 0
+        return found, whole
+    place = {int(prompt_id): i for i, prompt_id in enumerate(prompts.ids)}
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if not line.endswith(b"\n"):
-                break
             record = json.loads(line)
+            if record.pop("check") != _check(record) or not line.endswith(b"\n"):
+                continue
             tokens, log_probs = np.array(record["token_ids"], np.int32), np.array(record["log_probs"], np.float32)
             found[place[record["prompt_id"]]] = tokens, log_probs
-        except (ValueError, KeyError, TypeError):
-            break
-        whole += len(line)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        whole.append(line)
     return found, whole
+
+
+def _check(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record).encode())
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:

@@ -1,21 +1,34 @@
 """The ring of historical policies on disk: Orbax checkpoints of the newest N_max rounds, and the training state.
 
 Saves are atomic and asynchronous. What falls out of the ring is removed only after its successor is whole. Every
-process saves and restores its own shards; process 0 removes.
+process saves and restores its own shards; process 0 removes. A checkpoint carries a digest of each of its arrays, taken
+on the devices before it is written and again after it is read, on any mesh.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import Array, PyTree
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PyTree, UInt32
 
-from tpaw_jax import pod, sharding
+from tpaw_jax import durable, journal, pod, sharding
+from tpaw_jax.durable import Damaged
+from tpaw_jax.journal import Journal
 from tpaw_jax.types import TrainState
+
+_ODD = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
+"""Primes that make the weights of a digest (those of xxHash)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +38,8 @@ class Ring:
     directory: Path
     n_max: int
     checkpointer: ocp.StandardCheckpointer
+    journal: Journal  # of the run, whose directory is the ring's parent
+    pending: dict[Path, PyTree[Array]] = dataclasses.field(default_factory=dict)  # digests of what is being saved
 
     @property
     def policies(self) -> list[int]:
@@ -38,11 +53,13 @@ class Ring:
         return sorted((int(path.name[:5]), int(path.name[6:])) for path in found)
 
 
-def open_ring(directory: Path, n_max: int) -> Ring:
-    """The ring of a run directory, which another process may be writing to."""
+def open_ring(opened: Journal, n_max: int) -> Ring:
+    """The ring of a run whose journal is open."""
+    directory = opened.directory.absolute() / "ring"
     for kind in ("policies", "training"):
-        (directory / kind).mkdir(parents=True, exist_ok=True)
-    return Ring(directory.absolute(), n_max, ocp.StandardCheckpointer())
+        with durable.told(directory / kind):
+            (directory / kind).mkdir(parents=True, exist_ok=True)
+    return Ring(directory, n_max, ocp.StandardCheckpointer(), opened)
 
 
 def remove_unfinished(ring: Ring) -> None:
@@ -57,44 +74,54 @@ def remove_unfinished(ring: Ring) -> None:
 
 def push(ring: Ring, params: PyTree[Array], round_number: int) -> None:
     """Begin to save the policy that starts `round_number`; `settle` makes sure of it."""
-    path = ring.directory / "policies" / f"{round_number:05d}"
-    if not path.exists():
-        ring.checkpointer.save(path, params)
+    _begin(ring, ring.directory / "policies" / f"{round_number:05d}", params)
 
 
 def save_training(ring: Ring, state: TrainState, round_number: int, step: int) -> None:
     """Begin to save the training state, after the one before is whole."""
     settle(ring)
-    path = ring.directory / "training" / f"{round_number:05d}_{step:08d}"
-    if not path.exists():
-        ring.checkpointer.save(path, state)
+    _begin(ring, ring.directory / "training" / f"{round_number:05d}_{step:08d}", state)
 
 
 def settle(ring: Ring) -> None:
-    """Wait until what was begun is whole, then remove what is no longer needed."""
-    ring.checkpointer.wait_until_finished()
+    """Wait until what was begun is whole, put it into the journal, then remove what is no longer needed.
+
+    Raises:
+        OSError: it could not be written; what was there before is whole.
+        Changed: a policy that was lost came out otherwise.
+    """
+    with durable.told(ring.directory):
+        ring.checkpointer.wait_until_finished()
     pod.meet("checkpoints are whole")
+    changed = [path for path, digests in ring.pending.items() if _record(ring, path, digests)]
+    ring.pending.clear()
     if pod.writes():
         policies, states = ring.policies, ring.training_states
         for old in policies[: -ring.n_max]:
-            _remove(ring.directory / "policies" / f"{old:05d}")
+            _remove(ring, ring.directory / "policies" / f"{old:05d}")
         for round_number, step in states:
-            if (round_number, step) != states[-1] or round_number < policies[-1]:
-                _remove(ring.directory / "training" / f"{round_number:05d}_{step:08d}")
+            if (round_number, step) != states[-1] or round_number + 1 in policies:
+                _remove(ring, ring.directory / "training" / f"{round_number:05d}_{step:08d}")
     pod.meet("old checkpoints are removed")
+    for path in changed:
+        journal.drop_after(ring.journal, _name(ring, path))
 
 
 def restore_policy(ring: Ring, round_number: int, like: PyTree[Array]) -> PyTree[Array]:
     """The policy of a round, in the shapes, dtypes and shardings of `like`: any mesh will do.
 
     Raises:
-        ValueError: it is damaged or of another model; names the checkpoint.
+        Damaged: it cannot be read back as it was written; names the checkpoint.
     """
     return _restore(ring, ring.directory / "policies" / f"{round_number:05d}", like)
 
 
 def restore_training(ring: Ring, round_number: int, step: int, like: TrainState) -> TrainState:
-    """The training state of (round, step), in the shapes and shardings of `like`."""
+    """The training state of (round, step), in the shapes and shardings of `like`.
+
+    Raises:
+        Damaged: it cannot be read back as it was written; names the checkpoint.
+    """
     return _restore(ring, ring.directory / "training" / f"{round_number:05d}_{step:08d}", like)
 
 
@@ -103,16 +130,79 @@ def players(ring: Ring, round_number: int) -> list[int]:
     return [j for j in range(round_number, max(-1, round_number - ring.n_max), -1)]
 
 
-def _remove(path: Path) -> None:
-    """Rename, then delete, so that a kill in between leaves nothing that looks whole."""
+@jax.jit
+def digests_of(tree: PyTree[Array]) -> PyTree[UInt32[Array, ""]]:
+    """A digest of each array: the sum of its bits, each value's times an odd number of its place, modulo 2^32.
+
+    One wrong value always changes it; sums of integers are the same on every mesh.
+    """
+
+    def of_array(x: Array) -> Array:
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+        weight = jnp.zeros(x.shape, jnp.uint32)
+        for axis in range(x.ndim):
+            place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            weight = weight * jnp.uint32(_ODD[axis % len(_ODD)]) + place
+        return jnp.sum(bits * (2 * weight + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(of_array, tree)
+
+
+def _begin(ring: Ring, path: Path, tree: PyTree[Array]) -> None:
+    if not path.exists():
+        ring.pending[path] = digests_of(tree)
+        with durable.told(path):
+            ring.checkpointer.save(path, {"values": tree, "digests": ring.pending[path]})
+
+
+def _record(ring: Ring, path: Path, digests: PyTree[Array]) -> bool:
+    """Put a checkpoint that is whole into the journal; whether it was lost before and is not what it was."""
+    numbers = [int(number) for number in jax.device_get(jax.tree.leaves(digests))]
+    files, size = journal.measure(path)
+    stage, round_number = ("training", 0) if path.parent.name == "training" else ("policy", -1)
+    facts = {
+        "round": round_number + int(path.name[:5]),  # a policy is what the round before it has made
+        "stage": stage,
+        "bytes": size,
+        "files": files,
+        "same": hashlib.sha256(np.asarray(numbers, np.uint32).tobytes()).hexdigest(),
+    }
+    return journal.record(ring.journal, _name(ring, path), facts)
+
+
+def _name(ring: Ring, path: Path) -> str:
+    return f"ring/{path.relative_to(ring.directory).as_posix()}"
+
+
+def _remove(ring: Ring, path: Path) -> None:
+    """Forget, rename, then delete, so that a kill in between leaves nothing that looks whole."""
+    journal.forget(ring.journal, _name(ring, path))
     shutil.rmtree(path.rename(path.with_name(path.name + ".removed")))
 
 
-def _restore(ring: Ring, path: Path, like: PyTree[Array]) -> PyTree[Array]:
+def _restore(ring: Ring, path: Path, like: PyTree[Array]) -> PyTree[Any]:
+    abstract = sharding.abstract(like)
+    place = jax.tree.leaves(abstract)[0].sharding
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, P())
+    scalars = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.uint32, sharding=place), abstract)
+    read, fault = None, ""
     try:
-        return ring.checkpointer.restore(path, sharding.abstract(like))
+        read = ring.checkpointer.restore(path, {"values": abstract, "digests": scalars})
     except Exception as error:  # orbax and tensorstore raise many types; the user needs one sentence
-        raise ValueError(f"{path}: the checkpoint cannot be read back ({type(error).__name__}: {error}).") from error
+        fault = f"the checkpoint cannot be read back ({type(error).__name__}: {error})"
+    faults = [one["fault"].tobytes().decode() for one in pod.exchange(fault=np.array(list(fault.encode()), np.uint8))]
+    if not any(faults):  # on no host
+        assert read is not None
+        now, then = jax.device_get((digests_of(read["values"]), read["digests"]))
+        same = jax.tree.leaves_with_path(jax.tree.map(lambda a, b: int(a) == int(b), now, then))
+        wrong = [jax.tree_util.keystr(leaf, simple=True, separator="/") for leaf, equal in same if not equal]
+        if not wrong:
+            if not ring.journal.whole(_name(ring, path)):
+                _record(ring, path, read["digests"])
+            return read["values"]
+        faults = [f"the checkpoint is damaged: {len(wrong)} arrays are not what was written, {wrong[0]} first"]
+    raise Damaged(path, next(filter(None, faults)))
 
 
 def _whole(directory: Path, pattern: str) -> list[Path]:

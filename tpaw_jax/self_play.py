@@ -2,12 +2,14 @@
 
 A round samples D_t with the policy, packs D_O = D_t + D_(t-1) + ... into prefix trees, has every player score what it
 has not scored yet, trains the policy on it, and pushes the result to the ring. Every stage leaves its result on disk
-before the next begins, so a run that is started again goes on from the last finished one.
+before the next begins, so a run that is started again goes on from the last finished one; what is damaged meanwhile is
+made again (`recovery`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ from tpaw_jax import (
     cost,
     durable,
     generation_file,
+    journal,
     monitoring,
     packing,
     pod,
+    recovery,
     ring,
     sampling,
     scoring,
@@ -30,10 +34,15 @@ from tpaw_jax import (
     triplets,
 )
 from tpaw_jax.config import RunConfig, of_round
+from tpaw_jax.durable import Damaged
 from tpaw_jax.host import Ahead
+from tpaw_jax.journal import Changed
 from tpaw_jax.preemption import Notice, Preempted
 from tpaw_jax.session import Say, Session, open_session
 from tpaw_jax.types import Generations
+
+MOST_DAMAGES = 20
+"""Damaged files that a run meets before it gives up on the place where it lies."""
 
 
 def run(
@@ -53,28 +62,48 @@ def run(
             to mend.
         FloatingPointError: too many steps in a row were not finite; the batch is saved.
         Preempted: `notice` told the run to stop; all that is finished is on disk.
+        Damaged: what is read back from the disk is damaged again and again.
     """
-    guard = durable.held(Path(config.directory)) if pod.writes() else contextlib.nullcontext()
-    with guard:
-        session, policy = open_session(config, say, profiled, notice or Notice())
-        try:
-            return _play(session, policy, generations)
-        except Preempted:
-            ring.settle(session.ring)
-            raise
+    directory, notice = Path(config.directory), notice or Notice()
+    of_all = say if pod.writes() else lambda text: None
+    with durable.held(directory) if pod.writes() else contextlib.nullcontext():
+        for attempt in itertools.count(1):
+            try:
+                return _play(*open_session(config, say, profiled, notice), generations)
+            except Damaged as damage:
+                if attempt == MOST_DAMAGES or directory.absolute() not in damage.path.absolute().parents:
+                    raise
+                recovery.set_aside(directory, damage, of_all)
+            except Changed as change:
+                of_all(str(change))
+    raise AssertionError("unreachable")
 
 
 def _play(session: Session, policy: PyTree[Array], generations: Path | None) -> list[dict[str, Any]]:
-    config = session.config
-    store = triplets.open_store(session.directory, session.prompts)
-    first = session.ring.policies[-1]
+    try:
+        return _rounds(session, policy, generations)
+    except (Preempted, Damaged):
+        ring.settle(session.ring)
+        raise
+
+
+def _rounds(session: Session, policy: PyTree[Array] | None, generations: Path | None) -> list[dict[str, Any]]:
+    config, kept, first = session.config, session.ring, session.first
+    store = triplets.open_store(session.journal, session.prompts)
     for t in range(first, config.rounds if generations is None else min(first + 1, config.rounds)):
-        players, watch = ring.players(session.ring, t), monitoring.Stopwatch()
+        if t + 1 in kept.policies and t in store.generations:  # an earlier round, of which nothing is lost
+            policy = None
+            continue
+        policy = policy or ring.restore_policy(kept, t, session.like)
+        players, watch = ring.players(kept, t), monitoring.Stopwatch()
         session.say(monitoring.manifest(t, config.rounds, _manifest(session, t, players)))
         session.say(_expected_cost(session, store, players))
         if generations is not None:
             store = take(session, store, generations, t)
         store = sample(session, store, policy, t, watch)
+        if t + 1 in kept.policies:  # only its responses were lost
+            policy = None
+            continue
         with watch.time("packing"):
             window = store.window(t, config.objective.n_max)
             trees = packing.trees_of_window(session.prompts, window, store.sources)
@@ -87,9 +116,9 @@ def _play(session: Session, policy: PyTree[Array], generations: Path | None) -> 
         with watch.time("other"):
             _finish_round(session, store, rows, players, scored, trained, watch, t)
         with watch.time("ring"):
-            ring.push(session.ring, policy, t + 1)
+            ring.push(kept, policy, t + 1)
         durable.write_json(triplets.round_directory(session.directory, t) / "timings.json", watch.report())
-    ring.settle(session.ring)
+    ring.settle(kept)
     pod.meet("all rounds are played")
     table = rounds_table(session.directory, config.rounds)
     session.say(monitoring.table(table))
@@ -283,7 +312,8 @@ def _finish_round(
         "goodput": watch.goodput,
         **{f"{stage} s": round(value, 2) for stage, value in seconds.items() if stage not in ("ring", "other")},
     }
-    durable.write_json(triplets.round_directory(session.directory, t) / "summary.json", summary)
+    content = (json.dumps(summary, indent=2) + "\n").encode()
+    journal.write(session.journal, f"{triplets.round_name(t)}/summary.json", "summary", t, content)
     session.say(monitoring.table([summary]) + "\n")
 
 

@@ -19,11 +19,13 @@ from jaxtyping import Array, PyTree
 from tpaw_jax import (
     dataset,
     durable,
+    journal,
     memory,
     models,
     monitoring,
     packing,
     pod,
+    recovery,
     ring,
     sampling,
     scoring,
@@ -33,6 +35,7 @@ from tpaw_jax import (
     train_step,
 )
 from tpaw_jax.config import RunConfig, to_dict
+from tpaw_jax.journal import Journal
 from tpaw_jax.logprobs import LogProbFn, make_log_prob_fn
 from tpaw_jax.models import hub, splash_attention
 from tpaw_jax.models.tile_attention import TILES
@@ -69,7 +72,9 @@ class Session:
     scorer: scoring.Scorer
     optimizer: optax.GradientTransformation
     step: train_step.TrainStep
+    journal: Journal
     ring: ring.Ring
+    first: int  # the round to play first
     like: PyTree[jax.ShapeDtypeStruct]
     profiler: monitoring.Profiler
     notice: Notice
@@ -79,6 +84,8 @@ class Session:
 def open_session(config: RunConfig, say: Say, profiled: range, notice: Notice) -> tuple[Session, PyTree[Array]]:
     """Open or create the run directory, load model and data, build the programs; also the policy to go on from.
 
+    What of the run is damaged is set aside; `Session.first` is the round from which it is made again, or goes on.
+
     Raises:
         ValueError: the configuration cannot be used, or not with what the directory holds; of several processes, one
             differs from the others or sees another directory.
@@ -87,9 +94,10 @@ def open_session(config: RunConfig, say: Say, profiled: range, notice: Notice) -
     say = say if pod.writes() else lambda text: None
     pod.check_same({"the configuration": json.dumps(to_dict(config)), **pod.facts_of_this_host()})
     pod.check_shared_directory(directory)
-    mesh = sharding.make_mesh(config.mesh)
-    config = _settled(config, directory, mesh)
-    _check_unchanged(directory, config)
+    mesh, opened = sharding.make_mesh(config.mesh), journal.open_journal(directory)
+    config = _settled(config, opened.config, mesh)
+    _check_unchanged(opened, config)
+    recovery.set_damage_aside(opened, say)
     packing.check_rows(config.packing, sharding.row_shards(mesh), _needed_alignment(config))
     player = open_player(config, mesh)
     template, policy = player.template, player.params
@@ -112,18 +120,23 @@ def open_session(config: RunConfig, say: Say, profiled: range, notice: Notice) -
         scorer=scoring.make_scorer(log_prob_fn, mesh, tpu.options_of(mesh)),
         optimizer=optimizer,
         step=step,
-        ring=ring.open_ring(directory / "ring", config.objective.n_max),
+        journal=opened,
+        first=0,
+        ring=ring.open_ring(opened, config.objective.n_max),
         like=sharding.abstract(policy),
         profiler=monitoring.Profiler(directory / "profile", profiled),
         notice=notice,
         say=say,
     )
     pod.check_same({"the fingerprint of the data": report.fingerprint})
-    _check_same_data(directory, report.fingerprint)
+    _check_same_data(opened, report.fingerprint)
     # Stored only now: a configuration that could not be opened binds nobody.
+    opened.config, opened.data = to_dict(config), report.fingerprint
+    journal.save(opened)
     durable.write_bytes(directory / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
-    durable.write_json(directory / "data.json", {"fingerprint": report.fingerprint})
     ring.remove_unfinished(session.ring)
+    first = recovery.first_round(session.ring, config.rounds, say)
+    session = dataclasses.replace(session, first=first)
     return session, _first_policy(session, policy)
 
 
@@ -175,18 +188,17 @@ def most_micro_batches(config: RunConfig) -> int:
     return packing.most_micro_batches(config.train.batch_triplets, longest, config.packing)
 
 
-def _settled(config: RunConfig, directory: Path, mesh: Mesh) -> RunConfig:
+def _settled(config: RunConfig, stored: dict[str, Any], mesh: Mesh) -> RunConfig:
     """The configuration with packing's rows_per_batch and alignment settled: as the run began, else for the devices.
 
     They decide which triplets share a step, so a run that goes on with other devices keeps them.
     """
-    path = directory / "config.yaml"
-    stored = yaml.safe_load(path.read_text())["packing"] if path.exists() else {}
+    before = stored.get("packing", {})
     wanted = {
         "rows_per_batch": sharding.row_shards(mesh),
         "alignment": _needed_alignment(config),
     }
-    settled = {key: getattr(config.packing, key) or stored.get(key) or value for key, value in wanted.items()}
+    settled = {key: getattr(config.packing, key) or before.get(key) or value for key, value in wanted.items()}
     return dataclasses.replace(config, packing=dataclasses.replace(config.packing, **settled))
 
 
@@ -208,50 +220,48 @@ def _warn_of_long_sequences(config: RunConfig, player: Player, prompts: Prompts,
         say(f"Warning: sequences of up to {longest} tokens exceed the {context} positions the model was made for.")
 
 
-def _check_unchanged(directory: Path, config: RunConfig) -> None:
+def _check_unchanged(opened: Journal, config: RunConfig) -> None:
     """Check that a run goes on with the configuration it began with.
 
     Raises:
         ValueError: keys that change the meaning of the run differ; lists them.
     """
-    path = directory / "config.yaml"
-    if not path.exists():
+    if not opened.config:
         return
-    old, new = _flat(yaml.safe_load(path.read_text())), _flat(to_dict(config))
+    old, new = _flat(opened.config), _flat(to_dict(config))
     free = {"directory", "rounds", "sample_texts", "tensorboard", "train.save_every_steps"}
     free |= {"sampling.slots", "sampling.prefill_tokens", "sampling.tensor"}  # which change no token
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in free]
     if changed:
         differences = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
         raise ValueError(
-            f"{path}: the run began with another configuration ({differences}). "
+            f"{opened.directory}: the run began with another configuration ({differences}). "
             "Go on with the old values, or choose another directory."
         )
 
 
-def _check_same_data(directory: Path, fingerprint: str) -> None:
+def _check_same_data(opened: Journal, fingerprint: str) -> None:
     """Check that a run goes on with the tokens it began with.
 
     Raises:
         ValueError: records, template or tokenizer have changed.
     """
-    path = directory / "data.json"
-    if path.exists() and json.loads(path.read_text())["fingerprint"] != fingerprint:
+    if opened.data not in ("", fingerprint):
         raise ValueError(
-            f"{path}: the run began with other prompts and targets; the data files, the chat template or the tokenizer "
-            "have changed since. Put them back, or choose another directory."
+            f"{opened.directory}: the run began with other prompts and targets; the data files, the chat template or "
+            "the tokenizer have changed since. Put them back, or choose another directory."
         )
 
 
 def _first_policy(session: Session, theta_0: PyTree[Array]) -> PyTree[Array]:
-    """theta_0 pushed as the first player, or the newest policy of a run that goes on."""
-    if not session.ring.policies:
-        ring.push(session.ring, theta_0, 0)
-        ring.settle(session.ring)
-        return theta_0
-    newest = session.ring.policies[-1]
-    session.say(f"The run goes on with theta_{newest}.")
-    return ring.restore_policy(session.ring, newest, session.like)
+    """The policy of the first round to play; theta_0 is pushed as the first player where the ring lacks it."""
+    first = session.first
+    if first in session.ring.policies:
+        session.say(f"The run goes on with theta_{first}.")
+        return ring.restore_policy(session.ring, first, session.like)
+    ring.push(session.ring, theta_0, first)
+    ring.settle(session.ring)
+    return theta_0
 
 
 def _target_trees(prompts: Prompts) -> list[packing.Tree]:

@@ -1,19 +1,22 @@
 """The store of rounds: what was generated, and what each player thought of it, in memory and on disk.
 
 A frozen player's log-prob of a response never changes, so each (player, response) is scored once, ever. Files are
-written whole, one a stage: `round_0002/generations.npz`, `round_0002/scores_of_player_0001.npz`.
+written whole, one a stage: `round_0002/generations.npz`, `round_0002/scores_of_player_0001.npz`; those that the journal
+does not have are not read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from tpaw_jax import durable
+from tpaw_jax import durable, journal
+from tpaw_jax.journal import Journal
 from tpaw_jax.packing import Rows, Tree, first_sources, tree_of_responses
 from tpaw_jax.types import TARGET, Generations, Prompts, TeamScores
 
@@ -22,7 +25,7 @@ from tpaw_jax.types import TARGET, Generations, Prompts, TeamScores
 class Store:
     """Everything the rounds so far have produced. `scores[player][source]` is [prompts] nats, NaN where not scored."""
 
-    directory: Path
+    journal: Journal
     prompts: Prompts
     generations: dict[int, Generations]
     sources: dict[int, np.ndarray]  # the source that first gave each prompt's response of a round
@@ -37,36 +40,44 @@ class Store:
         return int((self.sources[round_number] == TARGET).sum())
 
 
-def open_store(directory: Path, prompts: Prompts) -> Store:
-    """The store of a run directory, with all that is on disk.
+def open_store(opened: Journal, prompts: Prompts) -> Store:
+    """The store of a run, with all that its journal calls whole.
 
     Raises:
-        ValueError: a file is damaged or belongs to other prompts; names it.
+        Damaged: a file cannot be read.
+        ValueError: a file belongs to other prompts; names it.
     """
     generations = {}
-    for path in sorted(directory.glob("round_*/generations.npz")):
-        found = _read_generations(path, prompts)
+    for name in opened.names("sampling"):
+        found = _read_generations(opened.directory / name, prompts)
         generations[found.round] = found
     sources = first_sources(prompts, list(generations.values()))
-    store = Store(directory, prompts, generations, sources, {})
-    for path in sorted(directory.glob("round_*/scores_of_player_*.npz")):
-        player = int(re.findall(r"\d+", path.name)[0])
-        arrays = durable.read_arrays(path)
+    store = Store(opened, prompts, generations, sources, {})
+    for name in opened.names("scoring"):
+        player = int(re.findall(r"\d+", Path(name).name)[0])
+        arrays = durable.read_arrays(opened.directory / name)
         _merge(store, player, arrays["prompt_index"], arrays["source"], arrays["log_probs"])
     return store
 
 
 def append(store: Store, generations: Generations) -> Store:
-    """The store with a round's generations, on disk before it returns."""
+    """The store with a round's generations, on disk before it returns.
+
+    Raises:
+        Changed: they were lost before and are not what they were.
+    """
     lengths = np.array([len(tokens) for tokens in generations.tokens], np.int32)
-    durable.write_arrays(
-        round_directory(store.directory, generations.round) / "generations.npz",
+    tokens = np.concatenate(generations.tokens).astype(np.int32)
+    content = durable.npz(
         round=np.asarray(generations.round, np.int32),
         prompt_ids=store.prompts.ids,
         lengths=lengths,
-        tokens=np.concatenate(generations.tokens).astype(np.int32),
+        tokens=tokens,
         log_probs=np.concatenate(generations.log_probs).astype(np.float32),
     )
+    same = hashlib.sha256(lengths.tobytes() + tokens.tobytes()).hexdigest()
+    name = f"{round_name(generations.round)}/generations.npz"
+    journal.write(store.journal, name, "sampling", generations.round, content, same)
     together = {**store.generations, generations.round: generations}
     sources = first_sources(store.prompts, list(together.values()))
     return dataclasses.replace(store, generations=together, sources=sources)
@@ -88,13 +99,17 @@ def missing(store: Store, player: int, trees: Sequence[Tree]) -> list[Tree]:
 
 def add_scores(store: Store, round_number: int, player: int, rows: Rows, log_probs: np.ndarray) -> None:
     """Keep what `player` scored on `rows` during a round, on disk before it returns."""
-    real = rows.prompt_index >= 0
-    found = rows.prompt_index[real], rows.source[real], log_probs[real].astype(np.float32)
-    durable.write_arrays(
-        round_directory(store.directory, round_number) / f"scores_of_player_{player:04d}.npz",
-        **dict(zip(("prompt_index", "source", "log_probs"), found, strict=True)),
-    )
-    _merge(store, player, *found)
+    real, name = rows.prompt_index >= 0, f"{round_name(round_number)}/scores_of_player_{player:04d}.npz"
+    found = {
+        "prompt_index": rows.prompt_index[real],
+        "source": rows.source[real],
+        "log_probs": log_probs[real].astype(np.float32),
+    }
+    _merge(store, player, **found)
+    if store.journal.whole(name):  # scores of an earlier round were lost, and are made again beside those of this one
+        before = durable.read_arrays(store.journal.directory / name)
+        found = {key: np.concatenate([before[key], values]) for key, values in found.items()}
+    journal.write(store.journal, name, "scoring", round_number, durable.npz(**found))
 
 
 def team_scores(store: Store, rows: Rows, players: Sequence[int], n_max: int) -> TeamScores:
@@ -113,7 +128,7 @@ def team_scores(store: Store, rows: Rows, players: Sequence[int], n_max: int) ->
             row, response = np.argwhere(~np.isfinite(log_probs[place]))[0]
             prompt, source = rows.prompt_index[row, response], rows.source[row, response]
             raise ValueError(
-                f"{store.directory}: player {player} has no finite score for prompt {prompt}, "
+                f"{store.journal.directory}: player {player} has no finite score for prompt {prompt}, "
                 f"{'the target' if source == TARGET else f'the response of round {source}'}."
             )
     return TeamScores(log_probs, np.arange(n_max) < len(players))
@@ -121,7 +136,12 @@ def team_scores(store: Store, rows: Rows, players: Sequence[int], n_max: int) ->
 
 def round_directory(directory: Path, round_number: int) -> Path:
     """Where a round's files lie."""
-    return directory / f"round_{round_number:04d}"
+    return directory / round_name(round_number)
+
+
+def round_name(round_number: int) -> str:
+    """The name of a round's directory."""
+    return f"round_{round_number:04d}"
 
 
 def _column(store: Store, player: int, source: int) -> np.ndarray:

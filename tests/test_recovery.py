@@ -1,0 +1,138 @@
+"""Damage: found by its checksum wherever it is, told, and what was lost is made again as it was."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import small_run
+
+from tpaw_jax import journal, preemption, ring, self_play, session, sharding
+
+
+def flip(path):
+    """One bit of the middle byte."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(bytes(content))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def remove(path):
+    path.unlink()
+
+
+def largest_file(checkpoint):
+    return max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of three rounds, and the same prolonged to four: what a damaged copy of the first has to become."""
+    three, four = tmp_path_factory.mktemp("three"), tmp_path_factory.mktemp("four") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+        self_play.run(small_run(three), lambda _: None)
+        shutil.copytree(three, four)
+        self_play.run(small_run(four, rounds=4), lambda _: None)
+    return three, four
+
+
+def policy_of(directory, round_number):
+    run = small_run(directory)
+    like = session.open_player(run, sharding.make_mesh(run.mesh, jax.local_devices()[:1])).params
+    kept = ring.open_ring(journal.open_journal(directory, reading=True), 3)
+    return ring.restore_policy(kept, round_number, like)
+
+
+def assert_same(directory, whole):
+    jax.tree.map(np.testing.assert_array_equal, policy_of(directory, 4), policy_of(whole, 4))
+    for path in sorted(whole.glob("round_0003/*.npz")):
+        ours, theirs = np.load(directory / path.relative_to(whole)), np.load(path)
+        for name in theirs.files:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "found", "made_again"),
+    [
+        ("ring/policies/00003", flip, "the checkpoint", ""),  # round 2 is the newest then
+        ("ring/policies/00002", truncate, "files where", "from round 1 on"),
+        ("ring/policies/00001", flip, "the checkpoint", "from round 0 on"),
+        ("round_0001/generations.npz", flip, "its checksum is not", "from round 1 on"),
+        ("round_0002/scores_of_player_0002.npz", truncate, "bytes where", ""),
+    ],
+)
+def test_what_is_damaged_is_found_and_made_again_as_it_was(runs, tmp_path, name, damage, found, made_again):
+    three, four = runs
+    directory, said = tmp_path / "run", []
+    shutil.copytree(three, directory)
+    path = directory / name
+    damage(largest_file(path) if path.is_dir() else path)
+    self_play.run(small_run(directory, rounds=4), said.append)
+    text = "\n".join(said)
+    assert f"{path}: " in text
+    assert found in text
+    assert made_again in text
+    assert ("makes again what is lost" in text) == bool(made_again)
+    if "scores" in name:  # made again in rows packed otherwise: the same but for the order of sums
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), policy_of(directory, 4), policy_of(four, 4)
+        )
+    else:
+        assert_same(directory, four)
+
+
+def test_a_damaged_training_state_is_left_and_the_round_trained_from_its_beginning(runs, tmp_path, monkeypatch):
+    directory, said = tmp_path / "run", []
+    notice = preemption.Notice()
+    monkeypatch.setattr(notice, "told_at", lambda step: step % (1 << 24) == 2)
+    with pytest.raises(preemption.Preempted, match="Round 0: training stopped after step 3"):
+        self_play.run(small_run(directory, rounds=4), said.append, notice=notice)
+    flip(largest_file(next((directory / "ring" / "training").iterdir())))
+    self_play.run(small_run(directory, rounds=4), said.append)
+    assert "training/00000_00000003: the checkpoint" in "\n".join(said)
+    assert_same(directory, runs[1])
+
+
+def test_a_damaged_journal_is_replaced_by_the_one_before(runs, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(runs[0], directory)
+    flip(directory / "journal.json")
+    self_play.run(small_run(directory, rounds=4), lambda _: None)
+    assert_same(directory, runs[1])
+
+
+def test_a_run_without_any_whole_journal_is_refused(runs, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(runs[0], directory)
+    for path in directory.glob("journal*.json"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"a run is there, but journal\.json is missing or damaged"):
+        self_play.run(small_run(directory), lambda _: None)
+
+
+def test_what_cannot_be_made_as_it_was_takes_what_followed_with_it(runs, tmp_path):
+    """As on a machine whose float sums differ: the journal expects other responses than the policy now gives."""
+    directory, said = tmp_path / "run", []
+    shutil.copytree(runs[0], directory)
+    path = directory / "journal.json"
+    opened = journal.open_journal(directory)
+    opened.facts["round_0001/generations.npz"]["same"] = "of another machine"
+    journal.save(opened)
+    assert json.loads(path.read_text())["facts"]["round_0001/generations.npz"]["same"] == "of another machine"
+    (directory / "round_0001" / "generations.npz").unlink()
+    self_play.run(small_run(directory, rounds=4), said.append)
+    text = "\n".join(said)
+    assert "made again it is not what it was" in text
+    assert "ring/policies/00003" in text
+    assert_same(directory, runs[1])

@@ -1,0 +1,215 @@
+"""The journal of a run: which stages of which rounds are finished, and the checksums by which their files are known.
+
+`journal.json` is small and written whole; the one before it is kept beside it. A file counts as finished when the
+journal has it. What is found to be damaged is set aside and stays in the journal as lost: when it is made again, the
+journal tells whether it became what it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tpaw_jax import durable, pod
+
+STAGES = ("sampling", "scoring", "training", "policy", "summary")
+"""Of a round, in their order."""
+
+_VERSION = 1
+
+
+class Changed(Exception):
+    """Something that was lost was made again and came out otherwise: what followed from it is to be made again too."""
+
+
+@dataclasses.dataclass
+class Journal:
+    """The facts of a run by the names of its files and checkpoints, relative to its directory.
+
+    Facts of each: `round`, `stage`, `bytes`, `sha256` of a file, `files` of a checkpoint, `same`, which is equal where
+    what was made again is the same, and `lost`.
+    """
+
+    directory: Path
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: str = ""  # the fingerprint of prompts and targets
+    facts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    reading: bool = False  # of a run that another process may be playing: nothing is written
+
+    def whole(self, name: str) -> bool:
+        """Whether something is finished and was not found damaged."""
+        return name in self.facts and not self.facts[name].get("lost")
+
+    def names(self, stage: str) -> list[str]:
+        """What a stage has left that is whole, in order of rounds."""
+        of_stage = [name for name, f in self.facts.items() if f["stage"] == stage and self.whole(name)]
+        return sorted(of_stage, key=lambda name: (self.facts[name]["round"], name))
+
+
+def open_journal(directory: Path, reading: bool = False) -> Journal:
+    """The journal of a run directory, new where there is no run yet; with `reading` it stays as it is on disk.
+
+    Raises:
+        ValueError: a run is there and no whole journal of it.
+    """
+    paths = [directory / "journal.json", directory / "journal.before.json"]
+    for path in paths:
+        content = _checked(path)
+        if content is not None:
+            return Journal(directory, content["config"], content["data"], content["facts"], reading)
+    if any(path.exists() for path in paths) or any((directory / "ring" / "policies").glob("[0-9]*")):
+        raise ValueError(
+            f"{directory}: a run is there, but {paths[0].name} is missing or damaged, and {paths[1].name} too: nothing "
+            "tells which of its files are whole. Put one of them back, or choose another directory."
+        )
+    return Journal(directory, reading=reading)
+
+
+def save(journal: Journal) -> None:
+    """Write the journal, by the process that writes; the one before stays beside it."""
+    if journal.reading or not pod.writes():
+        return
+    content = {"version": _VERSION, "config": journal.config, "data": journal.data, "facts": journal.facts}
+    path = journal.directory / "journal.json"
+    text = json.dumps({"checksum": _checksum(content), **content}, indent=1) + "\n"
+    durable.write_aside(path, text.encode())
+    with durable.told(path):
+        if _checked(path) is not None:
+            os.replace(path, path.with_name("journal.before.json"))
+        os.replace(durable.aside_of(path), path)
+
+
+def write(journal: Journal, name: str, stage: str, round_number: int, content: bytes, same: str | None = None) -> None:
+    """A file of a stage, known to the journal before it is at its place, so that it is never there unknown.
+
+    Raises:
+        Changed: it was lost before and `same` is not what it was.
+    """
+    path = journal.directory / name
+    if pod.writes():
+        durable.write_aside(path, content)
+    facts = {"round": round_number, "stage": stage, "bytes": len(content), "sha256": _sha256(content), "same": same}
+    changed = record(journal, name, facts)
+    if pod.writes():
+        with durable.told(path):
+            os.replace(durable.aside_of(path), path)
+    if changed:
+        drop_after(journal, name)
+
+
+def record(journal: Journal, name: str, facts: dict[str, Any]) -> bool:
+    """Put something finished into the journal; whether it was lost before and is not what it was."""
+    before = journal.facts.get(name, {})
+    journal.facts[name] = facts
+    save(journal)
+    return bool(before.get("lost")) and before.get("same") != facts["same"]
+
+
+def forget(journal: Journal, name: str) -> None:
+    """Take something out of the journal that is to be removed, before it is."""
+    if journal.facts.pop(name, None) is not None:
+        save(journal)
+
+
+def check(journal: Journal) -> dict[str, str]:
+    """What is not as the journal has it, and what is wrong with it, as the process that writes finds it.
+
+    A file that a kill left beside its place is put there. Of checkpoints, files and bytes are counted; their values are
+    checked when they are read (see `ring`).
+    """
+    found = {}
+    for name in [name for name in journal.facts if journal.whole(name)] if pod.writes() else []:
+        facts, path = journal.facts[name], journal.directory / name
+        what = _checkpoint_fault(path, facts) if "files" in facts else _file_fault(path, facts)
+        if what:
+            found[name] = what
+    stated = pod.exchange(found=np.frombuffer(json.dumps(found).encode(), np.uint8))[0]
+    return json.loads(stated["found"].tobytes())
+
+
+def set_aside(journal: Journal, name: str) -> None:
+    """Move something damaged out of the way and count it as lost."""
+    if name in journal.facts:
+        journal.facts[name]["lost"] = True
+    save(journal)
+    path = journal.directory / name
+    if pod.writes() and path.exists():
+        aside, number = path.with_name(path.name + ".damaged"), 1
+        while aside.exists():
+            aside, number = path.with_name(f"{path.name}.damaged{number}"), number + 1
+        path.rename(aside)
+    pod.meet("what is damaged is set aside")
+
+
+def drop_after(journal: Journal, name: str) -> None:
+    """Forget all that was made after something.
+
+    Raises:
+        Changed: always; the run is to be opened again.
+    """
+    later = [other for other in journal.facts if _order(journal, other) > _order(journal, name)]
+    for other in later:
+        path, facts = journal.directory / other, journal.facts.pop(other)
+        if pod.writes() and "files" in facts and path.exists():  # a file that the journal does not have is not read
+            path.rename(path.with_name(path.name + ".removed"))
+    save(journal)
+    pod.meet("what was made after it is forgotten")
+    raise Changed(
+        f"{journal.directory / name} was damaged, and made again it is not what it was, as on another kind of machine; "
+        f"what was made after it is made again: {', '.join(sorted(later)) or 'nothing was'}."
+    )
+
+
+def _order(journal: Journal, name: str) -> tuple[int, int]:
+    facts = journal.facts[name]
+    return facts["round"], STAGES.index(facts["stage"])
+
+
+def _file_fault(path: Path, facts: dict[str, Any]) -> str:
+    if not path.exists():
+        aside = durable.aside_of(path)
+        if not aside.exists() or _file_fault(aside, facts):
+            return "it is missing"
+        os.replace(aside, path)
+    if path.stat().st_size != facts["bytes"]:
+        return f"it has {path.stat().st_size} bytes where {facts['bytes']} were written"
+    return "" if _sha256(path.read_bytes()) == facts["sha256"] else "its checksum is not that of what was written"
+
+
+def _checkpoint_fault(path: Path, facts: dict[str, Any]) -> str:
+    if not path.exists():
+        return "it is missing"
+    files, size = measure(path)
+    if (files, size) != (facts["files"], facts["bytes"]):
+        return f"it has {size} bytes in {files} files where {facts['bytes']} in {facts['files']} were written"
+    return ""
+
+
+def measure(checkpoint: Path) -> tuple[int, int]:
+    """Files and bytes of a checkpoint."""
+    sizes = [path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()]
+    return len(sizes), sum(sizes)
+
+
+def _checked(path: Path) -> dict[str, Any] | None:
+    """The content of a journal that is whole and of this version."""
+    try:
+        content = json.loads(path.read_bytes())
+        checksum = content.pop("checksum")
+        return content if checksum == _checksum(content) and content["version"] == _VERSION else None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return _sha256(json.dumps(content, sort_keys=True).encode())
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
