@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, STORIES, small_run
 
-from tpaw_jax import cli, dataset, generation_file, sampling, self_play
+from tpaw_jax import cli, dataset, generation_file, reporting, sampling, self_play
 from tpaw_jax.config import DataConfig, SamplingConfig, to_dict
 from tpaw_jax.models import Transformer, hub
 from tpaw_jax.types import Prompts
@@ -124,7 +124,7 @@ def test_another_engine_answers_the_prompts_of_an_exported_policy(tmp_path, caps
         given = ["--generations", path("answers.jsonl")]
         assert cli.main(["play", "--config", str(configuration), *given]) == 0
     assert "4 responses from" in capsys.readouterr().out
-    table = self_play.rounds_table(tmp_path / "run", 2)
+    table = reporting.rounds_table(tmp_path / "run", 2)
     assert len(table) == 2
     assert table[1]["largest gap"] < 1e-4  # the other engine's log-probs are the scorer's
 
@@ -156,7 +156,7 @@ def test_a_round_played_on_the_samplers_own_file_is_the_round_it_would_have_play
     assert cli.main(["generate", "--config", str(configuration), "--out", made]) == 0
     assert cli.main(["play", "--config", str(configuration), "--generations", made]) == 0
     assert "12 responses from" in capsys.readouterr().out
-    table = self_play.rounds_table(tmp_path / "given", 3)
+    table = reporting.rounds_table(tmp_path / "given", 3)
     assert len(table) == 1
     for name in ("loss", "margin", "held-out after", "response tokens", "echoes"):
         assert table[0][name] == own[0][name], name

@@ -10,13 +10,13 @@ from tpaw_jax import monitoring
 
 def test_records_from_the_resumed_step_on_are_dropped_and_a_torn_line_too(tmp_path):
     log = monitoring.open_metrics(tmp_path, 0, 0, tensorboard=False)
-    for round_number, step in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2)):
+    for round_number, step in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0)):
         log.write(round=round_number, step=step, loss=float(step))
-    with log.path.open("a") as file:
-        file.write('{"round": 1, "st')
+    with log.path.open("ab") as file:
+        file.write(b'{"step": 1}\n[1]\n{"round": \xff}\n{"round": 1, "st')
     monitoring.open_metrics(tmp_path, 1, 1, tensorboard=False)
     kept = [json.loads(line) for line in log.path.read_text().splitlines()]
-    assert [(r["round"], r["step"]) for r in kept] == [(0, 0), (0, 1), (1, 0)]
+    assert [(r["round"], r["step"]) for r in kept] == [(0, 0), (0, 1), (1, 0), (2, 0)]
     assert monitoring.read_metrics(tmp_path, 1) == [{"round": 1, "step": 0, "loss": 0.0}]
 
 

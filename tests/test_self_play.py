@@ -15,7 +15,7 @@ import transformers
 import yaml
 from conftest import ROOT, small_run
 
-from tpaw_jax import cli, journal, monitoring, preemption, ring, self_play, session, sharding, triplets
+from tpaw_jax import cli, journal, monitoring, preemption, reporting, ring, self_play, session, sharding, triplets
 from tpaw_jax.config import MeshConfig
 from tpaw_jax.monitoring import compile_log
 
@@ -214,7 +214,7 @@ def results(directory):
         found[str(path.relative_to(directory))] = {name: arrays[name].tolist() for name in arrays.files}
     found["table"] = [
         {name: value for name, value in row.items() if not name.endswith((" s", "/s", "goodput"))}
-        for row in self_play.rounds_table(directory, 3)
+        for row in reporting.rounds_table(directory, 3)
     ]
     return found
 

@@ -56,7 +56,7 @@ def play(options: argparse.Namespace, overrides: list[str]) -> None:
     generations = Path(options.generations) if options.generations else None
     with compile_log() as compiled, preemption.Notice() as notice:
         try:
-            self_play.run(run, generations=generations, profiled=profiled, notice=notice)
+            self_play.run(run, generations=generations, profiled=profiled, notice=notice, strict=options.strict)
         except preemption.Preempted as stopped:
             print(f"tpaw: {stopped}", file=sys.stderr)
             sys.exit(preemption.EXIT_CODE)
@@ -226,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
         export=(False, "also write the last policy to this directory", str),
         generations=(False, "a JSONL file of another engine's responses; plays the one round they answer", str),
         profile=(False, "trace these steps of every stage of the first round: steps=10:13", str),
+        strict=(False, "stop at the end of a round that shows a sign of divergence", None),
         pod=(False, "one of several processes, as the pod's metadata tell", None),
         coordinator=(False, "one of several processes: HOST:PORT of the first of them", str),
         num_processes=(False, "how many they are", int),

@@ -136,7 +136,8 @@ class TrainConfig:
     epsilon: float = knob(1e-8, "of adamw and rmsprop", "torch.optim")
     reduce_dtype: Literal["float32", "bfloat16"] = knob("float32", "in which gradients travel between devices")
     max_skipped_in_a_row: int = knob(10, "steps with a non-finite loss or gradient that stop the run")
-    save_every_steps: int = knob(50, "steps between saves of the training state")
+    save_every_steps: int = knob(50, "most steps between saves of the training state")
+    save_every_minutes: float = knob(10.0, "most minutes between them, by the speed of the round's first steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,6 +284,7 @@ def validate(config: RunConfig, where: str) -> None:
         (train.max_grad_norm > 0, "train.max_grad_norm", "must be above 0"),
         (train.max_skipped_in_a_row >= 1, "train.max_skipped_in_a_row", "must be at least 1"),
         (train.save_every_steps >= 1, "train.save_every_steps", "must be at least 1"),
+        (train.save_every_minutes > 0, "train.save_every_minutes", "must be above 0"),
     ]
     for holds, key, problem in checks:
         if not holds:

@@ -31,7 +31,7 @@ class MetricsLog:
         """Append one record; numbers also become TensorBoard scalars over the round's steps."""
         if not pod.writes():
             return
-        with self.path.open("a") as file:
+        with durable.told(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         if self.tensorboard is not None and "step" in record:
             for name, value in record.items():
@@ -40,15 +40,17 @@ class MetricsLog:
 
 
 def open_metrics(directory: Path, round_number: int, step: int, tensorboard: bool) -> MetricsLog:
-    """The log of a run that goes on at (round, step): records from there on are dropped, they will be made again.
+    """The log of a run that goes on at (round, step): the round's records from there on are dropped, to be made again.
+
+    So are lines that a kill cut short or that are damaged.
 
     Raises:
         ImportError: TensorBoard is wanted and tensorboardX is not installed.
     """
     path = directory / "metrics.jsonl"
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _before(line, round_number, step)]
-        durable.write_bytes(path, "".join(line + "\n" for line in kept).encode())
+        kept = [r for r in _records(path) if r["round"] != round_number or r.get("step", -1) < step]
+        durable.write_bytes(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
     if not tensorboard or not pod.writes():
         return MetricsLog(path)
     try:
@@ -60,8 +62,7 @@ def open_metrics(directory: Path, round_number: int, step: int, tensorboard: boo
 
 def read_metrics(directory: Path, round_number: int) -> list[dict[str, float]]:
     """The step records of a round."""
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["round"] == round_number]
+    return [record for record in _records(directory / "metrics.jsonl") if record["round"] == round_number]
 
 
 def step_record(metrics: dict[str, Any], players: Sequence[int]) -> dict[str, float]:
@@ -194,10 +195,14 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _before(line: str, round_number: int, step: int) -> bool:
-    """Whether a record belongs to finished work; a line cut short by a kill does not."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        return False
-    return (record["round"], record.get("step", -1)) < (round_number, step)
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The records of a log whose lines are whole."""
+    found = []
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("round"), int):
+            found.append(record)
+    return found

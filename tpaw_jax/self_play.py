@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,20 @@ from tpaw_jax import (
     cost,
     durable,
     generation_file,
-    journal,
     monitoring,
     packing,
     pod,
     recovery,
+    reporting,
     ring,
     sampling,
     scoring,
     training,
     triplets,
 )
-from tpaw_jax.config import RunConfig, of_round
+from tpaw_jax.config import RunConfig
 from tpaw_jax.durable import Damaged
+from tpaw_jax.health import Diverged
 from tpaw_jax.host import Ahead
 from tpaw_jax.journal import Changed
 from tpaw_jax.preemption import Notice, Preempted
@@ -51,17 +51,19 @@ def run(
     generations: Path | None = None,
     profiled: range = range(0),
     notice: Notice | None = None,
+    strict: bool = False,
 ) -> list[dict[str, Any]]:
     """Play all rounds, or what is left of them, and return the table of rounds.
 
     With `generations`, a file of another engine's responses, only the round that they answer is played. Steps in
-    `profiled` of every stage are traced.
+    `profiled` of every stage are traced. A `strict` run stops at the end of a round in which something went wrong.
 
     Raises:
         FileNotFoundError, ValueError: model, data, generations or configuration cannot be used; the sentence names what
             to mend.
         FloatingPointError: too many steps in a row were not finite; the batch is saved.
         Preempted: `notice` told the run to stop; all that is finished is on disk.
+        Diverged: the run is strict, and the last round shows a sign of divergence (`health.warnings`).
         Damaged: what is read back from the disk is damaged again and again.
     """
     directory, notice = Path(config.directory), notice or Notice()
@@ -69,7 +71,7 @@ def run(
     with durable.held(directory) if pod.writes() else contextlib.nullcontext():
         for attempt in itertools.count(1):
             try:
-                return _play(*open_session(config, say, profiled, notice), generations)
+                return _play(*open_session(config, say, profiled, notice), generations, strict)
             except Damaged as damage:
                 if attempt == MOST_DAMAGES or directory.absolute() not in damage.path.absolute().parents:
                     raise
@@ -79,15 +81,17 @@ def run(
     raise AssertionError("unreachable")
 
 
-def _play(session: Session, policy: PyTree[Array], generations: Path | None) -> list[dict[str, Any]]:
+def _play(session: Session, policy: PyTree[Array], generations: Path | None, strict: bool) -> list[dict[str, Any]]:
     try:
-        return _rounds(session, policy, generations)
-    except (Preempted, Damaged):
+        return _rounds(session, policy, generations, strict)
+    except (Preempted, Damaged, Diverged):
         ring.settle(session.ring)
         raise
 
 
-def _rounds(session: Session, policy: PyTree[Array] | None, generations: Path | None) -> list[dict[str, Any]]:
+def _rounds(
+    session: Session, policy: PyTree[Array] | None, generations: Path | None, strict: bool
+) -> list[dict[str, Any]]:
     config, kept, first = session.config, session.ring, session.first
     store = triplets.open_store(session.journal, session.prompts)
     for t in range(first, config.rounds if generations is None else min(first + 1, config.rounds)):
@@ -96,8 +100,10 @@ def _rounds(session: Session, policy: PyTree[Array] | None, generations: Path | 
             continue
         policy = policy or ring.restore_policy(kept, t, session.like)
         players, watch = ring.players(kept, t), monitoring.Stopwatch()
-        session.say(monitoring.manifest(t, config.rounds, _manifest(session, t, players)))
-        session.say(_expected_cost(session, store, players))
+        session.say(reporting.manifest(session, t, players))
+        session.say(reporting.expected_cost(session, store, players))
+        if low := reporting.space(session):
+            session.say(low)
         if generations is not None:
             store = take(session, store, generations, t)
         store = sample(session, store, policy, t, watch)
@@ -114,13 +120,15 @@ def _rounds(session: Session, policy: PyTree[Array] | None, generations: Path | 
         policy, trained = training.train(session, rows, scores, players, policy, t, watch)
         session.profiler.stop()
         with watch.time("other"):
-            _finish_round(session, store, rows, players, scored, trained, watch, t)
+            wrong = reporting.finish_round(session, store, rows, players, scored, trained, watch, t)
         with watch.time("ring"):
             ring.push(kept, policy, t + 1)
+        if strict and wrong:
+            raise Diverged(f"{' '.join(wrong)} The run is strict and stops here; theta_{t + 1} is in the ring.")
         durable.write_json(triplets.round_directory(session.directory, t) / "timings.json", watch.report())
     ring.settle(kept)
     pod.meet("all rounds are played")
-    table = rounds_table(session.directory, config.rounds)
+    table = reporting.rounds_table(session.directory, config.rounds)
     session.say(monitoring.table(table))
     return table
 
@@ -177,7 +185,7 @@ def sample(
         store = triplets.append(store, generations)
         for sampled in directory.glob("sampled_*.jsonl") if pod.writes() else ():
             sampled.unlink()
-        _save_texts(session, store, t)
+        reporting.save_texts(session, store, t)
     return store
 
 
@@ -209,7 +217,7 @@ def take(session: Session, store: triplets.Store, path: Path, t: int) -> triplet
         f"tokenised, {given.without_log_probs} came without log-probs."
     )
     store = triplets.append(store, given.generations)
-    _save_texts(session, store, t)
+    reporting.save_texts(session, store, t)
     return store
 
 
@@ -253,131 +261,3 @@ def score(
             triplets.add_scores(store, t, player, own, log_probs)
             work += cost.of_rows(own)
     return work
-
-
-def rounds_table(directory: Path, rounds: int) -> list[dict[str, Any]]:
-    """The table of the finished rounds."""
-    files = [triplets.round_directory(directory, t) / "summary.json" for t in range(rounds)]
-    return [json.loads(file.read_text()) for file in files if file.exists()]
-
-
-def _finish_round(
-    session: Session,
-    store: triplets.Store,
-    rows: packing.Rows,
-    players: list[int],
-    scored: cost.Work,
-    trained: dict[str, Any],
-    watch: monitoring.Stopwatch,
-    t: int,
-) -> None:
-    """Write the round's line of the table and say it, with what the round computed and saved."""
-    trees, pairs = _round_work(session, store, players)
-    computed, in_pairs = cost.flops(session.model, trees.total), cost.flops(session.model, pairs.total)
-    done = cost.flops(session.model, scored + trees.training * trained["share"])  # by this process
-    seconds = watch.seconds
-    busy = seconds["scoring"] + seconds["training"]
-    session.say(
-        f"Measured: {done / 1e12:.3g} TFLOP in {busy:.3g} s of scoring and training, {done / busy / 1e9:.3g} GFLOP/s; "
-        f"padded pairs with {len(players)} live references compute {in_pairs / computed:.1f} x as much."
-    )
-    pod.meet("the round's steps are logged")
-    records = monitoring.read_metrics(session.directory, t)
-    last_epoch = records[-max(1, len(records) // session.config.train.epochs) :]
-    mean = lambda name: float(np.average([r[name] for r in last_epoch], weights=[r["triplets"] for r in last_epoch]))
-    lengths = [len(tokens) for tokens in store.generations[t].tokens]
-    summary = {
-        "round": t,
-        "players": len(players),
-        "triplets": int(rows.triplets.sum()),
-        "steps": trained["steps"],
-        "fill": rows.fill,
-        "P_t at step 0": trained["noise"],
-        "loss": mean("loss"),
-        "chosen": mean("rewards/chosen"),
-        "rejected": mean("rewards/rejected"),
-        "margin": mean("rewards/margins"),
-        "accuracy": mean("rewards/accuracies"),
-        "alpha=eta": mean(f"player_{t}/alpha_is_eta"),
-        "skipped": int(records[-1]["skipped"]),
-        "response tokens": float(np.mean(lengths)),
-        "echoes": store.echoes(t),
-        **_sampler_gap(store, t),
-        "held-out before": trained["held-out before"],
-        "held-out after": trained["held-out after"],
-        "TFLOP": computed / 1e12,
-        "TFLOP in pairs": in_pairs / 1e12,
-        "saving": in_pairs / computed,
-        "GFLOP/s": done / busy / 1e9,
-        "goodput": watch.goodput,
-        **{f"{stage} s": round(value, 2) for stage, value in seconds.items() if stage not in ("ring", "other")},
-    }
-    content = (json.dumps(summary, indent=2) + "\n").encode()
-    journal.write(session.journal, f"{triplets.round_name(t)}/summary.json", "summary", t, content)
-    session.say(monitoring.table([summary]) + "\n")
-
-
-def _sampler_gap(store: triplets.Store, t: int) -> dict[str, float | None]:
-    """How far the sampler's and the scorer's log-probs of D_t are apart, nats a token: mean and largest of a response.
-
-    They come from two programs, a cache and another batch; more than rounding between them means a fault in one.
-    """
-    generations, scores = store.generations[t], store.scores[t]
-    gaps = [
-        abs(float(scores[int(source)][i]) - float(log_probs.sum())) / len(log_probs)
-        for i, (source, log_probs) in enumerate(zip(store.sources[t], generations.log_probs, strict=True))
-        if not np.isnan(log_probs).any()
-    ]
-    return {"sampler gap": float(np.mean(gaps)) if gaps else None, "largest gap": max(gaps, default=None)}
-
-
-def _round_work(session: Session, store: triplets.Store, players: list[int]) -> tuple[cost.RoundWork, cost.RoundWork]:
-    return cost.round_work(session.prompts, store.generations, store.sources, players, session.config)
-
-
-def _expected_cost(session: Session, store: triplets.Store, players: list[int]) -> str:
-    """A sentence: what scoring and training should compute, in trees and in padded pairs with live references."""
-    trees, pairs = _round_work(session, store, players)
-    tera = lambda work: f"{cost.flops(session.model, work) / 1e12:.3g}"
-    return (
-        f"Expected: {tera(trees.total)} TFLOP in trees ({tera(trees.scoring)} scoring, {tera(trees.training)} "
-        f"training; {trees.total.tokens:.3g} token places); as padded pairs with {len(players)} live references "
-        f"{tera(pairs.total)} TFLOP ({pairs.total.tokens:.3g} places), "
-        f"{cost.flops(session.model, pairs.total) / cost.flops(session.model, trees.total):.1f} x as much."
-    )
-
-
-def _manifest(session: Session, t: int, players: list[int]) -> dict[str, Any]:
-    c, size = session.config, len(session.prompts)
-    place = c.policy.path if t == 0 else session.directory / "ring" / "policies" / f"{t:05d}"
-    return {
-        "policy from": f"theta_{t} = {place}",
-        "players": ", ".join(f"theta_{j}" for j in players),
-        "opponents": ", ".join(f"D_{j}" for j in players),
-        "triplets": f"{size * len(players)} = {size} prompts x {len(players)} rounds",
-        "learning rate": f"{of_round(c.train.learning_rate, t):g} ({c.train.optimizer}, {c.train.schedule})",
-        "lam, eta, gamma": f"{of_round(c.objective.lam, t):g}, {c.objective.eta:g}, {c.objective.gamma:g}",
-    }
-
-
-def _save_texts(session: Session, store: triplets.Store, t: int) -> None:
-    """The first prompts with their target and response as text, in samples.jsonl and shown."""
-    decode = lambda tokens: session.template.tokenizer.decode(tokens, skip_special_tokens=True)
-    chosen = range(min(session.config.sample_texts, len(session.prompts)))
-    texts = [
-        {
-            "prompt": decode(session.prompts.prompt_tokens[i]),
-            "target": decode(session.prompts.target_tokens[i]),
-            "response": decode(store.generations[t].tokens[i]),
-        }
-        for i in chosen
-    ]
-    lines = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
-    durable.write_bytes(triplets.round_directory(session.directory, t) / "samples.jsonl", lines.encode())
-    for text in texts:
-        session.say("\n".join(f"  {name:<8}  {_short(value)}" for name, value in text.items()))
-
-
-def _short(text: str, most: int = 160) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 1] + "…"

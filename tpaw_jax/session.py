@@ -230,6 +230,7 @@ def _check_unchanged(opened: Journal, config: RunConfig) -> None:
         return
     old, new = _flat(opened.config), _flat(to_dict(config))
     free = {"directory", "rounds", "sample_texts", "tensorboard", "train.save_every_steps"}
+    free |= {"train.save_every_minutes", "train.max_skipped_in_a_row"}
     free |= {"sampling.slots", "sampling.prefill_tokens", "sampling.tensor"}  # which change no token
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in free]
     if changed:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from tpaw_jax import durable, monitoring, packing, ring, scoring, sharding, train_step, triplets
+from tpaw_jax import durable, monitoring, packing, pod, ring, scoring, sharding, train_step, triplets
 from tpaw_jax.config import RunConfig, of_round
 from tpaw_jax.host import Ahead
 from tpaw_jax.preemption import Preempted
@@ -21,6 +21,12 @@ from tpaw_jax.types import TeamScores, TrainState
 
 STEPS_OF_A_ROUND = 1 << 24
 """Numbers that the steps of a round have for a pod's notice of preemption, those of later rounds above them."""
+
+FACTS = ("steps", "share", "noise", "held-out before", "held-out after")
+"""What training says of a round."""
+
+MEASURED_FROM, MEASURED_TO = 3, 7
+"""Steps of a round by which its speed is measured: after those that compile and fill the queue."""
 
 
 class StepInputs(NamedTuple):
@@ -65,6 +71,7 @@ def train(
     tolerance = 2 * noise if c.objective.tolerance < 0 else c.objective.tolerance
     record = StepRecorder(session, log, players, t)
     pending: tuple[int, StepInputs, dict[str, Array], float] | None = None
+    saves = SaveTimes(c.train.save_every_steps, c.train.save_every_minutes)
 
     with (
         watch.time("training"),
@@ -82,7 +89,7 @@ def train(
             bar.update()
             bar.set_postfix_str(record.speed, refresh=False)
             told = session.notice.told_at(STEPS_OF_A_ROUND * t + step)
-            if told or ((step + 1) % c.train.save_every_steps == 0 and step + 1 < len(plan)):
+            if told or (saves.due(step) and step + 1 < len(plan)):
                 record(*pending)
                 pending = None
                 ring.save_training(session.ring, state, t, step + 1)
@@ -93,9 +100,8 @@ def train(
             record(*pending)
     with watch.time("held-out"):
         after = held_out_log_prob(session, state.params)
-    share = (len(plan) - first) / len(plan)  # of the round, trained by this process
-    facts = {"steps": len(plan), "share": share, "noise": noise, "held-out before": before, "held-out after": after}
-    return state.params, facts
+    own = (len(plan) - first) / len(plan)  # share of the round that this process has trained
+    return state.params, dict(zip(FACTS, (len(plan), own, noise, before, after), strict=True))
 
 
 def rows_of_steps(rows: packing.Rows, config: RunConfig, t: int) -> list[np.ndarray]:
@@ -137,6 +143,30 @@ def _first_state(
     like = sharding.abstract(state)
     del state  # two states at once may not fit
     return ring.restore_training(session.ring, t, saved[-1], like), saved[-1], noise
+
+
+@dataclasses.dataclass
+class SaveTimes:
+    """When the training state is saved: every so many steps, fewer where they would take more than so many minutes.
+
+    How many steps are so many minutes is measured once a round, by process 0 for all.
+    """
+
+    steps: int
+    minutes: float
+    seen: int = 0
+    since: float = 0.0
+
+    def due(self, step: int) -> bool:
+        """Whether to save after this step; asked once after every step."""
+        self.seen += 1
+        if self.seen == MEASURED_FROM:
+            self.since = time.perf_counter()
+        if self.seen == MEASURED_TO:
+            seconds = (time.perf_counter() - self.since) / (MEASURED_TO - MEASURED_FROM)
+            of_all = pod.exchange(seconds=np.array([seconds]))[0]["seconds"]
+            self.steps = max(1, min(self.steps, int(60 * self.minutes / float(of_all[0]))))
+        return (step + 1) % self.steps == 0
 
 
 @dataclasses.dataclass
