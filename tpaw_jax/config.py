@@ -188,7 +188,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise FileNotFoundError(f"{path}: there is no such configuration file.")
     try:
         fields = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML ({error}).") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: a mapping of keys to values was expected, not {type(fields).__name__}.")

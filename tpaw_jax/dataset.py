@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tpaw_jax import durable
 from tpaw_jax.config import DataConfig, SourceConfig
 from tpaw_jax.types import Prompts
 
@@ -147,10 +147,7 @@ def read_source(source: SourceConfig) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".jsonl" and path.is_file():
         yield from _read_lines(path)
     elif path.suffix == ".json" and path.is_file():
-        try:
-            records = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not valid JSON ({error}).") from error
+        records = durable.parse_json(path.read_bytes(), path)
         if not isinstance(records, list):
             raise ValueError(f"{path}: a JSON array of records was expected, not {type(records).__name__}.")
         yield from ((f"{path}, record {i}", r) for i, r in enumerate(records, start=1))
@@ -277,9 +274,9 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             where = f"{path}, line {number}"
             try:
-                yield where, json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                yield where, ValueError(f"{where}: not valid JSON ({error}).")
+                yield where, durable.parse_json(line, where)
+            except ValueError as error:
+                yield where, error
 
 
 def _datasets(source: SourceConfig, path: Path) -> Any:

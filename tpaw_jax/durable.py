@@ -127,6 +127,18 @@ def append_lines(path: Path, lines: Sequence[str]) -> None:
             os.fsync(file.fileno())
 
 
+def parse_json(content: str | bytes, where: object) -> Any:
+    """What a text in JSON says.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply to be read; names `where`.
+    """
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({error}).") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """A JSON file with one trailing newline."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())

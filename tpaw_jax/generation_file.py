@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,10 +72,14 @@ def append(path: Path, prompts: Prompts, responses: Mapping[int, Response]) -> N
     durable.append_lines(path, lines)
 
 
-def resume(path: Path, prompts: Prompts) -> dict[int, Response]:
+def resume(path: Path, prompts: Prompts, say: Callable[[str], None] = lambda text: None) -> dict[int, Response]:
     """What `append` wrote, by index into `prompts`. A line that a kill cut short, or that is damaged, is removed."""
     found, whole = _appended(path, prompts)
     if path.exists() and len(content := b"".join(whole)) < path.stat().st_size:
+        lines = len(path.read_bytes().splitlines())
+        say(
+            f"{path}: {lines - len(whole)} of {lines} lines are damaged or cut short; those prompts are answered again."
+        )
         durable.replace(path, content)
     return found
 
@@ -97,7 +101,7 @@ def _appended(path: Path, prompts: Prompts) -> tuple[dict[int, Response], list[b
     place = {int(prompt_id): i for i, prompt_id in enumerate(prompts.ids)}
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            record = json.loads(line)
+            record = durable.parse_json(line, path)
             if record.pop("check") != _check(record) or not line.endswith(b"\n"):
                 continue
             tokens, log_probs = np.array(record["token_ids"], np.int32), np.array(record["log_probs"], np.float32)
@@ -113,10 +117,7 @@ def _check(record: Mapping[str, Any]) -> int:
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: not valid JSON ({error}).") from error
+    record = durable.parse_json(line, where)
     if not isinstance(record, dict):
         raise ValueError(f"{where}: an object with prompt_id and token_ids was expected, not {type(record).__name__}.")
     return record

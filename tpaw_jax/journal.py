@@ -41,6 +41,7 @@ class Journal:
     data: str = ""  # the fingerprint of prompts and targets
     facts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     reading: bool = False  # of a run that another process may be playing: nothing is written
+    before: bool = False  # it is the one before, since the newest was damaged or missing
 
     def whole(self, name: str) -> bool:
         """Whether something is finished and was not found damaged."""
@@ -62,7 +63,7 @@ def open_journal(directory: Path, reading: bool = False) -> Journal:
     for path in paths:
         content = _checked(path)
         if content is not None:
-            return Journal(directory, content["config"], content["data"], content["facts"], reading)
+            return Journal(directory, content["config"], content["data"], content["facts"], reading, path != paths[0])
     if any(path.exists() for path in paths) or any((directory / "ring" / "policies").glob("[0-9]*")):
         raise ValueError(
             f"{directory}: a run is there, but {paths[0].name} is missing or damaged, and {paths[1].name} too: nothing "
@@ -200,7 +201,7 @@ def measure(checkpoint: Path) -> tuple[int, int]:
 def _checked(path: Path) -> dict[str, Any] | None:
     """The content of a journal that is whole and of this version."""
     try:
-        content = json.loads(path.read_bytes())
+        content = durable.parse_json(path.read_bytes(), path)
         checksum = content.pop("checksum")
         return content if checksum == _checksum(content) and content["version"] == _VERSION else None
     except (OSError, ValueError, KeyError, AttributeError, TypeError):

@@ -200,7 +200,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_bytes().splitlines():
         try:
-            record = json.loads(line)
+            record = durable.parse_json(line, path)
         except ValueError:
             continue
         if isinstance(record, dict) and isinstance(record.get("round"), int):

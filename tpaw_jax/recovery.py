@@ -19,6 +19,8 @@ from tpaw_jax.ring import Ring
 
 def set_damage_aside(opened: Journal, say: Callable[[str], None]) -> None:
     """Check all files and checkpoints of a run against its journal, and set aside what is not as it was written."""
+    if opened.before:
+        say(f"{opened.directory / 'journal.json'} is damaged or missing; the run goes on by the journal before it.")
     for name, what in journal.check(opened).items():
         say(f"{opened.directory / name}: {what}. {_what_follows(opened, name)}")
         journal.set_aside(opened, name)
@@ -32,15 +34,15 @@ def set_aside(directory: Path, damage: Damaged, say: Callable[[str], None]) -> N
     journal.set_aside(opened, name)
 
 
-def first_round(kept: Ring, rounds: int, say: Callable[[str], None]) -> int:
+def first_round(kept: Ring, say: Callable[[str], None]) -> int:
     """The round from which a run goes on: that of the newest policy, or an earlier one where something is lost.
 
-    From an earlier round only what is missing is made again. Where the ring no longer holds what that takes, the run
-    begins again with theta_0.
+    From an earlier round only what is missing is made again, of all that the round after the newest policy's needs.
+    Where the ring no longer holds what that takes, the run begins again with theta_0.
     """
     newest = max(kept.policies, default=0)
     for start in sorted({*kept.policies, 0}, reverse=True):
-        if _playable(kept, start, newest, rounds):
+        if _playable(kept, start, newest):
             if start < newest:
                 say(f"The run makes again what is lost, from round {start} on.")
             return start
@@ -53,11 +55,11 @@ def first_round(kept: Ring, rounds: int, say: Callable[[str], None]) -> int:
     return 0
 
 
-def _playable(kept: Ring, start: int, newest: int, rounds: int) -> bool:
+def _playable(kept: Ring, start: int, newest: int) -> bool:
     """Whether all rounds from `start` to the one after the newest policy's find their players and opponents."""
     opened, n_max = kept.journal, kept.n_max
     have = {*kept.policies, start}
-    for t in range(start, min(newest + 2, rounds)):
+    for t in range(start, newest + 2):
         if t > newest - n_max or t == start:  # an older one that is made again does not stay
             have.add(t)
         window = ring.players(kept, t)

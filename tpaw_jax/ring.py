@@ -190,7 +190,8 @@ def _restore(ring: Ring, path: Path, like: PyTree[Array]) -> PyTree[Any]:
     try:
         read = ring.checkpointer.restore(path, {"values": abstract, "digests": scalars})
     except Exception as error:  # orbax and tensorstore raise many types; the user needs one sentence
-        fault = f"the checkpoint cannot be read back ({type(error).__name__}: {error})"
+        reason = str(error).strip().splitlines()[:1]
+        fault = f"the checkpoint cannot be read back ({type(error).__name__}: {' '.join(reason)[:200]})"
     faults = [one["fault"].tobytes().decode() for one in pod.exchange(fault=np.array(list(fault.encode()), np.uint8))]
     if not any(faults):  # on no host
         assert read is not None

@@ -156,7 +156,7 @@ def sample(
 
         path, writes = directory / f"sampled_{jax.process_index():04d}.jsonl", pod.writes() or not together
         if writes:
-            generation_file.resume(path, prompts)
+            generation_file.resume(path, prompts, session.say)
         pod.meet("what was sampled before is whole")
         before = generation_file.of_all(sorted(directory.glob("sampled_*.jsonl")), prompts)
         finished = {n: before[i] for n, i in enumerate(mine) if i in before}

@@ -135,7 +135,7 @@ def open_session(config: RunConfig, say: Say, profiled: range, notice: Notice) -
     journal.save(opened)
     durable.write_bytes(directory / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
     ring.remove_unfinished(session.ring)
-    first = recovery.first_round(session.ring, config.rounds, say)
+    first = recovery.first_round(session.ring, say)
     session = dataclasses.replace(session, first=first)
     return session, _first_policy(session, policy)
 
@@ -255,8 +255,13 @@ def _check_same_data(opened: Journal, fingerprint: str) -> None:
 
 
 def _first_policy(session: Session, theta_0: PyTree[Array]) -> PyTree[Array]:
-    """The policy of the first round to play; theta_0 is pushed as the first player where the ring lacks it."""
+    """The policy of the first round to play; theta_0 is pushed as the first player where the ring lacks it.
+
+    The other policies are read too, so that damage is known before any work.
+    """
     first = session.first
+    for other in set(session.ring.policies) - {first}:
+        ring.restore_policy(session.ring, other, session.like)
     if first in session.ring.policies:
         session.say(f"The run goes on with theta_{first}.")
         return ring.restore_policy(session.ring, first, session.like)

@@ -19,7 +19,8 @@ def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
     """The `ModelConfig` of a parsed config.json (transformers 4 and 5 spell rope differently; both are read).
 
     Raises:
-        ValueError: the architecture or one of its options is not supported, or a field is missing; names `where`.
+        ValueError: the architecture or one of its options is not supported, or a field is missing or is no positive
+            number; names `where`.
     """
 
     def need(name: str) -> Any:
@@ -27,26 +28,37 @@ def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
             raise ValueError(f"{where}: the field '{name}' is missing; a {model_type} config.json needs it.")
         return fields[name]
 
+    def positive(name: str, otherwise: int = 0) -> int:
+        value = (fields.get(name) or otherwise) if otherwise else need(name)
+        if type(value) is not int or not 0 < value < 2**31:
+            raise ValueError(f"{where}: the field '{name}' is {value!r}; a positive whole number was expected.")
+        return value
+
     model_type = fields.get("model_type")
     if model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{where}: model_type {model_type!r} is not supported; supported are {known}.")
     _reject_options(fields, model_type, where)
-    heads = need("num_attention_heads")
+    heads, hidden = positive("num_attention_heads"), positive("hidden_size")
+    kv_heads, head_dim = positive("num_key_value_heads", heads), positive("head_dim", max(1, hidden // heads))
+    if heads % kv_heads or head_dim % 2:
+        raise ValueError(
+            f"{where}: {heads} heads cannot share {kv_heads} key-value heads, or head_dim {head_dim} has no two halves."
+        )
     theta, scaling = _rope(fields, where)
     return ModelConfig(
         model_type=model_type,
-        vocab_size=need("vocab_size"),
-        hidden_size=need("hidden_size"),
-        intermediate_size=need("intermediate_size"),
-        num_layers=need("num_hidden_layers"),
+        vocab_size=positive("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=positive("intermediate_size"),
+        num_layers=positive("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=fields.get("num_key_value_heads") or heads,
-        head_dim=fields.get("head_dim") or need("hidden_size") // heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=scaling,
-        rms_norm_eps=need("rms_norm_eps"),
-        max_position_embeddings=need("max_position_embeddings"),
+        rms_norm_eps=_number(need("rms_norm_eps"), "rms_norm_eps", where),
+        max_position_embeddings=positive("max_position_embeddings"),
         tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
         qkv_bias=model_type == "qwen2",
         qk_norm=model_type == "qwen3",
@@ -97,7 +109,9 @@ def _reject_options(fields: dict[str, Any], model_type: str, where: str) -> None
 def _rope(fields: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     parameters = fields.get("rope_parameters") or {}
     scaling = parameters or fields.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta", fields.get("rope_theta") or 10000.0))
+    if not isinstance(parameters, dict) or not isinstance(scaling, dict):
+        raise ValueError(f"{where}: rope_parameters or rope_scaling is no object of named fields.")
+    theta = _number(parameters.get("rope_theta", fields.get("rope_theta") or 10000.0), "rope_theta", where)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -106,4 +120,10 @@ def _rope(fields: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
     missing = [name for name in RopeScaling._fields if name not in scaling]
     if missing:
         raise ValueError(f"{where}: the llama3 rope scaling misses {', '.join(missing)}.")
-    return theta, RopeScaling(*(scaling[name] for name in RopeScaling._fields))
+    return theta, RopeScaling(*(_number(scaling[name], name, where) for name in RopeScaling._fields))
+
+
+def _number(value: Any, name: str, where: str) -> Any:
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise ValueError(f"{where}: the field '{name}' is {value!r}; a positive number was expected.")
+    return value

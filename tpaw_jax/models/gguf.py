@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,11 @@ GLOBAL_NAMES = {
     "lm_head.weight": "output.weight",
 }
 
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of the kinds of a field's value; `_STRING` and `_ARRAY` have sizes of their own."""
+
+_STRING, _ARRAY = 8, 9
+
 
 class GGUFSource:
     """A GGUF file's tensors under their Hugging Face names, dequantised one at a time to float32."""
@@ -41,7 +49,8 @@ class GGUFSource:
         self.path = path
         self._reader = _open(path)
         self._tensors = {t.name: t for t in self._reader.tensors}
-        self.config = self._config()
+        with _readable(path):
+            self.config = self._config()
         self._names = dict(GLOBAL_NAMES)
         for layer in range(self.config.num_layers):
             for name, gguf_name in LAYER_NAMES.items():
@@ -58,7 +67,8 @@ class GGUFSource:
         from gguf.quants import dequantize
 
         tensor = self._tensors[self._names[name]]
-        values = dequantize(tensor.data, tensor.tensor_type).reshape(self.shape(name))
+        with _readable(self.path):
+            values = dequantize(tensor.data, tensor.tensor_type).reshape(self.shape(name))
         if self.config.model_type == "llama":  # GGUF interleaves the rotary halves of Llama's q and k rows
             heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
             for projection, count in heads.items():
@@ -137,16 +147,17 @@ def load_tokenizer(path: Path) -> Any:
         "token_type": "token_type",
         "merges": "merges",
     }
-    stated = {name: _field(reader, f"tokenizer.ggml.{key}") for name, key in about.items()}
-    if stated["tokens"] is None:
-        raise ValueError(f"{path}: the file holds no tokenizer; name one in policy.tokenizer.")
-    found = {name: value for name, value in stated.items() if value is not None}
-    backend, _ = convert_gguf_tokenizer(_field(reader, "general.architecture"), found)
-    special = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {name: _field(reader, f"tokenizer.ggml.{key}_token_id") for name, key in special.items()}
-    tokens = {name: stated["tokens"][i] for name, i in ids.items() if i is not None}
-    template = _field(reader, "tokenizer.chat_template")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **tokens)
+    with _readable(path):
+        stated = {name: _field(reader, f"tokenizer.ggml.{key}") for name, key in about.items()}
+        if stated["tokens"] is None:
+            raise ValueError(f"{path}: the file holds no tokenizer; name one in policy.tokenizer.")
+        found = {name: value for name, value in stated.items() if value is not None}
+        backend, _ = convert_gguf_tokenizer(_field(reader, "general.architecture"), found)
+        special = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+        ids = {name: _field(reader, f"tokenizer.ggml.{key}_token_id") for name, key in special.items()}
+        tokens = {name: stated["tokens"][i] for name, i in ids.items() if i is not None}
+        template = _field(reader, "tokenizer.chat_template")
+        return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **tokens)
 
 
 def _open(path: Path) -> Any:
@@ -154,10 +165,71 @@ def _open(path: Path) -> Any:
         from gguf import GGUFReader
     except ImportError as error:
         raise ImportError(f"{path}: reading GGUF needs the gguf package; pip install 'tpaw_jax[gguf]'.") from error
-    try:
+    with _readable(path):
+        _check_sizes(path)
         return GGUFReader(path)
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise ValueError(f"{path}: not a readable GGUF file ({error}).") from error
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever a library makes of a file that is not as it says becomes one sentence."""
+    try:
+        yield
+    except ValueError as error:
+        raise error if str(error).startswith(str(path)) else _unreadable(path, error) from error
+    except Exception as error:  # numpy, struct, tokenizers and gguf raise many types
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: not a readable GGUF file ({type(error).__name__}: {error}).")
+
+
+def _check_sizes(path: Path) -> None:
+    """Check that what a header announces fits into the file: the reader would look for it without end.
+
+    The layout is that of github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content[:4] != b"GGUF":
+            raise ValueError(f"{path}: not a readable GGUF file (it does not begin with GGUF).")
+        place = 8
+
+        def take(size: int, what: str) -> bytes:
+            nonlocal place
+            if size > len(content) - place:
+                left = len(content) - place
+                raise ValueError(f"{path}: not a readable GGUF file ({what} takes {size} bytes, {left} are left).")
+            place += size
+            return content[place - size : place]
+
+        number = lambda what, size=8: int.from_bytes(take(size, what), "little")
+        text = lambda what: take(number(what), what)
+
+        def value(kind: int, what: str) -> None:
+            if kind == _STRING:
+                text(what)
+            elif kind == _ARRAY:
+                kind, count = number(what, 4), number(what)
+                if kind in _SIZES:
+                    take(count * _SIZES[kind], what)
+                elif kind == _STRING:
+                    for _ in range(min(count, len(content))):
+                        text(what)
+                else:
+                    raise ValueError(f"{path}: not a readable GGUF file ({what} is an array of unknown kind {kind}).")
+            elif kind in _SIZES:
+                take(_SIZES[kind], what)
+            else:
+                raise ValueError(f"{path}: not a readable GGUF file ({what} is of unknown kind {kind}).")
+
+        tensors, fields = number("the header"), number("the header")
+        for _ in range(min(fields, len(content))):
+            name = text("a field's name").decode(errors="replace")
+            value(number(name, 4), f"the field {name}")
+        for _ in range(min(tensors, len(content))):
+            name = text("a tensor's name").decode(errors="replace")
+            take(8 * number(f"the tensor {name}", 4) + 12, f"the tensor {name}")
 
 
 def _field(reader: Any, name: str, default: Any = None) -> Any:

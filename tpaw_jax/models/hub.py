@@ -20,6 +20,7 @@ from jaxtyping import Array, PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from tpaw_jax import durable
 from tpaw_jax.models import config_json, gguf
 from tpaw_jax.models.transformer import ModelConfig, Transformer
 
@@ -320,10 +321,7 @@ def _open_shard(path: Path) -> Any:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: the file is missing; a model directory needs it.")
-    try:
-        fields = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}).") from error
+    fields = durable.parse_json(path.read_bytes(), path)
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: a JSON object was expected, not {type(fields).__name__}.")
     return fields

@@ -1,0 +1,328 @@
+"""Does a run that is disturbed end as the undisturbed one? One JSON line a fault, then a summary of each kind.
+
+    python benchmarks/faults.py --kills 100 --damages 30 --disk
+
+Plays a small run of three rounds (the embedded model) as `tpaw play` does. A kill is SIGKILL at a random moment of the
+run, after which the same command goes on. A damage is done to a file of a run that was killed while it trained or
+sampled; the next run must name the file. With `--disk` (Linux, as root) the run lies on a small file system in memory,
+which is filled in each stage or is too small from the start, and goes on when there is room. Compared are the checksums
+of all policies, scores and responses at the end. Redone work is what both processes spent on rounds beyond the
+undisturbed one, which counts the loading of programs, and the optimizer steps they took beyond its.
+"""
+
+import argparse
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import common
+
+from tpaw_jax import journal
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = {
+    "data.max_prompts": 16,
+    "data.holdout_prompts": 4,
+    "data.max_prompt_length": 24,
+    "data.max_length": 48,
+    "sampling.max_new_tokens": 16,
+    "sampling.slots": 8,
+    "packing.row_length": 128,
+    "train.batch_triplets": 8,
+    "train.save_every_steps": 2,
+    "sample_texts": 0,
+}
+KINDS = {
+    "one bit flipped": lambda path: _with(
+        path, lambda c: c[: len(c) // 2] + bytes([c[len(c) // 2] ^ 16]) + c[len(c) // 2 + 1 :]
+    ),
+    "cut in half": lambda path: _with(path, lambda c: c[: len(c) // 2]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "removed": lambda path: path.unlink(),
+}
+FILES = {  # of a run killed in training (round 2), but what is sampled in sampling
+    "newest policy": "ring/policies/00002",
+    "another player": "ring/policies/00001",
+    "training state": "ring/training",
+    "responses of this round": "round_0002/generations.npz",
+    "responses of the round before": "round_0001/generations.npz",
+    "scores": "round_0002/scores_of_player_0001.npz",
+    "journal": "journal.json",
+    "responses being sampled": "round_0001/sampled_0000.jsonl",
+}
+STAGES = ("sampling", "scoring", "training", "pushing")
+"""Of a run, in which the disk is filled."""
+
+SHARES = (0.15, 0.45, 0.75)
+"""Sizes of a file system that is too small from the start, as shares of what a whole run takes."""
+
+
+class Ended(NamedTuple):
+    """A process that has ended."""
+
+    code: int
+    text: str  # what it said
+    seconds: float  # since it began
+    playing: float  # since it said what its first round starts from
+
+
+class Play:
+    """A process that plays."""
+
+    def __init__(self, directory: Path) -> None:
+        settings = [word for key, value in SETTINGS.items() for word in (f"--{key}", str(value))]
+        command = [sys.executable, "-m", "tpaw_jax.cli", "play", "--config", str(ROOT / "configs" / "demo.yaml")]
+        descriptor, name = tempfile.mkstemp(suffix=".log", dir=tempfile.gettempdir())
+        self.log = Path(name)
+        self.begun = time.perf_counter()
+        self.process = subprocess.Popen(
+            [*command, "--directory", str(directory), *settings],
+            stdout=descriptor,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=os.environ | {"GLIBC_TUNABLES": "", "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"},
+        )
+        os.close(descriptor)
+        self.first = 0.0
+
+    def wait_until(self, there) -> bool:
+        """Whether `there()` came true before the process ended."""
+        while self.process.poll() is None:
+            if not self.first and "of 3 (0 to 2)" in self.log.read_text():
+                self.first = time.perf_counter()
+            if there():
+                return True
+            time.sleep(0.005)
+        return False
+
+    def kill(self) -> Ended:
+        self.process.send_signal(signal.SIGKILL)
+        return self.end()
+
+    def end(self) -> Ended:
+        self.wait_until(lambda: False)
+        code, now, text = self.process.wait(), time.perf_counter(), self.log.read_text()
+        self.log.unlink()
+        return Ended(code, text, now - self.begun, now - self.first if self.first else 0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--damages", type=int, default=30)
+    parser.add_argument("--disk", action="store_true")
+    parser.add_argument(
+        "--lanes", type=int, default=1, help="runs that are killed at the same time; seconds are then theirs"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="faults-") as place:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{place}/cache"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        of = lambda name: Path(place) / name
+        Play(of("first")).end()  # fills the compilation cache
+        undisturbed = Play(of("whole")).end()
+        assert undisturbed.code == 0, undisturbed.text
+        common.emit(
+            benchmark="faults",
+            fault="none",
+            playing=undisturbed.playing,
+            seconds=undisturbed.seconds,
+            **common.machine(),
+        )
+        moments = [rng.uniform(0, undisturbed.playing * options.lanes) for _ in range(options.kills)]
+        with ThreadPoolExecutor(options.lanes) as lanes:
+            told(list(lanes.map(lambda n: kill(n, of, undisturbed, moments[n]), range(options.kills))))
+        damages(options.damages, of)
+        if options.disk:
+            full_disks(of)
+
+
+def kill(number: int, of, undisturbed: Ended, moment: float) -> dict:
+    """Kill a run so many seconds after its first round began, or as it ends, and bring it back."""
+    directory = of(f"killed_{number}")
+    play = Play(directory)
+    play.wait_until(lambda: play.first)
+    play.wait_until(lambda: time.perf_counter() >= play.first + moment)
+    killed, stage, steps = play.kill(), where(directory), steps_logged(directory)
+    ended = Play(directory).end()
+    record = {
+        "number": number,
+        "stage": stage,
+        "killed": killed.code == -signal.SIGKILL,
+        "finished": ended.code == 0,
+        "same": ended.code == 0 and results(directory) == results(of("whole")),
+        "seconds redone": max(0.0, killed.playing + ended.playing - undisturbed.playing),
+        "steps redone": max(0, steps - goes_on_after(ended.text)) if stage == "training" else 0,
+    }
+    common.emit(benchmark="faults", fault="kill", **record)
+    shutil.rmtree(directory)
+    return record
+
+
+def told(records: list[dict]) -> None:
+    """The line of all kills."""
+    stages = [r["stage"] for r in records if r["killed"]]
+    if records:
+        common.emit(
+            benchmark="faults",
+            fault="kill, all",
+            kills=sum(r["killed"] for r in records),
+            stages={name: stages.count(name) for name in sorted(set(stages))},
+            finished=sum(r["finished"] for r in records),
+            same=sum(r["same"] for r in records),
+            seconds_redone=common.spread([r["seconds redone"] for r in records]),
+            steps_redone=common.spread([float(r["steps redone"]) for r in records]),
+        )
+
+
+def damages(count: int, of) -> None:
+    """Damage a file of a killed run, each kind of file in each way, and bring it back."""
+    sampling, training = Play(of("sampling")), Play(of("training"))
+    assert sampling.wait_until(lambda: size(of("sampling") / FILES["responses being sampled"]) > 4000), (
+        "was not seen sampling"
+    )
+    sampling.kill()
+    assert training.wait_until(lambda: any((of("training") / "ring" / "training").glob("00002_*[0-9]"))), (
+        "was not seen training"
+    )
+    training.kill()
+    records = []
+    every = [
+        (*file, *kind)
+        for file, kind in itertools.product(FILES.items(), KINDS.items())
+        if "sampled" not in file[1] or kind[0] in ("one bit flipped", "cut in half")  # without lines it is as unbegun
+    ]
+    for name, file, kind, damage in every[:count]:
+        directory = of("damaged")
+        shutil.copytree(of("sampling" if "sampled" in file else "training"), directory)
+        path = directory / file
+        if path.is_dir():
+            path = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        damage(path)
+        ended = Play(directory).end()
+        named = next((line for line in ended.text.splitlines() if file in line and line.startswith(str(directory))), "")
+        record = {
+            "file": name,
+            "kind": kind,
+            "found": bool(named),
+            "finished": ended.code == 0,
+            "same": ended.code == 0 and results(directory) == results(of("whole")),
+            "said": named.replace(f"{directory}/", "")[:300],
+        }
+        records.append(record)
+        common.emit(benchmark="faults", fault="damage", **record)
+        shutil.rmtree(directory)
+    if records:
+        counts = {key: sum(r[key] for r in records) for key in ("found", "finished", "same")}
+        common.emit(benchmark="faults", fault="damage, all", damages=len(records), **counts)
+
+
+def full_disks(of) -> None:
+    """Fill the disk in each stage, or have too little room from the start; then make room and play on."""
+    whole = sum(p.stat().st_size for p in of("whole").rglob("*") if p.is_file())
+    for stage, share in (*((stage, 8.0) for stage in STAGES), *((None, share) for share in SHARES)):
+        directory = of("small")
+        directory.mkdir()
+        kib = int(share * whole / 1024)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(directory)], check=True)
+        try:
+            play = Play(directory / "run")
+            if stage is not None and play.wait_until(lambda: where(directory / "run") == stage):  # noqa: B023
+                fill(directory / "ballast")
+            full = play.end()
+            stage = where(directory / "run")
+            (directory / "ballast").unlink(missing_ok=True)
+            subprocess.run(["mount", "-o", f"remount,size={8 * whole // 1024}k", str(directory)], check=True)
+            ended = Play(directory / "run").end()
+            common.emit(
+                benchmark="faults",
+                fault="full disk",
+                kib=kib,
+                stage=stage,
+                code=full.code,
+                said=next((line for line in full.text.splitlines() if line.startswith("tpaw: ")), "").replace(
+                    str(directory), "…"
+                ),
+                finished=ended.code == 0,
+                same=ended.code == 0 and results(directory / "run") == results(of("whole")),
+            )
+        finally:
+            subprocess.run(["umount", str(directory)], check=True)
+            directory.rmdir()
+
+
+def fill(path: Path) -> None:
+    """Write until the disk is full."""
+    with path.open("wb", buffering=0) as file:
+        for block in (1 << 16, 1 << 12, 1):
+            try:
+                while True:
+                    file.write(bytes(block))
+            except OSError:
+                continue
+
+
+def results(directory: Path) -> dict[str, str]:
+    """Checksums of policies, scores and responses, each checked against its file."""
+    opened = journal.open_journal(directory, reading=True)
+    damaged = journal.check(opened)
+    return {
+        name: "damaged" if name in damaged else facts["same"] or facts["sha256"]
+        for name, facts in opened.facts.items()
+        if facts["stage"] in ("sampling", "scoring", "policy") and opened.whole(name)
+    }
+
+
+def where(directory: Path) -> str:
+    """The stage that a run is in, by what is there."""
+    try:
+        names = journal.open_journal(directory, reading=True).facts
+    except ValueError:
+        names = {}
+    newest = max((int(n[-5:]) for n in names if n.startswith("ring/policies")), default=None)
+    if newest is None:
+        return "beginning"
+    if f"round_{newest:04d}/generations.npz" not in names:
+        return "sampling"
+    scored = [n for n in names if n.startswith(f"round_{newest:04d}/scores")]
+    if len(scored) < min(newest + 1, 3):
+        return "scoring"
+    return "pushing" if f"round_{newest:04d}/summary.json" in names else "training"
+
+
+def steps_logged(directory: Path) -> int:
+    """Steps of the newest round in the log."""
+    log = directory / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    rounds = [line.split(",")[0] for line in lines]
+    return rounds.count(rounds[-1]) if rounds else 0
+
+
+def goes_on_after(text: str) -> int:
+    """The step after which the first round that is resumed goes on."""
+    told = text.split("training goes on after step ")
+    return int(told[1].split(".")[0]) if len(told) > 1 else 0
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _with(path: Path, change) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+if __name__ == "__main__":
+    main()
