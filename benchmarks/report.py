@@ -16,6 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- benchmarks: make bench-report -->\n", "<!-- end of benchmarks -->"
 PLANS, END_OF_PLANS = "<!-- plans: make bench-report -->\n", "<!-- end of plans -->"
+FAULTS, END_OF_FAULTS = "<!-- faults: make bench-report -->\n", "<!-- end of faults -->"
 CONTENDERS = ("tpaw_jax", "tunix", "trl", "trl precomputed")
 NAMES = {
     "tpaw_jax": "tpaw_jax, team of 3",
@@ -43,7 +44,12 @@ def main() -> None:
     parts = [part for part in made if part.count("\n") > 2]  # a table of nothing has its head alone
     plot(comparisons, of("round"))
     text = README.read_text()
-    for start, end, tables in ((START, END, parts), (PLANS, END_OF_PLANS, [plans(planned), exchanges(planned)])):
+    places = (
+        (START, END, parts),
+        (PLANS, END_OF_PLANS, [plans(planned), exchanges(planned)]),
+        (FAULTS, END_OF_FAULTS, [faults(of("faults"))]),
+    )
+    for start, end, tables in places:
         before, rest = text.split(start)
         text = before + start + "\n".join(tables) + end + rest.split(end)[1]
     README.write_text(text)
@@ -272,6 +278,25 @@ def exchanges(reports: list[dict]) -> str:
     head = ["a step on one chip", "TFLOP", "memory traffic, GiB", "peak, GiB"]
     sent = [f"{kind}, GiB sent (by hand)" for kind in kinds]
     return _table([*head, *sent, "all sent over by hand", "asynchronous"], lines)
+
+
+def faults(records: list[dict]) -> str:
+    """Runs that were killed, damaged or out of space: how many ended as the undisturbed one."""
+    lines = []
+    for r in records:
+        if r["fault"] == "kill, all":
+            stages = ", ".join(f"{name} {count}" for name, count in r["stages"].items())
+            steps, seconds = r["steps_redone"], r["seconds_redone"]
+            redone = ", at most ".join(f"{steps[of]:.0f} steps and {seconds[of]:.1f} s" for of in ("median", "max"))
+            lines.append([f"{r['kills']} kills ({stages})", "", f"{r['same']} of {r['kills']}", redone])
+        if r["fault"] == "damage, all":
+            lines.append([f"{r['damages']} damages", f"{r['found']}", f"{r['same']} of {r['damages']}", ""])
+    full = [r for r in records if r["fault"] == "full disk"]
+    if full:
+        told, same = sum(bool(r["said"]) for r in full), sum(r["same"] for r in full)
+        stages = ", ".join(dict.fromkeys(r["stage"] for r in full))
+        lines.append([f"{len(full)} full disks ({stages})", f"{told}", f"{same} of {len(full)}", ""])
+    return _table(["a small run that met", "told", "ended as the undisturbed one", "work redone, median"], lines)
 
 
 def plot(summaries: list[dict], records: list[dict]) -> None:
