@@ -78,6 +78,7 @@ bench: $(VENV)/demo $(VENV)/smollm2 peers
 	$(MEASURE)/trees_vs_pairs.py > $(RESULTS)/trees_vs_pairs.jsonl
 	$(MEASURE)/trees_vs_pairs.py --scale 1 --prompts 6 --batch 2 --repeats 1 >> $(RESULTS)/trees_vs_pairs.jsonl
 	$(MEASURE)/memory.py > $(RESULTS)/memory.jsonl
+	$(MEASURE)/faults.py > $(RESULTS)/faults.jsonl
 	$(MEASURE)/round.py --config configs/smollm2_gsm8k.yaml --policy.path $(SMOLLM2) > $(RESULTS)/round.jsonl
 	$(MEASURE)/sampling.py > $(RESULTS)/sampling.jsonl
 	$(MEASURE)/sampling.py --only tpaw_jax --batch 32 64 --dtype float32 --requests 512 --repeats 1 > $(RESULTS)/sampling_512.jsonl

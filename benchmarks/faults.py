@@ -288,9 +288,10 @@ def results(directory: Path) -> dict[str, str]:
 def where(directory: Path) -> str:
     """The stage that a run is in, by what is there."""
     try:
-        names = journal.open_journal(directory, reading=True).facts
+        opened = journal.open_journal(directory, reading=True)
+        names = [name for name in opened.facts if opened.whole(name)]
     except ValueError:
-        names = {}
+        names = []
     newest = max((int(n[-5:]) for n in names if n.startswith("ring/policies")), default=None)
     if newest is None:
         return "beginning"

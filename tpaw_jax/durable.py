@@ -17,6 +17,9 @@ import numpy as np
 
 from tpaw_jax import pod
 
+_NOT_DAMAGE = ("resource_exhausted", "out of memory", "permission", "unavailable", "deadline", "too many open files")
+"""Words of an error that is none of the file that could not be read."""
+
 _OUT_OF = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota of disk space is used up",
@@ -81,6 +84,14 @@ def held(directory: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error in reading says something of the file, rather than of memory, permissions or the network."""
+    system = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EIO)
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in system:
+        return False
+    return not any(words in str(error).lower() for words in _NOT_DAMAGE)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -160,10 +171,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file; pickled content is refused.
 
     Raises:
-        Damaged: it cannot be read back.
+        Damaged: its content cannot be read back.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except Exception as error:  # zipfile, struct, numpy and OS errors alike mean a damaged file
+    except Exception as error:  # of zipfile, struct, numpy and the system
+        if not is_damage(error):
+            raise
         raise Damaged(path, f"the file is damaged ({type(error).__name__}: {error})") from error

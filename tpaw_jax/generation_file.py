@@ -153,7 +153,7 @@ def _response(record: dict[str, Any], template: Template, vocabulary: int, longe
     log_probs = record.get("log_probs")
     if log_probs is None:
         return np.array(ids, np.int32), np.full(len(ids), np.nan, np.float32)
-    numbers = isinstance(log_probs, list) and all(type(p) in (int, float) and p <= 1e-3 for p in log_probs)
+    numbers = isinstance(log_probs, list) and all(type(p) in (int, float) and -1e30 < p <= 1e-3 for p in log_probs)
     if not numbers or len(log_probs) != len(ids):
         raise ValueError(f"{where}: log_probs must be {len(ids)} numbers of at most 0, one for each of token_ids.")
     return np.array(ids, np.int32), np.array(log_probs, np.float32)

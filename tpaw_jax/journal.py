@@ -33,7 +33,7 @@ class Journal:
     """The facts of a run by the names of its files and checkpoints, relative to its directory.
 
     Facts of each: `round`, `stage`, `bytes`, `sha256` of a file, `files` of a checkpoint, `same`, which is equal where
-    what was made again is the same, and `lost`.
+    what was made again is the same; `lost`, and `begun` of a checkpoint that may not be whole yet.
     """
 
     directory: Path
@@ -45,7 +45,8 @@ class Journal:
 
     def whole(self, name: str) -> bool:
         """Whether something is finished and was not found damaged."""
-        return name in self.facts and not self.facts[name].get("lost")
+        facts = self.facts.get(name, {"lost": True})
+        return not facts.get("lost") and not facts.get("begun")
 
     def names(self, stage: str) -> list[str]:
         """What a stage has left that is whole, in order of rounds."""
@@ -60,10 +61,11 @@ def open_journal(directory: Path, reading: bool = False) -> Journal:
         ValueError: a run is there and no whole journal of it.
     """
     paths = [directory / "journal.json", directory / "journal.before.json"]
-    for path in paths:
+    between = durable.aside_of(paths[0])  # where a kill came between the two renames of `save`
+    for path in [between, *paths] if between.exists() and not paths[0].exists() else paths:
         content = _checked(path)
         if content is not None:
-            return Journal(directory, content["config"], content["data"], content["facts"], reading, path != paths[0])
+            return Journal(directory, content["config"], content["data"], content["facts"], reading, path == paths[1])
     if any(path.exists() for path in paths) or any((directory / "ring" / "policies").glob("[0-9]*")):
         raise ValueError(
             f"{directory}: a run is there, but {paths[0].name} is missing or damaged, and {paths[1].name} too: nothing "
@@ -96,20 +98,42 @@ def write(journal: Journal, name: str, stage: str, round_number: int, content: b
     if pod.writes():
         durable.write_aside(path, content)
     facts = {"round": round_number, "stage": stage, "bytes": len(content), "sha256": _sha256(content), "same": same}
-    changed = record(journal, name, facts)
+    later = record(journal, name, facts)
     if pod.writes():
         with durable.told(path):
             os.replace(durable.aside_of(path), path)
-    if changed:
-        drop_after(journal, name)
+    raise_changed(journal, name, later)
 
 
-def record(journal: Journal, name: str, facts: dict[str, Any]) -> bool:
-    """Put something finished into the journal; whether it was lost before and is not what it was."""
-    before = journal.facts.get(name, {})
+def record(journal: Journal, name: str, facts: dict[str, Any]) -> list[str] | None:
+    """Put something finished into the journal. Where it was lost before and is not what it was, all that was made after
+    it is removed, and its names are returned; `raise_changed` is to follow.
+    """
+    before, later = journal.facts.get(name, {}), None
+    if before.get("lost") and before.get("same") not in (None, facts["same"]):
+        later = _remove_after(journal, name)
     journal.facts[name] = facts
     save(journal)
-    return bool(before.get("lost")) and before.get("same") != facts["same"]
+    return later
+
+
+def raise_changed(journal: Journal, name: str, later: list[str] | None) -> None:
+    """Tell that something came out otherwise, if it did.
+
+    Raises:
+        Changed: it did; the run is to be opened again.
+    """
+    if later is not None:
+        raise Changed(
+            f"{journal.directory / name} was lost, and made again it is not what it was, as on another machine; "
+            f"what was made after it is made again: {', '.join(sorted(later)) or 'nothing was'}."
+        )
+
+
+def begin(journal: Journal, name: str, stage: str, round_number: int) -> None:
+    """Put a checkpoint that is about to be written into the journal, so that it is never there unknown."""
+    journal.facts[name] = {**journal.facts.get(name, {}), "round": round_number, "stage": stage, "begun": True}
+    save(journal)
 
 
 def forget(journal: Journal, name: str) -> None:
@@ -128,6 +152,10 @@ def check(journal: Journal) -> dict[str, str]:
     for name in [name for name in journal.facts if journal.whole(name)] if pod.writes() else []:
         facts, path = journal.facts[name], journal.directory / name
         what = _checkpoint_fault(path, facts) if "files" in facts else _file_fault(path, facts)
+        aside = durable.aside_of(path)
+        if what and not journal.reading and aside.exists() and not _file_fault(aside, facts):
+            os.replace(aside, path)  # a kill came before it was renamed
+            continue
         if what:
             found[name] = what
     stated = pod.exchange(found=np.frombuffer(json.dumps(found).encode(), np.uint8))[0]
@@ -148,23 +176,31 @@ def set_aside(journal: Journal, name: str) -> None:
     pod.meet("what is damaged is set aside")
 
 
-def drop_after(journal: Journal, name: str) -> None:
-    """Forget all that was made after something.
-
-    Raises:
-        Changed: always; the run is to be opened again.
+def _remove_after(journal: Journal, name: str) -> list[str]:
+    """Remove all that was made after something, responses that are being sampled among it; not yet from the disk's
+    journal, so that a kill meanwhile leaves something lost that is found to have changed again.
     """
     later = [other for other in journal.facts if _order(journal, other) > _order(journal, name)]
     for other in later:
-        path, facts = journal.directory / other, journal.facts.pop(other)
-        if pod.writes() and "files" in facts and path.exists():  # a file that the journal does not have is not read
-            path.rename(path.with_name(path.name + ".removed"))
-    save(journal)
-    pod.meet("what was made after it is forgotten")
-    raise Changed(
-        f"{journal.directory / name} was damaged, and made again it is not what it was, as on another kind of machine; "
-        f"what was made after it is made again: {', '.join(sorted(later)) or 'nothing was'}."
-    )
+        del journal.facts[other]
+    pod.meet("what was made after it is known")
+    if pod.writes():
+        for other in later:
+            path = journal.directory / other
+            if path.is_dir():  # a file that the journal does not have is not read
+                path.rename(path.with_name(path.name + ".removed"))
+            else:
+                path.unlink(missing_ok=True)
+        remove_sampled(journal, journal.facts[name]["round"] + 1)
+    pod.meet("what was made after it is removed")
+    return later
+
+
+def remove_sampled(journal: Journal, first: int) -> None:
+    """Remove the responses of unfinished rounds from `first` on."""
+    for path in journal.directory.glob("round_*/sampled_*.jsonl"):
+        if int(path.parent.name.removeprefix("round_")) >= first:
+            path.unlink()
 
 
 def _order(journal: Journal, name: str) -> tuple[int, int]:
@@ -174,10 +210,7 @@ def _order(journal: Journal, name: str) -> tuple[int, int]:
 
 def _file_fault(path: Path, facts: dict[str, Any]) -> str:
     if not path.exists():
-        aside = durable.aside_of(path)
-        if not aside.exists() or _file_fault(aside, facts):
-            return "it is missing"
-        os.replace(aside, path)
+        return "it is missing"
     if path.stat().st_size != facts["bytes"]:
         return f"it has {path.stat().st_size} bytes where {facts['bytes']} were written"
     return "" if _sha256(path.read_bytes()) == facts["sha256"] else "its checksum is not that of what was written"

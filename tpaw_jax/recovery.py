@@ -27,11 +27,18 @@ def set_damage_aside(opened: Journal, say: Callable[[str], None]) -> None:
 
 
 def set_aside(directory: Path, damage: Damaged, say: Callable[[str], None]) -> None:
-    """Set aside what was found damaged when it was read."""
+    """Set aside what was found damaged when it was read; without it where it is a player that the ring no longer has,
+    so that the run begins again.
+    """
     opened = journal.open_journal(directory)
     name = damage.path.absolute().relative_to(directory.absolute()).as_posix()
-    say(f"{damage} {_what_follows(opened, name)}")
-    journal.set_aside(opened, name)
+    pod.meet("the journal is read")
+    if damage.path.exists() or name in opened.facts:
+        say(f"{damage} {_what_follows(opened, name)}")
+        journal.set_aside(opened, name)
+    else:
+        say(f"{damage} Without it the run cannot go on.")
+        _begin_again(opened, say)
 
 
 def first_round(kept: Ring, say: Callable[[str], None]) -> int:
@@ -41,36 +48,56 @@ def first_round(kept: Ring, say: Callable[[str], None]) -> int:
     Where the ring no longer holds what that takes, the run begins again with theta_0.
     """
     newest = max(kept.policies, default=0)
-    for start in sorted({*kept.policies, 0}, reverse=True):
-        if _playable(kept, start, newest):
-            if start < newest:
-                say(f"The run makes again what is lost, from round {start} on.")
-            return start
+    start = next((s for s in sorted({*kept.policies, 0}, reverse=True) if _playable(kept, s, newest)), None)
+    pod.meet("the round to go on from is chosen")
+    if start is None:
+        _begin_again(kept.journal, say)
+        return 0
+    if start < newest:
+        say(f"The run makes again what is lost, from round {start} on.")
+    return start
+
+
+def lost_policies(opened: Journal, first: int) -> list[int]:
+    """The rounds from `first` on whose policies are lost and not made again yet."""
+    lost = [facts for facts in opened.facts.values() if facts["stage"] == "policy" and facts.get("lost")]
+    return [facts["round"] + 1 for facts in lost if facts["round"] + 1 > first]
+
+
+def _begin_again(opened: Journal, say: Callable[[str], None]) -> None:
+    """Remove all policies, training states and rounds."""
     say("What is lost can no longer be made from what the ring holds: the run begins again with theta_0.")
-    for name in list(kept.journal.facts):
-        journal.forget(kept.journal, name)
-    for path in (kept.directory / "policies").iterdir() if pod.writes() else ():
-        shutil.rmtree(path.rename(path.with_name(path.name + ".removed")))
+    if pod.writes():
+        for path in [*opened.directory.glob("ring/*/[0-9]*")]:
+            shutil.rmtree(path.rename(path.with_name(path.name + ".removed")))
+        for name in opened.facts:
+            (opened.directory / name).unlink(missing_ok=True)
+        journal.remove_sampled(opened, 0)
+    opened.facts.clear()
+    journal.save(opened)
     pod.meet("the run begins again")
-    return 0
 
 
 def _playable(kept: Ring, start: int, newest: int) -> bool:
     """Whether all rounds from `start` to the one after the newest policy's find their players and opponents."""
-    opened, n_max = kept.journal, kept.n_max
-    have = {*kept.policies, start}
+    whole, policies = kept.journal.whole, set(kept.policies)
+    have = policies | {t for t in (start,) if t > newest - kept.n_max}  # an older one that is made again does not stay
     for t in range(start, newest + 2):
-        if t > newest - n_max or t == start:  # an older one that is made again does not stay
-            have.add(t)
+        answers = f"{triplets.round_name(t)}/generations.npz"
+        if t + 1 in policies:  # of a finished round only its responses can be missing
+            if not whole(answers) and t not in have | {start}:
+                return False
+            continue
         window = ring.players(kept, t)
-        answers = [f"{triplets.round_name(r)}/generations.npz" for r in window if r < start]
-        if not all(map(opened.whole, answers)):
+        if not all(whole(f"{triplets.round_name(r)}/generations.npz") for r in window if r < start):
             return False
         for player in window:
             scored = [f"{triplets.round_name(r)}/scores_of_player_{player:04d}.npz" for r in window if r >= player]
-            if player not in have and not all(map(opened.whole, scored)):
+            if player not in have | {t} and not all(map(whole, scored)):
                 return False
-    return True
+        if t + 1 > newest - kept.n_max:
+            have.add(t + 1)
+    return start == 0 or start in policies
 
 
 def _what_follows(opened: Journal, name: str) -> str:

@@ -43,6 +43,8 @@ def finish_round(
     )
     pod.meet("the round's steps are logged")
     records = monitoring.read_metrics(session.directory, t)
+    if not records:
+        raise ValueError(f"{session.directory / 'metrics.jsonl'}: it has no step of round {t}, which was trained.")
     last_epoch = records[-max(1, len(records) // session.config.train.epochs) :]
     mean = lambda name: float(np.average([r[name] for r in last_epoch], weights=[r["triplets"] for r in last_epoch]))
     lengths, longest = [len(g) for g in store.generations[t].tokens], session.config.sampling.max_new_tokens

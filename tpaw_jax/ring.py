@@ -27,6 +27,9 @@ from tpaw_jax.durable import Damaged
 from tpaw_jax.journal import Journal
 from tpaw_jax.types import TrainState
 
+_OTHER_MODEL = ("do not match", "not compatible with the stored shape")
+"""Words of Orbax where a tree has other arrays, or others of their shapes, than the one that was saved."""
+
 _ODD = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
 """Primes that make the weights of a digest (those of xxHash)."""
 
@@ -63,11 +66,14 @@ def open_ring(opened: Journal, n_max: int) -> Ring:
 
 
 def remove_unfinished(ring: Ring) -> None:
-    """Remove what a killed run left half-written. For those that play it, all of them at once."""
+    """Remove what a killed run left half-written, and what the journal does not have. What is damaged stays aside.
+
+    For those that play the run, all of them at once.
+    """
     pod.meet("before removal")
     for kind in ("policies", "training") if pod.writes() else ():
         for path in (ring.directory / kind).iterdir():
-            if path.is_dir() and not re.fullmatch(r"\d{5}|\d{5}_\d{8}", path.name):
+            if path.is_dir() and ".damaged" not in path.name and _name(ring, path) not in ring.journal.facts:
                 shutil.rmtree(path)
     pod.meet("after removal")
 
@@ -93,18 +99,18 @@ def settle(ring: Ring) -> None:
     with durable.told(ring.directory):
         ring.checkpointer.wait_until_finished()
     pod.meet("checkpoints are whole")
-    changed = [path for path, digests in ring.pending.items() if _record(ring, path, digests)]
+    changed = {_name(ring, path): _record(ring, path, digests) for path, digests in ring.pending.items()}
     ring.pending.clear()
     if pod.writes():
         policies, states = ring.policies, ring.training_states
         for old in policies[: -ring.n_max]:
             _remove(ring, ring.directory / "policies" / f"{old:05d}")
         for round_number, step in states:
-            if (round_number, step) != states[-1] or round_number + 1 in policies:
+            if step != max(s for r, s in states if r == round_number) or round_number + 1 in policies:
                 _remove(ring, ring.directory / "training" / f"{round_number:05d}_{step:08d}")
     pod.meet("old checkpoints are removed")
-    for path in changed:
-        journal.drop_after(ring.journal, _name(ring, path))
+    for name, later in changed.items():
+        journal.raise_changed(ring.journal, name, later)
 
 
 def restore_policy(ring: Ring, round_number: int, like: PyTree[Array]) -> PyTree[Array]:
@@ -112,6 +118,8 @@ def restore_policy(ring: Ring, round_number: int, like: PyTree[Array]) -> PyTree
 
     Raises:
         Damaged: it cannot be read back as it was written; names the checkpoint.
+        ValueError: it is of another model.
+        OSError: memory, permissions or the network are in the way.
     """
     return _restore(ring, ring.directory / "policies" / f"{round_number:05d}", like)
 
@@ -150,24 +158,31 @@ def digests_of(tree: PyTree[Array]) -> PyTree[UInt32[Array, ""]]:
 
 def _begin(ring: Ring, path: Path, tree: PyTree[Array]) -> None:
     if not path.exists():
+        journal.begin(ring.journal, _name(ring, path), *_place(path))
         ring.pending[path] = digests_of(tree)
         with durable.told(path):
             ring.checkpointer.save(path, {"values": tree, "digests": ring.pending[path]})
 
 
-def _record(ring: Ring, path: Path, digests: PyTree[Array]) -> bool:
-    """Put a checkpoint that is whole into the journal; whether it was lost before and is not what it was."""
+def _record(ring: Ring, path: Path, digests: PyTree[Array]) -> list[str] | None:
+    """Put a checkpoint that is whole into the journal (see `journal.record`)."""
     numbers = [int(number) for number in jax.device_get(jax.tree.leaves(digests))]
     files, size = journal.measure(path)
-    stage, round_number = ("training", 0) if path.parent.name == "training" else ("policy", -1)
+    stage, round_number = _place(path)
     facts = {
-        "round": round_number + int(path.name[:5]),  # a policy is what the round before it has made
+        "round": round_number,
         "stage": stage,
         "bytes": size,
         "files": files,
         "same": hashlib.sha256(np.asarray(numbers, np.uint32).tobytes()).hexdigest(),
     }
     return journal.record(ring.journal, _name(ring, path), facts)
+
+
+def _place(path: Path) -> tuple[str, int]:
+    """The stage that makes a checkpoint and its round: a policy is what the round before it has made."""
+    number = int(path.name[:5])
+    return ("training", number) if path.parent.name == "training" else ("policy", number - 1)
 
 
 def _name(ring: Ring, path: Path) -> str:
@@ -190,6 +205,12 @@ def _restore(ring: Ring, path: Path, like: PyTree[Array]) -> PyTree[Any]:
     try:
         read = ring.checkpointer.restore(path, {"values": abstract, "digests": scalars})
     except Exception as error:  # orbax and tensorstore raise many types; the user needs one sentence
+        if not durable.is_damage(error):
+            raise OSError(
+                f"{path} could not be read and is left as it is ({type(error).__name__}: {error})."
+            ) from error
+        if any(words in str(error) for words in _OTHER_MODEL):
+            raise ValueError(f"{path}: the checkpoint is of another model than policy.path's ({error}).") from error
         reason = str(error).strip().splitlines()[:1]
         fault = f"the checkpoint cannot be read back ({type(error).__name__}: {' '.join(reason)[:200]})"
     faults = [one["fault"].tobytes().decode() for one in pod.exchange(fault=np.array(list(fault.encode()), np.uint8))]
@@ -199,8 +220,8 @@ def _restore(ring: Ring, path: Path, like: PyTree[Array]) -> PyTree[Any]:
         same = jax.tree.leaves_with_path(jax.tree.map(lambda a, b: int(a) == int(b), now, then))
         wrong = [jax.tree_util.keystr(leaf, simple=True, separator="/") for leaf, equal in same if not equal]
         if not wrong:
-            if not ring.journal.whole(_name(ring, path)):
-                _record(ring, path, read["digests"])
+            if not ring.journal.whole(_name(ring, path)):  # a kill came before it was known to be whole
+                journal.raise_changed(ring.journal, _name(ring, path), _record(ring, path, read["digests"]))
             return read["values"]
         faults = [f"the checkpoint is damaged: {len(wrong)} arrays are not what was written, {wrong[0]} first"]
     raise Damaged(path, next(filter(None, faults)))

@@ -71,7 +71,7 @@ def run(
     with durable.held(directory) if pod.writes() else contextlib.nullcontext():
         for attempt in itertools.count(1):
             try:
-                return _play(*open_session(config, say, profiled, notice), generations, strict)
+                return _play(config, say, profiled, notice, generations, strict)
             except Damaged as damage:
                 if attempt == MOST_DAMAGES or directory.absolute() not in damage.path.absolute().parents:
                     raise
@@ -81,9 +81,12 @@ def run(
     raise AssertionError("unreachable")
 
 
-def _play(session: Session, policy: PyTree[Array], generations: Path | None, strict: bool) -> list[dict[str, Any]]:
+def _play(
+    config: RunConfig, say: Say, profiled: range, notice: Notice, generations: Path | None, strict: bool
+) -> list[dict[str, Any]]:
+    session, *policy = open_session(config, say, profiled, notice)
     try:
-        return _rounds(session, policy, generations, strict)
+        return _rounds(session, policy.pop(), generations, strict)  # which keeps no second name for it
     except (Preempted, Damaged, Diverged):
         ring.settle(session.ring)
         raise
@@ -94,8 +97,15 @@ def _rounds(
 ) -> list[dict[str, Any]]:
     config, kept, first = session.config, session.ring, session.first
     store = triplets.open_store(session.journal, session.prompts)
+    if generations is not None and (first < max(kept.policies) or recovery.lost_policies(session.journal, first)):
+        raise ValueError(
+            f"{generations}: something of the run is lost, and is to be made again before another engine's responses "
+            "can be taken. Run the same command without --generations until round "
+            f"{max([*kept.policies, *recovery.lost_policies(session.journal, first)])} begins."
+        )
     for t in range(first, config.rounds if generations is None else min(first + 1, config.rounds)):
         if t + 1 in kept.policies and t in store.generations:  # an earlier round, of which nothing is lost
+            ring.settle(kept)
             policy = None
             continue
         policy = policy or ring.restore_policy(kept, t, session.like)
@@ -108,6 +118,7 @@ def _rounds(
             store = take(session, store, generations, t)
         store = sample(session, store, policy, t, watch)
         if t + 1 in kept.policies:  # only its responses were lost
+            ring.settle(kept)
             policy = None
             continue
         with watch.time("packing"):

@@ -165,7 +165,7 @@ class SaveTimes:
         if self.seen == MEASURED_TO:
             seconds = (time.perf_counter() - self.since) / (MEASURED_TO - MEASURED_FROM)
             of_all = pod.exchange(seconds=np.array([seconds]))[0]["seconds"]
-            self.steps = max(1, min(self.steps, int(60 * self.minutes / float(of_all[0]))))
+            self.steps = max(1, int(min(self.steps, 60 * self.minutes / float(of_all[0]))))
         return (step + 1) % self.steps == 0
 
 

@@ -35,7 +35,7 @@ def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
         return value
 
     model_type = fields.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{where}: model_type {model_type!r} is not supported; supported are {known}.")
     _reject_options(fields, model_type, where)
@@ -100,9 +100,12 @@ def _reject_options(fields: dict[str, Any], model_type: str, where: str) -> None
             raise ValueError(f"{where}: {option} is true, which is not supported for {model_type}.")
     window = fields.get("sliding_window")
     uses_window = model_type == "mistral" or fields.get("use_sliding_window", False)
-    if uses_window and window is not None and window < fields.get("max_position_embeddings", 0):
+    longest = fields.get("max_position_embeddings")
+    numbers = type(window) in (int, float) and type(longest) in (int, float)
+    if uses_window and window is not None and (not numbers or window < longest):
         raise ValueError(
-            f"{where}: sliding_window is {window}, below max_position_embeddings; windowed attention is not supported."
+            f"{where}: sliding_window is {window!r}, not at least max_position_embeddings; windowed attention is not "
+            "supported."
         )
 
 

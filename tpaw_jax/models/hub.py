@@ -64,6 +64,8 @@ class SafetensorsSource:
         single = directory / "model.safetensors"
         if index.exists():
             files = _read_json(index).get("weight_map", {})
+            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+                raise ValueError(f"{index}: weight_map is no object of tensors and the files that hold them.")
             shards = {name: directory / file for name, file in files.items()}
         elif single.exists():
             shards = dict.fromkeys(_open_shard(single).keys(), single)
