@@ -26,10 +26,9 @@ PROGRAMS = {
     "jit(decode)": 1,  # all rounds
     "jit(log_probs)": 1,  # every player, every round, held-out prompts
     "jit(step)": 1,  # every round, and the dry run that measures noise
-    "jit(digests_of)": 2,  # of policies and of training states
 }
-SMALL_PROGRAMS = 14
-"""Casts, placements and the like that make up no stage; one more is a leak too."""
+SMALL_PROGRAMS = 16
+"""Casts, placements and the like that make up no stage, and digests of two kinds of trees; one more is a leak too."""
 
 
 @pytest.fixture(scope="module")
