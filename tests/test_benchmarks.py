@@ -48,7 +48,15 @@ def run(script, *arguments):
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize("script", RUNS)
+LONG = pytest.mark.skipif(
+    "TPAW_ALL_TESTS" not in os.environ, reason="minutes of compiling for a script that computes what other tests test"
+)
+"""Of scripts whose figures' parts are tested in test_memory.py, test_logprobs.py and test_train_step.py."""
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(s, marks=LONG) if s in ("memory.py", "trees_vs_pairs.py") else s for s in RUNS]
+)
 def test_a_benchmark_prints_its_lines(script):
     arguments, names = RUNS[script]
     lines = run(script, *arguments)
@@ -94,6 +102,7 @@ def test_the_benchmark_of_a_round_accounts_for_all_its_time():
     assert lines[0]["compile_seconds"] > lines[1]["compile_seconds"] >= 0
 
 
+@LONG
 def test_our_sides_of_the_peer_comparisons_run():
     lines = run(
         "sampling.py",

@@ -218,25 +218,29 @@ def results(directory):
     return found
 
 
-def test_a_run_killed_or_told_to_stop_in_every_stage_ends_as_the_undisturbed_one(tmp_path):
+def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(tmp_path):
     from killed_run import PLACES
 
     assert play(tmp_path / "whole", "never")[0] == 0
     for place in PLACES:  # one run, killed and started again in every stage
         code, output = play(tmp_path / "killed", place)
         assert code == -signal.SIGKILL, (place, output[-2000:])
+    assert_same_as_whole(tmp_path, "killed")
+
+
+def test_a_run_told_to_stop_goes_on_to_the_same_end(tmp_path):
+    assert play(tmp_path / "whole", "never")[0] == 0
     for place, where in (("sampling", "sampling stopped"), ("training", "training stopped after step 5 of")):
         code, output = play(tmp_path / "stopped", place, "SIGTERM")
         assert code == preemption.EXIT_CODE, (place, output[-2000:])
         assert where in output
         assert "the same command goes on" in output
-    for disturbed in ("killed", "stopped"):
-        code, output = play(tmp_path / disturbed, "never")
-        assert code == 0, output[-2000:]
-        assert_same_as_whole(tmp_path, disturbed)
+    assert_same_as_whole(tmp_path, "stopped")
 
 
 def assert_same_as_whole(tmp_path, disturbed):
+    code, output = play(tmp_path / disturbed, "never")
+    assert code == 0, output[-2000:]
     whole, killed = results(tmp_path / "whole"), results(tmp_path / disturbed)
     assert killed.keys() == whole.keys()
     for name, value in whole.items():
