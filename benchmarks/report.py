@@ -47,7 +47,7 @@ def main() -> None:
     places = (
         (START, END, parts),
         (PLANS, END_OF_PLANS, [plans(planned), exchanges(planned)]),
-        (FAULTS, END_OF_FAULTS, [faults(of("faults"))]),
+        (FAULTS, END_OF_FAULTS, [faults(of("faults"))] if of("faults") else []),
     )
     for start, end, tables in places:
         before, rest = text.split(start)
