@@ -188,6 +188,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise FileNotFoundError(f"{path}: there is no such configuration file.")
     try:
         fields = yaml.safe_load(path.read_text()) or {}
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line}: not valid YAML ({error.problem or error.context}).") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML ({error}).") from error
     if not isinstance(fields, dict):

@@ -226,10 +226,10 @@ def _check_sizes(path: Path) -> None:
         tensors, fields = number("the header"), number("the header")
         for _ in range(min(fields, len(content))):
             name = text("a field's name").decode(errors="replace")
-            value(number(name, 4), f"the field {name}")
+            value(number(name, 4), f"the field {name!r}")
         for _ in range(min(tensors, len(content))):
             name = text("a tensor's name").decode(errors="replace")
-            take(8 * number(f"the tensor {name}", 4) + 12, f"the tensor {name}")
+            take(8 * number(f"the tensor {name!r}", 4) + 12, f"the tensor {name!r}")
 
 
 def _field(reader: Any, name: str, default: Any = None) -> Any:
