@@ -81,7 +81,12 @@ bench: $(VENV)/demo $(VENV)/smollm2 peers
 	$(MEASURE)/trees_vs_pairs.py > $(RESULTS)/trees_vs_pairs.jsonl
 	$(MEASURE)/trees_vs_pairs.py --scale 1 --prompts 6 --batch 2 --repeats 1 >> $(RESULTS)/trees_vs_pairs.jsonl
 	$(MEASURE)/memory.py > $(RESULTS)/memory.jsonl
-	$(MEASURE)/faults.py > $(RESULTS)/faults.jsonl
+	$(MEASURE)/faults.py --lanes 2 > $(RESULTS)/faults.jsonl
+	$(MEASURE)/durability.py --model smollm2 > $(RESULTS)/durability.jsonl
+	$(MEASURE)/durability.py --model small --steps 50 --repeats 3 >> $(RESULTS)/durability.jsonl
+	$(BIN)/pip install --quiet atheris==3.0.0
+	$(MEASURE)/fuzz.py > $(RESULTS)/fuzz.jsonl
+	$(MEASURE)/bad_inputs.py > $(RESULTS)/bad_inputs.md
 	$(MEASURE)/round.py --config configs/smollm2_gsm8k.yaml --policy.path $(SMOLLM2) > $(RESULTS)/round.jsonl
 	$(MEASURE)/sampling.py > $(RESULTS)/sampling.jsonl
 	$(MEASURE)/sampling.py --only tpaw_jax --batch 32 64 --dtype float32 --requests 512 --repeats 1 > $(RESULTS)/sampling_512.jsonl

@@ -31,6 +31,7 @@ def main() -> None:
     of = lambda name: [record for record in found if record["benchmark"] == name]
     planned = [plan for path in sorted(RESULTS.glob("plan*.json")) for plan in json.loads(path.read_text())]
     comparisons = of_workloads(of("peers"))
+    filled = lambda part: part.count("\n") > 2  # a table of nothing has its head alone
     made = [
         peers(comparisons),
         step(of("team_step")),
@@ -41,17 +42,16 @@ def main() -> None:
         sampling(of("sampling")),
         tree_attention(*(of(f"tree_attention_{part}") for part in ("parity", "blocks", "compile"))),
     ]
-    parts = [part for part in made if part.count("\n") > 2]  # a table of nothing has its head alone
     plot(comparisons, of("round"))
     text = README.read_text()
     places = (
-        (START, END, parts),
+        (START, END, made),
         (PLANS, END_OF_PLANS, [plans(planned), exchanges(planned)]),
-        (FAULTS, END_OF_FAULTS, [faults(of("faults"))] if of("faults") else []),
+        (FAULTS, END_OF_FAULTS, [faults(of("faults")), durability(of("durability")), fuzz(of("fuzz"))]),
     )
     for start, end, tables in places:
         before, rest = text.split(start)
-        text = before + start + "\n".join(tables) + end + rest.split(end)[1]
+        text = before + start + "\n".join(filter(filled, tables)) + end + rest.split(end)[1]
     README.write_text(text)
 
 
@@ -297,6 +297,29 @@ def faults(records: list[dict]) -> str:
         stages = ", ".join(dict.fromkeys(r["stage"] for r in full))
         lines.append([f"{len(full)} full disks ({stages})", f"{told}", f"{same} of {len(full)}", ""])
     return _table(["a small run that met", "told", "ended as the undisturbed one", "work redone, median"], lines)
+
+
+def durability(records: list[dict]) -> str:
+    """What a save costs the steps beside it, and what all saves cost at the default intervals."""
+    lines = [
+        [
+            r["model"],
+            f"{r['gib_of_a_save']:.2f}",
+            f"{r['step_seconds']['median']:.1f}",
+            _range(r["seconds_of_a_save"], "{:.1f}"),
+            f"{r['seconds_between_saves']:.0f}",
+            f"**{r['ratio_at_defaults']:.3f}**",
+        ]
+        for r in records
+    ]
+    head = ["saving the training state", "GiB", "step, s", "cost of a save, s", "between saves, s"]
+    return _table([*head, "time with saves over without"], lines)
+
+
+def fuzz(records: list[dict]) -> str:
+    """Inputs that coverage-guided fuzzing gave to the readers."""
+    lines = [[r["reader"], f"{r['inputs']:,}", f"{r['refused']:,}", r["crash"] or "none"] for r in records]
+    return _table(["fuzzed reader", "inputs", "refused with a sentence", "ended otherwise"], lines)
 
 
 def plot(summaries: list[dict], records: list[dict]) -> None:

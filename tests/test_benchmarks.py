@@ -19,6 +19,10 @@ RUNS = {  # script: arguments, and the benchmarks of its lines
         [*TINY, "--prompts", "4", "--repeats", "1"],
         ["trees_vs_pairs_loss", *["trees_vs_pairs_turn"] * 4, "trees_vs_pairs"],
     ),
+    "durability.py": (
+        [*TINY, "--steps", "2", "--row-length", "512", "--rows", "1", "--repeats", "1"],
+        ["durability"],
+    ),
     "tree_attention.py": (
         ["--trees", "12", "--row-length", "2048", "--topology", "v5e:2x2"],
         ["tree_attention_parity", "tree_attention_blocks", "tree_attention_compile"],
@@ -75,6 +79,10 @@ def test_a_benchmark_prints_its_lines(script):
             assert line["machine"]["backend"] == "cpu"
         if line["benchmark"] == "tree_attention_parity":
             assert max(line["largest_relative_error"].values()) < 1e-5
+        if line["benchmark"] == "durability":
+            assert line["ratio_at_defaults"] == pytest.approx(
+                1 + line["seconds_of_a_save"]["median"] / line["seconds_between_saves"], abs=1e-3
+            )
         if line["benchmark"] == "memory_step":
             assert 0.95 < line["ratio"] < 1.05
         if line["benchmark"] == "memory_head":
