@@ -1,14 +1,17 @@
 """Damage: found by its checksum wherever it is, told, and what was lost is made again as it was."""
 
+import contextlib
 import json
+import os
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from conftest import small_run
 
-from tpaw_jax import journal, preemption, ring, self_play, session, sharding
+from tpaw_jax import durable, journal, preemption, recovery, ring, self_play, session, sharding
 
 
 def flip(path):
@@ -136,3 +139,87 @@ def test_what_cannot_be_made_as_it_was_takes_what_followed_with_it(runs, tmp_pat
     assert "made again it is not what it was" in text
     assert "ring/policies/00003" in text
     assert_same(directory, runs[1])
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing catches it."""
+
+
+OPERATIONS = [(os, "replace"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree"), (durable, "write_aside")]
+"""What changes the disk while a run recovers."""
+
+
+@contextlib.contextmanager
+def killed_before(number):
+    """Raise before the operation of that number, and say how many there were."""
+    done = []
+
+    def counted(operation):
+        def call(*arguments, **options):
+            if len(done) == number:
+                raise Killed
+            done.append(operation)
+            return operation(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in OPERATIONS:
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+        yield done
+
+
+def recover(directory):
+    """What opening a run does about its damage."""
+    opened = journal.open_journal(directory)
+    recovery.set_damage_aside(opened, lambda _: None)
+    kept = ring.open_ring(opened, 3)
+    ring.remove_unfinished(kept)
+    return recovery.first_round(kept, lambda _: None)
+
+
+def remake_otherwise(directory):
+    """Responses that were lost are made again and are others: what followed goes with them."""
+    recover(directory)
+    opened, name = journal.open_journal(directory), "round_0001/generations.npz"
+    if not opened.whole(name):
+        with contextlib.suppress(journal.Changed):
+            journal.write(opened, name, "sampling", 1, b"others", "of another machine")
+    return recover(directory)
+
+
+def what_is_there(directory):
+    """What the journal says, and the content of all files that it calls whole."""
+    opened = journal.open_journal(directory, reading=True)
+    paths = [directory / name for name in opened.facts if opened.whole(name)]
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if not file.is_dir()]
+    return opened.facts, {str(file.relative_to(directory)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize(
+    ("names", "act", "first"),
+    [
+        (["round_0001/generations.npz"], recover, 1),
+        (["ring/policies/00002", "round_0000/generations.npz"], recover, 0),
+        (["ring/policies/00001", "ring/policies/00002", "ring/policies/00003"], recover, 0),  # begins again
+        (["round_0001/generations.npz"], remake_otherwise, 0),  # of whose scores a player has left the ring
+    ],
+)
+def test_recovery_may_be_killed_between_any_two_changes_of_the_disk(runs, tmp_path, names, act, first):
+    damaged, whole = tmp_path / "damaged", tmp_path / "whole"
+    shutil.copytree(runs[0], damaged)
+    for name in names:
+        path = damaged / name
+        truncate(largest_file(path) if path.is_dir() else path)
+    shutil.copytree(damaged, whole)
+    with killed_before(None) as done:
+        assert act(whole) == first
+    assert len(done) > 3
+    for number in range(len(done)):
+        directory = tmp_path / "killed"
+        shutil.copytree(damaged, directory)
+        with killed_before(number), pytest.raises(Killed):
+            act(directory)
+        assert act(directory) == first
+        assert what_is_there(directory) == what_is_there(whole), f"killed before change {number}"
+        shutil.rmtree(directory)

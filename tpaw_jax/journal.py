@@ -149,8 +149,12 @@ def check(journal: Journal) -> dict[str, str]:
     checked when they are read (see `ring`).
     """
     found = {}
-    for name in [name for name in journal.facts if journal.whole(name)] if pod.writes() else []:
-        facts, path = journal.facts[name], journal.directory / name
+    for name, facts in journal.facts.items() if pod.writes() else ():
+        path = journal.directory / name
+        if facts.get("lost") and not facts.get("begun") and path.exists():
+            found[name] = "it was found damaged before, and a kill left it where it was"
+        if not journal.whole(name):
+            continue
         what = _checkpoint_fault(path, facts) if "files" in facts else _file_fault(path, facts)
         aside = durable.aside_of(path)
         if what and not journal.reading and aside.exists() and not _file_fault(aside, facts):
@@ -178,9 +182,11 @@ def set_aside(journal: Journal, name: str) -> None:
 
 def _remove_after(journal: Journal, name: str) -> list[str]:
     """Remove all that was made after something, responses that are being sampled among it; not yet from the disk's
-    journal, so that a kill meanwhile leaves something lost that is found to have changed again.
+    journal, so that a kill meanwhile leaves something lost that is found to have changed again. The newest goes first:
+    what a kill leaves is then a run of fewer rounds.
     """
     later = [other for other in journal.facts if _order(journal, other) > _order(journal, name)]
+    later.sort(key=lambda other: _order(journal, other), reverse=True)
     for other in later:
         del journal.facts[other]
     pod.meet("what was made after it is known")
