@@ -34,7 +34,7 @@ def main() -> None:
     player = session.open_player(run, mesh)
     prompts, *_ = dataset.load(run.data, player.template, run.seed)
     store = triplets.open_store(journal.open_journal(options.run, reading=True), prompts)
-    window = store.window(max(store.generations), run.objective.n_max)
+    window = [store.generations[r] for r in run.objective.opponents(max(store.generations))]
     rows = packing.pack(packing.trees_of_window(prompts, window, store.sources), run.packing)
     optimizer = train_step.make_optimizer(run.train)
     for compute, remat in itertools.product(("float32", "bfloat16"), ("layer", "dots", "none")):

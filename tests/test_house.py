@@ -51,6 +51,7 @@ ORDER = [  # a file imports only from files above it
     "session",
     "training",
     "reporting",
+    "sft",
     "self_play",
     "workload",
     "planning",

@@ -12,6 +12,7 @@ import pytest
 from conftest import small_run
 
 from tpaw_jax import durable, journal, preemption, recovery, ring, self_play, session, sharding
+from tpaw_jax.config import ObjectiveConfig
 
 
 def flip(path):
@@ -175,7 +176,7 @@ def recover(directory):
     recovery.set_damage_aside(opened, lambda _: None)
     kept = ring.open_ring(opened, 3)
     ring.remove_unfinished(kept)
-    return recovery.first_round(kept, lambda _: None)
+    return recovery.first_round(kept, ObjectiveConfig(), lambda _: None)
 
 
 def remake_otherwise(directory):

@@ -17,7 +17,7 @@ def world(tmp_path):
     store = triplets.open_store(journal.open_journal(tmp_path), prompts)
     for generations in rounds:
         store = triplets.append(store, generations)
-    trees = packing.trees_of_window(prompts, store.window(2, 3), store.sources)
+    trees = packing.trees_of_window(prompts, [store.generations[r] for r in (2, 1, 0)], store.sources)
     return store, trees, packing.pack(trees, PACKING), rounds
 
 
@@ -43,7 +43,7 @@ def test_nothing_is_scored_twice(world):
     store, trees, rows, _ = world
     responses = lambda found: sum(len(t.responses) for t in found)
     assert responses(triplets.missing(store, 1, trees)) == responses(trees)
-    earlier = packing.trees_of_window(store.prompts, store.window(1, 2), store.sources)
+    earlier = packing.trees_of_window(store.prompts, [store.generations[r] for r in (1, 0)], store.sources)
     earlier_rows = packing.pack(earlier, PACKING)
     triplets.add_scores(store, 1, 1, earlier_rows, opinion(earlier_rows, 1))
     left = triplets.missing(store, 1, trees)

@@ -1,4 +1,4 @@
-"""The command line: tpaw play | generate | prompts | export | plan."""
+"""The command line: tpaw sft | play | generate | prompts | export | plan."""
 
 from __future__ import annotations
 
@@ -39,21 +39,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def play(options: argparse.Namespace, overrides: list[str]) -> None:
     """Run the rounds of self-play of a configuration, or what is left of them."""
-    from tpaw_jax import config, pod, preemption, self_play
+    from tpaw_jax import config
+
+    run = config.load(options.config, overrides)
+    if run.objective.loss == "sft":
+        raise ValueError(f"{options.config}: objective.loss is 'sft'; `tpaw sft` is for that.")
+    _train(options, run, options.generations)
+
+
+def sft(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Fine-tune a model on the targets of a configuration: theta_0 of self-play."""
+    from tpaw_jax import config
+
+    run = config.load(options.config, overrides, config.SFT)
+    if run.objective.loss != "sft":
+        raise ValueError(f"{options.config}: objective.loss is {run.objective.loss!r}; `tpaw play` is for that.")
+    _train(options, run, None)
+
+
+def _train(options: argparse.Namespace, run: Any, given: str | None) -> None:
+    from tpaw_jax import pod, preemption, self_play
     from tpaw_jax.models import hub
     from tpaw_jax.monitoring import compile_log, parse_steps
 
-    run, profiled = (
-        config.load(options.config, overrides),
-        parse_steps(options.profile) if options.profile else range(0),
-    )
+    profiled = parse_steps(options.profile) if options.profile else range(0)
     if options.pod or options.coordinator:
         if options.export:
             raise ValueError("--export is for one process; when the pod is done, run `tpaw export` on one host.")
         pod.join(options.coordinator, options.num_processes, options.process_id)
     if options.export:
         hub.check_export(options.export)
-    generations = Path(options.generations) if options.generations else None
+    generations = Path(given) if given else None
     with compile_log() as compiled, preemption.Notice() as notice:
         try:
             self_play.run(run, generations=generations, profiled=profiled, notice=notice, strict=options.strict)
@@ -220,11 +236,9 @@ def _parser() -> argparse.ArgumentParser:
                 sub.add_argument(flag, required=required, help=text, type=kind)
 
     configuration = (True, "a YAML file; any key of it can follow as --key.subkey value", str)
-    command(
-        play,
+    training = dict(
         config=configuration,
         export=(False, "also write the last policy to this directory", str),
-        generations=(False, "a JSONL file of another engine's responses; plays the one round they answer", str),
         profile=(False, "trace these steps of every stage of the first round: steps=10:13", str),
         strict=(False, "stop at the end of a round that shows a sign of divergence", None),
         pod=(False, "one of several processes, as the pod's metadata tell", None),
@@ -232,6 +246,9 @@ def _parser() -> argparse.ArgumentParser:
         num_processes=(False, "how many they are", int),
         process_id=(False, "which of them this is, from 0", int),
     )
+    command(sft, **training)
+    given = (False, "a JSONL file of another engine's responses; plays the one round they answer", str)
+    command(play, **training, generations=given)
     command(prompts, config=configuration, out=(True, "the JSONL file to write", str))
     command(
         generate,

@@ -89,13 +89,21 @@ class SamplingConfig:
 class ObjectiveConfig:
     """The team loss."""
 
-    n_max: int = knob(3, "newest players and newest rounds of opponents that count", "TPAW: N_max")
+    loss: Literal["team", "sft"] = knob(
+        "team", "the team loss on triplets; or sft: the mean negative log-prob of the targets alone (`tpaw sft`)"
+    )
+    n_max: int = knob(3, "newest players that count", "TPAW: N_max")
+    opponent_rounds: int = knob(0, "newest rounds whose responses count; 0: as many as players", "TPAW; SPIN: 2")
     lam: tuple[float, ...] = knob((0.1,), "reward scale of each round, the last one repeating", "SPIN's beta (A1)")
     eta: float = knob(6.0, "target response weight where the target drifts", "TPAW")
     gamma: float = knob(0.5, "attention to the player that separates worst", "TPAW")
     tolerance: float = knob(
         -1.0, "largest reward that counts as drifting; -1: the noise measured at the round's start (A8)"
     )
+
+    def opponents(self, t: int) -> list[int]:
+        """The rounds whose responses make D_O in round `t`, newest first: fewer in the first rounds."""
+        return list(range(t, max(-1, t - (self.opponent_rounds or self.n_max)), -1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +133,7 @@ class TrainConfig:
     schedule: Literal["linear", "cosine", "constant"] = knob("linear", "what follows the warm-up", "SPIN")
     warmup_ratio: float = knob(0.1, "share of a round's steps that warm up", "SPIN")
     epochs: int = knob(2, "visits of every triplet", "SPIN's paper")
+    validate_each_epoch: bool = knob(False, "log the held-out targets' log-prob after every epoch, not only the last")
     batch_triplets: int = knob(64, "triplets of a step, met as closely as full batches of rows allow", "SPIN")
     max_grad_norm: float = knob(
         1.0, "global norm that gradients are clipped to", "transformers' Trainer, which SPIN uses"
@@ -176,8 +185,18 @@ def of_round(values: Sequence[float], round_number: int) -> float:
     return values[min(round_number, len(values) - 1)]
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a YAML file, with overrides `key.subkey=value` applied over it.
+SFT: dict[str, Any] = {
+    "directory": "runs/sft",
+    "rounds": 1,
+    "objective": {"loss": "sft"},
+    "data": {"max_length": 2048, "max_prompt_length": 1024},
+    "train": {"optimizer": "adamw", "learning_rate": 2e-5, "schedule": "cosine", "epochs": 1, "batch_triplets": 128},
+}
+"""What `tpaw sft` has for defaults where they differ: the recipe of zephyr-7b-sft-full."""
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> RunConfig:
+    """The configuration of a YAML file over `defaults`, with overrides `key.subkey=value` applied over both.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -195,6 +214,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ValueError(f"{path}: not valid YAML ({error}).") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: a mapping of keys to values was expected, not {type(fields).__name__}.")
+    fields = _over(fields, defaults or {})
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -229,7 +249,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 def validate(config: RunConfig, where: str) -> None:
     """Raise a ValueError that names the first key whose value cannot work."""
     data, sampling, packing, train = config.data, config.sampling, config.packing, config.train
+    supervised = config.objective.loss == "sft"
     checks = [
+        (config.rounds == 1 or not supervised, "rounds", "must be 1 where objective.loss is sft"),
         (bool(config.policy.path), "policy.path", "names no model"),
         (config.rounds >= 1, "rounds", "must be at least 1"),
         (config.policy.head_chunk >= 1, "policy.head_chunk", "must be at least 1"),
@@ -264,6 +286,7 @@ def validate(config: RunConfig, where: str) -> None:
             "must be float32, bfloat16 or empty",
         ),
         (config.objective.n_max >= 1, "objective.n_max", "must be at least 1"),
+        (config.objective.opponent_rounds >= 0, "objective.opponent_rounds", "cannot be negative"),
         (len(config.objective.lam) >= 1, "objective.lam", "needs at least one value"),
         (min(config.objective.lam, default=1) > 0, "objective.lam", "must be above 0"),
         (
@@ -342,6 +365,18 @@ def _coerce(hint: Any, value: Any, where: str, key: str) -> Any:
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{where}: {key} is {value!r}; a value of type {hint.__name__} was expected.")
     return value
+
+
+def _over(fields: Any, defaults: Mapping[str, Any]) -> Any:
+    """`fields` with what they leave out taken from `defaults`, section by section."""
+    if not isinstance(fields, dict):
+        return fields
+    kept = {
+        key: _over(fields[key], value) if isinstance(value, Mapping) else fields[key]
+        for key, value in defaults.items()
+        if key in fields
+    }
+    return {**defaults, **fields, **kept}
 
 
 def _set(fields: dict[str, Any], key: str, value: Any) -> None:

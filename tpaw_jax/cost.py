@@ -102,10 +102,10 @@ def of_pairs(prompts: Prompts, window: Sequence[Generations], batch: int) -> Wor
     return work
 
 
-def pairs_of_round(prompts: Prompts, window: Sequence[Generations], epochs: int) -> RoundWork:
+def pairs_of_round(prompts: Prompts, window: Sequence[Generations], players: int, epochs: int) -> RoundWork:
     """A round as padded pairs, with every player's live forward pass in every step."""
     one_epoch = of_pairs(prompts, window, PAIRS)
-    return RoundWork(one_epoch * (epochs * len(window)), one_epoch * (epochs * (1 + BACKWARD)))
+    return RoundWork(one_epoch * (epochs * players), one_epoch * (epochs * (1 + BACKWARD)))
 
 
 def round_work(
@@ -125,7 +125,7 @@ def round_work(
         like = generations[t - 1].tokens if t else prompts.target_tokens
         most = config.sampling.max_new_tokens
         newest = Generations(t, tuple(np.zeros(min(len(r), most), np.int32) for r in like), ())
-    window = [newest, *(generations[j] for j in players[1:])]
+    window = [newest, *(generations[r] for r in config.objective.opponents(t)[1:])]
     sources = {t: np.full(len(prompts), t), **sources}
     length = config.packing.row_length
     padded = lambda trees: of_trees(trees)._replace(tokens=length * packing.row_count(trees, config.packing))
@@ -133,7 +133,7 @@ def round_work(
     of_newest = padded([packing.tree_of_responses(prompts, i, {t: r}) for i, r in enumerate(newest.tokens)])
     scored = one_epoch + of_newest * (len(players) - 1)
     trees = RoundWork(scored, one_epoch * (config.train.epochs * (1 + BACKWARD)))
-    return trees, pairs_of_round(prompts, window, config.train.epochs)
+    return trees, pairs_of_round(prompts, window, len(players), config.train.epochs)
 
 
 def _causal(length: int) -> float:

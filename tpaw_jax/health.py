@@ -24,10 +24,6 @@ def warnings(summary: Mapping[str, Any], prompts: int, longest: int) -> list[str
     """What is wrong with a round of `prompts` prompts whose responses end at `longest` tokens."""
     found = []
     say = lambda sentence: found.append(f"Round {summary['round']}: {sentence}")
-    if not math.isfinite(summary["loss"]):
-        say(f"the mean loss of the last epoch is {summary['loss']}.")
-    if summary["skipped"]:
-        say(f"{summary['skipped']} of {summary['steps']} steps were skipped, their loss or gradient was not finite.")
     if summary["response tokens"] <= NOTHING_SAID:
         say(f"responses have {summary['response tokens']:.1f} tokens on average: the policy has stopped answering.")
     elif summary["at limit"] >= AT_LIMIT:
@@ -39,6 +35,17 @@ def warnings(summary: Mapping[str, Any], prompts: int, longest: int) -> list[str
         say("every response equals its target: there is nothing left to tell apart.")
     elif summary["margin"] < 0:
         say(f"the mean margin is {summary['margin']:.3g}: responses were made more likely than targets.")
+    return of_training(summary) + found
+
+
+def of_training(summary: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the training of a round, of self-play or supervised."""
+    found = []
+    say = lambda sentence: found.append(f"Round {summary['round']}: {sentence}")
+    if not math.isfinite(summary["loss"]):
+        say(f"the mean loss of the last epoch is {summary['loss']}.")
+    if summary["skipped"]:
+        say(f"{summary['skipped']} of {summary['steps']} steps were skipped, their loss or gradient was not finite.")
     before, after = summary["held-out before"], summary["held-out after"]
     if before is not None and after is not None and not after > before - UNLEARNT:
         say(f"held-out targets went from {before:.3g} to {after:.3g} nats a token: the learning rate may be too large.")

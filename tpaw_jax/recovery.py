@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tpaw_jax import journal, pod, ring, triplets
+from tpaw_jax.config import ObjectiveConfig
 from tpaw_jax.durable import Damaged
 from tpaw_jax.journal import Journal
 from tpaw_jax.ring import Ring
@@ -41,14 +42,14 @@ def set_aside(directory: Path, damage: Damaged, say: Callable[[str], None]) -> N
         _begin_again(opened, say)
 
 
-def first_round(kept: Ring, say: Callable[[str], None]) -> int:
+def first_round(kept: Ring, objective: ObjectiveConfig, say: Callable[[str], None]) -> int:
     """The round from which a run goes on: that of the newest policy, or an earlier one where something is lost.
 
     From an earlier round only what is missing is made again, of all that the round after the newest policy's needs.
     Where the ring no longer holds what that takes, the run begins again with theta_0.
     """
     newest = max(kept.policies, default=0)
-    start = next((s for s in sorted({*kept.policies, 0}, reverse=True) if _playable(kept, s, newest)), None)
+    start = next((s for s in sorted({*kept.policies, 0}, reverse=True) if _playable(kept, objective, s, newest)), None)
     pod.meet("the round to go on from is chosen")
     if start is None:
         _begin_again(kept.journal, say)
@@ -78,7 +79,7 @@ def _begin_again(opened: Journal, say: Callable[[str], None]) -> None:
     pod.meet("the run begins again")
 
 
-def _playable(kept: Ring, start: int, newest: int) -> bool:
+def _playable(kept: Ring, objective: ObjectiveConfig, start: int, newest: int) -> bool:
     """Whether all rounds from `start` to the one after the newest policy's find their players and opponents."""
     whole, policies = kept.journal.whole, set(kept.policies)
     have = policies | {t for t in (start,) if t > newest - kept.n_max}  # an older one that is made again does not stay
@@ -88,10 +89,10 @@ def _playable(kept: Ring, start: int, newest: int) -> bool:
             if not whole(answers) and t not in have | {start}:
                 return False
             continue
-        window = ring.players(kept, t)
+        window = objective.opponents(t)
         if not all(whole(f"{triplets.round_name(r)}/generations.npz") for r in window if r < start):
             return False
-        for player in window:
+        for player in ring.players(kept, t):
             scored = [f"{triplets.round_name(r)}/scores_of_player_{player:04d}.npz" for r in window if r >= player]
             if player not in have | {t} and not all(map(whole, scored)):
                 return False

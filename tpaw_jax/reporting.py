@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,7 @@ def finish_round(
         f"Measured: {done / 1e12:.3g} TFLOP in {busy:.3g} s of scoring and training, {done / busy / 1e9:.3g} GFLOP/s; "
         f"padded pairs with {len(players)} live references compute {in_pairs / computed:.1f} x as much."
     )
-    pod.meet("the round's steps are logged")
-    records = monitoring.read_metrics(session.directory, t)
-    if not records:
-        raise ValueError(f"{session.directory / 'metrics.jsonl'}: it has no step of round {t}, which was trained.")
-    last_epoch = records[-max(1, len(records) // session.config.train.epochs) :]
-    mean = lambda name: float(np.average([r[name] for r in last_epoch], weights=[r["triplets"] for r in last_epoch]))
+    mean, last = last_epoch(session, t)
     lengths, longest = [len(g) for g in store.generations[t].tokens], session.config.sampling.max_new_tokens
     summary = {
         "round": t,
@@ -61,7 +57,7 @@ def finish_round(
         "margin": mean("rewards/margins"),
         "accuracy": mean("rewards/accuracies"),
         "alpha=eta": mean(f"player_{t}/alpha_is_eta"),
-        "skipped": int(records[-1]["skipped"]),
+        "skipped": int(last["skipped"]),
         "response tokens": float(np.mean(lengths)),
         "at limit": float(np.mean(np.array(lengths) >= longest)),
         "echoes": store.echoes(t),
@@ -82,6 +78,17 @@ def finish_round(
     for sentence in wrong:
         session.say(f"Warning: {sentence}")
     return wrong
+
+
+def last_epoch(session: Session, t: int) -> tuple[Callable[[str], float], dict[str, float]]:
+    """The mean of a metric over the triplets of a round's last epoch, and the last step's record."""
+    pod.meet("the round's steps are logged")
+    records = [r for r in monitoring.read_metrics(session.directory, t) if "loss" in r]
+    if not records:
+        raise ValueError(f"{session.directory / 'metrics.jsonl'}: it has no step of round {t}, which was trained.")
+    of_epoch = records[-max(1, len(records) // session.config.train.epochs) :]
+    weights = [r["triplets"] for r in of_epoch]
+    return lambda name: float(np.average([r[name] for r in of_epoch], weights=weights)), records[-1]
 
 
 def _sampler_gap(store: triplets.Store, t: int) -> dict[str, float | None]:
@@ -130,13 +137,13 @@ def space(session: Session) -> str:
 
 def manifest(session: Session, t: int, players: list[int]) -> str:
     """What a round starts from."""
-    c, size = session.config, len(session.prompts)
+    c, size, opponents = session.config, len(session.prompts), session.config.objective.opponents(t)
     place = c.policy.path if t == 0 else session.directory / "ring" / "policies" / f"{t:05d}"
     facts = {
         "policy from": f"theta_{t} = {place}",
         "players": ", ".join(f"theta_{j}" for j in players),
-        "opponents": ", ".join(f"D_{j}" for j in players),
-        "triplets": f"{size * len(players)} = {size} prompts x {len(players)} rounds",
+        "opponents": ", ".join(f"D_{j}" for j in opponents),
+        "triplets": f"{size * len(opponents)} = {size} prompts x {len(opponents)} rounds",
         "learning rate": f"{of_round(c.train.learning_rate, t):g} ({c.train.optimizer}, {c.train.schedule})",
         "lam, eta, gamma": f"{of_round(c.objective.lam, t):g}, {c.objective.eta:g}, {c.objective.gamma:g}",
     }

@@ -29,6 +29,7 @@ from tpaw_jax import (
     ring,
     sampling,
     scoring,
+    sft,
     training,
     triplets,
 )
@@ -86,6 +87,8 @@ def _play(
 ) -> list[dict[str, Any]]:
     session, *policy = open_session(config, say, profiled, notice)
     try:
+        if config.objective.loss == "sft":
+            return sft.train(session, policy.pop(), strict)
         return _rounds(session, policy.pop(), generations, strict)  # which keeps no second name for it
     except (Preempted, Damaged, Diverged):
         ring.settle(session.ring)
@@ -122,7 +125,7 @@ def _rounds(
             policy = None
             continue
         with watch.time("packing"):
-            window = store.window(t, config.objective.n_max)
+            window = [store.generations[r] for r in config.objective.opponents(t)]
             trees = packing.trees_of_window(session.prompts, window, store.sources)
             rows = packing.pack(trees, config.packing)
         with watch.time("scoring"):

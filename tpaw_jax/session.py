@@ -135,7 +135,9 @@ def open_session(config: RunConfig, say: Say, profiled: range, notice: Notice) -
     journal.save(opened)
     durable.write_bytes(directory / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
     ring.remove_unfinished(session.ring)
-    first = recovery.first_round(session.ring, say)
+    first = max(session.ring.policies, default=0)  # a supervised run needs nothing but the policy it goes on from
+    if config.objective.loss == "team":
+        first = recovery.first_round(session.ring, config.objective, say)
     session = dataclasses.replace(session, first=first)
     return session, _first_policy(session, policy)
 

@@ -38,8 +38,9 @@ NO_SCALARS = StepScalars(np.float32(0), np.float32(0), np.float32(0), np.bool_(F
 
 Metrics = dict[str, Array]
 MicroLoss = Callable[[PyTree[Array], TreeBatch, TeamScores, Array, StepScalars], tuple[Array, Metrics]]
-"""(params, batch, scores, triplets of the step, scalars) -> a micro-batch's part of the loss, and sums for metrics:
-`triplets`; `max`, of which the largest counts; any others, of which the means over triplets are returned."""
+"""(params, batch, scores, how much the step's loss is a mean of, scalars) -> a micro-batch's part of the loss, and sums
+for metrics: `triplets`; `max`, of which the largest counts; any others, of which the means over triplets are returned.
+"""
 
 TrainStep = Callable[[TrainState, TreeBatch, TeamScores, AnyArray, StepScalars], tuple[TrainState, Metrics]]
 
@@ -121,9 +122,11 @@ def make_train_step(
     reduce_dtype: str = "float32",
     compiler_options: Mapping[str, str] | None = None,
 ) -> TrainStep:
-    """The compiled step of the team loss, its mean over all triplets of the step (A4).
+    """The compiled step of the objective's loss.
 
-    Metrics are means over triplets, rewards in nats times lam.
+    The team loss is its mean over all triplets of the step (A4); metrics are means over triplets, rewards in nats times
+    lam. For `sft` it is the mean negative log-prob of all target tokens of the step, nats a token, as transformers'
+    Trainer takes it; a target counts as a triplet then, and metrics are means over targets.
     """
 
     def team(params, batch, scores, total, scalars):
@@ -133,6 +136,19 @@ def make_train_step(
         loss = jnp.sum(weight * out.per_triplet) / total
         return loss, _metric_sums(out, weight, chosen, rejected, _lengths(batch), scalars.tolerance)
 
+    def supervised(params, batch, scores, total, scalars):
+        log_probs_BR = log_prob_fn(params, batch)
+        lengths_BR = sum_by_response(jnp.ones(batch.labels.shape), batch)
+        sums = {
+            "triplets": jnp.sum(batch.triplet_weight),
+            "logps/chosen": jnp.sum(log_probs_BR),
+            "lengths/chosen": jnp.sum(lengths_BR),
+            "max": jnp.zeros(()),
+        }
+        return -jnp.sum(log_probs_BR) / total, jax.lax.stop_gradient(sums)
+
+    if objective.loss == "sft":
+        return make_step(supervised, optimizer, mesh, reduce_dtype, compiler_options, _tokens)
     return make_step(team, optimizer, mesh, reduce_dtype, compiler_options)
 
 
@@ -142,17 +158,18 @@ def make_step(
     mesh: Mesh,
     reduce_dtype: str = "float32",
     compiler_options: Mapping[str, str] | None = None,
+    counted: Callable[[TreeBatch], Array] = lambda batch: jnp.sum(batch.triplet_weight),
 ) -> TrainStep:
     """The compiled step(state, batch, scores, micro_batches, scalars) -> (state, metrics). The state is donated.
 
     `batch` and `scores` carry a leading axis A of micro-batches, of which the first `micro_batches` are computed; their
     losses and gradients are summed, so how rows are cut into micro-batches changes nothing. Each device computes them
     on its own rows and its parts of the parameters (see `models.parallel`); gradients travel in `reduce_dtype`.
-    `compiler_options` are XLA's.
+    `compiler_options` are XLA's; `counted` is what the loss of the step is a mean over.
     """
 
     def step(state, batch, scores, micro_batches, scalars):
-        total = jnp.maximum(jnp.sum(batch.triplet_weight), 1.0)
+        total = jnp.maximum(counted(batch), 1.0)
         specs = jax.tree.map(lambda placed: placed.spec, sharding.param_shardings(state.params, mesh))
         places = jax.tree.map(lambda placed: placed.spec, input_shardings(mesh))
 
@@ -174,8 +191,8 @@ def make_step(
         placed = state_shardings(state.params, optimizer, mesh)
         state, update_metrics = _update(state, optimizer, loss, gradients, scalars)
         state = jax.lax.with_sharding_constraint(state, placed)
-        counted = jnp.maximum(sums["triplets"], 1.0)
-        return state, {"loss": loss, **_means(sums, counted), **update_metrics}
+        means = _means(sums, jnp.maximum(sums["triplets"], 1.0))
+        return state, {"loss": loss, **means, **update_metrics}
 
     in_shardings = (None, *input_shardings(mesh))  # the state comes as it is placed
     options = dict(compiler_options) if compiler_options else None
@@ -248,6 +265,11 @@ def _triplets(
         tolerance=scalars.tolerance,
     )
     return out, chosen, rejected
+
+
+def _tokens(batch: TreeBatch) -> Array:
+    """Predicted tokens of a batch."""
+    return jnp.sum(batch.responses < batch.triplet_weight.shape[-1]).astype(jnp.float32)
 
 
 def _lengths(batch: TreeBatch) -> tuple[Array, Array]:

@@ -70,7 +70,7 @@ def train(
     log = monitoring.open_metrics(session.directory, t, first, c.tensorboard)
     tolerance = 2 * noise if c.objective.tolerance < 0 else c.objective.tolerance
     record = StepRecorder(session, log, players, t)
-    pending: tuple[int, StepInputs, dict[str, Array], float] | None = None
+    an_epoch = len(plan) // c.train.epochs
     saves = SaveTimes(c.train.save_every_steps, c.train.save_every_minutes)
 
     with (
@@ -83,21 +83,20 @@ def train(
             made, waited = next(ahead), ahead.waited
             session.profiler.step("training")
             state, metrics = session.step(state, *made.arguments)
-            if pending is not None:  # one step late: the device is never awaited
-                record(*pending)
-            pending = step, made, metrics, waited
+            record.push(step, made, metrics, waited)
             bar.update()
             bar.set_postfix_str(record.speed, refresh=False)
             told = session.notice.told_at(STEPS_OF_A_ROUND * t + step)
+            if c.train.validate_each_epoch and (step + 1) % an_epoch == 0 and step + 1 < len(plan):
+                record.flush()
+                log.write(round=t, step=step, **{"held-out": held_out_log_prob(session, state.params)})
             if told or (saves.due(step) and step + 1 < len(plan)):
-                record(*pending)
-                pending = None
+                record.flush()
                 ring.save_training(session.ring, state, t, step + 1)
             if told:
                 where = f"Round {t}: training stopped after step {step + 1} of {len(plan)}"
                 raise Preempted(f"{where}; the same command goes on there.")
-        if pending is not None:
-            record(*pending)
+        record.flush()
     with watch.time("held-out"):
         after = held_out_log_prob(session, state.params)
     own = (len(plan) - first) / len(plan)  # share of the round that this process has trained
@@ -180,8 +179,20 @@ class StepRecorder:
     last: float = dataclasses.field(default_factory=time.perf_counter)
     last_waited: float = 0.0
     speed: str = ""
+    pending: tuple[int, StepInputs, dict[str, Array], float] | None = None
 
-    def __call__(self, step: int, inputs: StepInputs, metrics: dict[str, Array], waited: float) -> None:
+    def push(self, step: int, inputs: StepInputs, metrics: dict[str, Array], waited: float) -> None:
+        """Log the step before this one, so that the device is never awaited."""
+        self.flush()
+        self.pending = step, inputs, metrics, waited
+
+    def flush(self) -> None:
+        """Log the step that waits to be, if one does."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            self._log(*pending)
+
+    def _log(self, step: int, inputs: StepInputs, metrics: dict[str, Array], waited: float) -> None:
         record = monitoring.step_record(jax.device_get(metrics), self.players)
         now = time.perf_counter()
         seconds, self.last = now - self.last, now

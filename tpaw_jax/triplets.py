@@ -31,10 +31,6 @@ class Store:
     sources: dict[int, np.ndarray]  # the source that first gave each prompt's response of a round
     scores: dict[int, dict[int, np.ndarray]]
 
-    def window(self, round_number: int, n_max: int) -> list[Generations]:
-        """The generations of the newest `n_max` rounds up to `round_number`, newest first: the opponents of D_O."""
-        return [self.generations[r] for r in range(round_number, max(-1, round_number - n_max), -1)]
-
     def echoes(self, round_number: int) -> int:
         """Generations of a round that equal their target: they show the policy reproducing its data."""
         return int((self.sources[round_number] == TARGET).sum())

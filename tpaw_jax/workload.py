@@ -52,21 +52,25 @@ def assumed(config: RunConfig, model: ModelConfig, prompts: int) -> Workload:
     draw = lambda i, shape: np.round(rng.lognormal(np.log(MEDIANS[i] * scale), SPREADS[i], shape)).astype(int)
     x = np.clip(draw(0, sampled), 4, data.max_prompt_length)
     y = np.clip(draw(1, sampled), 2, data.max_length - x)
-    g = np.clip(draw(2, (config.objective.n_max, sampled)), 2, config.sampling.max_new_tokens)
+    g = np.clip(
+        draw(2, (config.objective.opponent_rounds or config.objective.n_max, sampled)),
+        2,
+        config.sampling.max_new_tokens,
+    )
     blank = lambda sizes: tuple(np.zeros(n, np.int32) for n in sizes)
     of_sample = Prompts(np.arange(sampled, dtype=np.int32), blank(x), blank(y))
     by_round = [Generations(t, blank(sizes), ()) for t, sizes in enumerate(g)]
 
     def one_round(t: int) -> tuple[Round, packing.Rows]:
         players = min(t + 1, config.objective.n_max)
-        window = by_round[:players][::-1]
+        window = by_round[: len(config.objective.opponents(t))][::-1]
         sources = {r.round: np.full(sampled, r.round) for r in window}  # no two responses are equal
         rows = packing.pack(packing.trees_of_window(of_sample, window, sources), c)
         of_newest = [packing.tree_of_responses(of_sample, i, {t: r}) for i, r in enumerate(window[0].tokens)]
         others = (players - 1) * packing.row_count(of_newest, c)
         one_epoch, passes = _useful(rows), 1 + config.train.epochs * (1 + BACKWARD)
         trees = cost.flops(model, one_epoch * passes + cost.of_trees(of_newest) * (players - 1))
-        pairs = cost.flops(model, cost.pairs_of_round(of_sample, window, config.train.epochs).total)
+        pairs = cost.flops(model, cost.pairs_of_round(of_sample, window, players, config.train.epochs).total)
         times = prompts / sampled
         whole = Round(times * len(rows), times * (len(rows) + others), times * trees, times * pairs)
         return whole, rows
