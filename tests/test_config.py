@@ -1,6 +1,7 @@
 """Strict YAML, overrides, and a reference that cannot go stale."""
 
 import dataclasses
+import runpy
 
 import pytest
 from conftest import ROOT, small_run
@@ -87,5 +88,43 @@ def test_every_knob_is_documented_and_every_shipped_config_loads():
         config.load(path, ["policy.path=given"])
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("spin", {"objective.n_max": 1, "objective.opponent_rounds": 2, "objective.eta": 1.0}),
+        ("dpo", {"rounds": 1, "data.responses": "rejected", "objective.n_max": 1, "objective.eta": 1.0}),
+        ("sft_more_epochs", {"rounds": 1, "objective.loss": "sft", "train.epochs": 8}),
+        ("without_target_weighting", {"objective.eta": 1.0}),
+        ("without_player_weighting", {"objective.gamma": 0.0}),
+        ("without_team", {"objective.n_max": 1}),
+    ],
+)
+def test_a_baseline_differs_from_tpaw_in_the_lines_that_matter(name, changed):
+    base, path = ROOT / "configs" / "smollm2_gsm8k.yaml", ROOT / "configs" / "baselines" / f"{name}.yaml"
+    assert path.read_text().startswith("#")
+    assert len(list(path.parent.glob("*.yaml"))) == 6
+    flat = lambda fields, prefix="": {
+        place: leaf
+        for key, value in fields.items()
+        for place, leaf in (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        ).items()
+    }
+    ours, theirs = (flat(config.to_dict(config.load(paths, ["policy.path=x"]))) for paths in (base, [base, path]))
+    assert {key: theirs[key] for key in ours if theirs[key] != ours[key]} == changed
+
+
+def test_of_several_files_the_later_counts_and_the_wrong_one_is_named(tmp_path):
+    one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
+    one.write_text("policy: {path: m, head_chunk: 8}\ndata: {sources: [{path: d}]}\nrounds: 2\n")
+    other.write_text("policy: {head_chunk: 9}\n")
+    c = config.load([one, other], ["rounds=3"], {"seed": 7, "rounds": 1, "policy": {"path": "n", "tokenizer": "t"}})
+    assert (c.policy.path, c.policy.tokenizer, c.policy.head_chunk, c.rounds, c.seed) == ("m", "t", 9, 3, 7)
+    other.write_text("policy: {head: 9}\n")
+    with pytest.raises(ValueError, match=r"other\.yaml: unknown key 'policy\.head'"):
+        config.load([one, other])
+
+
 def test_the_readmes_reference_is_the_dataclasses():
-    assert config.reference().strip() in (ROOT / "README.md").read_text(), "run `make config-reference`"
+    reference = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))["reference"]
+    assert reference().strip() in (ROOT / "README.md").read_text(), "run `make config-reference`"

@@ -43,7 +43,7 @@ def play(options: argparse.Namespace, overrides: list[str]) -> None:
 
     run = config.load(options.config, overrides)
     if run.objective.loss == "sft":
-        raise ValueError(f"{options.config}: objective.loss is 'sft'; `tpaw sft` is for that.")
+        raise ValueError(f"{' '.join(options.config)}: objective.loss is 'sft'; `tpaw sft` is for that.")
     _train(options, run, options.generations)
 
 
@@ -53,7 +53,9 @@ def sft(options: argparse.Namespace, overrides: list[str]) -> None:
 
     run = config.load(options.config, overrides, config.SFT)
     if run.objective.loss != "sft":
-        raise ValueError(f"{options.config}: objective.loss is {run.objective.loss!r}; `tpaw play` is for that.")
+        raise ValueError(
+            f"{' '.join(options.config)}: objective.loss is {run.objective.loss!r}; `tpaw play` is for that."
+        )
     _train(options, run, None)
 
 
@@ -232,10 +234,12 @@ def _parser() -> argparse.ArgumentParser:
             flag = f"--{name.replace('_', '-')}"
             if kind is None:
                 sub.add_argument(flag, help=text, action="store_true")
+            elif kind is list:
+                sub.add_argument(flag, required=required, help=text, nargs="+")
             else:
                 sub.add_argument(flag, required=required, help=text, type=kind)
 
-    configuration = (True, "a YAML file; any key of it can follow as --key.subkey value", str)
+    configuration = (True, "a YAML file; further ones are read over it; any key can follow as --key.subkey value", list)
     training = dict(
         config=configuration,
         export=(False, "also write the last policy to this directory", str),

@@ -62,6 +62,9 @@ class DataConfig:
     max_length: int = knob(1024, "tokens of prompt and target together; longer targets lose their end", "SPIN")
     max_prompts: int = knob(0, "use so many prompts, chosen by the seed; 0 uses all", "TPAW: a 50k subset")
     holdout_prompts: int = knob(0, "prompts kept out of training; their target log-prob is reported each round")
+    responses: Literal["sampled", "rejected"] = knob(
+        "sampled", "what targets are told apart from: the policy's own answers, or the records' rejected ones (DPO)"
+    )
     skip_bad_records: bool = knob(False, "count and list malformed records instead of stopping at the first")
 
 
@@ -195,14 +198,38 @@ SFT: dict[str, Any] = {
 """What `tpaw sft` has for defaults where they differ: the recipe of zephyr-7b-sft-full."""
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> RunConfig:
-    """The configuration of a YAML file over `defaults`, with overrides `key.subkey=value` applied over both.
+def load(
+    paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """The configuration of a YAML file, or of several, each over those before it, all over `defaults`.
+
+    Overrides `key.subkey=value` are applied last.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not YAML, an unknown key, a value of the wrong type or out of range; names the key.
+        ValueError: not YAML, an unknown key, a value of the wrong type or out of range; names the file and the key.
     """
-    path = Path(path)
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    fields = dict(defaults or {})
+    for path in map(Path, paths):
+        read = _read(path)
+        parse(RunConfig, read, str(path))
+        fields = _over(read, fields)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"The override '{override}' is not of the form key=value.")
+        try:
+            _set(fields, key, yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise ValueError(f"The value of the override '{override}' is not valid YAML.") from error
+    where = " with ".join(map(str, paths))
+    config = parse(RunConfig, fields, where)
+    validate(config, where)
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such configuration file.")
     try:
@@ -214,18 +241,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), defaults: Mapping[str,
         raise ValueError(f"{path}: not valid YAML ({error}).") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: a mapping of keys to values was expected, not {type(fields).__name__}.")
-    fields = _over(fields, defaults or {})
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"The override '{override}' is not of the form key=value.")
-        try:
-            _set(fields, key, yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise ValueError(f"The value of the override '{override}' is not valid YAML.") from error
-    config = parse(RunConfig, fields, str(path))
-    validate(config, str(path))
-    return config
+    return fields
 
 
 def parse(cls: type, fields: Any, where: str, prefix: str = "") -> Any:
@@ -243,7 +259,7 @@ def parse(cls: type, fields: Any, where: str, prefix: str = "") -> Any:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as plain YAML-able values; `parse` reads it back."""
-    return _plain(dataclasses.asdict(config))
+    return plain(dataclasses.asdict(config))
 
 
 def validate(config: RunConfig, where: str) -> None:
@@ -252,6 +268,11 @@ def validate(config: RunConfig, where: str) -> None:
     supervised = config.objective.loss == "sft"
     checks = [
         (config.rounds == 1 or not supervised, "rounds", "must be 1 where objective.loss is sft"),
+        (
+            config.rounds == 1 or data.responses == "sampled",
+            "rounds",
+            "must be 1 where data.responses is rejected: no round would answer anew",
+        ),
         (bool(config.policy.path), "policy.path", "names no model"),
         (config.rounds >= 1, "rounds", "must be at least 1"),
         (config.policy.head_chunk >= 1, "policy.head_chunk", "must be at least 1"),
@@ -317,32 +338,6 @@ def validate(config: RunConfig, where: str) -> None:
             raise ValueError(f"{where}: {key} {problem}.")
 
 
-def reference() -> str:
-    """The configuration reference as Markdown, one table a section, from the dataclasses."""
-    lines: list[str] = []
-
-    def table(cls: type, prefix: str) -> None:
-        hints = typing.get_type_hints(cls)
-        rows = [f for f in dataclasses.fields(cls) if not dataclasses.is_dataclass(hints[f.name])]
-        lines.extend(
-            [f"**`{prefix or 'run'}`**: {cls.__doc__}", "", "| key | default | what | source |", "|---|---|---|---|"]
-        )
-        for f in rows:
-            default = _plain(f.default)
-            shown = f"`{default}`" if default != "" else ""
-            key = f"{prefix}.{f.name}" if prefix else f.name
-            lines.append(f"| `{key}` | {shown} | {f.metadata['doc']} | {f.metadata['source']} |")
-        lines.append("")
-        for f in dataclasses.fields(cls):
-            if dataclasses.is_dataclass(hints[f.name]):
-                table(typing.cast(type, hints[f.name]), f.name)
-        if cls is DataConfig:
-            table(SourceConfig, "data.sources[]")
-
-    table(RunConfig, "")
-    return "\n".join(lines).strip() + "\n"
-
-
 def _coerce(hint: Any, value: Any, where: str, key: str) -> Any:
     """`value` as the type a field declares; a lone value stands for a list of one."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -367,16 +362,11 @@ def _coerce(hint: Any, value: Any, where: str, key: str) -> Any:
     return value
 
 
-def _over(fields: Any, defaults: Mapping[str, Any]) -> Any:
-    """`fields` with what they leave out taken from `defaults`, section by section."""
-    if not isinstance(fields, dict):
-        return fields
-    kept = {
-        key: _over(fields[key], value) if isinstance(value, Mapping) else fields[key]
-        for key, value in defaults.items()
-        if key in fields
-    }
-    return {**defaults, **fields, **kept}
+def _over(fields: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` with what they leave out taken from `others`, section by section."""
+    both = {key: (fields[key], others[key]) for key in fields if key in others}
+    sections = {key: _over(*two) for key, two in both.items() if all(isinstance(one, Mapping) for one in two)}
+    return {**others, **fields, **sections}
 
 
 def _set(fields: dict[str, Any], key: str, value: Any) -> None:
@@ -388,9 +378,10 @@ def _set(fields: dict[str, Any], key: str, value: Any) -> None:
     fields[last] = value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Dictionaries and lists in place of mappings and tuples."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,10 +24,11 @@ Message = dict[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A prompt as a conversation, and the target response as text."""
+    """A prompt as a conversation, the target response as text, and a response that was liked less, if there is one."""
 
     messages: tuple[Message, ...]
     target: str
+    rejected: str | None = None
     where: str = dataclasses.field(default="", compare=False)
 
 
@@ -79,7 +80,7 @@ def load(config: DataConfig, template: Template, seed: int) -> tuple[Prompts, Pr
         ValueError: a malformed record, named by file, line and field; or nothing is left.
     """
     skipped: list[str] = []
-    records = [r for i, s in enumerate(config.sources) for r in _mixed(s, i, config.skip_bad_records, skipped, seed)]
+    records = [r for i, source in enumerate(config.sources) for r in _mixed(source, i, config, skipped, seed)]
     order = np.random.default_rng(seed).permutation(len(records))
     held_out = min(config.holdout_prompts, len(records))
     wanted = len(records) if config.max_prompts == 0 else min(len(records), held_out + config.max_prompts)
@@ -99,13 +100,14 @@ def load(config: DataConfig, template: Template, seed: int) -> tuple[Prompts, Pr
         )
     prompts = Prompts(
         np.arange(len(encoded), dtype=np.int32),
-        tuple(np.asarray(prompt, np.int32) for prompt, *_ in encoded),
-        tuple(np.asarray(target, np.int32) for _, target, *_ in encoded),
+        tuple(np.asarray(one.prompt, np.int32) for one in encoded),
+        tuple(np.asarray(one.target, np.int32) for one in encoded),
+        tuple(np.asarray(one.rejected, np.int32) for one in encoded if one.rejected is not None),
     )
     report = DataReport(
         records=len(records),
-        prompts_cut=sum(cut for *_, cut, _ in encoded),
-        targets_cut=sum(cut for *_, cut in encoded),
+        prompts_cut=sum(one.prompt_cut for one in encoded),
+        targets_cut=sum(one.target_cut for one in encoded),
         skipped=tuple(skipped),
         fingerprint=_fingerprint(prompts),
     )
@@ -155,11 +157,13 @@ def read_source(source: SourceConfig) -> Iterator[tuple[str, Any]]:
         yield from ((f"{source.path}, record {i}", r) for i, r in enumerate(_datasets(source, path), start=1))
 
 
-def parse_record(fields: Any, where: str) -> Record:
+def parse_record(fields: Any, where: str, rejected: bool = False) -> Record:
     """A record of any of the shapes that people have.
 
     `prompt`/`completion` (text or messages); `messages`, the last assistant turn being the target; SPIN's
-    `real`/`generated`; `instruction`/`input`/`output`; `question`/`answer`.
+    `real`/`generated`; `instruction`/`input`/`output`; `question`/`answer`; and preferences, whose target is `chosen`:
+    two conversations, or two answers beside a prompt, an instruction or a question. With `rejected`, the record must
+    have a response that was liked less: `rejected`, or SPIN's `generated`.
 
     Raises:
         ValueError: names `where` and the field.
@@ -167,6 +171,8 @@ def parse_record(fields: Any, where: str) -> Record:
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: a record of named fields was expected, not {type(fields).__name__}.")
     user = lambda text: ({"role": "user", "content": text},)
+    if "chosen" in fields or rejected:
+        return _preference(fields, where, rejected)
     if "real" in fields:
         return _conversation(fields["real"], f"{where}, field 'real'")
     if "prompt" in fields and "completion" in fields:
@@ -183,20 +189,40 @@ def parse_record(fields: Any, where: str) -> Record:
         return Record(user(f"{instruction}\n\n{context}" if context else instruction), _text(fields, "output", where))
     if "question" in fields:
         return Record(user(_text(fields, "question", where)), _text(fields, "answer", where))
-    shapes = "prompt/completion, messages, real/generated, instruction/input/output, question/answer"
+    shapes = "prompt/completion, messages, real/generated, instruction/input/output, question/answer, chosen"
     raise ValueError(f"{where}: the fields {', '.join(map(repr, fields)) or '(none)'} fit no known shape ({shapes}).")
 
 
-def _mixed(source: SourceConfig, number: int, skip: bool, skipped: list[str], seed: int) -> list[Record]:
+def _preference(fields: dict[str, Any], where: str, rejected: bool) -> Record:
+    """A record with two responses; the one liked less is left out where it is not asked for."""
+    names = ("real", "generated") if "real" in fields else ("chosen", "rejected")
+    found = []
+    for name in names[: 2 if rejected else 1]:
+        value, place = fields.get(name), f"{where}, field '{name}'"
+        if isinstance(value, list) and any(isinstance(turn, dict) and turn.get("role") == "user" for turn in value):
+            found.append(_conversation(value, place))
+            continue
+        if not isinstance(value, list):
+            _text(fields, name, where)
+        asked = {key: fields[key] for key in ("prompt", "instruction", "input", "question") if key in fields}
+        answer = "output" if "instruction" in asked else "completion" if "prompt" in asked else "answer"
+        found.append(parse_record({**asked, answer: value}, place))
+    if any(one.messages != found[0].messages for one in found):
+        raise ValueError(f"{where}: '{names[0]}' and '{names[1]}' answer different prompts.")
+    return dataclasses.replace(found[0], rejected=found[1].target if rejected else None)
+
+
+def _mixed(source: SourceConfig, number: int, config: DataConfig, skipped: list[str], seed: int) -> list[Record]:
     """The records of one source, as many as its weight says, chosen by the seed."""
     records = []
     for where, raw in read_source(source):
         try:
             if isinstance(raw, ValueError):
                 raise raw
-            records.append(dataclasses.replace(parse_record(raw, where), where=where))
+            record = parse_record(raw, where, config.responses == "rejected")
+            records.append(dataclasses.replace(record, where=where))
         except ValueError as error:
-            if not skip:
+            if not config.skip_bad_records:
                 raise
             skipped.append(str(error))
     if source.weight == 1.0:
@@ -206,8 +232,18 @@ def _mixed(source: SourceConfig, number: int, skip: bool, skipped: list[str], se
     return [records[order[i % len(records)]] for i in range(count)]
 
 
-def _encode(record: Record, template: Template, config: DataConfig) -> tuple[list[int], list[int], bool, bool]:
-    """Prompt and target tokens within SPIN's limits, and whether each was cut.
+class _Encoded(NamedTuple):
+    """The tokens of a record, and what was cut."""
+
+    prompt: list[int]
+    target: list[int]
+    rejected: list[int] | None
+    prompt_cut: bool
+    target_cut: bool
+
+
+def _encode(record: Record, template: Template, config: DataConfig) -> _Encoded:
+    """Prompt and response tokens within SPIN's limits.
 
     As in SPIN, prompts lose their beginning and targets their end. Unlike SPIN, a prompt above its limit is cut even
     where prompt and target together would fit, since sampling needs the room behind it.
@@ -216,10 +252,9 @@ def _encode(record: Record, template: Template, config: DataConfig) -> tuple[lis
     prompt_cut = len(prompt) > config.max_prompt_length
     if prompt_cut:
         prompt = prompt[-config.max_prompt_length :]
-    target_cut = len(prompt) + len(target) > config.max_length
-    if target_cut:
-        target = target[: config.max_length - len(prompt)]
-    return prompt, target, prompt_cut, target_cut
+    room = config.max_length - len(prompt)
+    rejected = None if record.rejected is None else template.target_tokens(record.rejected)[:room]
+    return _Encoded(prompt, target[:room], rejected, prompt_cut, len(target) > room)
 
 
 def _conversation(turns: Any, where: str) -> Record:
@@ -343,6 +378,6 @@ def _template_text(given: str) -> str:
 
 def _fingerprint(prompts: Prompts) -> str:
     digest = hashlib.sha256()
-    for tokens in (*prompts.prompt_tokens, *prompts.target_tokens):
+    for tokens in (*prompts.prompt_tokens, *prompts.target_tokens, *prompts.rejected_tokens):
         digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())
     return digest.hexdigest()[:16]

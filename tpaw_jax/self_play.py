@@ -119,6 +119,9 @@ def _rounds(
             session.say(low)
         if generations is not None:
             store = take(session, store, generations, t)
+        if config.data.responses == "rejected" and t not in store.generations:
+            unknown = tuple(np.full(len(tokens), np.nan, np.float32) for tokens in session.prompts.rejected_tokens)
+            store = triplets.append(store, Generations(t, session.prompts.rejected_tokens, unknown))
         store = sample(session, store, policy, t, watch)
         if t + 1 in kept.policies:  # only its responses were lost
             ring.settle(kept)

@@ -38,6 +38,7 @@ class Prompts:
     ids: np.ndarray  # [prompts] int32: names a prompt's random stream, so it survives re-ordering and sub-setting
     prompt_tokens: tuple[np.ndarray, ...]
     target_tokens: tuple[np.ndarray, ...]
+    rejected_tokens: tuple[np.ndarray, ...] = ()  # the records' own other responses, one a prompt, where all have one
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
@@ -48,6 +49,7 @@ class Prompts:
             self.ids[np.asarray(indices, int)],
             tuple(self.prompt_tokens[i] for i in indices),
             tuple(self.target_tokens[i] for i in indices),
+            tuple(self.rejected_tokens[i] for i in indices if self.rejected_tokens),
         )
 
 
