@@ -16,7 +16,7 @@ from pathlib import Path
 
 import common
 
-from tpaw_jax import config, self_play, triplets
+from tpaw_jax import config_file, self_play, triplets
 from tpaw_jax.cli import _overrides
 from tpaw_jax.host import restart_with_huge_pages
 from tpaw_jax.monitoring import compile_log
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     options, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as directory, compile_log() as compiled:
-        run = config.load(options.config, [*_overrides(rest), f"directory={directory}"])
+        run = config_file.load(options.config, [*_overrides(rest), f"directory={directory}"])
         compiled_before = []
 
         def say(text: str) -> None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpaw_jax import config, dataset, journal, packing, scoring, session, sharding, train_step, triplets
+from tpaw_jax import config_file, dataset, journal, packing, scoring, session, sharding, train_step, triplets
 from tpaw_jax.cli import _overrides
 from tpaw_jax.logprobs import make_log_prob_fn
 from tpaw_jax.models import Transformer
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--run", required=True, type=Path, help="a run of that configuration")
     options, rest = parser.parse_known_args()
-    run = config.load(options.config, _overrides(rest))
+    run = config_file.load(options.config, _overrides(rest))
     mesh = sharding.make_mesh(run.mesh)
     player = session.open_player(run, mesh)
     prompts, *_ = dataset.load(run.data, player.template, run.seed)

@@ -7,7 +7,7 @@ import dataclasses
 import typing
 from pathlib import Path
 
-from tpaw_jax import config
+from tpaw_jax import config, config_file
 
 START, END = "<!-- config reference: make config-reference -->\n", "<!-- end of config reference -->"
 
@@ -31,7 +31,7 @@ def reference() -> str:
             [f"**`{prefix or 'run'}`**: {cls.__doc__}", "", "| key | default | what | source |", "|---|---|---|---|"]
         )
         for f in rows:
-            default = config.plain(f.default)
+            default = config_file.plain(f.default)
             shown = f"`{default}`" if default != "" else ""
             key = f"{prefix}.{f.name}" if prefix else f.name
             lines.append(f"| `{key}` | {shown} | {f.metadata['doc']} | {f.metadata['source']} |")

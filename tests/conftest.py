@@ -25,7 +25,7 @@ for module in ("objective", "logprobs", "scoring", "models.attention", "models.t
 import numpy as np
 import pytest
 
-from tpaw_jax import config, models
+from tpaw_jax import config_file, models
 from tpaw_jax.models import hub
 from tpaw_jax.types import Generations, Prompts
 
@@ -91,4 +91,4 @@ def small_run(directory, **overrides):
         "mesh.fsdp": 1,
     }
     settings = [f"{key}={value}" for key, value in (shrunk | overrides).items()]
-    return config.load(ROOT / "configs" / "demo.yaml", settings)
+    return config_file.load(ROOT / "configs" / "demo.yaml", settings)

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import yaml
 
-from tpaw_jax import config, dataset, durable, generation_file, journal
+from tpaw_jax import config_file, dataset, durable, generation_file, journal
 from tpaw_jax.config import DataConfig, SourceConfig
 from tpaw_jax.models import hub
 from tpaw_jax.types import Prompts
@@ -56,7 +56,7 @@ def read_journal(path):
 
 
 READERS = {  # what it reads: the file's name, the reader
-    "a configuration": ("run.yaml", lambda path: config.load(path, [])),
+    "a configuration": ("run.yaml", lambda path: config_file.load(path, [])),
     "records in lines": ("records.jsonl", read_records),
     "records in an array": ("records.json", read_records),
     "records in parquet": ("records.parquet", read_records),
@@ -162,7 +162,7 @@ def _journal(path):
 
 
 MAKERS = {
-    "run.yaml": lambda path: path.write_text(yaml.safe_dump(config.to_dict(conftest.small_run("x")))),
+    "run.yaml": lambda path: path.write_text(yaml.safe_dump(config_file.to_dict(conftest.small_run("x")))),
     "records.jsonl": _records,
     "records.json": _records,
     "records.parquet": _records,

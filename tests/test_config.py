@@ -6,12 +6,12 @@ import runpy
 import pytest
 from conftest import ROOT, small_run
 
-from tpaw_jax import config
+from tpaw_jax import config, config_file
 
 
 def load(tmp_path, text, *overrides):
     (tmp_path / "run.yaml").write_text(text)
-    return config.load(tmp_path / "run.yaml", overrides)
+    return config_file.load(tmp_path / "run.yaml", overrides)
 
 
 MINIMAL = "policy: {path: m}\ndata: {sources: [{path: d.jsonl}]}\n"
@@ -38,7 +38,7 @@ def test_overrides_win_and_lists_repeat_their_last_value(tmp_path):
 
 def test_a_configuration_survives_its_own_yaml(tmp_path):
     run = small_run(tmp_path)
-    assert config.parse(config.RunConfig, config.to_dict(run), "again") == run
+    assert config_file.parse(config.RunConfig, config_file.to_dict(run), "again") == run
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_bad_configurations_name_the_key(tmp_path, text, overrides, sentence):
 
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no.yaml: there is no such configuration file"):
-        config.load(tmp_path / "no.yaml")
+        config_file.load(tmp_path / "no.yaml")
 
 
 def test_every_knob_is_documented_and_every_shipped_config_loads():
@@ -85,7 +85,7 @@ def test_every_knob_is_documented_and_every_shipped_config_loads():
     assert all(f.metadata["doc"] for f in found)
     for path in (ROOT / "configs").glob("*.yaml"):
         assert path.read_text().startswith("#"), f"{path.name} needs a header: command, hardware, time, expected result"
-        config.load(path, ["policy.path=given"])
+        config_file.load(path, ["policy.path=given"])
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,9 @@ def test_a_baseline_differs_from_tpaw_in_the_lines_that_matter(name, changed):
             flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         ).items()
     }
-    ours, theirs = (flat(config.to_dict(config.load(paths, ["policy.path=x"]))) for paths in (base, [base, path]))
+    ours, theirs = (
+        flat(config_file.to_dict(config_file.load(paths, ["policy.path=x"]))) for paths in (base, [base, path])
+    )
     assert {key: theirs[key] for key in ours if theirs[key] != ours[key]} == changed
 
 
@@ -118,11 +120,13 @@ def test_of_several_files_the_later_counts_and_the_wrong_one_is_named(tmp_path):
     one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
     one.write_text("policy: {path: m, head_chunk: 8}\ndata: {sources: [{path: d}]}\nrounds: 2\n")
     other.write_text("policy: {head_chunk: 9}\n")
-    c = config.load([one, other], ["rounds=3"], {"seed": 7, "rounds": 1, "policy": {"path": "n", "tokenizer": "t"}})
+    c = config_file.load(
+        [one, other], ["rounds=3"], {"seed": 7, "rounds": 1, "policy": {"path": "n", "tokenizer": "t"}}
+    )
     assert (c.policy.path, c.policy.tokenizer, c.policy.head_chunk, c.rounds, c.seed) == ("m", "t", 9, 3, 7)
     other.write_text("policy: {head: 9}\n")
     with pytest.raises(ValueError, match=r"other\.yaml: unknown key 'policy\.head'"):
-        config.load([one, other])
+        config_file.load([one, other])
 
 
 def test_the_readmes_reference_is_the_dataclasses():

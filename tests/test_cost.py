@@ -9,7 +9,7 @@ import pytest
 from conftest import random_prompts
 from plain import triplets_of
 
-from tpaw_jax import config, cost, packing
+from tpaw_jax import config_file, cost, packing
 from tpaw_jax.config import PackingConfig, RunConfig
 from tpaw_jax.models import Transformer
 from tpaw_jax.models.attention import Visibility, visible
@@ -81,7 +81,7 @@ def test_a_round_costs_its_scoring_once_and_three_passes_an_epoch(packed):
 
 def test_what_is_not_sampled_yet_is_expected_as_long_as_the_round_before(packed):
     prompts, rounds, sources, *_ = packed
-    run = config.parse(RunConfig, {"packing": {"row_length": 256}, "sampling": {"max_new_tokens": 20}}, "test")
+    run = config_file.parse(RunConfig, {"packing": {"row_length": 256}, "sampling": {"max_new_tokens": 20}}, "test")
     before = {r.round: r for r in rounds[:2]}
     ahead, _ = cost.round_work(prompts, before, {r: sources[r] for r in (0, 1)}, [2, 1, 0], run)
     lengths = lambda tokens: sum(min(len(r), 20) for r in tokens)

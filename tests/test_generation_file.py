@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT, STORIES, small_run
 
 from tpaw_jax import cli, dataset, generation_file, reporting, sampling, self_play
-from tpaw_jax.config import DataConfig, SamplingConfig, to_dict
+from tpaw_jax.config import DataConfig, SamplingConfig
+from tpaw_jax.config_file import to_dict
 from tpaw_jax.models import Transformer, hub
 from tpaw_jax.types import Prompts
 

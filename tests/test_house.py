@@ -8,6 +8,7 @@ PACKAGE = ROOT / "tpaw_jax"
 ORDER = [  # a file imports only from files above it
     "types",
     "config",
+    "config_file",
     "pod",
     "preemption",
     "durable",

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, STORIES
 from jax.experimental.compilation_cache import compilation_cache
 
-from tpaw_jax import config, lowering, planning, roofline, tpu, workload
+from tpaw_jax import config_file, lowering, planning, roofline, tpu, workload
 from tpaw_jax.models import ModelConfig, config_json, hub
 from tpaw_jax.roofline import Flops
 
@@ -49,7 +49,7 @@ def target(topology, model=SMALL, mesh=None, **overrides):
         | overrides
         | {f"mesh.{axis}": size for axis, size in (mesh or {}).items()}
     )
-    run = config.load(ROOT / "configs" / "qwen25_1b5_ultrachat.yaml", [f"{k}={v}" for k, v in settings.items()])
+    run = config_file.load(ROOT / "configs" / "qwen25_1b5_ultrachat.yaml", [f"{k}={v}" for k, v in settings.items()])
     return lowering.target_of(run, model, tpu.parse_topology(topology))
 
 
@@ -248,7 +248,7 @@ def test_the_configurations_for_pods_are_the_papers():
         ("llama31_8b_ultrachat", "llama-3.1-8b", 8.03e9),
         ("qwen25_1b5_ultrachat", "qwen2.5-1.5b", 1.54e9),
     ):
-        run = config.load(ROOT / "configs" / f"{name}.yaml")
+        run = config_file.load(ROOT / "configs" / f"{name}.yaml")
         assert (run.rounds, run.data.max_prompts, run.objective.n_max) == (4, 50_000, 3)
         fields = json.loads((ROOT / "configs" / "models" / model / "config.json").read_text())
         shapes = hub.param_shapes(config_json.from_dict(fields, model))

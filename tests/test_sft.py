@@ -10,7 +10,7 @@ import transformers
 import yaml
 from conftest import ROOT, STORIES, small_run
 
-from tpaw_jax import cli, config, dataset, journal, packing, preemption, ring, self_play, session, sft, sharding
+from tpaw_jax import cli, config_file, dataset, journal, packing, preemption, ring, self_play, session, sft, sharding
 from tpaw_jax.config import PackingConfig
 
 SETTINGS = {"objective.loss": "sft", "rounds": 1, "train.optimizer": "adamw", "train.epochs": 2}
@@ -101,7 +101,7 @@ def test_the_command_has_zephyrs_recipe_for_defaults(tmp_path, capsys, monkeypat
     path.write_text(
         yaml.safe_dump({"policy": {"path": "m"}, "data": {"sources": [{"path": "d"}]}, "train": {"epochs": 3}})
     )
-    c = config.load(path, ["train.b2=0.9"], config.SFT)
+    c = config_file.load(path, ["train.b2=0.9"], config_file.SFT)
     assert (c.train.learning_rate, c.train.schedule, c.train.batch_triplets) == ((2e-5,), "cosine", 128)
     assert (c.train.epochs, c.train.b2, c.data.max_length, c.objective.loss) == (3, 0.9, 2048, "sft")
     monkeypatch.setattr(cli, "_train", lambda *_: pytest.fail("trained"))

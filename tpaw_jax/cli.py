@@ -39,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def play(options: argparse.Namespace, overrides: list[str]) -> None:
     """Run the rounds of self-play of a configuration, or what is left of them."""
-    from tpaw_jax import config
+    from tpaw_jax import config_file
 
-    run = config.load(options.config, overrides)
+    run = config_file.load(options.config, overrides)
     if run.objective.loss == "sft":
         raise ValueError(f"{' '.join(options.config)}: objective.loss is 'sft'; `tpaw sft` is for that.")
     _train(options, run, options.generations)
@@ -49,9 +49,9 @@ def play(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def sft(options: argparse.Namespace, overrides: list[str]) -> None:
     """Fine-tune a model on the targets of a configuration: theta_0 of self-play."""
-    from tpaw_jax import config
+    from tpaw_jax import config_file
 
-    run = config.load(options.config, overrides, config.SFT)
+    run = config_file.load(options.config, overrides, config_file.SFT)
     if run.objective.loss != "sft":
         raise ValueError(
             f"{' '.join(options.config)}: objective.loss is {run.objective.loss!r}; `tpaw play` is for that."
@@ -98,10 +98,10 @@ def export(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def prompts(options: argparse.Namespace, overrides: list[str]) -> None:
     """The prompts of a configuration as token ids, for another engine to answer; one JSON line a prompt."""
-    from tpaw_jax import config, dataset
+    from tpaw_jax import config_file, dataset
     from tpaw_jax.models import hub
 
-    run = config.load(options.config, overrides)
+    run = config_file.load(options.config, overrides)
     template = dataset.make_template(hub.load_tokenizer(run.policy.tokenizer or run.policy.path), run.data)
     asked, _, report = dataset.load(run.data, template, run.seed)
     records = [
@@ -114,11 +114,11 @@ def prompts(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def generate(options: argparse.Namespace, overrides: list[str]) -> None:
     """Answer the prompts of a configuration with a model; one JSON line a response."""
-    from tpaw_jax import config, dataset, monitoring, sampling, session, sharding
+    from tpaw_jax import config_file, dataset, monitoring, sampling, session, sharding
 
     if options.model:
         overrides = [*overrides, f"policy.path={options.model}"]
-    run, count = config.load(options.config, overrides), options.num_generations or 1
+    run, count = config_file.load(options.config, overrides), options.num_generations or 1
     Path(options.out).absolute().parent.mkdir(parents=True, exist_ok=True)  # found out before the work, not after
     player = session.open_player(run, sharding.make_mesh(run.mesh))
     asked, _, report = dataset.load(run.data, player.template, run.seed)
@@ -155,11 +155,11 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
-    from tpaw_jax import config, durable, lowering, planning, tpu
+    from tpaw_jax import config_file, durable, lowering, planning, tpu
     from tpaw_jax.models import hub
 
     os.environ.update({name: value for name, value in tpu.QUIET.items() if name not in os.environ})
-    run = config.load(options.config, overrides)
+    run = config_file.load(options.config, overrides)
     architecture = hub.load_architecture(options.architecture or run.policy.path)
     stages = tuple(options.stages.split(",")) if options.stages else planning.STAGES
     if unknown := [name for name in stages if name not in planning.STAGES]:
@@ -191,13 +191,13 @@ def export_policy(run: Path, round_number: int | None, out: Path) -> None:
     """The policy that starts `round_number` (the newest by default) as a directory that transformers loads."""
     import jax.numpy as jnp
 
-    from tpaw_jax import config, dataset, journal, models, ring, sharding
+    from tpaw_jax import config, config_file, dataset, journal, models, ring, sharding
     from tpaw_jax.models import hub
 
     opened = journal.open_journal(run, reading=True)
     if not opened.config:
         raise FileNotFoundError(f"{run}: no run is there (journal.json is missing).")
-    settings = config.parse(config.RunConfig, opened.config, str(run))
+    settings = config_file.parse(config.RunConfig, opened.config, str(run))
     mesh = sharding.make_mesh(config.MeshConfig())  # any mesh can read what any other wrote
     policy = settings.policy
     architecture, theta_0 = models.load_pretrained(

@@ -34,7 +34,8 @@ from tpaw_jax import (
     tpu,
     train_step,
 )
-from tpaw_jax.config import RunConfig, to_dict
+from tpaw_jax.config import RunConfig
+from tpaw_jax.config_file import to_dict
 from tpaw_jax.journal import Journal
 from tpaw_jax.logprobs import LogProbFn, make_log_prob_fn
 from tpaw_jax.models import hub, splash_attention
