@@ -41,6 +41,8 @@ def reference() -> str:
                 table(typing.cast(type, hints[f.name]), f.name)
         if cls is config.DataConfig:
             table(config.SourceConfig, "data.sources[]")
+        if cls is config.EvaluationConfig:
+            table(config.TaskConfig, "evaluation.tasks[]")
 
     table(config.RunConfig, "")
     return "\n".join(lines).strip() + "\n"

@@ -38,6 +38,7 @@ ORDER = [  # a file imports only from files above it
     "pages",
     "sampling",
     "generation_file",
+    "evaluation",
     "packing",
     "cost",
     "triplets",

@@ -1,4 +1,4 @@
-"""The command line: tpaw sft | play | generate | prompts | export | plan."""
+"""The command line: tpaw sft | play | eval | generate | prompts | export | plan."""
 
 from __future__ import annotations
 
@@ -150,6 +150,31 @@ def generate(options: argparse.Namespace, overrides: list[str]) -> None:
     print(f"{len(made.tokens)} responses are in {options.out}; {len(report.skipped)} malformed records were skipped.")
 
 
+def evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Answer the tasks of a configuration greedily and say which share is right."""
+    from tpaw_jax import config_file, evaluation, journal, ring, session, sharding
+
+    checkpoint = Path(options.checkpoint) if options.checkpoint else None
+    of_run = checkpoint if checkpoint and (checkpoint / "journal.json").exists() else None
+    if checkpoint and not of_run:
+        overrides = [*overrides, f"policy.path={checkpoint}"]
+    run = config_file.load(options.config, overrides)
+    tasks = evaluation.chosen(run.evaluation, options.tasks.split(",") if options.tasks else [])
+    player = session.open_player(run, sharding.make_mesh(run.mesh))
+    params = player.params
+    if of_run:
+        kept = ring.open_ring(journal.open_journal(of_run, reading=True), run.objective.n_max)
+        params = ring.restore_policy(kept, ring.chosen(kept, options.round), sharding.abstract(player.params))
+    evaluator = session.make_evaluator(run, player, tasks)
+    results = evaluator.results(player, params)
+    for result in results:
+        print(result)
+    if options.out:
+        records = [{"task": result.name, **record} for result in results for record in result.records]
+        _write_lines(options.out, records)
+        print(f"The {len(records)} responses are in {options.out}.")
+
+
 def plan(options: argparse.Namespace, overrides: list[str]) -> None:
     """Compile a configuration for TPU topologies, without a TPU, and say what fits and how long the run would take."""
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -204,10 +229,7 @@ def export_policy(run: Path, round_number: int | None, out: Path) -> None:
         policy.path, jnp.dtype(policy.param_dtype), sharding.param_sharder(mesh)
     )
     kept = ring.open_ring(opened, settings.objective.n_max)
-    there = kept.policies
-    wanted = there[-1] if round_number is None and there else round_number
-    if wanted not in there:
-        raise ValueError(f"{run}: the policy of round {wanted} is not in the ring; it holds {there}.")
+    wanted = ring.chosen(kept, round_number)
     params = ring.restore_policy(kept, wanted, theta_0)
     template = dataset.make_template(hub.load_tokenizer(policy.tokenizer or policy.path), settings.data)
     if template.chat is not None:
@@ -225,9 +247,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(function, **arguments):
+    def command(function, called="", **arguments):
         sub = commands.add_parser(
-            function.__name__, help=function.__doc__, description=function.__doc__, allow_abbrev=False
+            called or function.__name__, help=function.__doc__, description=function.__doc__, allow_abbrev=False
         )
         sub.set_defaults(command=function)
         for name, (required, text, kind) in arguments.items():
@@ -253,6 +275,15 @@ def _parser() -> argparse.ArgumentParser:
     command(sft, **training)
     given = (False, "a JSONL file of another engine's responses; plays the one round they answer", str)
     command(play, **training, generations=given)
+    command(
+        evaluate,
+        "eval",
+        config=configuration,
+        checkpoint=(False, "a run directory, a model or a .gguf file; by default the configuration's policy.path", str),
+        round=(False, "of a run directory: the round that the policy starts; the newest by default", int),
+        tasks=(False, "names of evaluation.tasks with commas between; by default all", str),
+        out=(False, "also write every response to this JSONL file", str),
+    )
     command(prompts, config=configuration, out=(True, "the JSONL file to write", str))
     command(
         generate,

@@ -42,6 +42,7 @@ class SourceConfig:
     """One data source of a mix."""
 
     path: str = knob("", "a .jsonl, .json or .parquet file, a datasets directory, or a hub id")
+    subset: str = knob("", "the configuration of a hub dataset that has several, as `main` of GSM8K")
     split: str = knob("train", "the split of a hub dataset or of a saved dataset dict")
     weight: float = knob(1.0, "share of the source's records taken; above 1 repeats them", "zephyr's dataset_mixer")
 
@@ -161,6 +162,32 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """One task with exact answers."""
+
+    name: str = knob("", "what it is called in tables and by `tpaw eval --tasks`")
+    path: str = knob("", "its problems, as in data.sources; the target text has the answer")
+    subset: str = knob("", "the configuration of a hub dataset that has several")
+    split: str = knob("test", "the split of a hub dataset or of a saved dataset dict")
+    answer: str = knob(
+        r"####\s*(.+)", "what of a target is its answer: the last match of a regular expression; empty: all of it"
+    )
+    response: str = knob(
+        r"-?\d[\d,]*(?:\.\d+)?", "what of a response is its answer, the last match", "lm-eval's flexible-extract"
+    )
+    max_new_tokens: int = knob(256, "tokens a response may have")
+    limit: int = knob(0, "use so many problems, the first; 0 uses all")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Tasks that the policy answers greedily, and is scored on by exact match."""
+
+    tasks: tuple[TaskConfig, ...] = knob((), "what to evaluate on")
+    each_round: bool = knob(False, "evaluate theta_0 and the policy of every round while the run plays")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """A whole run of `tpaw play`."""
 
@@ -176,6 +203,7 @@ class RunConfig:
     packing: PackingConfig = section(PackingConfig)
     train: TrainConfig = section(TrainConfig)
     mesh: MeshConfig = section(MeshConfig)
+    evaluation: EvaluationConfig = section(EvaluationConfig)
 
 
 def of_round(values: Sequence[float], round_number: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -158,9 +159,28 @@ def validate(config: RunConfig, where: str) -> None:
         (train.save_every_steps >= 1, "train.save_every_steps", "must be at least 1"),
         (train.save_every_minutes > 0, "train.save_every_minutes", "must be above 0"),
     ]
+    for task in config.evaluation.tasks:
+        where_of = f"evaluation.tasks, '{task.name}'"
+        named = bool(task.name and task.path) and [t.name for t in config.evaluation.tasks].count(task.name) == 1
+        checks += [
+            (named, "evaluation.tasks", "need a name of their own and a path each"),
+            (task.max_new_tokens >= 1 and task.limit >= 0, where_of, "has a max_new_tokens or limit that is too small"),
+            (
+                _compiles(task.answer) and _compiles(task.response),
+                where_of,
+                "has no regular expression in answer or response",
+            ),
+        ]
     for holds, key, problem in checks:
         if not holds:
             raise ValueError(f"{where}: {key} {problem}.")
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        return re.compile(pattern) is not None
+    except re.error:
+        return False
 
 
 def _coerce(hint: Any, value: Any, where: str, key: str) -> Any:

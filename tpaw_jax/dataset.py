@@ -326,7 +326,7 @@ def _datasets(source: SourceConfig, path: Path) -> Any:
             return datasets.Dataset.from_parquet(str(path))
         if path.is_file():
             raise ValueError("the file's ending is none of .jsonl, .json, .parquet")
-        return datasets.load_dataset(source.path, split=source.split)
+        return datasets.load_dataset(source.path, source.subset or None, split=source.split)
     except Exception as error:  # the library raises dozens of types; the user needs one sentence
         raise ValueError(
             f"data source '{source.path}' (split '{source.split}') could not be read: {type(error).__name__}: {error}"

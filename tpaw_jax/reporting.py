@@ -64,6 +64,7 @@ def finish_round(
         **_sampler_gap(store, t),
         "held-out before": trained["held-out before"],
         "held-out after": trained["held-out after"],
+        **trained["evaluated"],
         "TFLOP": computed / 1e12,
         "TFLOP in pairs": in_pairs / 1e12,
         "saving": in_pairs / computed,

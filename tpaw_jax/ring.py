@@ -133,6 +133,21 @@ def restore_training(ring: Ring, round_number: int, step: int, like: TrainState)
     return _restore(ring, ring.directory / "training" / f"{round_number:05d}_{step:08d}", like)
 
 
+def chosen(ring: Ring, round_number: int | None) -> int:
+    """The round of a policy that the ring holds: the one asked for, or the newest.
+
+    Raises:
+        ValueError: it is not in the ring.
+    """
+    there = ring.policies
+    wanted = there[-1] if round_number is None and there else round_number
+    if wanted not in there:
+        raise ValueError(
+            f"{ring.journal.directory}: the policy of round {wanted} is not in the ring; it holds {there}."
+        )
+    return wanted
+
+
 def players(ring: Ring, round_number: int) -> list[int]:
     """The main players of a round, newest first: fewer in the first rounds."""
     return [j for j in range(round_number, max(-1, round_number - ring.n_max), -1)]

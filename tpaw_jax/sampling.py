@@ -17,14 +17,23 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from tpaw_jax import draws, sharding
+from tpaw_jax import draws, pod, sharding
 from tpaw_jax.decoder import PackedPrompts, decoder_from_apply_fn, decoder_of
 from tpaw_jax.models.cache import PAGE
 from tpaw_jax.pages import Pages
 from tpaw_jax.slots import LOOK, Admission, Look, Sampler, Staged, make_sampler
 from tpaw_jax.types import AnyArray, Generations, Prompts
 
-__all__ = ["Ends", "Response", "decoder_from_apply_fn", "decoder_of", "generate", "make_sampler", "stop_at"]
+__all__ = [
+    "Ends",
+    "Response",
+    "decoder_from_apply_fn",
+    "decoder_of",
+    "generate",
+    "make_sampler",
+    "of_all_processes",
+    "stop_at",
+]
 
 Response = tuple[np.ndarray, np.ndarray]
 """Sampled tokens, int32, and their log-probs under the model, float32 nats."""
@@ -100,6 +109,23 @@ def stop_at(decode: Callable[[np.ndarray], str], strings: Sequence[str]) -> Ends
         return next((n for n in counts if any(s in decode(tokens[:n]) for s in strings)), None)
 
     return ends
+
+
+def of_all_processes(made: Generations, mine: np.ndarray, t: int) -> Generations:
+    """All prompts' responses from what each process has made of its own, those at `mine`; one a prompt."""
+    gathered = pod.exchange(
+        index=mine,
+        lengths=np.array([len(tokens) for tokens in made.tokens], np.int32),
+        tokens=np.concatenate([*made.tokens, np.zeros(0, np.int32)]),
+        log_probs=np.concatenate([*made.log_probs, np.zeros(0, np.float32)]),
+    )
+    responses: dict[int, Response] = {}
+    for part in gathered:
+        cuts = np.cumsum(part["lengths"])[:-1]
+        both = zip(np.split(part["tokens"], cuts), np.split(part["log_probs"], cuts), strict=True)
+        responses |= dict(zip(part["index"].tolist(), both, strict=False))
+    ordered = [responses[i] for i in range(len(responses))]
+    return Generations(t, tuple(tokens for tokens, _ in ordered), tuple(log_probs for _, log_probs in ordered))
 
 
 class _Waiting(NamedTuple):

@@ -134,8 +134,10 @@ def _rounds(
         with watch.time("scoring"):
             scored = score(session, store, rows, trees, players, policy, t)
             scores = triplets.team_scores(store, rows, players, config.objective.n_max)
+        before = _evaluated(session, policy, watch, " before") if t == 0 else {}
         policy, trained = training.train(session, rows, scores, players, policy, t, watch)
         session.profiler.stop()
+        trained["evaluated"] = before | _evaluated(session, policy, watch)
         with watch.time("other"):
             wrong = reporting.finish_round(session, store, rows, players, scored, trained, watch, t)
         with watch.time("ring"):
@@ -148,6 +150,19 @@ def _rounds(
     table = reporting.rounds_table(session.directory, config.rounds)
     session.say(monitoring.table(table))
     return table
+
+
+def _evaluated(
+    session: Session, policy: PyTree[Array], watch: monitoring.Stopwatch, when: str = ""
+) -> dict[str, float]:
+    """The share right of every task, by name; nothing where rounds are not evaluated."""
+    if session.evaluator is None:
+        return {}
+    with watch.time("evaluation"):
+        results = session.evaluator.results(session, policy)
+    for result in results:
+        session.say(str(result))
+    return {f"{result.name}{when}": result.accuracy for result in results}
 
 
 def sample(
@@ -195,7 +210,7 @@ def sample(
             ),
             progress=show,
         )
-        generations = made if together else _of_all_processes(made, mine, t)
+        generations = made if together else sampling.of_all_processes(made, mine, t)
     with watch.time("ring"):  # the policy that sampled must be whole on disk before anything that follows from it
         ring.settle(session.ring)
     with watch.time("other"):
@@ -204,23 +219,6 @@ def sample(
             sampled.unlink()
         reporting.save_texts(session, store, t)
     return store
-
-
-def _of_all_processes(made: Generations, mine: np.ndarray, t: int) -> Generations:
-    """The round's generations from what each process has made of its prompts."""
-    gathered = pod.exchange(
-        index=mine,
-        lengths=np.array([len(tokens) for tokens in made.tokens], np.int32),
-        tokens=np.concatenate([*made.tokens, np.zeros(0, np.int32)]),
-        log_probs=np.concatenate([*made.log_probs, np.zeros(0, np.float32)]),
-    )
-    responses: dict[int, sampling.Response] = {}
-    for part in gathered:
-        cuts = np.cumsum(part["lengths"])[:-1]
-        both = zip(np.split(part["tokens"], cuts), np.split(part["log_probs"], cuts), strict=True)
-        responses |= dict(zip(part["index"].tolist(), both, strict=False))
-    ordered = [responses[i] for i in range(len(responses))]
-    return Generations(t, tuple(tokens for tokens, _ in ordered), tuple(log_probs for _, log_probs in ordered))
 
 
 def take(session: Session, store: triplets.Store, path: Path, t: int) -> triplets.Store:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from jaxtyping import Array, PyTree
 from tpaw_jax import (
     dataset,
     durable,
+    evaluation,
     journal,
     memory,
     models,
@@ -34,7 +35,7 @@ from tpaw_jax import (
     tpu,
     train_step,
 )
-from tpaw_jax.config import RunConfig
+from tpaw_jax.config import RunConfig, SamplingConfig, TaskConfig
 from tpaw_jax.config_file import to_dict
 from tpaw_jax.journal import Journal
 from tpaw_jax.logprobs import LogProbFn, make_log_prob_fn
@@ -47,6 +48,17 @@ from tpaw_jax.types import TARGET, Prompts
 Say = Callable[[str], None]
 
 
+class Evaluator(NamedTuple):
+    """Tasks, and the sampler that answers them greedily."""
+
+    tasks: list[evaluation.Task]
+    sampler: slots.Sampler
+
+    def results(self, player: Player | Session, params: PyTree[Array]) -> list[evaluation.Result]:
+        """How a policy does on each task."""
+        return [evaluation.evaluate(self.sampler, params, task, player.template, player.ends) for task in self.tasks]
+
+
 class Player(NamedTuple):
     """A model that can answer prompts."""
 
@@ -55,6 +67,7 @@ class Player(NamedTuple):
     template: dataset.Template
     sampler: slots.Sampler
     ends: sampling.Ends | None  # where a text ends a response; None: no text does
+    sampler_with: Callable[[SamplingConfig], slots.Sampler]  # another sampler of the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +83,7 @@ class Session:
     held_out: packing.Rows
     sampler: slots.Sampler
     ends: sampling.Ends | None
+    evaluator: Evaluator | None  # of every round
     scorer: scoring.Scorer
     optimizer: optax.GradientTransformation
     step: train_step.TrainStep
@@ -118,6 +132,7 @@ def open_session(config: RunConfig, say: Say, profiled: range, notice: Notice) -
         held_out=packing.pack(_target_trees(held_out), config.packing),
         sampler=player.sampler,
         ends=player.ends,
+        evaluator=make_evaluator(config, player, config.evaluation.tasks) if config.evaluation.each_round else None,
         scorer=scoring.make_scorer(log_prob_fn, mesh, tpu.options_of(mesh)),
         optimizer=optimizer,
         step=step,
@@ -156,10 +171,20 @@ def open_player(config: RunConfig, mesh: Mesh) -> Player:
     stated = hub.load_generation_config(c.path).get("eos_token_id") or []
     stops = {template.end_of_turn, *(stated if isinstance(stated, list) else [stated])}
     decoder = sampling.decoder_of(split(whole, params, decodes_on, key="sampling.tensor"), config.sampling.cache_dtype)
-    sampler = sampling.make_sampler(decoder, config.sampling, sorted(stops), decodes_on)
+    sampler_with = lambda settings: sampling.make_sampler(decoder, settings, sorted(stops), decodes_on)
     strings = config.sampling.stop_strings
     ends = sampling.stop_at(template.tokenizer.decode, strings) if strings else None
-    return Player(model, params, template, sampler, ends)
+    return Player(model, params, template, sampler_with(config.sampling), ends, sampler_with)
+
+
+def make_evaluator(config: RunConfig, player: Player, tasks: Sequence[TaskConfig]) -> Evaluator:
+    """Load the problems of some tasks and build the sampler for them.
+
+    Raises:
+        ValueError: a problem cannot be used.
+    """
+    loaded = [evaluation.load_task(task, player.template) for task in tasks]
+    return Evaluator(loaded, player.sampler_with(evaluation.greedy(config.sampling, tasks)))
 
 
 def _programs(
@@ -233,7 +258,7 @@ def _check_unchanged(opened: Journal, config: RunConfig) -> None:
         return
     old, new = _flat(opened.config), _flat(to_dict(config))
     free = {"directory", "rounds", "sample_texts", "tensorboard", "train.save_every_steps"}
-    free |= {"train.save_every_minutes", "train.max_skipped_in_a_row"}
+    free |= {"evaluation.each_round", "evaluation.tasks", "train.save_every_minutes", "train.max_skipped_in_a_row"}
     free |= {"sampling.slots", "sampling.prefill_tokens", "sampling.tensor"}  # which change no token
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in free]
     if changed:

@@ -1,0 +1,127 @@
+"""Exact-match tasks: what counts as the answer, the interval, and a policy that is scored while it plays."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import ROOT, STORIES, small_run
+
+from tpaw_jax import cli, dataset, evaluation, self_play
+from tpaw_jax.config import DataConfig, EvaluationConfig, TaskConfig
+from tpaw_jax.models import hub
+
+GSM8K = TaskConfig("gsm8k", "gsm8k.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "expected"),
+    [
+        (GSM8K.answer, "Half of 48 is 24.\n#### 72", "72"),
+        (GSM8K.answer, "#### 1\n#### 2", "2"),
+        (GSM8K.answer, "no answer", None),
+        (GSM8K.response, "First 3 and 4, so she has 1,234.50.", "1,234.50"),
+        (GSM8K.response, "it is -7", "-7"),
+        (GSM8K.response, "none", None),
+        ("", "  all of it ", "all of it"),
+    ],
+)
+def test_the_last_match_is_the_answer(pattern, text, expected):
+    assert evaluation.extract(pattern, text) == expected
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [("1,234", "1234", True), ("$18", "18.0", True), ("18.", "18", True), ("18", "81", False), ("yes", "yes ", True)],
+)
+def test_equal_numbers_are_the_same_answer(one, other, same):
+    assert evaluation.same_answer(one, other) == same
+
+
+@pytest.mark.parametrize(("correct", "problems"), [(56, 100), (0, 10), (10, 10), (1, 1), (700, 1319)])
+def test_the_interval_is_wilsons(correct, problems):
+    expected = scipy.stats.binomtest(correct, problems).proportion_ci(0.95, method="wilson")
+    np.testing.assert_allclose(evaluation.interval(correct, problems), (expected.low, expected.high), atol=1e-9)
+
+
+def test_a_problem_without_an_answer_is_told(tmp_path, stories_tokenizer):
+    path = tmp_path / "problems.jsonl"
+    path.write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"question": "2 + 2?", "answer": "four"}\n')
+    template = dataset.make_template(stories_tokenizer, DataConfig(chat_template="none"))
+    with pytest.raises(ValueError, match=r"problems\.jsonl, line 2: the target holds no answer"):
+        evaluation.load_task(TaskConfig("sums", str(path)), template)
+    task = evaluation.load_task(TaskConfig("sums", str(path), limit=1), template)
+    assert task.answers == ("2",)
+
+
+def test_tasks_are_chosen_by_name():
+    tasks = (TaskConfig("a", "x"), TaskConfig("b", "y"))
+    assert evaluation.chosen(EvaluationConfig(tasks), []) == list(tasks)
+    assert evaluation.chosen(EvaluationConfig(tasks), ["b"]) == [tasks[1]]
+    with pytest.raises(ValueError, match=r"no task 'c'; evaluation\.tasks has a, b"):
+        evaluation.chosen(EvaluationConfig(tasks), ["c"])
+    with pytest.raises(ValueError, match="has no task to evaluate on"):
+        evaluation.chosen(EvaluationConfig(), [])
+
+
+@pytest.fixture(scope="module")
+def stories_task(tmp_path_factory):
+    """Problems whose answer is in what the model says greedily, but for every second one."""
+    directory = tmp_path_factory.mktemp("task")
+    beginnings = ["Once upon a time, there was a little", "The dog", "Lily and Tom", "One day a", "Mom said", "He saw"]
+    path = directory / "problems.jsonl"
+    lines = [{"question": text, "answer": "x"} for text in beginnings]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = {
+        "evaluation.tasks": f"[{{name: words, path: {path}, answer: '', response: '[a-z]+', max_new_tokens: 12}}]",
+        "rounds": 1,
+    }
+    out = directory / "first.jsonl"
+    arguments = ["--config", str(ROOT / "configs" / "demo.yaml"), "--policy.path", str(STORIES), "--mesh.fsdp", "1"]
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+        assert cli.main(["eval", *arguments, *words, "--out", str(out)]) == 0
+    said = [json.loads(line) for line in out.read_text().splitlines()]
+    answers = [record["extracted"] if i % 2 else "never said" for i, record in enumerate(said)]
+    lines = [line | {"answer": answer} for line, answer in zip(lines, answers, strict=True)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return settings, said, [*arguments, *words]
+
+
+def test_eval_answers_greedily_and_counts_exact_matches(stories_task, tmp_path, capsys, stories_tokenizer):
+    import torch
+    import transformers
+
+    _, said, arguments = stories_task
+    assert cli.main(["eval", *arguments, "--out", str(tmp_path / "out.jsonl"), "--tasks", "words"]) == 0
+    assert "words: 50.0% (3 of 6; 95 % interval 18.8% to 81.2%)" in capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["correct"] for record in records] == [False, True] * 3
+    model = transformers.LlamaForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+    template = dataset.make_template(hub.load_tokenizer(STORIES), DataConfig(chat_template="none"))
+    for record in said:
+        ids = template.prompt_tokens([{"role": "user", "content": record["prompt"].removeprefix("<s>").strip()}])
+        made = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert record["token_ids"] == made[0, len(ids) :].tolist()
+
+
+def test_a_run_is_evaluated_each_round_and_its_ring_by_eval(stories_task, tmp_path, capsys):
+    settings, _, arguments = stories_task
+    run = small_run(tmp_path / "run", **settings, **{"evaluation.each_round": True})
+    said = []
+    (line,) = self_play.run(run, said.append)
+    assert line["words before"] == 0.5
+    assert 0 <= line["words"] <= 1
+    assert sum(text.startswith("words: ") for text in said) == 2
+    for number, share in ((0, 0.5), (1, line["words"])):
+        assert cli.main(["eval", *arguments, "--checkpoint", str(tmp_path / "run"), "--round", str(number)]) == 0
+        assert f"words: {share:.1%}" in capsys.readouterr().out
+    assert cli.main(["eval", *arguments, "--checkpoint", str(tmp_path / "run"), "--round", "7"]) == 2
+    assert "the policy of round 7 is not in the ring; it holds [0, 1]" in capsys.readouterr().err
