@@ -57,9 +57,9 @@ $(VENV)/demo: $(VENV)/bin/pip pyproject.toml requirements.lock
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[demo]'
 	touch $@
 
-# Torch is for parity tests only. It comes first and alone, so that nothing asks for a build with an accelerator's libraries.
+# Torch is for parity tests only, accelerate for lm-eval's own model. It comes first and alone, so that nothing asks for a build with an accelerator's libraries.
 $(VENV)/test: $(VENV)/demo
-	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint requirements.lock torch==2.13.0 accelerate==1.15.0
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[test]'
 	touch $@
 

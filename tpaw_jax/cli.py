@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +160,17 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     if checkpoint and not of_run:
         overrides = [*overrides, f"policy.path={checkpoint}"]
     run = config_file.load(options.config, overrides)
-    tasks = evaluation.chosen(run.evaluation, options.tasks.split(",") if options.tasks else [])
+    tasks = []
+    if not options.harness:
+        tasks = evaluation.chosen(run.evaluation, options.tasks.split(",") if options.tasks else [])
     player = session.open_player(run, sharding.make_mesh(run.mesh))
     params = player.params
     if of_run:
         kept = ring.open_ring(journal.open_journal(of_run, reading=True), run.objective.n_max)
         params = ring.restore_policy(kept, ring.chosen(kept, options.round), sharding.abstract(player.params))
+    if options.harness:
+        _harness(options, run, player, params)
+        return
     evaluator = session.make_evaluator(run, player, tasks)
     results = evaluator.results(player, params)
     for result in results:
@@ -173,6 +179,31 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         records = [{"task": result.name, **record} for result in results for record in result.records]
         _write_lines(options.out, records)
         print(f"The {len(records)} responses are in {options.out}.")
+
+
+def _harness(options: argparse.Namespace, run: Any, player: Any, params: Any) -> None:
+    from tpaw_jax import durable, sharding
+
+    try:
+        from lm_eval.utils import make_table
+
+        from tpaw_jax import harness
+    except ImportError as error:
+        raise ImportError("--harness needs lm-eval; pip install 'tpaw_jax[eval]'.") from error
+    policy = harness.PolicyLM(player, params, run, sharding.make_mesh(run.mesh))
+    results = harness.run(
+        policy,
+        options.harness.split(","),
+        options.harness_path,
+        options.chat_template,
+        options.num_fewshot,
+        options.limit,
+    )
+    print(make_table(results))
+    if options.out:
+        kept = {key: results[key] for key in ("results", "configs", "versions", "n-samples", "samples")}
+        durable.write_bytes(Path(options.out), json.dumps(kept, indent=1, default=str).encode())
+        print(f"Scores and samples are in {options.out}.")
 
 
 def plan(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -247,22 +278,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(function, called="", **arguments):
-        sub = commands.add_parser(
-            called or function.__name__, help=function.__doc__, description=function.__doc__, allow_abbrev=False
-        )
-        sub.set_defaults(command=function)
-        for name, (required, text, kind) in arguments.items():
-            flag = f"--{name.replace('_', '-')}"
-            if kind is None:
-                sub.add_argument(flag, help=text, action="store_true")
-            elif kind is list:
-                sub.add_argument(flag, required=required, help=text, nargs="+")
-            else:
-                sub.add_argument(flag, required=required, help=text, type=kind)
-
+    command = functools.partial(_command, commands)
     configuration = (True, "a YAML file; further ones are read over it; any key can follow as --key.subkey value", list)
-    training = dict(
+    training: dict[str, Any] = dict(
         config=configuration,
         export=(False, "also write the last policy to this directory", str),
         profile=(False, "trace these steps of every stage of the first round: steps=10:13", str),
@@ -282,7 +300,12 @@ def _parser() -> argparse.ArgumentParser:
         checkpoint=(False, "a run directory, a model or a .gguf file; by default the configuration's policy.path", str),
         round=(False, "of a run directory: the round that the policy starts; the newest by default", int),
         tasks=(False, "names of evaluation.tasks with commas between; by default all", str),
-        out=(False, "also write every response to this JSONL file", str),
+        out=(False, "also write every response to this file, JSONL; of --harness all results, JSON", str),
+        harness=(False, "instead, lm-eval's tasks of these names, with commas between", str),
+        harness_path=(False, "of --harness: a directory of task YAML files, instead of lm-eval's own", str),
+        chat_template=(False, "of --harness: put the chat template around contexts", None),
+        num_fewshot=(False, "of --harness: examples before each question", int),
+        limit=(False, "of --harness: the first so many documents of each task", int),
     )
     command(prompts, config=configuration, out=(True, "the JSONL file to write", str))
     command(
@@ -311,6 +334,23 @@ def _parser() -> argparse.ArgumentParser:
         json=(False, "also write the figures to this file", str),
     )
     return parser
+
+
+def _command(
+    commands: Any, function: Callable[..., None], called: str = "", **arguments: tuple[bool, str, Any]
+) -> None:
+    sub = commands.add_parser(
+        called or function.__name__, help=function.__doc__, description=function.__doc__, allow_abbrev=False
+    )
+    sub.set_defaults(command=function)
+    for name, (required, text, kind) in arguments.items():
+        flag = f"--{name.replace('_', '-')}"
+        if kind is None:
+            sub.add_argument(flag, help=text, action="store_true")
+        elif kind is list:
+            sub.add_argument(flag, required=required, help=text, nargs="+")
+        else:
+            sub.add_argument(flag, required=required, help=text, type=kind)
 
 
 def _overrides(rest: list[str]) -> list[str]:

@@ -36,29 +36,52 @@ def make_log_prob_fn(model: Transformer, head_chunk: int) -> LogProbFn:
     Its gradient keeps the logits of the predictions where the model's rematerialisation is in `KEEPS_LOGITS`. Where the
     model is split (`Transformer.parallel`), it runs inside `shard_map`, on a device's rows and parts of the parameters.
     """
-    keep, split = model.remat in KEEPS_LOGITS, model.parallel
+    keep = model.remat in KEEPS_LOGITS
 
     def log_prob_fn(params: PyTree[Array], batch: TreeBatch) -> Float[Array, "B R"]:
         batch = jax.tree.map(jnp.asarray, batch)  # outside jit, a batch of the host is as welcome
-        hidden_BTD: Any = model.apply(
-            {"params": params},
-            batch.tokens,
-            batch.positions,
-            batch.segment_ids,
-            batch.branch_ids,
-            method="hidden",
-        )
-        hidden_BPD = jnp.take_along_axis(hidden_BTD, batch.sources[..., None], axis=1)
-        name = head_name(params)
-        table_VD = split.table(head_table(params), name, hidden_BPD.dtype)
-        live_BP, labels_BP, axis = batch.responses < batch.triplet_weight.shape[-1], batch.labels, None
-        if split.splits_vocabulary(name):
-            hidden_BPD, axis = split.share(hidden_BPD), "tensor"
-            labels_BP = labels_BP - lax.axis_index(axis) * table_VD.shape[0]
-        per_token = token_log_probs(hidden_BPD, table_VD, labels_BP, live_BP, head_chunk, keep, axis)
-        return sum_by_response(per_token, batch)
+        hidden, table, labels, live, axis = _predictions(model, params, batch)
+        return sum_by_response(token_log_probs(hidden, table, labels, live, head_chunk, keep, axis), batch)
 
     return log_prob_fn
+
+
+def make_greedy_fn(model: Transformer, head_chunk: int) -> Callable[[PyTree[Array], TreeBatch], Float[Array, "B R 2"]]:
+    """(params, batch) -> the summed log-prob of every response, nats, and 1 where each of its tokens is the likeliest.
+
+    For evaluation; the head is computed twice.
+    """
+
+    def greedy_fn(params: PyTree[Array], batch: TreeBatch) -> Float[Array, "B R 2"]:
+        batch = jax.tree.map(jnp.asarray, batch)
+        hidden, table, labels, live, axis = _predictions(model, params, batch)
+        log_probs_BR = sum_by_response(token_log_probs(hidden, table, labels, live, head_chunk, False, axis), batch)
+        others_BP = ~_likeliest(hidden, table, labels, head_chunk, axis) & live
+        none_BR = sum_by_response(others_BP.astype(jnp.float32), batch) == 0
+        return jnp.stack([log_probs_BR, none_BR.astype(jnp.float32)], axis=-1)
+
+    return greedy_fn
+
+
+def _predictions(model: Transformer, params: PyTree[Array], batch: TreeBatch) -> tuple[Any, ...]:
+    """Hidden states [B, P, D] of the predictions, the head's table, labels, where they count, and the table's axis."""
+    split = model.parallel
+    hidden_BTD: Any = model.apply(
+        {"params": params},
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
+        batch.branch_ids,
+        method="hidden",
+    )
+    hidden_BPD = jnp.take_along_axis(hidden_BTD, batch.sources[..., None], axis=1)
+    name = head_name(params)
+    table_VD = split.table(head_table(params), name, hidden_BPD.dtype)
+    live_BP, labels_BP, axis = batch.responses < batch.triplet_weight.shape[-1], jnp.asarray(batch.labels), None
+    if split.splits_vocabulary(name):
+        hidden_BPD, axis = split.share(hidden_BPD), "tensor"
+        labels_BP = labels_BP - lax.axis_index(axis) * table_VD.shape[0]
+    return hidden_BPD, table_VD, labels_BP, live_BP, axis
 
 
 def from_apply_fn(apply_fn: ApplyFn) -> LogProbFn:
@@ -162,6 +185,29 @@ def _head_backward(chunk, keep, axis, saved, gradient):
 
 
 token_log_probs.defvjp(_head_forward, _head_backward)
+
+
+def _likeliest(hidden, table, labels, chunk, axis):
+    """Whether each label has the largest logit, [B, P]."""
+    hidden_nMD, labels_nM = _chunks(hidden, chunk), _chunks(labels, chunk)
+    blocks, block = _vocabulary_blocks(table)
+
+    def one_chunk(of_chunk):
+        hidden_MD, labels_M = of_chunk
+
+        def one_block(i, carry):
+            top_M, picked_M = carry
+            logits_Mv, label_Mv, _, _ = _logits(table, hidden_MD, labels_M, i, block)
+            picked_M += jnp.sum(jnp.where(label_Mv, logits_Mv, 0), axis=-1)
+            return jnp.maximum(top_M, jnp.max(logits_Mv, axis=-1)), picked_M
+
+        zeros_M = jnp.zeros(labels_M.shape, jnp.float32)
+        top_M, picked_M = lax.fori_loop(0, blocks, one_block, (zeros_M - jnp.inf, zeros_M))
+        if axis is not None:
+            top_M, picked_M = lax.pmax(top_M, axis), lax.psum(picked_M, axis)
+        return picked_M >= top_M
+
+    return _rows(lax.map(one_chunk, (hidden_nMD, labels_nM)), labels.shape)
 
 
 def _logits(table, hidden_MD, labels_M, i, block):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from tpaw_jax import (
     tpu,
     train_step,
 )
-from tpaw_jax.config import RunConfig, SamplingConfig, TaskConfig
+from tpaw_jax.config import PackingConfig, RunConfig, SamplingConfig, TaskConfig
 from tpaw_jax.config_file import to_dict
 from tpaw_jax.journal import Journal
 from tpaw_jax.logprobs import LogProbFn, make_log_prob_fn
@@ -221,13 +221,16 @@ def _settled(config: RunConfig, stored: dict[str, Any], mesh: Mesh) -> RunConfig
 
     They decide which triplets share a step, so a run that goes on with other devices keeps them.
     """
-    before = stored.get("packing", {})
-    wanted = {
-        "rows_per_batch": sharding.row_shards(mesh),
-        "alignment": _needed_alignment(config),
-    }
-    settled = {key: getattr(config.packing, key) or before.get(key) or value for key, value in wanted.items()}
-    return dataclasses.replace(config, packing=dataclasses.replace(config.packing, **settled))
+    return dataclasses.replace(config, packing=settled_packing(config, mesh, stored.get("packing", {})))
+
+
+def settled_packing(config: RunConfig, mesh: Mesh, before: Mapping[str, Any] | None = None) -> PackingConfig:
+    """Packing with rows_per_batch and alignment as stated, or as `before`, or as the devices need."""
+    wanted = {"rows_per_batch": sharding.row_shards(mesh), "alignment": _needed_alignment(config)}
+    return dataclasses.replace(
+        config.packing,
+        **{key: getattr(config.packing, key) or (before or {}).get(key) or value for key, value in wanted.items()},
+    )
 
 
 def _needed_alignment(config: RunConfig) -> int:
