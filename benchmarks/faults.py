@@ -5,15 +5,17 @@
 Plays a small run of three rounds (the embedded model) as `tpaw play` does. A kill is SIGKILL at a random moment of the
 run, after which the same command goes on. A damage is done to a file of a run that was killed while it trained or
 sampled; the next run must name the file. With `--disk` (Linux, as root) the run lies on a small file system in memory,
-which is filled in each stage or is too small from the start, and goes on when there is room. Compared are the checksums
-of all policies, scores and responses at the end. Redone work is what both processes spent on rounds beyond the
-undisturbed one, which counts the loading of programs, and the optimizer steps they took beyond its.
+which is filled in each stage, is too small from the start, or can only be read, or the process may open few files; it
+goes on when that is mended. Compared are the checksums of all policies, scores and responses at the end. Redone work is
+what both processes spent on rounds beyond the undisturbed one, which counts the loading of programs, and the optimizer
+steps they took beyond its.
 """
 
 import argparse
 import itertools
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -78,7 +80,7 @@ class Ended(NamedTuple):
 class Play:
     """A process that plays."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, open_files: int | None = None) -> None:
         settings = [word for key, value in SETTINGS.items() for word in (f"--{key}", str(value))]
         command = [sys.executable, "-m", "tpaw_jax.cli", "play", "--config", str(ROOT / "configs" / "demo.yaml")]
         descriptor, name = tempfile.mkstemp(suffix=".log", dir=tempfile.gettempdir())
@@ -90,6 +92,7 @@ class Play:
             stderr=subprocess.STDOUT,
             cwd=ROOT,
             env=os.environ | {"GLIBC_TUNABLES": "", "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"},
+            preexec_fn=open_files and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))),
         )
         os.close(descriptor)
         self.first = 0.0
@@ -147,6 +150,8 @@ def main() -> None:
         damages(options.damages, of)
         if options.disk:
             full_disks(of)
+            read_only(of)
+            few_files(of)
 
 
 def kill(number: int, of, undisturbed: Ended, moment: float) -> dict:
@@ -245,22 +250,53 @@ def full_disks(of) -> None:
             stage = where(directory / "run")
             (directory / "ballast").unlink(missing_ok=True)
             subprocess.run(["mount", "-o", f"remount,size={8 * whole // 1024}k", str(directory)], check=True)
-            ended = Play(directory / "run").end()
-            common.emit(
-                benchmark="faults",
-                fault="full disk",
-                kib=kib,
-                stage=stage,
-                code=full.code,
-                said=next((line for line in full.text.splitlines() if line.startswith("tpaw: ")), "").replace(
-                    str(directory), "…"
-                ),
-                finished=ended.code == 0,
-                same=ended.code == 0 and results(directory / "run") == results(of("whole")),
-            )
+            mended("full disk", full, stage, directory / "run", of)
         finally:
             subprocess.run(["umount", str(directory)], check=True)
             directory.rmdir()
+
+
+def read_only(of) -> None:
+    """Go on with a run that was killed in training where the disk can only be read; then where it can be written."""
+    directory = of("read_only")
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(directory)], check=True)
+    try:
+        play = Play(directory / "run")
+        play.wait_until(lambda: where(directory / "run") == "training")
+        play.kill()
+        subprocess.run(["mount", "-o", "remount,ro", str(directory)], check=True)
+        stopped, stage = Play(directory / "run").end(), where(directory / "run")
+        subprocess.run(["mount", "-o", "remount,rw", str(directory)], check=True)
+        mended("read-only disk", stopped, stage, directory / "run", of)
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+        directory.rmdir()
+
+
+def few_files(of) -> None:
+    """A process that may open so few files that it begins and cannot write its first checkpoint."""
+    for number in (14, 16):
+        directory = of(f"files_{number}")
+        stopped = Play(directory, number).end()
+        mended("too many open files", stopped, where(directory), directory, of)
+        shutil.rmtree(directory)
+
+
+def mended(fault: str, stopped: Ended, stage: str, directory: Path, of) -> None:
+    """The line of a run that the system stopped, and its end once what stopped it is mended."""
+    ended = Play(directory).end()
+    common.emit(
+        benchmark="faults",
+        fault=fault,
+        stage=stage,
+        code=stopped.code,
+        said=next((line for line in stopped.text.splitlines() if line.startswith("tpaw: ")), "").replace(
+            str(directory), "…"
+        ),
+        finished=ended.code == 0,
+        same=ended.code == 0 and results(directory) == results(of("whole")),
+    )
 
 
 def fill(path: Path) -> None:

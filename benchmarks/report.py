@@ -291,11 +291,12 @@ def faults(records: list[dict]) -> str:
             lines.append([f"{r['kills']} kills ({stages})", "", f"{r['same']} of {r['kills']}", redone])
         if r["fault"] == "damage, all":
             lines.append([f"{r['damages']} damages", f"{r['found']}", f"{r['same']} of {r['damages']}", ""])
-    full = [r for r in records if r["fault"] == "full disk"]
-    if full:
-        told, same = sum(bool(r["said"]) for r in full), sum(r["same"] for r in full)
-        stages = ", ".join(dict.fromkeys(r["stage"] for r in full))
-        lines.append([f"{len(full)} full disks ({stages})", f"{told}", f"{same} of {len(full)}", ""])
+    for fault, called in (("full disk", "full disks"), ("read-only disk", ""), ("too many open files", "")):
+        of = [r for r in records if r["fault"] == fault]
+        if of:
+            told, same = sum(bool(r["said"]) for r in of), sum(r["same"] for r in of)
+            stages = ", ".join(dict.fromkeys(r["stage"] for r in of))
+            lines.append([f"{len(of)} x {called or fault} ({stages})", f"{told}", f"{same} of {len(of)}", ""])
     return _table(["a small run that met", "told", "ended as the undisturbed one", "work redone, median"], lines)
 
 

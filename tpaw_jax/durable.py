@@ -67,9 +67,12 @@ def held(directory: Path) -> Iterator[None]:
 
     Raises:
         ValueError: another process holds it; names its host and number.
+        OSError: it cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".held").open("a+") as file:
+    with told(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        opened = (directory / ".held").open("a+")
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
