@@ -103,13 +103,6 @@ def test_a_baseline_differs_from_tpaw_in_the_lines_that_matter(name, changed):
     base, path = ROOT / "configs" / "smollm2_gsm8k.yaml", ROOT / "configs" / "baselines" / f"{name}.yaml"
     assert path.read_text().startswith("#")
     assert len(list(path.parent.glob("*.yaml"))) == 6
-    flat = lambda fields, prefix="": {
-        place: leaf
-        for key, value in fields.items()
-        for place, leaf in (
-            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        ).items()
-    }
     ours, theirs = (
         flat(config_file.to_dict(config_file.load(paths, ["policy.path=x"]))) for paths in (base, [base, path])
     )

@@ -1,4 +1,4 @@
-"""The command line: tpaw sft | play | eval | generate | prompts | export | plan."""
+"""The command line: tpaw sft | play | eval | report | generate | prompts | export | plan."""
 
 from __future__ import annotations
 
@@ -181,6 +181,20 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         print(f"The {len(records)} responses are in {options.out}.")
 
 
+def report(options: argparse.Namespace, overrides: list[str]) -> None:
+    """One HTML page on finished rounds of a run, or of several beside each other."""
+    _no_overrides(overrides)
+    try:
+        from tpaw_jax import report
+    except ImportError as error:
+        raise ImportError("tpaw report needs matplotlib; pip install 'tpaw_jax[report]'.") from error
+
+    pictures = Path(options.png) if options.png else None
+    plots = report.write([Path(run) for run in options.runs], Path(options.out), pictures)
+    where = f"; pictures are in {pictures}" if pictures else ""
+    print(f"{options.out} has {len(options.runs)} runs in {plots} plots{where}.")
+
+
 def _harness(options: argparse.Namespace, run: Any, player: Any, params: Any) -> None:
     from tpaw_jax import durable, sharding
 
@@ -307,6 +321,12 @@ def _parser() -> argparse.ArgumentParser:
         num_fewshot=(False, "of --harness: examples before each question", int),
         limit=(False, "of --harness: the first so many documents of each task", int),
     )
+    command(
+        report,
+        runs=(True, "run directories", tuple),
+        out=(True, "the HTML file to write", str),
+        png=(False, "also write every plot as a picture to this directory", str),
+    )
     command(prompts, config=configuration, out=(True, "the JSONL file to write", str))
     command(
         generate,
@@ -347,6 +367,8 @@ def _command(
         flag = f"--{name.replace('_', '-')}"
         if kind is None:
             sub.add_argument(flag, help=text, action="store_true")
+        elif kind is tuple:
+            sub.add_argument(name, help=text, nargs="+")
         elif kind is list:
             sub.add_argument(flag, required=required, help=text, nargs="+")
         else:

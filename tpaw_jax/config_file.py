@@ -223,6 +223,14 @@ def _set(fields: dict[str, Any], key: str, value: Any) -> None:
     fields[last] = value
 
 
+def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested sections by their whole keys, as `train.epochs`."""
+    found: dict[str, Any] = {}
+    for key, value in fields.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
 def plain(value: Any) -> Any:
     """Dictionaries and lists in place of mappings and tuples."""
     if isinstance(value, dict):

@@ -36,7 +36,7 @@ from tpaw_jax import (
     train_step,
 )
 from tpaw_jax.config import PackingConfig, RunConfig, SamplingConfig, TaskConfig
-from tpaw_jax.config_file import to_dict
+from tpaw_jax.config_file import flat, to_dict
 from tpaw_jax.journal import Journal
 from tpaw_jax.logprobs import LogProbFn, make_log_prob_fn
 from tpaw_jax.models import hub, splash_attention
@@ -150,6 +150,7 @@ def open_session(config: RunConfig, say: Say, profiled: range, notice: Notice) -
     opened.config, opened.data = to_dict(config), report.fingerprint
     journal.save(opened)
     durable.write_bytes(directory / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+    durable.write_json(directory / "versions.json", pod.facts_of_this_host())
     ring.remove_unfinished(session.ring)
     first = max(session.ring.policies, default=0)  # a supervised run needs nothing but the policy it goes on from
     if config.objective.loss == "team":
@@ -259,7 +260,7 @@ def _check_unchanged(opened: Journal, config: RunConfig) -> None:
     """
     if not opened.config:
         return
-    old, new = _flat(opened.config), _flat(to_dict(config))
+    old, new = flat(opened.config), flat(to_dict(config))
     free = {"directory", "rounds", "sample_texts", "tensorboard", "train.save_every_steps"}
     free |= {"evaluation.each_round", "evaluation.tasks", "train.save_every_minutes", "train.max_skipped_in_a_row"}
     free |= {"sampling.slots", "sampling.prefill_tokens", "sampling.tensor"}  # which change no token
@@ -311,10 +312,3 @@ def _data_lines(report: dataset.DataReport, prompts: Prompts, held_out: Prompts)
         f"{report.prompts_cut} prompts and {report.targets_cut} targets cut to length; {len(report.skipped)} skipped."
     ]
     return "\n".join(lines + [f"  skipped: {sentence}" for sentence in report.skipped])
-
-
-def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in fields.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -1,0 +1,278 @@
+"""Finished rounds of one run or several -> one HTML page that needs nothing else, and its plots as pictures.
+
+Runs that differ in nothing but directory and seed are one group: curves are their mean, bands their least and most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from tpaw_jax import config, config_file, durable, figures, journal, monitoring, triplets
+from tpaw_jax.config import of_round
+from tpaw_jax.figures import Series
+from tpaw_jax.page import PAGE
+from tpaw_jax.types import TARGET
+
+IGNORED = {"directory", "seed", "sample_texts", "tensorboard"}
+"""Keys in which the runs of a group may differ."""
+
+STAGES = ("sampling", "scoring", "training", "evaluation", "held-out", "dry run", "packing", "ring", "other")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What a run has left on disk."""
+
+    directory: Path
+    config: dict[str, Any]  # by key, flat
+    settings: config.RunConfig
+    summaries: list[dict[str, Any]]  # one a finished round
+    steps: list[dict[str, Any]]
+    samples: list[list[dict[str, str]]]  # of each round
+    seconds: list[dict[str, float]]  # by stage, of each round
+    lengths: dict[int, np.ndarray]  # of responses, tokens, by round
+    margins: dict[int, np.ndarray]  # of theta_(t+1) against theta_t on the triplets of D_t, nats times lam, by round
+
+
+def read(directory: Path) -> RunRecord:
+    """A run as its directory tells it; another process may be playing it.
+
+    Raises:
+        FileNotFoundError: no run is there.
+    """
+    opened = journal.open_journal(directory, reading=True)
+    if not opened.config:
+        raise FileNotFoundError(f"{directory}: no run is there (journal.json is missing).")
+    settings = config_file.parse(config.RunConfig, opened.config, str(directory))
+    rounds = [triplets.round_directory(directory, t) for t in range(settings.rounds)]
+    rounds = [place for place in rounds if (place / "summary.json").exists()]
+    lengths = {}
+    for name in opened.names("sampling"):
+        lengths[opened.facts[name]["round"]] = durable.read_arrays(directory / name)["lengths"]
+    lines = lambda path: [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    whole = lambda path: json.loads(path.read_text()) if path.exists() else {}
+    return RunRecord(
+        directory=directory,
+        config=config_file.flat(opened.config),
+        settings=settings,
+        summaries=[whole(place / "summary.json") for place in rounds],
+        steps=[r for t in range(len(rounds)) for r in monitoring.read_metrics(directory, t) if "loss" in r],
+        samples=[lines(place / "samples.jsonl") for place in rounds],
+        seconds=[whole(place / "timings.json") for place in rounds],
+        lengths=lengths,
+        margins=_margins(opened, settings),
+    )
+
+
+def _margins(opened: journal.Journal, settings: config.RunConfig) -> dict[int, np.ndarray]:
+    """From the players' scores: those of theta_t and theta_(t+1) of the targets and of D_t, where both are kept."""
+    found: dict[tuple[int, int], dict[int, float]] = {}  # (player, source): by prompt
+    for name in opened.names("scoring"):
+        arrays = durable.read_arrays(opened.directory / name)
+        player = int(name[-8:-4])
+        for prompt, source, value in zip(arrays["prompt_index"], arrays["source"], arrays["log_probs"], strict=True):
+            found.setdefault((player, int(source)), {})[int(prompt)] = float(value)
+    margins = {}
+    for t in range(settings.rounds):
+        needed = [found.get((player, source), {}) for player in (t + 1, t) for source in (TARGET, t)]
+        prompts = sorted(set.intersection(*(set(values) for values in needed)))
+        if prompts:
+            new_y, new_g, old_y, old_g = (np.array([values[i] for i in prompts]) for values in needed)
+            margins[t] = of_round(settings.objective.lam, t) * ((new_y - old_y) - (new_g - old_g))
+    return margins
+
+
+def groups(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Runs by what they are called: the values in which their group differs from others, or their directory."""
+    by_config: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        same = {key: value for key, value in run.config.items() if key not in IGNORED}
+        by_config.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(run)
+    apart = [group[0].config for group in by_config.values()]
+    keys = sorted({k for one in apart for k in one if k not in IGNORED and len({str(o.get(k)) for o in apart}) > 1})
+    named: dict[str, list[RunRecord]] = {}
+    for group in by_config.values():
+        values = ", ".join(f"{key.split('.')[-1]} {_plain(group[0].config.get(key))}" for key in keys)
+        named[values or group[0].directory.name] = group
+    return named
+
+
+def write(directories: Sequence[Path], out: Path, pictures: Path | None = None) -> int:
+    """Write the page of some runs, and with `pictures` each plot as PNG there; returns how many plots it has.
+
+    Raises:
+        FileNotFoundError: no run is in one of the directories.
+        ValueError: none of them has finished a round.
+    """
+    runs = [read(directory) for directory in directories]
+    if not any(run.summaries for run in runs):
+        raise ValueError(f"{directories[0]}: no round is finished yet; there is nothing to report.")
+    named = groups(runs)
+    plots = [*_of_rounds(named), *_of_steps(named), *_of_first(runs[0])]
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
+        for name, figure in plots:
+            figures.png(figure, pictures / f"{name}.png")
+    body = [
+        f"<h1>{html.escape(', '.join(named))}</h1>",
+        f"<p>{len(runs)} {'run' if len(runs) == 1 else 'runs'} in {len(named)} "
+        f"{'group' if len(named) == 1 else 'groups'}; bands reach from the least to the most of a group's runs.</p>",
+        "<h2>Rounds</h2>",
+        *(_table(name, run) for name, group in named.items() for run in group),
+        '<h2>Curves</h2><div class="plots">',
+        *(f"<figure>{figures.svg(figure)}</figure>" for _, figure in plots),
+        "</div>",
+        *_samples(runs[0]),
+        "<h2>Configuration</h2>",
+        *(_configuration(run) for run in runs),
+    ]
+    durable.write_bytes(out, PAGE.replace("<!-- body -->", "\n".join(body)).encode())
+    return len(plots)
+
+
+def _of_rounds(named: dict[str, list[RunRecord]]) -> list[tuple[str, Any]]:
+    """Plots over rounds: what is in the summaries of every group."""
+    tasks = sorted({t.name for group in named.values() for t in group[0].settings.evaluation.tasks})
+    wanted = [
+        ("held-out after", "Held-out targets", "nats a token"),
+        *((task, f"{task}: exact match", "share right") for task in tasks),
+        ("margin", "Margin, last epoch", "nats times lam"),
+        ("chosen", "Target reward, last epoch", "nats times lam"),
+        ("rejected", "Reward of responses, last epoch", "nats times lam"),
+        ("alpha=eta", "Targets weighted by eta, newest player", "share"),
+        ("response tokens", "Mean response", "tokens"),
+        ("echoes", "Responses equal to their target", "responses"),
+    ]
+    plots = []
+    for key, title, unit in wanted:
+        series = []
+        for name, group in named.items():
+            first = {"held-out after": "held-out before"}.get(key, f"{key} before")
+            rows = [
+                [_number(run.summaries[0].get(first)), *(_number(s.get(key)) for s in run.summaries)] for run in group
+            ]
+            most = max(map(len, rows))
+            values = np.array([row + [np.nan] * (most - len(row)) for row in rows])
+            if not np.isnan(values).all():
+                series.append(Series(name, range(most), values))
+        if series:
+            plots.append(
+                (
+                    f"rounds_{key.replace(' ', '_').replace('=', '_')}",
+                    figures.lines(title, "rounds trained", unit, series, True),
+                )
+            )
+    return plots
+
+
+def _of_steps(named: dict[str, list[RunRecord]]) -> list[tuple[str, Any]]:
+    """Plots over all optimizer steps, one round after the other."""
+    wanted = [
+        ("loss", "Loss", "nats"),
+        ("rewards/chosen", "Target reward", "nats times lam"),
+        ("rewards/margins", "Margin", "nats times lam"),
+        ("logps/chosen", "Log-prob of targets", "nats"),
+        ("grad_norm", "Gradient norm", ""),
+    ]
+    plots = []
+    for key, title, unit in wanted:
+        series = []
+        for name, group in named.items():
+            rows = [[_number(step.get(key)) for step in run.steps] for run in group]
+            most = max(map(len, rows))
+            values = np.array([row + [np.nan] * (most - len(row)) for row in rows])
+            if most and not np.isnan(values).all():
+                series.append(Series(name, range(most), values))
+        if series:
+            plots.append((f"steps_{key.replace('/', '_')}", figures.lines(title, "steps", unit, series)))
+    return plots
+
+
+def _of_first(run: RunRecord) -> list[tuple[str, Any]]:
+    """Plots of one run: its players, how margins and lengths are spread, where the time went."""
+    plots = []
+    for key, title, unit in (
+        ("reward_target", "Target reward by player", "nats times lam"),
+        ("beta", "Player weight", "beta"),
+    ):
+        players = sorted({name.split("/")[0] for step in run.steps for name in step if name.endswith(f"/{key}")})
+        series = [
+            Series(
+                f"theta_{p.split('_')[1]}",
+                range(len(run.steps)),
+                np.array([[_number(s.get(f"{p}/{key}")) for s in run.steps]]),
+            )
+            for p in players
+        ]
+        if series:
+            plots.append((f"players_{key}", figures.lines(title, "steps", unit, series)))
+    if run.margins:
+        of = {f"theta_{t + 1} on D_{t}": values for t, values in run.margins.items()}
+        plots.append(("margins", figures.histograms("Margins against the policy before", "nats times lam", of)))
+    if run.lengths:
+        of = {f"D_{t}": values for t, values in run.lengths.items()}
+        plots.append(("lengths", figures.histograms("Lengths of responses", "tokens", of)))
+    timed = [(t, seconds) for t, seconds in enumerate(run.seconds) if seconds]
+    if timed:
+        parts = {s: [seconds.get(s, 0.0) for _, seconds in timed] for s in STAGES if any(s in of for _, of in timed)}
+        plots.append(
+            ("seconds", figures.stacked("Where the time went", "seconds", [f"round {t}" for t, _ in timed], parts))
+        )
+    return plots
+
+
+def _table(name: str, run: RunRecord) -> str:
+    """The table of rounds of a run, one column a round."""
+    names = list(dict.fromkeys(key for summary in run.summaries for key in summary if key != "round"))
+    cell = lambda value: "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    head = "".join(f"<th>round {summary['round']}</th>" for summary in run.summaries)
+    rows = [
+        f"<tr><th>{html.escape(key)}</th>" + "".join(f"<td>{cell(s.get(key))}</td>" for s in run.summaries) + "</tr>"
+        for key in names
+    ]
+    title = f"{name}, seed {run.settings.seed}" if name != run.directory.name else name
+    return (
+        f'<details open><summary>{html.escape(title)}</summary><div class="wide"><table><thead><tr><th></th>{head}</tr>'
+        f"</thead><tbody>{''.join(rows)}</tbody></table></div></details>"
+    )
+
+
+def _samples(run: RunRecord) -> list[str]:
+    """Prompts with their target and the answers of all rounds side by side."""
+    count = min((len(of_round) for of_round in run.samples), default=0)
+    if not count:
+        return []
+    card = lambda title, text: f"<div><h4>{html.escape(title)}</h4><p>{html.escape(text)}</p></div>"
+    found = [f"<h2>Answers</h2><p>Of {html.escape(run.directory.name)}.</p>"]
+    for i in range(count):
+        first = run.samples[0][i]
+        answers = [card(f"theta_{t}", of_round[i]["response"]) for t, of_round in enumerate(run.samples)]
+        found.append(
+            f'<section class="sample"><p class="prompt">{html.escape(first["prompt"])}</p><div class="answers">'
+            f"{card('target', first['target'])}{''.join(answers)}</div></section>"
+        )
+    return found
+
+
+def _configuration(run: RunRecord) -> str:
+    settings = html.escape(yaml.safe_dump(config_file.to_dict(run.settings), sort_keys=False))
+    path = run.directory / "versions.json"
+    versions = json.loads(path.read_text()) if path.exists() else {}
+    stated = html.escape("\n".join(f"{name}: {version}" for name, version in versions.items()))
+    return f"<details><summary>{html.escape(run.directory.name)}</summary><pre>{settings}\n{stated}</pre></details>"
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
