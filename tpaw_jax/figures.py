@@ -68,6 +68,8 @@ def lines(title: str, xlabel: str, ylabel: str, series: Sequence[Series], marks:
                 axes.fill_between(
                     x, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=colour, alpha=0.18, lw=0
                 )
+        if not any(np.nan_to_num(one.values).any() for one in series):
+            axes.set_ylim(-0.05, 1)
         low, high = axes.get_ylim()
         if low < 0 < high:
             axes.axhline(0, color=_TEXT, lw=0.8)
@@ -107,7 +109,7 @@ def stacked(title: str, xlabel: str, rows: Sequence[str], parts: Mapping[str, Se
 
 def _figure(title: str, xlabel: str, ylabel: str, draw: Callable[[Any], None], labels: int) -> Figure:
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.4, 3.0 + 0.16 * ((labels + 1) // 2)), layout="constrained")
+        figure = Figure(figsize=(4.4, 2.9 + 0.17 * labels * (labels > 1)), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
         axes.grid(alpha=0.5, lw=0.5)
@@ -115,7 +117,7 @@ def _figure(title: str, xlabel: str, ylabel: str, draw: Callable[[Any], None], l
         axes.set_ylabel(ylabel)
         axes.set_title(title, fontsize=11, loc="left")
         if labels > 1 and axes.get_legend_handles_labels()[1]:
-            figure.legend(loc="outside lower center", ncols=2)
+            figure.legend(loc="outside lower left")
     return figure
 
 

@@ -26,6 +26,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: 0.16rem 0.8rem 0.16rem 0; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--page); font-weight: 500; }
+.tables { display: flex; flex-wrap: wrap; gap: 0.5rem 2.5rem; }
+.tables > details { max-width: 100%; }
 .plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
 figure { margin: 0; padding: 0.6rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .plot { width: 100%; height: auto; display: block; color: var(--text); }

@@ -1,6 +1,7 @@
 """Finished rounds of one run or several -> one HTML page that needs nothing else, and its plots as pictures.
 
-Runs that differ in nothing but directory and seed are one group: curves are their mean, bands their least and most.
+Runs of one name, or that differ in nothing but directory and seed, are one group: curves are their mean, bands their
+least and most.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class RunRecord:
     """What a run has left on disk."""
 
     directory: Path
+    name: str  # that it was given; may be empty
     config: dict[str, Any]  # by key, flat
     settings: config.RunConfig
     summaries: list[dict[str, Any]]  # one a finished round
@@ -42,12 +44,14 @@ class RunRecord:
     margins: dict[int, np.ndarray]  # of theta_(t+1) against theta_t on the triplets of D_t, nats times lam, by round
 
 
-def read(directory: Path) -> RunRecord:
-    """A run as its directory tells it; another process may be playing it.
+def read(place: str) -> RunRecord:
+    """A run as its directory tells it, DIRECTORY or NAME=DIRECTORY; another process may be playing it.
 
     Raises:
         FileNotFoundError: no run is there.
     """
+    name, _, path = place.rpartition("=")
+    directory = Path(path)
     opened = journal.open_journal(directory, reading=True)
     if not opened.config:
         raise FileNotFoundError(f"{directory}: no run is there (journal.json is missing).")
@@ -55,12 +59,13 @@ def read(directory: Path) -> RunRecord:
     rounds = [triplets.round_directory(directory, t) for t in range(settings.rounds)]
     rounds = [place for place in rounds if (place / "summary.json").exists()]
     lengths = {}
-    for name in opened.names("sampling"):
-        lengths[opened.facts[name]["round"]] = durable.read_arrays(directory / name)["lengths"]
+    for file in opened.names("sampling"):
+        lengths[opened.facts[file]["round"]] = durable.read_arrays(directory / file)["lengths"]
     lines = lambda path: [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     whole = lambda path: json.loads(path.read_text()) if path.exists() else {}
     return RunRecord(
         directory=directory,
+        name=name,
         config=config_file.flat(opened.config),
         settings=settings,
         summaries=[whole(place / "summary.json") for place in rounds],
@@ -91,30 +96,30 @@ def _margins(opened: journal.Journal, settings: config.RunConfig) -> dict[int, n
 
 
 def groups(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Runs by what they are called: the values in which their group differs from others, or their directory."""
+    """Runs by what they are called: the name given, the values in which groups differ, or the directory."""
     by_config: dict[str, list[RunRecord]] = {}
     for run in runs:
         same = {key: value for key, value in run.config.items() if key not in IGNORED}
-        by_config.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(run)
+        by_config.setdefault(run.name or json.dumps(same, sort_keys=True, default=str), []).append(run)
     apart = [group[0].config for group in by_config.values()]
     keys = sorted({k for one in apart for k in one if k not in IGNORED and len({str(o.get(k)) for o in apart}) > 1})
     named: dict[str, list[RunRecord]] = {}
     for group in by_config.values():
         values = ", ".join(f"{key.split('.')[-1]} {_plain(group[0].config.get(key))}" for key in keys)
-        named[values or group[0].directory.name] = group
+        named[group[0].name or values or group[0].directory.name] = group
     return named
 
 
-def write(directories: Sequence[Path], out: Path, pictures: Path | None = None) -> int:
+def write(places: Sequence[str], out: Path, pictures: Path | None = None) -> int:
     """Write the page of some runs, and with `pictures` each plot as PNG there; returns how many plots it has.
 
     Raises:
         FileNotFoundError: no run is in one of the directories.
         ValueError: none of them has finished a round.
     """
-    runs = [read(directory) for directory in directories]
+    runs = [read(place) for place in places]
     if not any(run.summaries for run in runs):
-        raise ValueError(f"{directories[0]}: no round is finished yet; there is nothing to report.")
+        raise ValueError(f"{runs[0].directory}: no round is finished yet; there is nothing to report.")
     named = groups(runs)
     plots = [*_of_rounds(named), *_of_steps(named), *_of_first(runs[0])]
     if pictures is not None:
@@ -125,9 +130,9 @@ def write(directories: Sequence[Path], out: Path, pictures: Path | None = None) 
         f"<h1>{html.escape(', '.join(named))}</h1>",
         f"<p>{len(runs)} {'run' if len(runs) == 1 else 'runs'} in {len(named)} "
         f"{'group' if len(named) == 1 else 'groups'}; bands reach from the least to the most of a group's runs.</p>",
-        "<h2>Rounds</h2>",
-        *(_table(name, run) for name, group in named.items() for run in group),
-        '<h2>Curves</h2><div class="plots">',
+        '<h2>Rounds</h2><div class="tables">',
+        *(_table(name, run, run is runs[0] or len(runs) < 4) for name, group in named.items() for run in group),
+        '</div><h2>Curves</h2><div class="plots">',
         *(f"<figure>{figures.svg(figure)}</figure>" for _, figure in plots),
         "</div>",
         *_samples(runs[0]),
@@ -229,7 +234,7 @@ def _of_first(run: RunRecord) -> list[tuple[str, Any]]:
     return plots
 
 
-def _table(name: str, run: RunRecord) -> str:
+def _table(name: str, run: RunRecord, unfolded: bool) -> str:
     """The table of rounds of a run, one column a round."""
     names = list(dict.fromkeys(key for summary in run.summaries for key in summary if key != "round"))
     cell = lambda value: "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -239,10 +244,9 @@ def _table(name: str, run: RunRecord) -> str:
         for key in names
     ]
     title = f"{name}, seed {run.settings.seed}" if name != run.directory.name else name
-    return (
-        f'<details open><summary>{html.escape(title)}</summary><div class="wide"><table><thead><tr><th></th>{head}</tr>'
-        f"</thead><tbody>{''.join(rows)}</tbody></table></div></details>"
-    )
+    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    begun = f"<details{' open' if unfolded else ''}><summary>{html.escape(title)}</summary>"
+    return f'{begun}<div class="wide">{table}</div></details>'
 
 
 def _samples(run: RunRecord) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, PyTree
 
 from tpaw_jax import cost, durable, health, journal, monitoring, packing, pod, train_step, triplets
 from tpaw_jax.config import of_round
@@ -90,6 +91,17 @@ def last_epoch(session: Session, t: int) -> tuple[Callable[[str], float], dict[s
     of_epoch = records[-max(1, len(records) // session.config.train.epochs) :]
     weights = [r["triplets"] for r in of_epoch]
     return lambda name: float(np.average([r[name] for r in of_epoch], weights=weights)), records[-1]
+
+
+def evaluated(session: Session, policy: PyTree[Array], watch: monitoring.Stopwatch, when: str = "") -> dict[str, float]:
+    """The share right of every task, by name; nothing where rounds are not evaluated."""
+    if session.evaluator is None:
+        return {}
+    with watch.time("evaluation"):
+        results = session.evaluator.results(session, policy)
+    for result in results:
+        session.say(str(result))
+    return {f"{result.name}{when}": result.accuracy for result in results}
 
 
 def _sampler_gap(store: triplets.Store, t: int) -> dict[str, float | None]:

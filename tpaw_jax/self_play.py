@@ -134,10 +134,10 @@ def _rounds(
         with watch.time("scoring"):
             scored = score(session, store, rows, trees, players, policy, t)
             scores = triplets.team_scores(store, rows, players, config.objective.n_max)
-        before = _evaluated(session, policy, watch, " before") if t == 0 else {}
+        before = reporting.evaluated(session, policy, watch, " before") if t == 0 else {}
         policy, trained = training.train(session, rows, scores, players, policy, t, watch)
         session.profiler.stop()
-        trained["evaluated"] = before | _evaluated(session, policy, watch)
+        trained["evaluated"] = before | reporting.evaluated(session, policy, watch)
         with watch.time("other"):
             wrong = reporting.finish_round(session, store, rows, players, scored, trained, watch, t)
         with watch.time("ring"):
@@ -150,19 +150,6 @@ def _rounds(
     table = reporting.rounds_table(session.directory, config.rounds)
     session.say(monitoring.table(table))
     return table
-
-
-def _evaluated(
-    session: Session, policy: PyTree[Array], watch: monitoring.Stopwatch, when: str = ""
-) -> dict[str, float]:
-    """The share right of every task, by name; nothing where rounds are not evaluated."""
-    if session.evaluator is None:
-        return {}
-    with watch.time("evaluation"):
-        results = session.evaluator.results(session, policy)
-    for result in results:
-        session.say(str(result))
-    return {f"{result.name}{when}": result.accuracy for result in results}
 
 
 def sample(

@@ -32,8 +32,10 @@ def train(session: Session, policy: PyTree[Array], strict: bool) -> list[dict[st
         session.say(f"{len(session.prompts)} targets of {tokens} tokens in {len(rows)} rows, {rows.fill:.1%} full.")
         no_players = np.zeros(config.objective.n_max, bool)
         scores = TeamScores(np.zeros((len(no_players), *rows.prompt_index.shape), np.float32), no_players)
+        before = reporting.evaluated(session, policy, watch, " before")
         policy, trained = training.train(session, rows, scores, [], policy, 0, watch)
         session.profiler.stop()
+        trained["evaluated"] = before | reporting.evaluated(session, policy, watch)
         wrong = _finish(session, rows, trained, watch)
         ring.push(session.ring, policy, 1)
         if strict and wrong:
@@ -68,6 +70,7 @@ def _finish(session: Session, rows: packing.Rows, trained: dict[str, Any], watch
         "skipped": int(last["skipped"]),
         "held-out before": trained["held-out before"],
         "held-out after": trained["held-out after"],
+        **trained["evaluated"],
         "GFLOP/s": done / seconds / 1e9,
         "training s": round(seconds, 2),
     }
