@@ -129,7 +129,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="faults-") as place:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{place}/cache"
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -144,9 +143,10 @@ def main() -> None:
             seconds=undisturbed.seconds,
             **common.machine(),
         )
-        moments = [rng.uniform(0, undisturbed.playing * options.lanes) for _ in range(options.kills)]
         with ThreadPoolExecutor(options.lanes) as lanes:
-            told(list(lanes.map(lambda n: kill(n, of, undisturbed, moments[n]), range(options.kills))))
+            longest = undisturbed.playing * options.lanes
+            of_number = lambda n: kill(n, of, undisturbed, random.Random(options.seed * 1000 + n), longest)
+            told(list(lanes.map(of_number, range(options.kills))))
         damages(options.damages, of)
         if options.disk:
             full_disks(of)
@@ -154,12 +154,19 @@ def main() -> None:
             few_files(of)
 
 
-def kill(number: int, of, undisturbed: Ended, moment: float) -> dict:
-    """Kill a run so many seconds after its first round began, or as it ends, and bring it back."""
+def kill(number: int, of, undisturbed: Ended, rng: random.Random, longest: float) -> dict:
+    """Kill a run at a random moment within so many seconds since its first round began, and bring it back.
+
+    Where it had ended by then, another one is killed sooner.
+    """
     directory = of(f"killed_{number}")
-    play = Play(directory)
-    play.wait_until(lambda: play.first)
-    play.wait_until(lambda: time.perf_counter() >= play.first + moment)
+    while True:
+        play, moment = Play(directory), rng.uniform(0, longest)
+        play.wait_until(lambda: play.first)  # noqa: B023
+        if play.wait_until(lambda: time.perf_counter() >= play.first + moment):  # noqa: B023
+            break
+        longest = min(longest, play.end().playing)
+        shutil.rmtree(directory)
     killed, stage, steps = play.kill(), where(directory), steps_logged(directory)
     ended = Play(directory).end()
     record = {

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from tpaw_jax import cli
+
 SPEC = importlib.util.spec_from_file_location("pod_script", ROOT / "scripts" / "pod.py")
 launch = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(launch)
