@@ -81,7 +81,7 @@ bench: $(VENV)/demo $(VENV)/smollm2 peers
 	$(MEASURE)/trees_vs_pairs.py > $(RESULTS)/trees_vs_pairs.jsonl
 	$(MEASURE)/trees_vs_pairs.py --scale 1 --prompts 6 --batch 2 --repeats 1 >> $(RESULTS)/trees_vs_pairs.jsonl
 	$(MEASURE)/memory.py > $(RESULTS)/memory.jsonl
-	$(MEASURE)/faults.py --lanes 2 > $(RESULTS)/faults.jsonl
+	$(MEASURE)/faults.py --lanes 2 $(shell test $$(id -u) = 0 && echo --disk) > $(RESULTS)/faults.jsonl
 	$(MEASURE)/durability.py --model smollm2 > $(RESULTS)/durability.jsonl
 	$(MEASURE)/durability.py --model small --steps 50 --repeats 3 >> $(RESULTS)/durability.jsonl
 	$(BIN)/pip install --quiet atheris==3.0.0

@@ -169,6 +169,12 @@ BAD_INPUTS = [
     BadInput(CONFIGURATION, "no reward scale", _configuration(objective__lam=[]), ("objective.lam", "one value")),
     BadInput(CONFIGURATION, "no data", _configuration(data__sources=[]), ("data.sources", "no data")),
     BadInput(CONFIGURATION, "no model", _configuration(policy__path=""), ("policy.path", "no model")),
+    BadInput(
+        CONFIGURATION,
+        "evaluation without tasks",
+        _configuration(evaluation__each_round=True),
+        ("evaluation.each_round", "tasks"),
+    ),
     BadInput(LINES, "a line that is not JSON", _second_line(b"{'prompt': 1}"), ("line 2", "not valid JSON")),
     BadInput(LINES, "a line cut short", lambda whole: whole[:-9], ("line 4", "not valid JSON")),
     BadInput(LINES, "a byte that is not UTF-8", _second_line(b'{"prompt": "\xff"}'), ("line 2",)),

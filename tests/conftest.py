@@ -71,8 +71,8 @@ def random_prompts(rng, count, vocabulary=512, longest=30):
     return prompts, rounds
 
 
-def small_run(directory, **overrides):
-    """The demo's configuration shrunk to seconds."""
+def small_run(directory, *over, **overrides):
+    """The demo's configuration, with files read over it, shrunk to seconds."""
     shrunk = {
         "directory": str(directory),
         "policy.path": str(STORIES),
@@ -91,4 +91,4 @@ def small_run(directory, **overrides):
         "mesh.fsdp": 1,
     }
     settings = [f"{key}={value}" for key, value in (shrunk | overrides).items()]
-    return config_file.load(ROOT / "configs" / "demo.yaml", settings)
+    return config_file.load([ROOT / "configs" / "demo.yaml", *over], settings)

@@ -70,13 +70,10 @@ def test_dpo_tells_the_targets_from_the_rejected_responses_of_the_records(tmp_pa
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = small_run(
         tmp_path / "run",
+        ROOT / "configs" / "baselines" / "dpo.yaml",
         **{
             "data.sources": f"[{{path: {path}}}]",
-            "data.responses": "rejected",
             "data.holdout_prompts": 1,
-            "rounds": 1,
-            "objective.n_max": 1,
-            "objective.eta": 1,
             "train.learning_rate": 1e-4,
             "train.batch_triplets": 1,
             "packing.rows_per_batch": 1,
@@ -89,6 +86,8 @@ def test_dpo_tells_the_targets_from_the_rejected_responses_of_the_records(tmp_pa
     assert line["triplets"] == 8
     assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert steps[-1]["rewards/margins"] > 0.01
+    (sample,) = map(json.loads, (directory / "round_0000" / "samples.jsonl").read_text().splitlines())
+    assert "No." in sample["response"]
     kept = np.load(directory / "round_0000" / "generations.npz")
     template = dataset.make_template(hub.load_tokenizer(STORIES), run.data)
     assert kept["tokens"].tolist() == 8 * template.target_tokens("No.")
@@ -101,13 +100,10 @@ def test_dpo_tells_the_targets_from_the_rejected_responses_of_the_records(tmp_pa
 
 def test_spin_plays_two_rounds_of_responses_against_one_player(tmp_path):
     said = []
-    table = self_play.run(
-        small_run(tmp_path, **{"objective.n_max": 1, "objective.opponent_rounds": 2, "objective.eta": 1}), said.append
-    )
+    table = self_play.run(small_run(tmp_path, ROOT / "configs" / "baselines" / "spin.yaml"), said.append)
     assert [line["players"] for line in table] == [1, 1, 1]
     assert [line["triplets"] for line in table] == [12, 24, 24]
     assert "opponents" in "\n".join(said)
     assert "D_2, D_1" in "\n".join(said)
-    assert (ROOT / "configs" / "baselines" / "spin.yaml").exists()
     scored = [path.name for path in sorted(tmp_path.glob("round_0002/scores*"))]
     assert scored == ["scores_of_player_0002.npz"]

@@ -104,7 +104,8 @@ def test_a_baseline_differs_from_tpaw_in_the_lines_that_matter(name, changed):
     assert path.read_text().startswith("#")
     assert len(list(path.parent.glob("*.yaml"))) == 6
     ours, theirs = (
-        flat(config_file.to_dict(config_file.load(paths, ["policy.path=x"]))) for paths in (base, [base, path])
+        config_file.flat(config_file.to_dict(config_file.load(paths, ["policy.path=x"])))
+        for paths in (base, [base, path])
     )
     assert {key: theirs[key] for key in ours if theirs[key] != ours[key]} == changed
 

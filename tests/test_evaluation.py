@@ -117,10 +117,10 @@ def test_a_run_is_evaluated_each_round_and_its_ring_by_eval(stories_task, tmp_pa
     run = small_run(tmp_path / "run", **settings, **{"evaluation.each_round": True})
     said = []
     (line,) = self_play.run(run, said.append)
-    assert line["words before"] == 0.5
-    assert 0 <= line["words"] <= 1
+    assert line["eval/words before"] == 0.5
+    assert 0 <= line["eval/words"] <= 1
     assert sum(text.startswith("words: ") for text in said) == 2
-    for number, share in ((0, 0.5), (1, line["words"])):
+    for number, share in ((0, 0.5), (1, line["eval/words"])):
         assert cli.main(["eval", *arguments, "--checkpoint", str(tmp_path / "run"), "--round", str(number)]) == 0
         assert f"words: {share:.1%}" in capsys.readouterr().out
     assert cli.main(["eval", *arguments, "--checkpoint", str(tmp_path / "run"), "--round", "7"]) == 2

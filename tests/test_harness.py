@@ -51,7 +51,7 @@ def tasks(tmp_path_factory):
         "output_type": "generate_until",
         "doc_to_text": "{{question}}",
         "doc_to_target": "answer",
-        "generation_kwargs": {"until": [".", "\n"], "max_gen_toks": 24, "do_sample": False},
+        "generation_kwargs": {"until": [".", "\n"], "max_gen_toks": 24},
         "metric_list": [{"metric": "exact_match"}],
     }
     perplexity = {
@@ -135,6 +135,32 @@ def test_texts_longer_than_the_model_are_scored_in_windows(stories_tokenizer):
     ((mine, _),) = policy.loglikelihood([request(text, " and the")])
     ((other, _),) = model.loglikelihood([request(text, " and the")])
     assert mine == pytest.approx(other, abs=1e-3)
+
+
+CHAT = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def test_conversations_become_the_tokens_that_the_policy_was_trained_on():
+    run = config_file.load(
+        ROOT / "configs" / "demo.yaml",
+        settings(f"data.chat_template='{CHAT}'".replace("\n", "\\n"), "data.system_prompt=Be brief"),
+    )
+    mesh = sharding.make_mesh(run.mesh)
+    player = session.open_player(run, mesh)
+    policy = harness.PolicyLM(player, player.params, run, mesh)
+    history = [{"role": "user", "content": "The dog"}]
+    assert policy.tok_encode(policy.apply_chat_template(history)) == player.template.prompt_tokens(history)
+    assert policy.chat_template(True) == player.template.chat
+    request = type("Request", (), {"args": ("The dog", {"max_gen_toks": 600})})()
+    with pytest.raises(ValueError, match="a task asks for 600 new tokens, and the model has 512 positions"):
+        policy.generate_until([request])
+    plain = config_file.load(ROOT / "configs" / "demo.yaml", settings())
+    policy = harness.PolicyLM(session.open_player(plain, mesh), player.params, plain, mesh)
+    with pytest.raises(ValueError, match=r"data\.chat_template is 'none'"):
+        policy.apply_chat_template(history)
 
 
 def test_the_command_prints_lm_evals_table(tasks, tmp_path, capsys):

@@ -108,6 +108,29 @@ def test_the_page_has_every_part_and_asks_for_nothing(runs, tmp_path, capsys):
     assert figures._TEXT not in text
 
 
+def test_a_run_that_has_not_finished_a_round_may_stand_beside_others(runs, tmp_path):
+    begun = tmp_path / "begun"
+    shutil.copytree(runs / "three", begun)
+    for path in begun.glob("round_*/summary.json"):
+        path.unlink()
+    assert report.write([str(begun), str(runs / "one")], tmp_path / "report.html") >= 15
+    with pytest.raises(ValueError, match="no round is finished yet"):
+        report.write([str(begun)], tmp_path / "none.html")
+
+
+def test_rounds_keep_their_numbers_where_an_earlier_one_is_lost(runs, tmp_path):
+    lost = tmp_path / "lost"
+    shutil.copytree(runs / "one", lost)
+    (lost / "round_0000" / "summary.json").unlink()
+    run = report.read(str(lost))
+    assert list(run.samples) == list(run.seconds) == [1]
+    assert {step["round"] for step in run.steps} == {1}
+    margins = dict(report._of_rounds({"lost": [run]}))["rounds_margin"]
+    np.testing.assert_array_equal(margins.axes[0].lines[0].get_xdata(), [2])
+    lengths = dict(report._of_rounds({"lost": [run]}))["rounds_response_tokens"]
+    np.testing.assert_array_equal(lengths.axes[0].lines[0].get_xdata(), [1])
+
+
 def test_a_directory_without_a_run_is_told(tmp_path, capsys):
     (tmp_path / "none").mkdir()
     assert cli.main(["report", str(tmp_path / "none"), "--out", str(tmp_path / "r.html")]) == 2

@@ -53,7 +53,7 @@ def test_a_reproduction_plays_its_first_steps(name, tmp_path, monkeypatch):
     assert line["triplets"] == 8
     assert line["steps"] >= 1
     assert line["skipped"] == 0
-    assert ("gsm8k" in line) == bool(given.evaluation.tasks)
+    assert ("eval/gsm8k" in line) == bool(given.evaluation.tasks)
 
 
 def test_the_subset_is_of_first_exchanges_and_does_not_depend_on_its_size(tmp_path):

@@ -234,6 +234,8 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> None:
 
     os.environ.update({name: value for name, value in tpu.QUIET.items() if name not in os.environ})
     run = config_file.load(options.config, overrides)
+    if run.objective.loss == "sft" or run.data.responses == "rejected":
+        raise ValueError(f"{' '.join(options.config)}: rounds of self-play are planned, not supervised runs or DPO.")
     architecture = hub.load_architecture(options.architecture or run.policy.path)
     stages = tuple(options.stages.split(",")) if options.stages else planning.STAGES
     if unknown := [name for name in stages if name not in planning.STAGES]:

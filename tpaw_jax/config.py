@@ -205,6 +205,16 @@ class RunConfig:
     mesh: MeshConfig = section(MeshConfig)
     evaluation: EvaluationConfig = section(EvaluationConfig)
 
+    @property
+    def longest_response(self) -> int:
+        """Tokens that what targets are told apart from may have."""
+        return self.data.max_length if self.data.responses == "rejected" else self.sampling.max_new_tokens
+
+    @property
+    def longest_triplet(self) -> int:
+        """Tokens that a prompt, its target and one other response may have together."""
+        return self.data.max_length + self.longest_response
+
 
 def of_round(values: Sequence[float], round_number: int) -> float:
     """The value of a per-round list in a round; the last one repeats."""

@@ -146,9 +146,9 @@ def validate(config: RunConfig, where: str) -> None:
         (packing.scoring_batches >= 1, "packing.scoring_batches", "must be at least 1"),
         (packing.max_responses_per_row >= 2, "packing.max_responses_per_row", "must be at least 2"),
         (
-            packing.row_length >= data.max_length + sampling.max_new_tokens,
+            packing.row_length >= config.longest_triplet,
             "packing.row_length",
-            "must hold data.max_length + sampling.max_new_tokens tokens",
+            "must hold data.max_length + sampling.max_new_tokens tokens; of rejected responses, 2 data.max_length",
         ),
         (len(train.learning_rate) >= 1, "train.learning_rate", "needs at least one value"),
         (0 <= train.warmup_ratio < 1, "train.warmup_ratio", "must be at least 0 and below 1"),
@@ -159,11 +159,21 @@ def validate(config: RunConfig, where: str) -> None:
         (train.save_every_steps >= 1, "train.save_every_steps", "must be at least 1"),
         (train.save_every_minutes > 0, "train.save_every_minutes", "must be above 0"),
     ]
+    checks += [
+        (
+            not config.evaluation.each_round or bool(config.evaluation.tasks),
+            "evaluation.each_round",
+            "needs evaluation.tasks",
+        )
+    ]
     for task in config.evaluation.tasks:
         where_of = f"evaluation.tasks, '{task.name}'"
-        named = bool(task.name and task.path) and [t.name for t in config.evaluation.tasks].count(task.name) == 1
+        named = (
+            bool(re.fullmatch(r"[\w.-]+", task.name) and task.path)
+            and [t.name for t in config.evaluation.tasks].count(task.name) == 1
+        )
         checks += [
-            (named, "evaluation.tasks", "need a name of their own and a path each"),
+            (named, "evaluation.tasks", "need a name of their own, of letters, digits, _ . and -, and a path"),
             (task.max_new_tokens >= 1 and task.limit >= 0, where_of, "has a max_new_tokens or limit that is too small"),
             (
                 _compiles(task.answer) and _compiles(task.response),

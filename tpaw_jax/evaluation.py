@@ -9,10 +9,9 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
@@ -88,14 +87,20 @@ def load_task(config: TaskConfig, template: Template) -> Task:
     )
 
 
-def evaluate(sampler: Sampler, params: PyTree[Array], task: Task, template: Template, ends: Any = None) -> Result:
+def evaluate(
+    sampler: Sampler,
+    params: PyTree[Array],
+    task: Task,
+    template: Template,
+    ends: sampling.Ends | None = None,
+    progress: Callable[[int, int], None] = lambda requests, tokens: None,
+) -> Result:
     """Answer a task's problems and count the right ones. All processes call it alike, each answers its share.
 
     `sampler` is greedy and gives at least the task's `max_new_tokens`.
     """
     prompts, begun = task.prompts, time.perf_counter()
-    together = sampler.processes > 1
-    mine = np.arange(len(prompts)) if together else np.arange(jax.process_index(), len(prompts), jax.process_count())
+    mine, together = sampling.share_of_this_process(sampler, len(prompts))
     made = sampling.generate(
         sampler,
         params,
@@ -104,6 +109,7 @@ def evaluate(sampler: Sampler, params: PyTree[Array], task: Task, template: Temp
         round_number=0,
         limits=[task.config.max_new_tokens] * len(mine),
         ends=ends,
+        progress=progress,
     )
     tokens = (made if together else sampling.of_all_processes(made, mine, 0)).tokens
     seconds = time.perf_counter() - begun

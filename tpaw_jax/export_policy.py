@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from tpaw_jax import config, config_file, dataset, journal, models, ring, sharding
+from tpaw_jax import config, config_file, dataset, journal, models, ring, session, sharding
 from tpaw_jax.models import hub
 
 
@@ -33,8 +33,7 @@ def write(run: Path, round_number: int | None, out: Path) -> str:
     if template.chat is not None:
         template.tokenizer.chat_template = template.chat
     generation = hub.load_generation_config(policy.path)
-    stated = generation.get("eos_token_id") or []
-    stops = {template.end_of_turn, *(stated if isinstance(stated, list) else [stated])}
-    generation["eos_token_id"] = sorted(stops) if len(stops) > 1 else template.end_of_turn
+    stops = session.stop_tokens(template, generation)
+    generation["eos_token_id"] = stops if len(stops) > 1 else template.end_of_turn
     models.save_pretrained(out, architecture, params, template.tokenizer, generation)
     return f"The policy of round {wanted} is in {out}, a directory for transformers and vLLM."

@@ -40,7 +40,9 @@ class PolicyLM(TemplateLM):
         self.player, self.params, self.config = player, params, config
         self.tokenizer = player.template.tokenizer
         self.packing = settled_packing(config, mesh)
-        self.max_length = min(player.model.config.max_position_embeddings, self.packing.row_length)
+        self.positions = player.model.config.max_position_embeddings
+        fitting = self.packing.row_length - 2 * (self.packing.alignment - 1)  # a context and a continuation, aligned
+        self.max_length = min(self.positions, fitting)
         greedy_fn = logprobs.make_greedy_fn(player.model, config.policy.head_chunk)
         self._program = scoring.score_program(greedy_fn, mesh, tpu.options_of(mesh))
         self._rows = sharding.rows(mesh)
@@ -70,14 +72,28 @@ class PolicyLM(TemplateLM):
         return self.tokenizer.encode(string, **options)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text, by the template that the policy was trained with."""
-        return self.tokenizer.apply_chat_template(
+        """A conversation as text, by the template that the policy was trained with.
+
+        Raises:
+            ValueError: it was trained without one.
+        """
+        template = self.player.template
+        if template.chat is None:
+            raise ValueError("--chat-template: data.chat_template is 'none'; the policy was trained without one.")
+        if template.system_prompt and chat_history[0]["role"] != "system":
+            chat_history = [{"role": "system", "content": template.system_prompt}, *chat_history]
+        text = self.tokenizer.apply_chat_template(
             chat_history,
-            chat_template=self.player.template.chat,
+            chat_template=template.chat,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        return text + template.lead if add_generation_prompt else text
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """What lm-eval notes as the template."""
+        return self.player.template.chat if chat_template else None
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-prob of whole texts, nats, in windows of `max_length` tokens that do not overlap."""
@@ -133,12 +149,17 @@ class PolicyLM(TemplateLM):
     def _generate(self, contexts: Sequence[str], stated: Mapping[str, Any]) -> list[str]:
         settings = normalize_gen_kwargs(dict(stated), MOST_NEW_TOKENS)
         longest = settings["max_gen_toks"]
+        if longest >= self.positions:
+            raise ValueError(
+                f"--harness: a task asks for {longest} new tokens, and the model has {self.positions} positions for "
+                "them and the context together; evaluate a model with more, or a task that asks for fewer."
+            )
         decode = lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True)
         eos = self.tokenizer.decode(self.eot_token_id)
         until = [text for text in handle_stop_sequences(settings.get("until"), eos=eos) if text and text != eos]
-        tokens = tuple(np.asarray(self.tok_encode(c)[-(self.max_length - longest) :], np.int32) for c in contexts)
+        tokens = tuple(np.asarray(self.tok_encode(c)[-(self.positions - longest) :], np.int32) for c in contexts)
         prompts = Prompts(np.arange(len(tokens), dtype=np.int32), tokens, (np.zeros(1, np.int32),) * len(tokens))
-        temperature = float(settings["temperature"])
+        temperature = float(settings.get("temperature") or 0.0)
         sampler = self._sampler(longest, temperature, float(settings.get("top_p", 1.0)), int(settings.get("top_k", 0)))
         ends = sampling.stop_at(decode, until) if until else None
         made = sampling.generate(sampler, self.params, prompts, seed=self.config.seed, round_number=0, ends=ends)

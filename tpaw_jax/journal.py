@@ -18,7 +18,7 @@ import numpy as np
 
 from tpaw_jax import durable, pod
 
-STAGES = ("sampling", "scoring", "training", "policy", "summary")
+STAGES = ("sampling", "scoring", "training", "summary", "policy")
 """Of a round, in their order."""
 
 _VERSION = 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ class RunRecord:
     settings: config.RunConfig
     summaries: list[dict[str, Any]]  # one a finished round
     steps: list[dict[str, Any]]
-    samples: list[list[dict[str, str]]]  # of each round
-    seconds: list[dict[str, float]]  # by stage, of each round
+    samples: dict[int, list[dict[str, str]]]  # by round
+    seconds: dict[int, dict[str, float]]  # by round and stage
     lengths: dict[int, np.ndarray]  # of responses, tokens, by round
     margins: dict[int, np.ndarray]  # of theta_(t+1) against theta_t on the triplets of D_t, nats times lam, by round
 
@@ -56,8 +57,8 @@ def read(place: str) -> RunRecord:
     if not opened.config:
         raise FileNotFoundError(f"{directory}: no run is there (journal.json is missing).")
     settings = config_file.parse(config.RunConfig, opened.config, str(directory))
-    rounds = [triplets.round_directory(directory, t) for t in range(settings.rounds)]
-    rounds = [place for place in rounds if (place / "summary.json").exists()]
+    every = {t: triplets.round_directory(directory, t) for t in range(settings.rounds)}
+    rounds = {t: place for t, place in every.items() if (place / "summary.json").exists()}
     lengths = {}
     for file in opened.names("sampling"):
         lengths[opened.facts[file]["round"]] = durable.read_arrays(directory / file)["lengths"]
@@ -68,10 +69,10 @@ def read(place: str) -> RunRecord:
         name=name,
         config=config_file.flat(opened.config),
         settings=settings,
-        summaries=[whole(place / "summary.json") for place in rounds],
-        steps=[r for t in range(len(rounds)) for r in monitoring.read_metrics(directory, t) if "loss" in r],
-        samples=[lines(place / "samples.jsonl") for place in rounds],
-        seconds=[whole(place / "timings.json") for place in rounds],
+        summaries=[whole(place / "summary.json") for place in rounds.values()],
+        steps=[r for t in rounds for r in monitoring.read_metrics(directory, t) if "loss" in r],
+        samples={t: lines(place / "samples.jsonl") for t, place in rounds.items()},
+        seconds={t: whole(place / "timings.json") for t, place in rounds.items()},
         lengths=lengths,
         margins=_margins(opened, settings),
     )
@@ -120,8 +121,8 @@ def write(places: Sequence[str], out: Path, pictures: Path | None = None) -> int
     runs = [read(place) for place in places]
     if not any(run.summaries for run in runs):
         raise ValueError(f"{runs[0].directory}: no round is finished yet; there is nothing to report.")
-    named = groups(runs)
-    plots = [*_of_rounds(named), *_of_steps(named), *_of_first(runs[0])]
+    named, shown = groups(runs), next(run for run in runs if run.summaries)
+    plots = [*_of_rounds(named), *_of_steps(named), *_of_first(shown)]
     if pictures is not None:
         pictures.mkdir(parents=True, exist_ok=True)
         for name, figure in plots:
@@ -135,7 +136,7 @@ def write(places: Sequence[str], out: Path, pictures: Path | None = None) -> int
         '</div><h2>Curves</h2><div class="plots">',
         *(f"<figure>{figures.svg(figure)}</figure>" for _, figure in plots),
         "</div>",
-        *_samples(runs[0]),
+        *_samples(shown),
         "<h2>Configuration</h2>",
         *(_configuration(run) for run in runs),
     ]
@@ -143,12 +144,19 @@ def write(places: Sequence[str], out: Path, pictures: Path | None = None) -> int
     return len(plots)
 
 
+BEFORE = {"held-out after": "held-out before"}
+"""What a value of theta_(t+1) is called of theta_0; of tasks it is the name with ` before`."""
+
+OF_RESPONSES = ("response tokens", "echoes")
+"""Values of D_t, which theta_t has sampled."""
+
+
 def _of_rounds(named: dict[str, list[RunRecord]]) -> list[tuple[str, Any]]:
-    """Plots over rounds: what is in the summaries of every group."""
+    """Plots over rounds trained: what is in the summaries of every group."""
     tasks = sorted({t.name for group in named.values() for t in group[0].settings.evaluation.tasks})
     wanted = [
         ("held-out after", "Held-out targets", "nats a token"),
-        *((task, f"{task}: exact match", "share right") for task in tasks),
+        *((f"eval/{task}", f"{task}: exact match", "share right") for task in tasks),
         ("margin", "Margin, last epoch", "nats times lam"),
         ("chosen", "Target reward, last epoch", "nats times lam"),
         ("rejected", "Reward of responses, last epoch", "nats times lam"),
@@ -160,21 +168,18 @@ def _of_rounds(named: dict[str, list[RunRecord]]) -> list[tuple[str, Any]]:
     for key, title, unit in wanted:
         series = []
         for name, group in named.items():
-            first = {"held-out after": "held-out before"}.get(key, f"{key} before")
-            rows = [
-                [_number(run.summaries[0].get(first)), *(_number(s.get(key)) for s in run.summaries)] for run in group
-            ]
-            most = max(map(len, rows))
-            values = np.array([row + [np.nan] * (most - len(row)) for row in rows])
-            if not np.isnan(values).all():
-                series.append(Series(name, range(most), values))
+            rows = np.full((len(group), max(run.settings.rounds for run in group) + 1), np.nan)
+            for row, run in zip(rows, group, strict=True):
+                for summary in run.summaries:
+                    trained = summary["round"] + (key not in OF_RESPONSES)
+                    row[trained] = _number(summary.get(key))
+                    if trained == 1:
+                        row[0] = _number(summary.get(BEFORE.get(key, f"{key} before")))
+            if not np.isnan(rows).all():
+                series.append(Series(name, range(rows.shape[1]), rows))
         if series:
-            plots.append(
-                (
-                    f"rounds_{key.replace(' ', '_').replace('=', '_')}",
-                    figures.lines(title, "rounds trained", unit, series, True),
-                )
-            )
+            file = re.sub(r"\W+", "_", f"rounds_{key}")
+            plots.append((file, figures.lines(title, "rounds trained", unit, series, True)))
     return plots
 
 
@@ -225,7 +230,7 @@ def _of_first(run: RunRecord) -> list[tuple[str, Any]]:
     if run.lengths:
         of = {f"D_{t}": values for t, values in run.lengths.items()}
         plots.append(("lengths", figures.histograms("Lengths of responses", "tokens", of)))
-    timed = [(t, seconds) for t, seconds in enumerate(run.seconds) if seconds]
+    timed = [(t, seconds) for t, seconds in run.seconds.items() if seconds]
     if timed:
         parts = {s: [seconds.get(s, 0.0) for _, seconds in timed] for s in STAGES if any(s in of for _, of in timed)}
         plots.append(
@@ -251,14 +256,14 @@ def _table(name: str, run: RunRecord, unfolded: bool) -> str:
 
 def _samples(run: RunRecord) -> list[str]:
     """Prompts with their target and the answers of all rounds side by side."""
-    count = min((len(of_round) for of_round in run.samples), default=0)
+    count = min(map(len, run.samples.values()), default=0)
     if not count:
         return []
     card = lambda title, text: f"<div><h4>{html.escape(title)}</h4><p>{html.escape(text)}</p></div>"
     found = [f"<h2>Answers</h2><p>Of {html.escape(run.directory.name)}.</p>"]
     for i in range(count):
-        first = run.samples[0][i]
-        answers = [card(f"theta_{t}", of_round[i]["response"]) for t, of_round in enumerate(run.samples)]
+        first = next(iter(run.samples.values()))[i]
+        answers = [card(f"theta_{t}", of_round[i]["response"]) for t, of_round in run.samples.items()]
         found.append(
             f'<section class="sample"><p class="prompt">{html.escape(first["prompt"])}</p><div class="answers">'
             f"{card('target', first['target'])}{''.join(answers)}</div></section>"

@@ -44,7 +44,7 @@ def finish_round(
         f"padded pairs with {len(players)} live references compute {in_pairs / computed:.1f} x as much."
     )
     mean, last = last_epoch(session, t)
-    lengths, longest = [len(g) for g in store.generations[t].tokens], session.config.sampling.max_new_tokens
+    lengths, longest = [len(g) for g in store.generations[t].tokens], session.config.longest_response
     summary = {
         "round": t,
         "players": len(players),
@@ -98,10 +98,13 @@ def evaluated(session: Session, policy: PyTree[Array], watch: monitoring.Stopwat
     if session.evaluator is None:
         return {}
     with watch.time("evaluation"):
-        results = session.evaluator.results(session, policy)
+        kept = "what the round has trained is kept"
+        results = session.evaluator.results(
+            session, policy, lambda requests, tokens: session.notice.check(f"Evaluation stopped; {kept}")
+        )
     for result in results:
         session.say(str(result))
-    return {f"{result.name}{when}": result.accuracy for result in results}
+    return {f"eval/{result.name}{when}": result.accuracy for result in results}
 
 
 def _sampler_gap(store: triplets.Store, t: int) -> dict[str, float | None]:

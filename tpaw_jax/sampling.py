@@ -32,6 +32,7 @@ __all__ = [
     "generate",
     "make_sampler",
     "of_all_processes",
+    "share_of_this_process",
     "stop_at",
 ]
 
@@ -109,6 +110,13 @@ def stop_at(decode: Callable[[np.ndarray], str], strings: Sequence[str]) -> Ends
         return next((n for n in counts if any(s in decode(tokens[:n]) for s in strings)), None)
 
     return ends
+
+
+def share_of_this_process(sampler: Sampler, prompts: int) -> tuple[np.ndarray, bool]:
+    """The prompts that this process answers, and whether all processes answer all of them together."""
+    if sampler.processes > 1:
+        return np.arange(prompts), True
+    return np.arange(jax.process_index(), prompts, jax.process_count()), False
 
 
 def of_all_processes(made: Generations, mine: np.ndarray, t: int) -> Generations:

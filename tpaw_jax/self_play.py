@@ -122,6 +122,7 @@ def _rounds(
         if config.data.responses == "rejected" and t not in store.generations:
             unknown = tuple(np.full(len(tokens), np.nan, np.float32) for tokens in session.prompts.rejected_tokens)
             store = triplets.append(store, Generations(t, session.prompts.rejected_tokens, unknown))
+            reporting.save_texts(session, store, t)
         store = sample(session, store, policy, t, watch)
         if t + 1 in kept.policies:  # only its responses were lost
             ring.settle(kept)
@@ -157,11 +158,10 @@ def sample(
 ) -> triplets.Store:
     """The store with D_t, sampled unless it is there."""
     if t in store.generations:
-        session.say(f"Round {t}: the {len(session.prompts)} responses are there, sampled before.")
+        session.say(f"Round {t}: the {len(session.prompts)} responses are there.")
         return store
     directory, prompts = triplets.round_directory(session.directory, t), session.prompts
-    together = session.sampler.processes > 1  # each process then samples all prompts with the others, else its own
-    mine = np.arange(len(prompts)) if together else np.arange(jax.process_index(), len(prompts), jax.process_count())
+    mine, together = sampling.share_of_this_process(session.sampler, len(prompts))
     with watch.time("sampling"), monitoring.progress(f"round {t} sampling", len(mine), "response") as bar:
         tokens = 0
 

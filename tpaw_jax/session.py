@@ -36,7 +36,7 @@ from tpaw_jax import (
     train_step,
 )
 from tpaw_jax.config import PackingConfig, RunConfig, SamplingConfig, TaskConfig
-from tpaw_jax.config_file import flat, to_dict
+from tpaw_jax.config_file import flat, parse, to_dict
 from tpaw_jax.journal import Journal
 from tpaw_jax.logprobs import LogProbFn, make_log_prob_fn
 from tpaw_jax.models import hub, splash_attention
@@ -54,9 +54,15 @@ class Evaluator(NamedTuple):
     tasks: list[evaluation.Task]
     sampler: slots.Sampler
 
-    def results(self, player: Player | Session, params: PyTree[Array]) -> list[evaluation.Result]:
-        """How a policy does on each task."""
-        return [evaluation.evaluate(self.sampler, params, task, player.template, player.ends) for task in self.tasks]
+    def results(
+        self,
+        player: Player | Session,
+        params: PyTree[Array],
+        progress: Callable[[int, int], None] = lambda requests, tokens: None,
+    ) -> list[evaluation.Result]:
+        """How a policy does on each task; `progress` as in `sampling.generate`."""
+        answer = lambda task: evaluation.evaluate(self.sampler, params, task, player.template, player.ends, progress)
+        return [answer(task) for task in self.tasks]
 
 
 class Player(NamedTuple):
@@ -169,13 +175,18 @@ def open_player(config: RunConfig, mesh: Mesh) -> Player:
     whole = models.Transformer(architecture, jnp.dtype(c.compute_dtype), dtype, remat, attention)
     model = split(whole, params, mesh, config.train.reduce_dtype)
     decodes_on = sharding.sampling_mesh(config.sampling.tensor)
-    stated = hub.load_generation_config(c.path).get("eos_token_id") or []
-    stops = {template.end_of_turn, *(stated if isinstance(stated, list) else [stated])}
+    stops = stop_tokens(template, hub.load_generation_config(c.path))
     decoder = sampling.decoder_of(split(whole, params, decodes_on, key="sampling.tensor"), config.sampling.cache_dtype)
-    sampler_with = lambda settings: sampling.make_sampler(decoder, settings, sorted(stops), decodes_on)
+    sampler_with = lambda settings: sampling.make_sampler(decoder, settings, stops, decodes_on)
     strings = config.sampling.stop_strings
     ends = sampling.stop_at(template.tokenizer.decode, strings) if strings else None
     return Player(model, params, template, sampler_with(config.sampling), ends, sampler_with)
+
+
+def stop_tokens(template: dataset.Template, generation: Mapping[str, Any]) -> list[int]:
+    """What ends a response: the template's end of turn, and what the model's generation_config.json states."""
+    stated = generation.get("eos_token_id") or []
+    return sorted({template.end_of_turn, *(stated if isinstance(stated, list) else [stated])})
 
 
 def make_evaluator(config: RunConfig, player: Player, tasks: Sequence[TaskConfig]) -> Evaluator:
@@ -213,8 +224,7 @@ def _programs(
 
 def most_micro_batches(config: RunConfig) -> int:
     """Micro-batches that a step has room for, whatever the rounds bring."""
-    longest = config.data.max_length + config.sampling.max_new_tokens
-    return packing.most_micro_batches(config.train.batch_triplets, longest, config.packing)
+    return packing.most_micro_batches(config.train.batch_triplets, config.longest_triplet, config.packing)
 
 
 def _settled(config: RunConfig, stored: dict[str, Any], mesh: Mesh) -> RunConfig:
@@ -260,9 +270,11 @@ def _check_unchanged(opened: Journal, config: RunConfig) -> None:
     """
     if not opened.config:
         return
-    old, new = flat(opened.config), flat(to_dict(config))
+    before = parse(RunConfig, opened.config, str(opened.directory / "journal.json"))  # with defaults of newer keys
+    old, new = flat(to_dict(before)), flat(to_dict(config))
     free = {"directory", "rounds", "sample_texts", "tensorboard", "train.save_every_steps"}
     free |= {"evaluation.each_round", "evaluation.tasks", "train.save_every_minutes", "train.max_skipped_in_a_row"}
+    free |= {"train.validate_each_epoch"}
     free |= {"sampling.slots", "sampling.prefill_tokens", "sampling.tensor"}  # which change no token
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in free]
     if changed:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from tpaw_jax import cost, health, journal, monitoring, packing, pod, reporting, ring, training, triplets
+from tpaw_jax import cost, durable, health, journal, monitoring, packing, pod, reporting, ring, training, triplets
 from tpaw_jax.health import Diverged
 from tpaw_jax.session import Session
 from tpaw_jax.types import TARGET, Prompts, TeamScores
@@ -37,6 +37,7 @@ def train(session: Session, policy: PyTree[Array], strict: bool) -> list[dict[st
         session.profiler.stop()
         trained["evaluated"] = before | reporting.evaluated(session, policy, watch)
         wrong = _finish(session, rows, trained, watch)
+        durable.write_json(triplets.round_directory(session.directory, 0) / "timings.json", watch.report())
         ring.push(session.ring, policy, 1)
         if strict and wrong:
             raise Diverged(f"{' '.join(wrong)} The run is strict and stops here; theta_1 is in the ring.")

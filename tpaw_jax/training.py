@@ -88,8 +88,7 @@ def train(
             bar.set_postfix_str(record.speed, refresh=False)
             told = session.notice.told_at(STEPS_OF_A_ROUND * t + step)
             if c.train.validate_each_epoch and (step + 1) % an_epoch == 0 and step + 1 < len(plan):
-                record.flush()
-                log.write(round=t, step=step, **{"held-out": held_out_log_prob(session, state.params)})
+                record.validate(step, state.params)
             if told or (saves.due(step) and step + 1 < len(plan)):
                 record.flush()
                 ring.save_training(session.ring, state, t, step + 1)
@@ -97,6 +96,8 @@ def train(
                 where = f"Round {t}: training stopped after step {step + 1} of {len(plan)}"
                 raise Preempted(f"{where}; the same command goes on there.")
         record.flush()
+    if session.evaluator is not None:  # it takes a while, and a kill would cost the steps since the last save
+        ring.save_training(session.ring, state, t, len(plan))
     with watch.time("held-out"):
         after = held_out_log_prob(session, state.params)
     own = (len(plan) - first) / len(plan)  # share of the round that this process has trained
@@ -191,6 +192,12 @@ class StepRecorder:
         if self.pending is not None:
             pending, self.pending = self.pending, None
             self._log(*pending)
+
+    def validate(self, step: int, policy: PyTree[Array]) -> None:
+        """Log the held-out targets' log-prob after a step; the next step's speed does not count it."""
+        self.flush()
+        self.log.write(round=self.round, step=step, **{"held-out": held_out_log_prob(self.session, policy)})
+        self.last = time.perf_counter()
 
     def _log(self, step: int, inputs: StepInputs, metrics: dict[str, Array], waited: float) -> None:
         record = monitoring.step_record(jax.device_get(metrics), self.players)

@@ -16,8 +16,8 @@ from typing import Any
 import scipy.stats
 
 COLUMNS = {  # of a run's line of a round: what it is called here
-    "test": "test accuracy",
-    "validation": "validation accuracy",
+    "eval/test": "test accuracy",
+    "eval/validation": "validation accuracy",
     "chosen": "target reward",
     "rejected": "reward of responses",
     "margin": "margin",
@@ -27,6 +27,9 @@ COLUMNS = {  # of a run's line of a round: what it is called here
     "response tokens": "response tokens",
     "echoes": "responses equal to target",
 }
+
+Arms = dict[str, dict[int, list[dict[str, Any]]]]
+"""The lines of an arm's runs, by arm and seed."""
 
 
 def main() -> None:
@@ -40,7 +43,8 @@ def main() -> None:
         writer = csv.DictWriter(file, ["arm", "seed", "rate", "round", *COLUMNS.values()])
         writer.writeheader()
         writer.writerows(lines)
-    parts = [search(options.directory), table(lines), differences(lines), by_round(lines), hours(options.directory)]
+    of = chosen(lines, options.directory)
+    parts = [search(options.directory), table(of), differences(of), by_round(of), hours(options.directory)]
     (options.out / "study.md").write_text("\n".join(parts))
     print("\n".join(parts))
 
@@ -60,19 +64,25 @@ def rounds(directory: Path) -> list[dict[str, Any]]:
             line["beta_entropy"] = statistics.mean(entropy) if entropy else None
             which = {"arm": arm, "seed": int(seed), "rate": rate}
             if line["round"] == 0:
-                before = {"test": line["test before"], "validation": line["validation before"]}
+                before = {name: line[f"{name} before"] for name in ("eval/test", "eval/validation")}
                 found.append({**which, "round": -1, **_renamed(before | {"held-out after": line["held-out before"]})})
             found.append({**which, "round": line["round"], **_renamed(line)})
     return found
 
 
-def chosen(lines: list[dict[str, Any]]) -> dict[str, dict[int, list[dict[str, Any]]]]:
-    """By arm and seed, the rounds of the runs at the rate that all seeds have; the search's others are left out."""
-    by_arm: dict[str, dict[str, dict[int, list[dict[str, Any]]]]] = defaultdict(lambda: defaultdict(dict))
+def chosen(lines: list[dict[str, Any]], directory: Path) -> Arms:
+    """By arm and seed, the rounds of the runs at the rate that the search has chosen: an arm's own, or TPAW's."""
+    found: Arms = defaultdict(dict)
     for line in lines:
-        if line["arm"] != "sft":
-            by_arm[line["arm"]][line["rate"]].setdefault(line["seed"], []).append(line)
-    return {arm: max(of_rate.values(), key=len) for arm, of_rate in by_arm.items()}
+        searched = directory / f"search_{line['arm']}.json"
+        searched = searched if searched.exists() else directory / "search_tpaw.json"
+        if (
+            line["arm"] != "sft"
+            and searched.exists()
+            and float(line["rate"]) == json.loads(searched.read_text())["chosen"]
+        ):
+            found[line["arm"]].setdefault(line["seed"], []).append(line)
+    return found
 
 
 def search(directory: Path) -> str:
@@ -88,22 +98,22 @@ def search(directory: Path) -> str:
     return _markdown(head, rows) if rows else ""
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def table(of: Arms) -> str:
     """Every arm after its last round: means over seeds with intervals."""
     names = ["test accuracy", "held-out log-prob", "target reward", "margin", "share of alpha = eta", "beta entropy"]
     names += ["response tokens", "responses equal to target"]
     rows = []
-    for arm, seeds in chosen(lines).items():
+    for arm, seeds in of.items():
         last = [of_seed[-1] for of_seed in seeds.values()]
         rows.append([arm, str(len(last)), *(_interval([one.get(name) for one in last]) for name in names)])
-    start = [of_seed[0] for of_seed in chosen(lines).get("tpaw", {}).values()]
+    start = [of_seed[0] for of_seed in of.get("tpaw", {}).values()]
     rows.insert(0, ["theta_0", str(len(start)), _interval([one["test accuracy"] for one in start])])
     return _markdown(["arm, after the last round", "seeds", *names], rows)
 
 
-def differences(lines: list[dict[str, Any]]) -> str:
+def differences(of: Arms) -> str:
     """TPAW's test accuracy less each other arm's, paired by seed, and the p-value of a paired t-test."""
-    of, rows = chosen(lines), []
+    rows = []
     for arm, seeds in of.items():
         both = sorted(set(seeds) & set(of.get("tpaw", {})))
         if arm == "tpaw" or len(both) < 2:
@@ -115,10 +125,10 @@ def differences(lines: list[dict[str, Any]]) -> str:
     return _markdown(["TPAW less", "seeds", "test accuracy", "p"], rows)
 
 
-def by_round(lines: list[dict[str, Any]]) -> str:
+def by_round(of: Arms) -> str:
     """Test accuracy and target reward of the arms round by round, means over seeds."""
     rows = []
-    for arm, seeds in chosen(lines).items():
+    for arm, seeds in of.items():
         for name in ("test accuracy", "target reward"):
             every = sorted({line["round"] for of_seed in seeds.values() for line in of_seed})
             values = [

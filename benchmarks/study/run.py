@@ -74,12 +74,12 @@ class Study:
             (place / "done").touch()
         return [json.loads(line.read_text()) for line in lines]
 
-    def tpaw(self, command: str, settings: dict[str, Any], *words: str) -> str:
-        """What a command prints."""
+    def tpaw(self, command: str, settings: dict[str, Any]) -> None:
+        """Run a command over the study's base."""
         overrides = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
         cache = {"JAX_COMPILATION_CACHE_DIR": str(self.directory / "cache"), "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(
-            [sys.executable, "-m", "tpaw_jax.cli", command, "--config", str(HERE / "base.yaml"), *words, *overrides],
+            [sys.executable, "-m", "tpaw_jax.cli", command, "--config", str(HERE / "base.yaml"), *overrides],
             cwd=ROOT,
             env=os.environ | cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"},
             capture_output=True,
@@ -88,7 +88,6 @@ class Study:
         )
         if done.returncode:
             raise SystemExit(f"tpaw {command} {settings}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
-        return done.stdout
 
     def note(self, what: str, seconds: float) -> None:
         """Keep how long something took."""
@@ -124,9 +123,9 @@ class Study:
                     "rounds": 1,
                 }
                 (line,) = self.run(Arm(f"sft/seed_{seed}_epochs_{epochs}", "sft", settings))
-                if line["validation"] >= BAND[0]:
+                if line["eval/validation"] >= BAND[0]:
                     break
-            if not BAND[0] <= line["validation"] <= BAND[1]:
+            if not BAND[0] <= line["eval/validation"] <= BAND[1]:
                 raise SystemExit(f"Seed {seed}: no number of epochs of {EPOCHS} ends between {BAND}.")
             chosen.write_text(json.dumps({"epochs": epochs, **line}))
         epochs = json.loads(chosen.read_text())["epochs"]
@@ -154,7 +153,7 @@ class Study:
 
     def rate_of(self, name: str, changes: dict[str, Any]) -> float:
         """The learning rate with the best validation accuracy after the last round, of the first seed."""
-        found = {rate: self.arm(name, 0, rate, changes)[-1]["validation"] for rate in RATES}
+        found = {rate: self.arm(name, 0, rate, changes)[-1]["eval/validation"] for rate in RATES}
         best = max(found, key=lambda rate: found[rate])
         (self.directory / f"search_{name}.json").write_text(json.dumps({"validation": found, "chosen": best}))
         return best
@@ -166,7 +165,7 @@ def main() -> None:
     parser.add_argument("--budget-hours", type=float, default=2.0)
     options = parser.parse_args()
     directory = options.directory.absolute()
-    if not (directory / "train.jsonl").exists():
+    if not (directory / f"model_{SEEDS - 1}" / "config.json").exists():  # the last that it writes
         subprocess.run([sys.executable, str(HERE / "prepare.py"), str(directory)], check=True)
     study = Study(directory, 3600 * options.budget_hours)
     study.theta_0(0)
