@@ -80,8 +80,7 @@ def problems(options: argparse.Namespace, run: Any, player: session.Player, plac
             eos_token_id=end,
             pad_token_id=end,
         )
-        for row in made[:, width:].tolist():
-            theirs.append(row[: row.index(end) + 1] if end in row else row)
+        theirs += [row[: row.index(end) + 1] if end in row else row for row in made[:, width:].tolist()]
     seconds = time.perf_counter() - begun
     decode = lambda ids: player.template.tokenizer.decode(ids, skip_special_tokens=True)
     right = [
