@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 from conftest import ROOT, STORIES, small_run
 
-from tpaw_jax import cli, dataset, evaluation, self_play
+from tpaw_jax import cli, dataset, evaluation, preemption, self_play
 from tpaw_jax.config import DataConfig, EvaluationConfig, TaskConfig
 from tpaw_jax.models import hub
 
@@ -125,3 +125,22 @@ def test_a_run_is_evaluated_each_round_and_its_ring_by_eval(stories_task, tmp_pa
         assert f"words: {share:.1%}" in capsys.readouterr().out
     assert cli.main(["eval", *arguments, "--checkpoint", str(tmp_path / "run"), "--round", "7"]) == 2
     assert "the policy of round 7 is not in the ring; it holds [0, 1]" in capsys.readouterr().err
+
+
+def test_a_run_that_is_stopped_while_it_is_evaluated_has_its_training(stories_task, tmp_path, monkeypatch):
+    settings, *_ = stories_task
+    run = lambda name: small_run(tmp_path / name, **settings, **{"evaluation.each_round": True})
+    whole = self_play.run(run("whole"), lambda _: None)
+    notice, said = preemption.Notice(), []
+
+    def check(what):
+        if what.startswith("Evaluation") and (tmp_path / "stopped" / "metrics.jsonl").exists():
+            raise preemption.Preempted(what)
+
+    monkeypatch.setattr(notice, "check", check)
+    with pytest.raises(preemption.Preempted, match="what the round has trained is kept"):
+        self_play.run(run("stopped"), lambda _: None, notice=notice)
+    ended = self_play.run(run("stopped"), said.append)
+    assert f"training goes on after step {whole[0]['steps']}." in "\n".join(said)
+    for key in ("loss", "margin", "held-out after", "eval/words", "eval/words before"):
+        assert ended[0][key] == whole[0][key]
