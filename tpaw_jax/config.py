@@ -42,9 +42,9 @@ class SourceConfig:
     """One data source of a mix."""
 
     path: str = knob("", "a .jsonl, .json or .parquet file, a datasets directory, or a hub id")
-    subset: str = knob("", "the configuration of a hub dataset that has several, as `main` of GSM8K")
     split: str = knob("train", "the split of a hub dataset or of a saved dataset dict")
     weight: float = knob(1.0, "share of the source's records taken; above 1 repeats them", "zephyr's dataset_mixer")
+    subset: str = knob("", "the configuration of a hub dataset that has several, as `main` of GSM8K")
 
 
 @dataclasses.dataclass(frozen=True)

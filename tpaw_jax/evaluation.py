@@ -63,7 +63,7 @@ def load_task(config: TaskConfig, template: Template) -> Task:
     Raises:
         ValueError: a record is malformed, or its target holds no answer; names file, line and field.
     """
-    source = SourceConfig(config.path, config.subset, config.split)
+    source = SourceConfig(config.path, config.split, subset=config.subset)
     prompts, targets = [], []
     answers: list[str] = []
     for where, raw in dataset.read_source(source):
