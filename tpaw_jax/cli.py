@@ -86,7 +86,8 @@ def _train(options: argparse.Namespace, run: Any, given: str | None) -> None:
         seconds = [s for n, s in compiled if n == name]
         print(f"  {len(seconds)} x {name}, {sum(seconds):.1f} s")
     where = Path(run.directory)
-    print(f"The run is in {where}: metrics.jsonl, round_*/samples.jsonl, round_*/summary.json, ring/policies.")
+    texts = "" if run.objective.loss == "sft" else "round_*/samples.jsonl, "
+    print(f"The run is in {where}: metrics.jsonl, {texts}round_*/summary.json, ring/policies.")
     if options.export:
         from tpaw_jax import export_policy
 
