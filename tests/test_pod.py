@@ -62,7 +62,7 @@ def assert_same_run(found, expected, rounds):
         for a, b in zip(tokens(found, t), tokens(expected, t), strict=True):
             np.testing.assert_array_equal(a, b)
     for a, b in zip(map(flat, (policy(found, rounds),)), map(flat, (policy(expected, rounds),)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
 def flat(tree):
