@@ -274,11 +274,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = functools.partial(_command, commands)
     _training_commands(command)
-    configuration = _CONFIGURATION
     command(
         evaluate,
         "eval",
-        config=configuration,
+        config=_CONFIGURATION,
         checkpoint=(False, "a run directory, a model or a .gguf file; by default the configuration's policy.path", str),
         round=(False, "of a run directory: the round that the policy starts; the newest by default", int),
         tasks=(False, "names of evaluation.tasks with commas between; by default all", str),
@@ -295,10 +294,10 @@ def _parser() -> argparse.ArgumentParser:
         out=(True, "the HTML file to write", str),
         png=(False, "also write every plot as a picture to this directory", str),
     )
-    command(prompts, config=configuration, out=(True, "the JSONL file to write", str))
+    command(prompts, config=_CONFIGURATION, out=(True, "the JSONL file to write", str))
     command(
         generate,
-        config=configuration,
+        config=_CONFIGURATION,
         model=(False, "a model other than the configuration's policy.path", str),
         round=(False, "the round whose random stream is used; 0 by default", int),
         num_generations=(False, "responses to each prompt; 1 by default", int),
@@ -312,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command(
         plan,
-        config=configuration,
+        config=_CONFIGURATION,
         topology=(True, "v5e:16x16, '2 x v5e:16x16' for two slices; several with commas between", str),
         slices=(False, "slices of each topology; 1 by default", int),
         architecture=(False, "where config.json is, if not at the configuration's policy.path; no weights", str),
