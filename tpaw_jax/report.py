@@ -10,7 +10,7 @@ import dataclasses
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,23 +164,17 @@ def _of_rounds(named: dict[str, list[RunRecord]]) -> list[tuple[str, Any]]:
         ("response tokens", "Mean response", "tokens"),
         ("echoes", "Responses equal to their target", "responses"),
     ]
-    plots = []
-    for key, title, unit in wanted:
-        series = []
-        for name, group in named.items():
-            rows = np.full((len(group), max(run.settings.rounds for run in group) + 1), np.nan)
-            for row, run in zip(rows, group, strict=True):
-                for summary in run.summaries:
-                    trained = summary["round"] + (key not in OF_RESPONSES)
-                    row[trained] = _number(summary.get(key))
-                    if trained == 1:
-                        row[0] = _number(summary.get(BEFORE.get(key, f"{key} before")))
-            if not np.isnan(rows).all():
-                series.append(Series(name, range(rows.shape[1]), rows))
-        if series:
-            file = re.sub(r"\W+", "_", f"rounds_{key}")
-            plots.append((file, figures.lines(title, "rounds trained", unit, series, True)))
-    return plots
+
+    def values(run: RunRecord, key: str) -> list[float]:
+        row = [np.nan] * (run.settings.rounds + 1)
+        for summary in run.summaries:
+            trained = summary["round"] + (key not in OF_RESPONSES)
+            row[trained] = _number(summary.get(key))
+            if trained == 1:
+                row[0] = _number(summary.get(BEFORE.get(key, f"{key} before")))
+        return row
+
+    return _plots("rounds", wanted, named, values, "rounds trained", True)
 
 
 def _of_steps(named: dict[str, list[RunRecord]]) -> list[tuple[str, Any]]:
@@ -192,17 +186,31 @@ def _of_steps(named: dict[str, list[RunRecord]]) -> list[tuple[str, Any]]:
         ("logps/chosen", "Log-prob of targets", "nats"),
         ("grad_norm", "Gradient norm", ""),
     ]
+    values = lambda run, key: [_number(step.get(key)) for step in run.steps]
+    return _plots("steps", wanted, named, values, "steps", False)
+
+
+def _plots(
+    kind: str,
+    wanted: Sequence[tuple[str, str, str]],
+    named: dict[str, list[RunRecord]],
+    values: Callable[[RunRecord, str], list[float]],
+    xlabel: str,
+    marks: bool,
+) -> list[tuple[str, Any]]:
+    """A plot of each (key, title, unit) that any run has `values` of, a line with a band for each group."""
     plots = []
     for key, title, unit in wanted:
         series = []
         for name, group in named.items():
-            rows = [[_number(step.get(key)) for step in run.steps] for run in group]
+            rows = [values(run, key) for run in group]
             most = max(map(len, rows))
-            values = np.array([row + [np.nan] * (most - len(row)) for row in rows])
-            if most and not np.isnan(values).all():
-                series.append(Series(name, range(most), values))
+            together = np.array([row + [np.nan] * (most - len(row)) for row in rows])
+            if not np.isnan(together).all():  # as it is of no values at all
+                series.append(Series(name, range(most), together))
         if series:
-            plots.append((f"steps_{key.replace('/', '_')}", figures.lines(title, "steps", unit, series)))
+            file = re.sub(r"\W+", "_", f"{kind}_{key}")
+            plots.append((file, figures.lines(title, xlabel, unit, series, marks)))
     return plots
 
 
