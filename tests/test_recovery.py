@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import small_run
 
-from tpaw_jax import durable, journal, preemption, recovery, ring, self_play, session, sharding
+from tpaw_jax import config_file, durable, journal, preemption, recovery, ring, self_play, session, sharding
 from tpaw_jax.config import ObjectiveConfig
 
 
@@ -140,6 +140,28 @@ def test_what_cannot_be_made_as_it_was_takes_what_followed_with_it(runs, tmp_pat
     assert "made again it is not what it was" in text
     assert "ring/policies/00003" in text
     assert_same(directory, runs[1])
+
+
+def test_a_policy_that_comes_out_otherwise_leaves_its_rounds_line_of_the_table(tmp_path):
+    """The line is written before the policy, and is of its training; what comes after the policy goes."""
+    opened = journal.open_journal(tmp_path)
+    journal.write(opened, "round_0000/summary.json", "summary", 0, b"{}")
+    journal.write(opened, "round_0001/generations.npz", "sampling", 1, b"responses", "same")
+    facts = {"round": 0, "stage": "policy", "bytes": 0, "files": 0, "same": "as it was"}
+    journal.record(opened, "ring/policies/00001", facts | {"lost": True})
+    later = journal.record(opened, "ring/policies/00001", facts | {"same": "otherwise"})
+    assert later == ["round_0001/generations.npz"]
+    assert opened.whole("round_0000/summary.json")
+    assert not (tmp_path / "round_0001" / "generations.npz").exists()
+
+
+def test_a_run_goes_on_where_its_configuration_lacks_newer_keys(tmp_path):
+    run, opened = small_run(tmp_path), journal.Journal(tmp_path)
+    opened.config = config_file.to_dict(run)
+    del opened.config["evaluation"], opened.config["objective"]["loss"], opened.config["data"]["responses"]
+    session._check_unchanged(opened, run)
+    with pytest.raises(ValueError, match=r"objective\.eta was 6\.0, is 1\.0"):
+        session._check_unchanged(opened, small_run(tmp_path, **{"objective.eta": 1}))
 
 
 class Killed(BaseException):

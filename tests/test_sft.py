@@ -10,7 +10,20 @@ import transformers
 import yaml
 from conftest import ROOT, STORIES, small_run
 
-from tpaw_jax import cli, config_file, dataset, journal, packing, preemption, ring, self_play, session, sft, sharding
+from tpaw_jax import (
+    cli,
+    config_file,
+    dataset,
+    journal,
+    packing,
+    preemption,
+    report,
+    ring,
+    self_play,
+    session,
+    sft,
+    sharding,
+)
 from tpaw_jax.config import PackingConfig
 
 SETTINGS = {"objective.loss": "sft", "rounds": 1, "train.optimizer": "adamw", "train.epochs": 2}
@@ -83,6 +96,15 @@ def test_a_supervised_run_learns_its_targets_and_says_so(trained):
     again, said = run(directory, **{"train.validate_each_epoch": True, "train.learning_rate": 1e-3})
     assert again == [line]
     assert "The run goes on with theta_1." in said
+
+
+def test_a_supervised_run_is_reported(trained, tmp_path):
+    """Without players, responses and texts: its table and curves, and where the time went."""
+    report.write([str(trained[0])], tmp_path / "report.html", tmp_path)
+    names = {path.stem for path in tmp_path.glob("*.png")}
+    assert {"rounds_held_out_after", "steps_loss", "seconds"} <= names
+    assert not {"players_beta", "margins", "lengths"} & names
+    assert "target tokens" in (tmp_path / "report.html").read_text()
 
 
 def test_a_stopped_supervised_run_ends_as_the_undisturbed_one(trained, tmp_path, monkeypatch):
