@@ -148,6 +148,16 @@ def test_a_bfloat16_cache_changes_log_probs_a_little(stories, prompts):
     assert np.mean(gaps) < 0.01
 
 
+def test_the_last_response_ends_where_more_leave_at_once_than_are_left(stories):
+    """41 slots are never halved, and two of them leave at once."""
+    prompts, limits = random_prompts(np.random.default_rng(1), 41)[0], [12] + 40 * [1]
+    settings = SamplingConfig(max_new_tokens=12, slots=41)
+    sampler = sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, STOPS)
+    found = sampling.generate(sampler, stories[1], prompts, seed=3, round_number=2, limits=limits)
+    assert 1 < len(found.tokens[0]) <= 12
+    assert all(len(tokens) == 1 for tokens in found.tokens[1:])
+
+
 def test_every_request_has_its_own_limit(stories, prompts):
     whole = generate(stories, prompts, slots=5)
     settings = SamplingConfig(max_new_tokens=12, slots=3)

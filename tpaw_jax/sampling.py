@@ -207,9 +207,10 @@ class _Engine:
             self._give_up_slots()
 
     def decode(self, ends: Ends | None) -> dict[int, Response]:
-        """Decode until a sixteenth of the slots are through; the finished responses, which leave their slots."""
+        """Decode until a sixteenth of the slots are through, or all of them; the finished responses, which leave."""
         occupied, leaving = (self.occupant >= 0).sum(axis=1), max(1, self.occupant.size // 16)
-        enough, until = int(occupied.sum()) - leaving, np.maximum(0, occupied - leaving).astype(np.int32)
+        enough = max(0, int(occupied.sum()) - leaving)
+        until = np.maximum(0, occupied - leaving).astype(np.int32)
         running = self._chunk(until)
         while True:
             behind = self._chunk(until)
