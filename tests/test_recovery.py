@@ -108,11 +108,20 @@ def test_a_damaged_training_state_is_left_and_the_round_trained_from_its_beginni
     assert_same(directory, runs[1])
 
 
-def test_a_damaged_journal_is_replaced_by_the_one_before(runs, tmp_path):
-    directory = tmp_path / "run"
+JOURNALS = {  # what happens to journal.json, and the journal that the run goes on by
+    "flipped": (flip, "journal.before.json"),
+    "removed": (remove, "journal.before.json"),
+    "being replaced": (lambda path: path.rename(durable.aside_of(path)), "journal.json.partial"),
+}
+
+
+@pytest.mark.parametrize("what", JOURNALS)
+def test_a_damaged_journal_is_replaced_by_another_and_told(runs, tmp_path, what):
+    (damage, other), directory, said = JOURNALS[what], tmp_path / "run", []
     shutil.copytree(runs[0], directory)
-    flip(directory / "journal.json")
-    self_play.run(small_run(directory, rounds=4), lambda _: None)
+    damage(directory / "journal.json")
+    self_play.run(small_run(directory, rounds=4), said.append)
+    assert f"journal.json is damaged or missing; the run goes on by {other}." in "\n".join(said)
     assert_same(directory, runs[1])
 
 

@@ -41,7 +41,7 @@ class Journal:
     data: str = ""  # the fingerprint of prompts and targets
     facts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     reading: bool = False  # of a run that another process may be playing: nothing is written
-    before: bool = False  # it is the one before, since the newest was damaged or missing
+    found: str = ""  # the file it was read from where journal.json was damaged or missing
 
     def whole(self, name: str) -> bool:
         """Whether something is finished and was not found damaged."""
@@ -65,7 +65,8 @@ def open_journal(directory: Path, reading: bool = False) -> Journal:
     for path in [between, *paths] if between.exists() and not paths[0].exists() else paths:
         content = _checked(path)
         if content is not None:
-            return Journal(directory, content["config"], content["data"], content["facts"], reading, path == paths[1])
+            found = "" if path == paths[0] else path.name
+            return Journal(directory, content["config"], content["data"], content["facts"], reading, found)
     if any(path.exists() for path in paths) or any((directory / "ring" / "policies").glob("[0-9]*")):
         raise ValueError(
             f"{directory}: a run is there, but {paths[0].name} is missing or damaged, and {paths[1].name} too: nothing "

@@ -20,8 +20,8 @@ from tpaw_jax.ring import Ring
 
 def set_damage_aside(opened: Journal, say: Callable[[str], None]) -> None:
     """Check all files and checkpoints of a run against its journal, and set aside what is not as it was written."""
-    if opened.before:
-        say(f"{opened.directory / 'journal.json'} is damaged or missing; the run goes on by the journal before it.")
+    if opened.found:
+        say(f"{opened.directory / 'journal.json'} is damaged or missing; the run goes on by {opened.found}.")
     for name, what in journal.check(opened).items():
         say(f"{opened.directory / name}: {what}. {_what_follows(opened, name)}")
         journal.set_aside(opened, name)
