@@ -47,7 +47,7 @@ config-reference: $(VENV)/demo
 # requirements.lock pins every package of every extra; pyproject.toml has the ranges.
 lock: $(VENV)/demo
 	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra test --extra demo --extra bench --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra test --extra demo --extra bench --extra study --universal --python-version 3.11 \
 	  --no-header --no-annotate --output-file requirements.lock
 
 $(VENV)/bin/pip:
@@ -108,6 +108,17 @@ plans: $(VENV)/test
 	$(PLAN) --config configs/qwen25_1b5_ultrachat.yaml --architecture configs/models/qwen2.5-1.5b \
 	  --topology 'v5e:2x2, v5e:4x4' --json $(RESULTS)/plan_qwen.json
 	$(MAKE) bench-report
+
+# Self-play beside SFT, SPIN and ablations, on two small models: hours, in as many sittings as wanted (HOURS each).
+HOURS ?= 2
+STUDY = $(MEASURE)/study
+.PHONY: study
+study: $(VENV)/demo $(VENV)/smollm2
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[study]'
+	$(STUDY)/run.py runs/study --budget-hours $(HOURS) --lanes 2
+	$(STUDY)/run.py runs/study_smollm2 --experiment chain_sum --model $(SMOLLM2) --budget-hours $(HOURS)
+	$(STUDY)/collect.py runs/study --out $(RESULTS)/study
+	$(STUDY)/collect.py runs/study_smollm2 --out $(RESULTS)/study_smollm2
 
 # The trainers that benchmarks/peers.py compares with, each in an environment of its own.
 .PHONY: peers

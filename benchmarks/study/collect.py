@@ -1,19 +1,23 @@
-"""What the study found: one CSV line a run and round, tables with intervals, and the figures behind each question.
+"""What the study found: a line of CSV a run and round, tables with intervals, the report's page and two of its plots.
 
     python benchmarks/study/collect.py runs/study --out benchmarks/results/study
 
-Accuracies are of the test split. An interval over seeds is Student's t of the runs; a difference is paired by seed.
+An interval is Student's t over seeds, 95 %; a difference is paired by seed.
 """
 
 import argparse
 import csv
 import json
+import shutil
 import statistics
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import scipy.stats
+
+from tpaw_jax import report
 
 COLUMNS = {  # of a run's line of a round: what it is called here
     "eval/test": "test accuracy",
@@ -27,6 +31,9 @@ COLUMNS = {  # of a run's line of a round: what it is called here
     "response tokens": "response tokens",
     "echoes": "responses equal to target",
 }
+
+PICTURES = ("rounds_eval_test.png", "rounds_chosen.png")
+"""Plots of the report that are kept beside the tables."""
 
 Arms = dict[str, dict[int, list[dict[str, Any]]]]
 """The lines of an arm's runs, by arm and seed."""
@@ -44,9 +51,21 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(lines)
     of = chosen(lines, options.directory)
-    parts = [search(options.directory), table(of), differences(of), by_round(of), hours(options.directory)]
+    parts = [search(options.directory), table(of), differences(of), by_round(of), gains(of), hours(options.directory)]
     (options.out / "study.md").write_text("\n".join(parts))
     print("\n".join(parts))
+    write_report(of, options.directory, options.out)
+
+
+def write_report(of: Arms, directory: Path, out: Path) -> None:
+    """The page of the main arms, seeds as bands, and its plots of accuracy and target reward."""
+    arms = [arm for arm in of if not arm.startswith(("n_max", "eta", "gamma", "longer_sft"))]
+    run = lambda arm, seed, lines: directory / arm / f"seed_{seed}_rate_{lines[0]['rate']}"
+    places = [f"{arm}={run(arm, *of_seed)}" for arm in arms for of_seed in of[arm].items()]
+    with tempfile.TemporaryDirectory() as pictures:
+        report.write(places, out / "report.html", Path(pictures))
+        for name in PICTURES:
+            shutil.copy(Path(pictures) / name, out / name)
 
 
 def rounds(directory: Path) -> list[dict[str, Any]]:
@@ -54,7 +73,7 @@ def rounds(directory: Path) -> list[dict[str, Any]]:
     found = []
     for done in sorted(directory.glob("*/seed_*/done")):
         run, arm = done.parent, done.parent.parent.name
-        _, seed, _, rate = run.name.split("_")
+        _, seed, of, value = run.name.split("_")
         log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for summary in sorted(run.glob("round_*/summary.json")):
             line = json.loads(summary.read_text())
@@ -62,7 +81,7 @@ def rounds(directory: Path) -> list[dict[str, Any]]:
                 step["beta_entropy"] for step in log if step["round"] == line["round"] and "beta_entropy" in step
             ]
             line["beta_entropy"] = statistics.mean(entropy) if entropy else None
-            which = {"arm": arm, "seed": int(seed), "rate": rate}
+            which = {"arm": arm, "seed": int(seed), "rate": value if of == "rate" else ""}
             if line["round"] == 0:
                 before = {name: line[f"{name} before"] for name in ("eval/test", "eval/validation")}
                 found.append({**which, "round": -1, **_renamed(before | {"held-out after": line["held-out before"]})})
@@ -112,17 +131,30 @@ def table(of: Arms) -> str:
 
 
 def differences(of: Arms) -> str:
-    """TPAW's test accuracy less each other arm's, paired by seed, and the p-value of a paired t-test."""
+    """TPAW's test accuracy less each other arm's and theta_0's, and the p-value of a paired t-test."""
+    last = {arm: {seed: lines[-1]["test accuracy"] for seed, lines in seeds.items()} for arm, seeds in of.items()}
+    tpaw = last.pop("tpaw", {})
+    last = {"theta_0": {seed: lines[0]["test accuracy"] for seed, lines in of.get("tpaw", {}).items()}, **last}
+    rows = []
+    for arm, seeds in last.items():
+        apart = [tpaw[seed] - seeds[seed] for seed in sorted(set(tpaw) & set(seeds))]
+        if len(apart) > 1:
+            p = scipy.stats.ttest_1samp(apart, 0).pvalue if len(set(apart)) > 1 else float("nan")
+            rows.append([arm, str(len(apart)), _interval(apart), f"{p:.3f}"])
+    return _markdown(["TPAW less", "seeds", "test accuracy", "p"], rows)
+
+
+def gains(of: Arms) -> str:
+    """What each round adds to the test accuracy: TPAW's first two are without some of their players."""
     rows = []
     for arm, seeds in of.items():
-        both = sorted(set(seeds) & set(of.get("tpaw", {})))
-        if arm == "tpaw" or len(both) < 2:
-            continue
-        last = lambda name, seed: of[name][seed][-1]["test accuracy"]
-        apart = [last("tpaw", seed) - last(arm, seed) for seed in both]
-        p = scipy.stats.ttest_1samp(apart, 0).pvalue if len(set(apart)) > 1 else float("nan")
-        rows.append([arm, str(len(both)), _interval(apart), f"{p:.3f}"])
-    return _markdown(["TPAW less", "seeds", "test accuracy", "p"], rows)
+        trained = range(1, min(map(len, seeds.values())))
+        value = lambda of_seed, t: of_seed[t]["test accuracy"]
+        apart = [[value(x, t) - value(x, t - 1) for x in seeds.values()] for t in trained]
+        if len(apart) > 1:
+            rows.append([arm, *map(_interval, apart)])
+    most = max(map(len, rows), default=1)
+    return _markdown(["test accuracy gained in", *(f"round {t}" for t in range(most - 1))], rows)
 
 
 def by_round(of: Arms) -> str:

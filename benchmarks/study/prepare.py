@@ -1,14 +1,17 @@
-"""What the study needs: worked additions in disjoint splits, a tokenizer of characters, and a small model from nothing.
+"""What the study needs: problems in disjoint splits and, for the additions, small models from nothing.
 
-    python benchmarks/study/prepare.py runs/study
+    python benchmarks/study/prepare.py runs/study --experiment additions
 
-A problem is `347+85=`; its target adds digit by digit and ends with the sum: `7+5=12;4+8+1=13;3+1=4;432`.
+An addition is `347+85=`; its target adds digit by digit and ends with the sum: `7+5=12;4+8+1=13;3+1=4;432`. The sums
+and differences of two numbers of chain_sum are reasoning-gym's (extra `study`); their target is the number alone.
 """
 
 import argparse
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -17,36 +20,65 @@ from tpaw_jax import models as policies
 
 CHARACTERS = "0123456789+=;"
 SPECIAL = ["<pad>", "<s>", "</s>"]
-SPLITS = {"train": 6000, "validation": 500, "test": 1000}
+SPLITS = {
+    "additions": {"train": 6000, "validation": 500, "test": 1000},
+    "chain_sum": {"train": 600, "validation": 150, "test": 300},
+}
+APART = 10**8
+"""Of the seeds of two splits: item i of a dataset of reasoning-gym is drawn with seed + i."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--digits", type=int, default=4, help="most digits of a number")
+    parser.add_argument("--experiment", choices=SPLITS, default="additions")
+    parser.add_argument("--digits", type=int, default=4, help="most digits of a number of the additions")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
-    for name, records in splits(options.digits, options.seed).items():
+    if options.experiment == "additions":
+        drawn = dict.fromkeys(SPLITS["additions"], additions(options.digits, random.Random(options.seed)))
+        for seed in range(5):
+            write_model(options.directory / f"model_{seed}", seed)
+    else:
+        drawn = {name: chain_sums(options.seed + APART * i) for i, name in enumerate(SPLITS["chain_sum"])}
+    for name, records in splits(options.experiment, drawn).items():
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (options.directory / f"{name}.jsonl").write_text(lines)
-    for seed in range(5):
-        write_model(options.directory / f"model_{seed}", seed)
+    (options.directory / "prepared").touch()
 
 
-def splits(digits: int, seed: int) -> dict[str, list[dict[str, str]]]:
-    """Problems of every split; none is in two of them, nor twice in one, nor with its numbers exchanged."""
-    rng = random.Random(seed)
-    seen: set[tuple[int, int]] = set()
+def splits(experiment: str, drawn: dict[str, Iterator[tuple[Any, str, str]]]) -> dict[str, list[dict[str, str]]]:
+    """Problems of every split from what is drawn for it: (what makes it the same as another, prompt, target).
+
+    None is in two splits, nor twice in one.
+    """
+    seen: set[Any] = set()
     found: dict[str, list[dict[str, str]]] = {}
-    for name, count in SPLITS.items():
+    for name, count in SPLITS[experiment].items():
         found[name] = []
         while len(found[name]) < count:
-            a, b = (rng.randrange(10 ** (length - 1), 10**length) for length in rng.choices(range(2, digits + 1), k=2))
-            if (min(a, b), max(a, b)) not in seen:
-                seen.add((min(a, b), max(a, b)))
-                found[name].append({"prompt": f"{a}+{b}=", "completion": worked(a, b)})
+            same, prompt, target = next(drawn[name])
+            if same not in seen:
+                seen.add(same)
+                found[name].append({"prompt": prompt, "completion": target})
     return found
+
+
+def additions(digits: int, rng: random.Random) -> Iterator[tuple[Any, str, str]]:
+    """Of numbers of 2 to so many digits; exchanging them makes no other problem."""
+    while True:
+        a, b = (rng.randrange(10 ** (length - 1), 10**length) for length in rng.choices(range(2, digits + 1), k=2))
+        yield (min(a, b), max(a, b)), f"{a}+{b}=", worked(a, b)
+
+
+def chain_sums(seed: int) -> Iterator[tuple[Any, str, str]]:
+    """Sums and differences of two numbers of one or two digits, in reasoning-gym's words."""
+    import reasoning_gym
+
+    terms = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+    for item in reasoning_gym.create_dataset("chain_sum", size=100_000, seed=seed, **terms):
+        yield item["question"], item["question"], item["answer"]
 
 
 def worked(a: int, b: int) -> str:

@@ -1,37 +1,34 @@
-"""The study: SFT, longer SFT, SPIN, TPAW, its ablations and sweeps on worked additions, arm by arm, within a budget.
+"""The study: SFT, longer SFT, SPIN, TPAW, its ablations and sweeps, arm by arm, within a budget.
 
-    python benchmarks/study/run.py runs/study --budget-hours 2
+    python benchmarks/study/run.py runs/study --budget-hours 2 --lanes 2
+    python benchmarks/study/run.py runs/study_smollm2 --experiment chain_sum --model FILE.gguf
 
-Started again it goes on with what is missing: every arm is a run of `tpaw`, which resumes by itself. What it trains
-from is made first: a model from nothing for each seed, fine-tuned until its validation accuracy is between 40 and 80 %.
-Then longer SFT, SPIN and TPAW get the same search of learning rates on the validation split with the first seed; the
-ablations and sweeps take TPAW's. `collect.py` makes the table.
+Started again it goes on with what is missing: every arm is a run of `tpaw`, which resumes by itself. What self-play
+starts from comes first: for each seed a model fine-tuned until its validation accuracy is between 40 and 80 %. Then
+longer SFT, SPIN and TPAW get the same search of learning rates on the validation split with the first seed; ablations
+and sweeps take TPAW's. `collect.py` makes the tables.
 """
 
 import argparse
+import itertools
 import json
 import os
+import queue
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-SEEDS = 5
-SWEEP_SEEDS = 3
 BAND = (0.4, 0.8)
-"""Validation accuracy at which fine-tuning from nothing stops: there is room both ways."""
+"""Validation accuracy of what self-play starts from: there is room both ways."""
 
-EPOCHS = (2, 3, 4, 5, 6, 8, 10, 13, 16)
-SFT_RATE = 1e-3
-RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
-"""Of the search that longer SFT, SPIN and TPAW get alike."""
-
-MAIN: dict[str, dict[str, Any]] = {
-    "tpaw": {},
-    "spin": {"objective.n_max": 1, "objective.opponent_rounds": 2, "objective.eta": 1},
+TPAW: dict[str, Any] = {}
+SPIN = {"objective.n_max": 1, "objective.opponent_rounds": 2, "objective.eta": 1}
+ABLATIONS: dict[str, dict[str, Any]] = {
     "without_target_weighting": {"objective.eta": 1},
     "without_player_weighting": {"objective.gamma": 0},
     "without_team": {"objective.n_max": 1},
@@ -42,6 +39,49 @@ SWEEPS: dict[str, dict[str, Any]] = {
     "eta_2": {"objective.eta": 2},
     "eta_10": {"objective.eta": 10},
     "gamma_2": {"objective.gamma": 2},
+}
+
+
+class Experiment(NamedTuple):
+    """A model and its problems, and what is asked of them."""
+
+    seeds: int
+    epochs: tuple[int, ...]  # of fine-tuning: candidates, the middle one first
+    sft_rate: float
+    rates: tuple[float, ...]  # that longer SFT, SPIN and TPAW are given alike
+    arms: dict[str, dict[str, Any]]
+    sweeps: dict[str, dict[str, Any]]
+    sweep_seeds: int
+    answer: str  # regular expression of a completion's answer
+    response: str  # of a response's
+    max_new_tokens: int
+
+
+EXPERIMENTS = {
+    "additions": Experiment(
+        seeds=5,
+        epochs=(2, 3, 4, 5, 6),
+        sft_rate=1e-3,
+        rates=(1e-6, 3e-6, 1e-5, 3e-5, 1e-4),
+        arms={"tpaw": TPAW, "spin": SPIN, **ABLATIONS},
+        sweeps=SWEEPS,
+        sweep_seeds=3,
+        answer="([0-9]+)$",
+        response="([0-9]+)$",
+        max_new_tokens=64,
+    ),
+    "chain_sum": Experiment(
+        seeds=3,
+        epochs=(1, 2, 3),
+        sft_rate=2e-5,
+        rates=(1e-6, 3e-6, 1e-5),
+        arms={"tpaw": TPAW, "spin": SPIN},
+        sweeps={},
+        sweep_seeds=0,
+        answer="(-?[0-9]+)$",
+        response="(-?[0-9]+)",
+        max_new_tokens=8,
+    ),
 }
 
 
@@ -56,127 +96,144 @@ class Arm(NamedTuple):
 class Study:
     """The runs of a directory, and what is done of them."""
 
-    def __init__(self, directory: Path, seconds: float) -> None:
-        self.directory, self.end = directory, time.monotonic() + seconds
-        self.log = directory / "hours.jsonl"
+    def __init__(self, directory: Path, name: str, model: Path | None, seconds: float, lanes: int) -> None:
+        self.directory, self.name, self.experiment, self.model = directory, name, EXPERIMENTS[name], model
+        self.end = time.monotonic() + seconds
+        self.lanes: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+        for lane in range(lanes):
+            cores = ",".join(map(str, range(lane, os.cpu_count() or 1, lanes)))
+            self.lanes.put(["taskset", "--cpu-list", cores] if lanes > 1 else [])
+        self.pool = ThreadPoolExecutor(lanes)
 
     def run(self, arm: Arm) -> list[dict[str, Any]]:
         """The rounds' lines of an arm, run unless it is done; leaves when the budget is spent."""
         place = self.directory / arm.place
-        rounds = int(arm.settings.get("rounds", 4))
-        lines = [place / f"round_{t:04d}" / "summary.json" for t in range(rounds)]
         if not (place / "done").exists():
             if time.monotonic() > self.end:
-                raise SystemExit(f"The budget is spent; {arm.place} is the next arm. The same command goes on there.")
+                raise SystemExit(f"The budget is spent before {arm.place}. The same command goes on there.")
             begun = time.monotonic()
             self.tpaw(arm.command, {**arm.settings, "directory": place})
             self.note(arm.place, time.monotonic() - begun)
             (place / "done").touch()
-        return [json.loads(line.read_text()) for line in lines]
+        return [json.loads(line.read_text()) for line in sorted(place.glob("round_*/summary.json"))]
 
-    def tpaw(self, command: str, settings: dict[str, Any]) -> None:
-        """Run a command over the study's base."""
+    def tpaw(self, name: str, settings: dict[str, Any]) -> None:
+        """Run a command over the experiment's base on the cores of a lane."""
         overrides = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
         cache = {"JAX_COMPILATION_CACHE_DIR": str(self.directory / "cache"), "JAX_PLATFORMS": "cpu"}
-        done = subprocess.run(
-            [sys.executable, "-m", "tpaw_jax.cli", command, "--config", str(HERE / "base.yaml"), *overrides],
-            cwd=ROOT,
-            env=os.environ | cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [sys.executable, "-m", "tpaw_jax.cli", name, "--config", str(HERE / f"{self.name}.yaml"), *overrides]
+        lane = self.lanes.get()
+        try:
+            done = subprocess.run(
+                [*lane, *command],
+                cwd=ROOT,
+                env=os.environ | cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        finally:
+            self.lanes.put(lane)
         if done.returncode:
-            raise SystemExit(f"tpaw {command} {settings}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+            raise SystemExit(f"tpaw {name} {settings}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
 
     def note(self, what: str, seconds: float) -> None:
         """Keep how long something took."""
-        with self.log.open("a") as file:
+        with (self.directory / "hours.jsonl").open("a") as file:
             file.write(json.dumps({"arm": what, "seconds": round(seconds, 1)}) + "\n")
         print(f"{what}: {seconds:.0f} s", flush=True)
 
-    def tasks(self) -> str:
-        """The two tasks, as the value of evaluation.tasks."""
-        task = "{{name: {0}, path: {1}/{0}.jsonl, answer: '([0-9]+)$', response: '([0-9]+)$', max_new_tokens: 64}}"
-        return f"[{', '.join(task.format(name, self.directory) for name in ('validation', 'test'))}]"
-
     def common(self, seed: int) -> dict[str, Any]:
         """Settings of all arms of a seed."""
+        e = self.experiment
+        task = lambda split: (
+            f"{{name: {split}, path: {self.directory}/{split}.jsonl, answer: '{e.answer}', response: '{e.response}', "
+            f"max_new_tokens: {e.max_new_tokens}}}"
+        )
         return {
             "seed": seed,
             "data.sources": f"[{{path: {self.directory}/train.jsonl}}]",
-            "evaluation.tasks": self.tasks(),
+            "evaluation.tasks": f"[{task('validation')}, {task('test')}]",
             "evaluation.each_round": True,
         }
 
     def theta_0(self, seed: int) -> Path:
-        """The fine-tuned model of a seed: of the fewest epochs whose validation accuracy is in the band."""
-        chosen = self.directory / f"theta_0_{seed}.json"
-        if not chosen.exists():
-            for epochs in EPOCHS:
-                settings = {
-                    **self.common(seed),
-                    "policy.path": self.directory / f"model_{seed}",
-                    "data.max_prompts": 0,
-                    "train.learning_rate": SFT_RATE,
-                    "train.epochs": epochs,
-                    "rounds": 1,
-                }
-                (line,) = self.run(Arm(f"sft/seed_{seed}_epochs_{epochs}", "sft", settings))
-                if line["eval/validation"] >= BAND[0]:
-                    break
-            if not BAND[0] <= line["eval/validation"] <= BAND[1]:
-                raise SystemExit(f"Seed {seed}: no number of epochs of {EPOCHS} ends between {BAND}.")
-            chosen.write_text(json.dumps({"epochs": epochs, **line}))
-        epochs = json.loads(chosen.read_text())["epochs"]
-        out = self.directory / f"theta_0_{seed}"
+        """The fine-tuned model of a seed: of the first number of epochs whose validation accuracy is in the band."""
+        chosen, out = self.directory / f"theta_0_{seed}.json", self.directory / f"theta_0_{seed}"
+        candidates, tried = self.experiment.epochs, {}
+        at = len(candidates) // 2
+        while not chosen.exists():
+            settings = {
+                **self.common(seed),
+                "policy.path": self.model or self.directory / f"model_{seed}",
+                "data.max_prompts": 0,
+                "train.learning_rate": self.experiment.sft_rate,
+                "train.epochs": candidates[at],
+                "rounds": 1,
+            }
+            (line,) = self.run(Arm(f"sft/seed_{seed}_epochs_{candidates[at]}", "sft", settings))
+            tried[candidates[at]] = line["eval/validation"]
+            if BAND[0] <= line["eval/validation"] <= BAND[1]:
+                chosen.write_text(json.dumps({"epochs": candidates[at], **line}))
+            else:
+                at += 1 if line["eval/validation"] < BAND[0] else -1
+                if not 0 <= at < len(candidates) or candidates[at] in tried:
+                    raise SystemExit(f"Seed {seed}: validation accuracy by epochs is {tried}, never between {BAND}.")
         if not out.exists():
-            run = str(self.directory / f"sft/seed_{seed}_epochs_{epochs}")
-            subprocess.run(
-                [sys.executable, "-m", "tpaw_jax.cli", "export", "--run", run, "--out", str(out)], check=True
-            )
+            run = self.directory / f"sft/seed_{seed}_epochs_{json.loads(chosen.read_text())['epochs']}"
+            command = [sys.executable, "-m", "tpaw_jax.cli", "export", "--run", str(run), "--out", str(out)]
+            subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
         return out
 
-    def arm(self, name: str, seed: int, rate: float, changes: dict[str, Any]) -> list[dict[str, Any]]:
-        """An arm of self-play, or longer SFT with as many visits of every target."""
-        settings = {
-            **self.common(seed),
-            "policy.path": self.theta_0(seed),
-            "train.learning_rate": rate,
-            **changes,
-        }
+    def arm(self, name: str, seed: int, rate: float) -> list[dict[str, Any]]:
+        """An arm of self-play, or longer SFT with as many visits of every target as four rounds have."""
+        settings = {**self.common(seed), "policy.path": self.theta_0(seed), "train.learning_rate": rate}
+        command = "play"
         if name == "longer_sft":
-            return self.run(
-                Arm(f"{name}/seed_{seed}_rate_{rate:g}", "sft", settings | {"rounds": 1, "train.epochs": 8})
-            )
-        return self.run(Arm(f"{name}/seed_{seed}_rate_{rate:g}", "play", settings))
+            command, changes = "sft", {"train.epochs": 8, "rounds": 1}
+        else:
+            changes = {**self.experiment.arms, **self.experiment.sweeps}[name]
+        return self.run(Arm(f"{name}/seed_{seed}_rate_{rate:g}", command, settings | changes))
 
-    def rate_of(self, name: str, changes: dict[str, Any]) -> float:
-        """The learning rate with the best validation accuracy after the last round, of the first seed."""
-        found = {rate: self.arm(name, 0, rate, changes)[-1]["eval/validation"] for rate in RATES}
-        best = max(found, key=lambda rate: found[rate])
-        (self.directory / f"search_{name}.json").write_text(json.dumps({"validation": found, "chosen": best}))
+    def search(self, names: tuple[str, ...]) -> dict[str, float]:
+        """Of each arm the learning rate with the best validation accuracy after the last round, of the first seed."""
+        every = list(itertools.product(names, self.experiment.rates))
+        accuracy = lambda what: self.arm(what[0], 0, what[1])[-1]["eval/validation"]
+        found = dict(zip(every, self.pool.map(accuracy, every), strict=True))
+        best = {}
+        for name in names:
+            of_rate = {rate: found[name, rate] for rate in self.experiment.rates}
+            best[name] = max(of_rate, key=lambda rate: of_rate[rate])
+            record = {"validation": of_rate, "chosen": best[name]}
+            (self.directory / f"search_{name}.json").write_text(json.dumps(record))
         return best
+
+    def play(self) -> None:
+        """Everything, in an order in which what is asked first is answered first."""
+        list(self.pool.map(self.theta_0, range(self.experiment.seeds)))
+        rates = self.search(("longer_sft", "spin", "tpaw"))
+        of = lambda what: self.arm(what[0], what[1], rates.get(what[0], rates["tpaw"]))
+        main = itertools.product(range(self.experiment.seeds), ("longer_sft", *self.experiment.arms))
+        sweeps = itertools.product(range(self.experiment.sweep_seeds), self.experiment.sweeps)
+        list(self.pool.map(of, [(name, seed) for seed, name in (*main, *sweeps)]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--budget-hours", type=float, default=2.0)
+    parser.add_argument("--experiment", choices=EXPERIMENTS, default="additions")
+    parser.add_argument("--model", type=Path, default=None, help="of chain_sum: a directory or a .gguf file")
+    parser.add_argument("--budget-hours", type=float, default=2.0, help="after which no other run begins")
+    parser.add_argument("--lanes", type=int, default=1, help="runs at the same time, each on its share of the cores")
     options = parser.parse_args()
+    if (options.experiment == "chain_sum") != (options.model is not None):
+        parser.error("--model is needed for chain_sum, and for it alone")
     directory = options.directory.absolute()
-    if not (directory / f"model_{SEEDS - 1}" / "config.json").exists():  # the last that it writes
-        subprocess.run([sys.executable, str(HERE / "prepare.py"), str(directory)], check=True)
-    study = Study(directory, 3600 * options.budget_hours)
-    study.theta_0(0)
-    rates = {name: study.rate_of(name, MAIN.get(name, {})) for name in ("longer_sft", "spin", "tpaw")}
-    for seed in range(SEEDS):
-        study.arm("longer_sft", seed, rates["longer_sft"], {})
-        for name, changes in MAIN.items():
-            study.arm(name, seed, rates["spin" if name == "spin" else "tpaw"], changes)
-    for seed in range(SWEEP_SEEDS):
-        for name, changes in SWEEPS.items():
-            study.arm(name, seed, rates["tpaw"], changes)
+    if not (directory / "prepared").exists():
+        prepare = [sys.executable, str(HERE / "prepare.py"), str(directory), "--experiment", options.experiment]
+        subprocess.run(prepare, check=True)
+    model = options.model and options.model.absolute()
+    Study(directory, options.experiment, model, 3600 * options.budget_hours, options.lanes).play()
     print("All arms are done.")
 
 
