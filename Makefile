@@ -82,8 +82,8 @@ bench: $(VENV)/demo $(VENV)/smollm2 peers
 	$(MEASURE)/trees_vs_pairs.py --scale 1 --prompts 6 --batch 2 --repeats 1 >> $(RESULTS)/trees_vs_pairs.jsonl
 	$(MEASURE)/memory.py > $(RESULTS)/memory.jsonl
 	$(MEASURE)/faults.py --lanes 2 $(shell test $$(id -u) = 0 && echo --disk) > $(RESULTS)/faults.jsonl
-	$(MEASURE)/durability.py --model smollm2 > $(RESULTS)/durability.jsonl
-	$(MEASURE)/durability.py --model small --steps 50 --repeats 3 >> $(RESULTS)/durability.jsonl
+	$(MEASURE)/durability.py --model smollm2 --rows 1 --steps 3 --repeats 3 > $(RESULTS)/durability.jsonl
+	$(MEASURE)/durability.py --model small --rows 1 --steps 20 --repeats 3 >> $(RESULTS)/durability.jsonl
 	$(BIN)/pip install --quiet atheris==3.0.0
 	$(MEASURE)/fuzz.py > $(RESULTS)/fuzz.jsonl
 	$(MEASURE)/bad_inputs.py > $(RESULTS)/bad_inputs.md
