@@ -51,6 +51,10 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(lines)
     of = chosen(lines, options.directory)
+    if not of:
+        raise SystemExit(
+            f"{options.directory}: the search of learning rates is not finished; there is study.csv alone."
+        )
     parts = [search(options.directory), table(of), differences(of), by_round(of), gains(of), hours(options.directory)]
     (options.out / "study.md").write_text("\n".join(parts))
     print("\n".join(parts))
