@@ -67,7 +67,9 @@ def write_report(of: Arms, directory: Path, out: Path) -> None:
     run = lambda arm, seed, lines: directory / arm / f"seed_{seed}_rate_{lines[0]['rate']}"
     places = [f"{arm}={run(arm, *of_seed)}" for arm in arms for of_seed in of[arm].items()]
     with tempfile.TemporaryDirectory() as pictures:
-        report.write(places, out / "report.html", Path(pictures))
+        page = out / "report.html"
+        report.write(places, page, Path(pictures))
+        page.write_text(page.read_text().replace(f"{directory.absolute()}/", ""))  # a page for other machines
         for name in PICTURES:
             shutil.copy(Path(pictures) / name, out / name)
 
