@@ -72,7 +72,7 @@ $(VENV)/smollm2: $(VENV)/bin/pip
 RESULTS = benchmarks/results
 MEASURE = $(BIN)/python benchmarks
 .PHONY: bench bench-report
-bench: $(VENV)/demo $(VENV)/smollm2 peers
+bench: $(VENV)/test $(VENV)/smollm2 peers
 	$(MEASURE)/peers.py > $(RESULTS)/peers.jsonl
 	$(MEASURE)/peers.py --prompts 24 --huge-pages > $(RESULTS)/peers_huge_pages.jsonl
 	$(MEASURE)/team_step.py --model smollm2 > $(RESULTS)/team_step.jsonl
@@ -90,6 +90,7 @@ bench: $(VENV)/demo $(VENV)/smollm2 peers
 	$(MEASURE)/round.py --config configs/smollm2_gsm8k.yaml --policy.path $(SMOLLM2) > $(RESULTS)/round.jsonl
 	$(MEASURE)/sampling.py > $(RESULTS)/sampling.jsonl
 	$(MEASURE)/sampling.py --only tpaw_jax --batch 32 64 --dtype float32 --requests 512 --repeats 1 > $(RESULTS)/sampling_512.jsonl
+	$(MEASURE)/evaluation.py > $(RESULTS)/evaluation.jsonl
 	$(MEASURE)/tree_attention.py > $(RESULTS)/tree_attention.jsonl
 	$(MAKE) bench-report
 

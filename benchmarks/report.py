@@ -40,6 +40,7 @@ def main() -> None:
         memory(of("memory_step"), of("memory_head"), of("memory_longest_row")),
         rounds(of("round")),
         sampling(of("sampling")),
+        *evaluation(of("evaluation"), of("evaluation_harness")),
         tree_attention(*(of(f"tree_attention_{part}") for part in ("parity", "blocks", "compile"))),
     ]
     plot(comparisons, of("round"))
@@ -208,6 +209,30 @@ def sampling(records: list[dict]) -> str:
         lines.append([*cells, *(f"{share:.0%}" for share in shares)])
     head = ["useful tokens/s, slots", "tpaw_jax", "transformers.generate", "Tunix's sampler"]
     return _table([*head, "slots busy", "decode, of the bandwidth", "prefill, of the matmul peak"], lines)
+
+
+def evaluation(problems: list[dict], tasks: list[dict]) -> tuple[str, str]:
+    """Greedy answers beside transformers', then lm-eval's scores by our interface and by its own model."""
+    lines = []
+    for r in problems:
+        gaps = [part["logits apart"] for part in r["where_they_part"] if part["logits apart"] is not None]
+        apart = f"{len(gaps)}, at most {max(gaps):.1e}" if gaps else "0"
+        rates = f"{r['accuracy']:.1%} ({', '.join(f'{at:.1%}' for at in r['interval'])})"
+        tokens = f"{r['tokens_per_second']:.0f}", f"{r['transformers_tokens_per_second']:.0f}"
+        same = f"{r['same_responses']}", f"{r['same_answers']}"
+        lines.append(
+            [f"{r['problems']} problems of GSM8K", rates, f"{r['transformers_accuracy']:.1%}", *tokens, *same, apart]
+        )
+    head = ["`tpaw eval` on SmolLM2", "right", "transformers", "tokens/s", "transformers", "same responses"]
+    answers = _table([*head, "same verdicts", "parted: logits of the two tokens apart"], lines)
+    lines = []
+    for r in tasks:
+        for score, value in r["scores"].items():
+            lines.append([f"{score.removesuffix(',none')}", f"{value:.4f}", f"{r['hf_scores'][score]:.4f}"])
+        gap = f"{r['largest_log_likelihood_difference']:.1e} nats"
+        lines.append([f"largest difference of {r['log_likelihoods']} log-likelihoods", gap, ""])
+        lines.append([f"same texts of {r['documents']}", str(r["same_texts"]), ""])
+    return answers, _table(["lm-eval", "by `tpaw_jax`", "by its `hf` model"], lines)
 
 
 def tree_attention(parities: list[dict], skipped: list[dict], compiled: list[dict]) -> str:

@@ -95,3 +95,18 @@ def test_an_arm_is_shown_at_the_rate_that_was_chosen_for_it(tmp_path):
     (tmp_path / "search_tpaw.json").write_text(json.dumps({"validation": {"1e-05": 0.6}, "chosen": 1e-5}))
     lines = [{"arm": "n_max_4", "seed": 0, "rate": rate, "round": 0} for rate in ("1e-05", "0.0001")]
     assert collect.chosen(lines, tmp_path)["n_max_4"] == {0: [lines[0]]}
+
+
+def test_an_ablation_with_a_search_of_its_own_is_shown_at_both_rates(tmp_path):
+    for arm, rate in (("tpaw", 1e-5), ("without_target_weighting", 1e-6), ("spin", 1e-6)):
+        (tmp_path / f"search_{arm}.json").write_text(json.dumps({"chosen": rate}))
+    lines = [
+        {"arm": arm, "seed": 0, "rate": rate, "round": 0}
+        for arm in ("without_target_weighting", "spin")
+        for rate in ("1e-05", "1e-06")
+    ]
+    assert collect.chosen(lines, tmp_path) == {
+        "without_target_weighting": {0: [lines[0]]},
+        "without_target_weighting, own rate": {0: [lines[1]]},
+        "spin": {0: [lines[3]]},
+    }

@@ -35,6 +35,10 @@ COLUMNS = {  # of a run's line of a round: what it is called here
 PICTURES = ("rounds_eval_test.png", "rounds_chosen.png")
 """Plots of the report that are kept beside the tables."""
 
+BASELINES = ("longer_sft", "spin")
+OWN_RATE = ", own rate"
+"""Of the name of an ablation at the best rate of its own search."""
+
 Arms = dict[str, dict[int, list[dict[str, Any]]]]
 """The lines of an arm's runs, by arm and seed."""
 
@@ -64,7 +68,7 @@ def main() -> None:
 def write_report(of: Arms, directory: Path, out: Path) -> None:
     """The page of the main arms, seeds as bands, and its plots of accuracy and target reward."""
     arms = [arm for arm in of if not arm.startswith(("n_max", "eta", "gamma", "longer_sft"))]
-    run = lambda arm, seed, lines: directory / arm / f"seed_{seed}_rate_{lines[0]['rate']}"
+    run = lambda arm, seed, lines: directory / arm.removesuffix(OWN_RATE) / f"seed_{seed}_rate_{lines[0]['rate']}"
     places = [f"{arm}={run(arm, *of_seed)}" for arm in arms for of_seed in of[arm].items()]
     with tempfile.TemporaryDirectory() as pictures:
         page = out / "report.html"
@@ -96,17 +100,20 @@ def rounds(directory: Path) -> list[dict[str, Any]]:
 
 
 def chosen(lines: list[dict[str, Any]], directory: Path) -> Arms:
-    """By arm and seed, the rounds of the runs at the rate that the search has chosen: an arm's own, or TPAW's."""
+    """By arm and seed, the rounds of the runs at the rate that the search has chosen: an arm's own, or TPAW's.
+
+    An ablation with a search of its own is there at both.
+    """
+    rate_of = lambda arm: json.loads((directory / f"search_{arm}.json").read_text())["chosen"]
+    searched = {path.stem.removeprefix("search_") for path in directory.glob("search_*.json")}
     found: Arms = defaultdict(dict)
-    for line in lines:
-        searched = directory / f"search_{line['arm']}.json"
-        searched = searched if searched.exists() else directory / "search_tpaw.json"
-        if (
-            line["arm"] != "sft"
-            and searched.exists()
-            and float(line["rate"]) == json.loads(searched.read_text())["chosen"]
-        ):
-            found[line["arm"]].setdefault(line["seed"], []).append(line)
+    for line in (line for line in lines if line["arm"] != "sft"):
+        arm, rate = line["arm"], float(line["rate"])
+        if arm not in BASELINES and "tpaw" in searched and rate == rate_of("tpaw"):
+            found[arm].setdefault(line["seed"], []).append(line)
+        if arm in searched - {"tpaw"} and rate == rate_of(arm):
+            name = arm if arm in BASELINES else arm + OWN_RATE
+            found[name].setdefault(line["seed"], []).append(line)
     return found
 
 

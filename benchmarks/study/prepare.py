@@ -22,7 +22,7 @@ CHARACTERS = "0123456789+=;"
 SPECIAL = ["<pad>", "<s>", "</s>"]
 SPLITS = {
     "additions": {"train": 6000, "validation": 500, "test": 1000},
-    "chain_sum": {"train": 600, "validation": 150, "test": 300},
+    "chain_sum": {"train": 400, "validation": 100, "test": 200},
 }
 APART = 10**8
 """Of the seeds of two splits: item i of a dataset of reasoning-gym is drawn with seed + i."""

@@ -5,8 +5,8 @@
 
 Started again it goes on with what is missing: every arm is a run of `tpaw`, which resumes by itself. What self-play
 starts from comes first: for each seed a model fine-tuned until its validation accuracy is between 40 and 80 %. Then
-longer SFT, SPIN and TPAW get the same search of learning rates on the validation split with the first seed; ablations
-and sweeps take TPAW's. `collect.py` makes the tables.
+SPIN, TPAW and, for the additions, longer SFT get the same search of learning rates on the validation split with the
+first seed; ablations and sweeps take TPAW's, one ablation also the best of its own. `collect.py` makes the tables.
 """
 
 import argparse
@@ -52,6 +52,8 @@ class Experiment(NamedTuple):
     arms: dict[str, dict[str, Any]]
     sweeps: dict[str, dict[str, Any]]
     sweep_seeds: int
+    baselines: tuple[str, ...]  # given the same search of learning rates as TPAW
+    own_rate: tuple[str, ...]  # arms played at TPAW's rate that are also played at the best of a search of their own
     answer: str  # regular expression of a completion's answer
     response: str  # of a response's
     max_new_tokens: int
@@ -66,6 +68,8 @@ EXPERIMENTS = {
         arms={"tpaw": TPAW, "spin": SPIN, **ABLATIONS},
         sweeps=SWEEPS,
         sweep_seeds=3,
+        baselines=("longer_sft", "spin"),
+        own_rate=("without_target_weighting",),
         answer="([0-9]+)$",
         response="([0-9]+)$",
         max_new_tokens=64,
@@ -73,11 +77,13 @@ EXPERIMENTS = {
     "chain_sum": Experiment(
         seeds=3,
         epochs=(1, 2, 3),
-        sft_rate=2e-5,
-        rates=(1e-6, 3e-6, 1e-5),
+        sft_rate=1e-4,
+        rates=(5e-7, 3e-6, 2e-5),
         arms={"tpaw": TPAW, "spin": SPIN},
         sweeps={},
         sweep_seeds=0,
+        baselines=("spin",),
+        own_rate=(),
         answer="(-?[0-9]+)$",
         response="(-?[0-9]+)",
         max_new_tokens=8,
@@ -210,12 +216,18 @@ class Study:
 
     def play(self) -> None:
         """Everything, in an order in which what is asked first is answered first."""
-        list(self.pool.map(self.theta_0, range(self.experiment.seeds)))
-        rates = self.search(("longer_sft", "spin", "tpaw"))
+        e, seeds = self.experiment, range(self.experiment.seeds)
+        fine_tuned = [self.pool.submit(self.theta_0, seed) for seed in seeds]
+        fine_tuned[0].result()  # the search needs the first alone
+        rates = self.search((*e.baselines, "tpaw"))
         of = lambda what: self.arm(what[0], what[1], rates.get(what[0], rates["tpaw"]))
-        main = itertools.product(range(self.experiment.seeds), ("longer_sft", *self.experiment.arms))
-        sweeps = itertools.product(range(self.experiment.sweep_seeds), self.experiment.sweeps)
-        list(self.pool.map(of, [(name, seed) for seed, name in (*main, *sweeps)]))
+        sweeps = [(name, seed) for seed in range(e.sweep_seeds) for name in e.sweeps]
+        main = [(name, seed) for seed in seeds for name in dict.fromkeys((*e.baselines, *e.arms))]
+        for one in fine_tuned:
+            one.result()
+        list(self.pool.map(of, main + sweeps))
+        rates = self.search(e.own_rate)
+        list(self.pool.map(of, [(name, seed) for seed in seeds for name in e.own_rate]))
 
 
 def main() -> None:
