@@ -143,6 +143,12 @@ CHAT = (
 )
 
 
+def test_nothing_to_score_is_told():
+    policy = harness.PolicyLM.__new__(harness.PolicyLM)
+    with pytest.raises(ValueError, match="request 0 has no token to score after its context: ''"):
+        policy._loglikelihood_tokens([(("a", ""), [1, 2], [])])
+
+
 def test_conversations_become_the_tokens_that_the_policy_was_trained_on():
     run = config_file.load(
         ROOT / "configs" / "demo.yaml",

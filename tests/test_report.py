@@ -79,6 +79,7 @@ def test_margins_are_those_of_the_next_policy_on_the_rounds_responses(runs):
         if (1, i, 0) in log_probs and (0, i, 0) in log_probs
     ]
     np.testing.assert_allclose(run.margins[0], expected, rtol=1e-5)
+    assert len(expected) + run.summaries[0]["echoes"] == 12  # the others equal their target
     assert run.lengths[1].shape == (12,)
 
 
@@ -129,6 +130,20 @@ def test_rounds_keep_their_numbers_where_an_earlier_one_is_lost(runs, tmp_path):
     np.testing.assert_array_equal(margins.axes[0].lines[0].get_xdata(), [2])
     lengths = dict(report._of_rounds({"lost": [run]}))["rounds_response_tokens"]
     np.testing.assert_array_equal(lengths.axes[0].lines[0].get_xdata(), [1])
+
+
+def test_responses_stand_at_the_policy_that_gave_them(runs):
+    run = report.read(str(runs / "one"))
+    plots = dict(report._of_rounds({"one": [run]}))
+    drawn = lambda name: plots[name].axes[0].lines[0].get_xydata().tolist()
+    assert drawn("rounds_response_tokens")[:2] == [[t, line["response tokens"]] for t, line in enumerate(run.summaries)]
+    assert [x for x, y in drawn("rounds_held_out_after") if np.isfinite(y)] == [0, 1, 2]
+
+
+def test_a_directory_may_have_an_equals_sign_in_its_name(runs, tmp_path):
+    shutil.copytree(runs / "one", place := tmp_path / "rate=1e-5")
+    assert [report.read(str(place)).name, report.read(f"a={place}").name] == ["", "a"]
+    assert report.read(f"a={place}").directory == place
 
 
 def test_a_directory_without_a_run_is_told(tmp_path, capsys):

@@ -118,7 +118,9 @@ class PolicyLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Log-prob of each continuation after its context, nats, and whether it is the greedy one."""
         by_context: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
-        for number, (_, context, continuation) in enumerate(requests):
+        for number, ((_, text), context, continuation) in enumerate(requests):
+            if not continuation:
+                raise ValueError(f"lm-eval's request {number} has no token to score after its context: {text!r}.")
             tokens = [*context, *continuation][-(self.max_length + 1) :]
             cut = max(1, len(tokens) - len(continuation))
             by_context.setdefault(tuple(tokens[:cut]), {})[number] = np.asarray(tokens[cut:], np.int32)

@@ -42,7 +42,7 @@ class RunRecord:
     samples: dict[int, list[dict[str, str]]]  # by round
     seconds: dict[int, dict[str, float]]  # by round and stage
     lengths: dict[int, np.ndarray]  # of responses, tokens, by round
-    margins: dict[int, np.ndarray]  # of theta_(t+1) against theta_t on the triplets of D_t, nats times lam, by round
+    margins: dict[int, np.ndarray]  # nats times lam, by round; see _margins
 
 
 def read(place: str) -> RunRecord:
@@ -51,7 +51,7 @@ def read(place: str) -> RunRecord:
     Raises:
         FileNotFoundError: no run is there.
     """
-    name, _, path = place.rpartition("=")
+    name, _, path = ("", "", place) if Path(place).is_dir() or "=" not in place else place.partition("=")
     directory = Path(path)
     opened = journal.open_journal(directory, reading=True)
     if not opened.config:
@@ -67,7 +67,7 @@ def read(place: str) -> RunRecord:
     return RunRecord(
         directory=directory,
         name=name,
-        config=config_file.flat(opened.config),
+        config=config_file.flat(config_file.to_dict(settings)),
         settings=settings,
         summaries=[whole(place / "summary.json") for place in rounds.values()],
         steps=[r for t in rounds for r in monitoring.read_metrics(directory, t) if "loss" in r],
@@ -79,7 +79,10 @@ def read(place: str) -> RunRecord:
 
 
 def _margins(opened: journal.Journal, settings: config.RunConfig) -> dict[int, np.ndarray]:
-    """From the players' scores: those of theta_t and theta_(t+1) of the targets and of D_t, where both are kept."""
+    """Of theta_(t+1) against theta_t on the responses that are new in D_t, where the scores of both are kept.
+
+    A response that equals its target has a margin of 0 and no scores of its own.
+    """
     found: dict[tuple[int, int], dict[int, float]] = {}  # (player, source): by prompt
     for name in opened.names("scoring"):
         arrays = durable.read_arrays(opened.directory / name)
@@ -170,7 +173,7 @@ def _of_rounds(named: dict[str, list[RunRecord]]) -> list[tuple[str, Any]]:
         for summary in run.summaries:
             trained = summary["round"] + (key not in OF_RESPONSES)
             row[trained] = _number(summary.get(key))
-            if trained == 1:
+            if summary["round"] == 0 and key not in OF_RESPONSES:
                 row[0] = _number(summary.get(BEFORE.get(key, f"{key} before")))
         return row
 
@@ -233,8 +236,8 @@ def _of_first(run: RunRecord) -> list[tuple[str, Any]]:
         if series:
             plots.append((f"players_{key}", figures.lines(title, "steps", unit, series)))
     if run.margins:
-        of = {f"theta_{t + 1} on D_{t}": values for t, values in run.margins.items()}
-        plots.append(("margins", figures.histograms("Margins against the policy before", "nats times lam", of)))
+        of = {f"theta_{t + 1} on D_{t} ({len(values)} new)": values for t, values in run.margins.items()}
+        plots.append(("margins", figures.histograms("Margins of new responses, last policy", "nats times lam", of)))
     if run.lengths:
         of = {f"D_{t}": values for t, values in run.lengths.items()}
         plots.append(("lengths", figures.histograms("Lengths of responses", "tokens", of)))

@@ -28,8 +28,8 @@ COLUMNS = {  # of a run's line of a round: what it is called here
     "alpha=eta": "share of alpha = eta",
     "beta_entropy": "beta entropy",
     "held-out after": "held-out log-prob",
-    "response tokens": "response tokens",
-    "echoes": "responses equal to target",
+    "response tokens": "response tokens of D_t",
+    "echoes": "share of D_t equal to target",
 }
 
 PICTURES = ("rounds_eval_test.png", "rounds_chosen.png")
@@ -91,6 +91,9 @@ def rounds(directory: Path) -> list[dict[str, Any]]:
                 step["beta_entropy"] for step in log if step["round"] == line["round"] and "beta_entropy" in step
             ]
             line["beta_entropy"] = statistics.mean(entropy) if entropy else None
+            if "echoes" in line:
+                prompts = json.loads((run / "round_0000" / "summary.json").read_text())["triplets"]  # a triplet each
+                line["echoes"] /= prompts
             which = {"arm": arm, "seed": int(seed), "rate": value if of == "rate" else ""}
             if line["round"] == 0:
                 before = {name: line[f"{name} before"] for name in ("eval/test", "eval/validation")}
@@ -131,16 +134,17 @@ def search(directory: Path) -> str:
 
 
 def table(of: Arms) -> str:
-    """Every arm after its last round: means over seeds with intervals."""
+    """Every arm after its last round: means over seeds with intervals; what it gained is paired by seed."""
     names = ["test accuracy", "held-out log-prob", "target reward", "margin", "share of alpha = eta", "beta entropy"]
-    names += ["response tokens", "responses equal to target"]
+    names += ["response tokens of D_t", "share of D_t equal to target"]
     rows = []
     for arm, seeds in of.items():
         last = [of_seed[-1] for of_seed in seeds.values()]
-        rows.append([arm, str(len(last)), *(_interval([one.get(name) for one in last]) for name in names)])
+        gained = _interval([of_seed[-1]["test accuracy"] - of_seed[0]["test accuracy"] for of_seed in seeds.values()])
+        rows.append([arm, str(len(last)), gained, *(_interval([one.get(name) for one in last]) for name in names)])
     start = [of_seed[0] for of_seed in of.get("tpaw", {}).values()]
-    rows.insert(0, ["theta_0", str(len(start)), _interval([one["test accuracy"] for one in start])])
-    return _markdown(["arm, after the last round", "seeds", *names], rows)
+    rows.insert(0, ["theta_0", str(len(start)), "", _interval([one["test accuracy"] for one in start])])
+    return _markdown(["arm, after the last round", "seeds", "gained over theta_0", *names], rows)
 
 
 def differences(of: Arms) -> str:
@@ -165,7 +169,7 @@ def gains(of: Arms) -> str:
         value = lambda of_seed, t: of_seed[t]["test accuracy"]
         apart = [[value(x, t) - value(x, t - 1) for x in seeds.values()] for t in trained]
         if len(apart) > 1:
-            rows.append([arm, *map(_interval, apart)])
+            rows.append([f"{arm}, {len(seeds)} seeds", *map(_interval, apart)])
     most = max(map(len, rows), default=1)
     return _markdown(["test accuracy gained in", *(f"round {t}" for t in range(most - 1))], rows)
 
@@ -180,7 +184,8 @@ def by_round(of: Arms) -> str:
                 [x[name] for s in seeds.values() for x in s if x["round"] == t and x.get(name) is not None]
                 for t in every
             ]
-            rows.append([f"{arm}: {name}", *(f"{statistics.mean(v):.3f}" if v else "" for v in values)])
+            means = [f"{statistics.mean(v):.3f}" if v else "" for v in values]
+            rows.append([f"{arm}, {len(seeds)} seeds: {name}", *means])
     most = max(map(len, rows), default=1)
     return _markdown(["by round", "theta_0", *(f"theta_{t}" for t in range(1, most - 1))], rows)
 
@@ -188,8 +193,9 @@ def by_round(of: Arms) -> str:
 def hours(directory: Path) -> str:
     """How long all arms took together."""
     log = directory / "hours.jsonl"
-    seconds = [json.loads(line)["seconds"] for line in log.read_text().splitlines()] if log.exists() else []
-    return f"{len(seconds)} runs in {sum(seconds) / 3600:.2f} hours.\n"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    spent = sum(line["seconds"] for line in lines) / 3600
+    return f"{len({line['arm'] for line in lines})} runs in {spent:.2f} hours.\n"
 
 
 def _renamed(line: dict[str, Any]) -> dict[str, Any]:

@@ -73,12 +73,16 @@ def additions(digits: int, rng: random.Random) -> Iterator[tuple[Any, str, str]]
 
 
 def chain_sums(seed: int) -> Iterator[tuple[Any, str, str]]:
-    """Sums and differences of two numbers of one or two digits, in reasoning-gym's words."""
+    """Sums and differences of two numbers of one or two digits, in reasoning-gym's words; exchanging the terms of a sum
+    makes no other problem.
+    """
     import reasoning_gym
 
     terms = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
     for item in reasoning_gym.create_dataset("chain_sum", size=100_000, seed=seed, **terms):
-        yield item["question"], item["question"], item["answer"]
+        first, sign, second = item["question"].split()[-4:-1]
+        terms_of = (first, second) if sign == "-" else tuple(sorted((first, second)))
+        yield (sign, *terms_of), item["question"], item["answer"]
 
 
 def worked(a: int, b: int) -> str:

@@ -118,9 +118,11 @@ class Study:
             if time.monotonic() > self.end:
                 raise SystemExit(f"The budget is spent before {arm.place}. The same command goes on there.")
             begun = time.monotonic()
-            self.tpaw(arm.command, {**arm.settings, "directory": place})
-            self.note(arm.place, time.monotonic() - begun)
-            (place / "done").touch()
+            try:
+                self.tpaw(arm.command, {**arm.settings, "directory": place})
+                (place / "done").touch()
+            finally:
+                self.note(arm.place, time.monotonic() - begun)
         return [json.loads(line.read_text()) for line in sorted(place.glob("round_*/summary.json"))]
 
     def tpaw(self, name: str, settings: dict[str, Any]) -> None:
@@ -144,7 +146,7 @@ class Study:
             raise SystemExit(f"tpaw {name} {settings}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
 
     def note(self, what: str, seconds: float) -> None:
-        """Keep how long something took."""
+        """Keep how long something took, to its end or until it was stopped."""
         with (self.directory / "hours.jsonl").open("a") as file:
             file.write(json.dumps({"arm": what, "seconds": round(seconds, 1)}) + "\n")
         print(f"{what}: {seconds:.0f} s", flush=True)
@@ -192,7 +194,7 @@ class Study:
         return out
 
     def arm(self, name: str, seed: int, rate: float) -> list[dict[str, Any]]:
-        """An arm of self-play, or longer SFT with as many visits of every target as four rounds have."""
+        """An arm of self-play, or longer SFT with as many passes over the prompts as four rounds of two epochs have."""
         settings = {**self.common(seed), "policy.path": self.theta_0(seed), "train.learning_rate": rate}
         command = "play"
         if name == "longer_sft":
@@ -226,8 +228,9 @@ class Study:
         for one in fine_tuned:
             one.result()
         list(self.pool.map(of, main + sweeps))
-        rates = self.search(e.own_rate)
-        list(self.pool.map(of, [(name, seed) for seed in seeds for name in e.own_rate]))
+        of_own = self.search(e.own_rate)
+        own = lambda what: self.arm(what[0], what[1], of_own[what[0]])
+        list(self.pool.map(own, [(name, seed) for seed in seeds for name in e.own_rate]))
 
 
 def main() -> None:
