@@ -48,21 +48,27 @@ def with_vllm(model: str, prompts: list[list[int]], most: int, seed: int) -> Ite
 def with_transformers(model: str, prompts: list[list[int]], most: int, seed: int) -> Iterator[Answer]:
     """One prompt after the other; slow, but everywhere."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     torch.manual_seed(seed)
     policy = AutoModelForCausalLM.from_pretrained(model)
+    plain = GenerationConfig(  # without penalties that the model's own settings may have
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=most,
+        eos_token_id=policy.generation_config.eos_token_id,
+        pad_token_id=policy.generation_config.pad_token_id,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    policy.generation_config = plain
     for tokens in prompts:
         made = policy.generate(
             torch.tensor([tokens]),
             attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=most,
-            output_logits=True,
-            return_dict_in_generate=True,
+            generation_config=plain,
         )
         ids = made.sequences[0, len(tokens) :]
         log_probs = torch.log_softmax(torch.cat(made.logits).float(), dim=-1).gather(1, ids[:, None])[:, 0]

@@ -106,6 +106,30 @@ def test_what_was_kept_is_read_back_and_a_cut_line_removed(tmp_path, prompts):
     assert path.read_bytes() == whole
 
 
+def test_appends_are_few_and_none_is_left_out(tmp_path, prompts, monkeypatch):
+    path, now = tmp_path / "sampled.jsonl", iter([0.0, 0.0, 1.0, 3.0, 3.0, 3.5, 9.0])
+    monkeypatch.setattr(generation_file.time, "monotonic", lambda: next(now))
+    made = {i: (np.arange(1, dtype=np.int32), np.zeros(1, np.float32)) for i in range(3)}
+    there = lambda: list(generation_file.of_all([path], prompts))
+
+    def sample():
+        with generation_file.appending(path, prompts, seconds=2.0) as keep:
+            keep({2: made[2]})
+            assert there() == [2]  # the first at once
+            keep({0: made[0]})
+            assert there() == [2]
+            keep({1: made[1]})
+            assert there() == [2, 0, 1]
+            path.unlink()
+            keep({0: made[0]})
+            assert not path.exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample()
+    assert there() == [0]  # a stop sees to the last
+
+
 def test_another_engine_answers_the_prompts_of_an_exported_policy(tmp_path, capsys):
     """`tpaw export`, `tpaw prompts`, scripts/answer_prompts.py, `tpaw play --generations`."""
     settings = {"rounds": 1, "mesh.fsdp": -1, "data.max_prompts": 4}

@@ -18,12 +18,14 @@ WELL = {
     "margin": 0.4,
     "held-out before": -1.5,
     "held-out after": -1.6,
+    "sampler gap": 0.02,
 }
 
 
 def test_a_round_that_goes_well_is_not_warned_of():
     assert health.warnings(WELL, 100, 256) == []
     assert health.warnings(WELL | {"held-out before": None, "held-out after": None}, 100, 256) == []
+    assert health.warnings(WELL | {"sampler gap": None}, 100, 256) == []
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,7 @@ def test_a_round_that_goes_well_is_not_warned_of():
         ({"at limit": 0.95}, r"95% of the responses were cut at sampling\.max_new_tokens, 256"),
         ({"echoes": 100}, "every response equals its target"),
         ({"margin": -0.2}, r"the mean margin is -0\.2"),
+        ({"sampler gap": 0.5}, "the log-probs that came with the responses are 0.5 nats a token from the scorer's"),
         ({"held-out after": -3.0}, "held-out targets went from -1.5 to -3 nats a token"),
         ({"held-out after": math.nan}, "held-out targets went from -1.5 to nan nats a token"),
     ],

@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options, _overrides(rest))
     except KeyboardInterrupt:
-        print("tpaw: interrupted; the same command goes on from the last finished stage.", file=sys.stderr)
+        kept = options.command in (play, sft)
+        after = "the same command goes on from the last finished stage" if kept else "nothing was written"
+        print(f"tpaw: interrupted; {after}.", file=sys.stderr)
         return 130
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
         if options.traceback:
@@ -124,7 +126,10 @@ def generate(options: argparse.Namespace, overrides: list[str]) -> None:
 
     if options.model:
         overrides = [*overrides, f"policy.path={options.model}"]
-    run, count = config_file.load(options.config, overrides), options.num_generations or 1
+    count = 1 if options.num_generations is None else options.num_generations
+    if count < 1:
+        raise ValueError(f"--num-generations is {count}; a prompt has one response at least.")
+    run = config_file.load(options.config, overrides)
     Path(options.out).absolute().parent.mkdir(parents=True, exist_ok=True)  # found out before the work, not after
     player = session.open_player(run, sharding.make_mesh(run.mesh))
     asked, _, report = dataset.load(run.data, player.template, run.seed)

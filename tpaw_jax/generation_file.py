@@ -7,9 +7,12 @@ tokenizer or template other than the run's is found out. A run's own lines end w
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +22,9 @@ from tpaw_jax import durable
 from tpaw_jax.dataset import Template
 from tpaw_jax.sampling import Response
 from tpaw_jax.types import Generations, Prompts
+
+SECONDS_BETWEEN_APPENDS = 2.0
+"""A bucket that is mounted as a file system takes one write of a file a second, and each is awaited."""
 
 
 class Given(NamedTuple):
@@ -61,6 +67,35 @@ def read(path: Path, prompts: Prompts, template: Template, vocabulary: int, long
     without = sum(bool(np.isnan(log_probs).any()) for _, log_probs in ordered)
     generations = Generations(round_number, tuple(t for t, _ in ordered), tuple(p for _, p in ordered))
     return Given(generations, retokenised, without)
+
+
+@contextlib.contextmanager
+def appending(
+    path: Path, prompts: Prompts, seconds: float = SECONDS_BETWEEN_APPENDS
+) -> Iterator[Callable[[Mapping[int, Response]], None]]:
+    """Within it, what it gives adds finished responses: the first at once, later ones when `seconds` have passed.
+
+    The last are added at the end, also where an error or a notice to stop ends it; a kill can lose those of `seconds`.
+    """
+    waiting: dict[int, Response] = {}
+    written = -math.inf
+
+    def write() -> None:
+        nonlocal written
+        append(path, prompts, waiting)
+        waiting.clear()
+        written = time.monotonic()
+
+    def keep(responses: Mapping[int, Response]) -> None:
+        waiting.update(responses)
+        if time.monotonic() - written >= seconds:
+            write()
+
+    try:
+        yield keep
+    finally:
+        if waiting:
+            write()
 
 
 def append(path: Path, prompts: Prompts, responses: Mapping[int, Response]) -> None:

@@ -16,6 +16,10 @@ UNLEARNT = 1.0
 """Nats a token by which held-out targets become less likely in a round when it forgets what it was taught."""
 
 
+ANOTHER_POLICY = 0.3
+"""Nats a token between the log-probs of who answered and of the scorer, from which no rounding explains them."""
+
+
 class Diverged(ValueError):
     """A run that was told to be strict has stopped; the message says what went wrong in which round."""
 
@@ -30,6 +34,11 @@ def warnings(summary: Mapping[str, Any], prompts: int, longest: int) -> list[str
         say(
             f"{summary['at limit']:.0%} of the responses were cut at sampling.max_new_tokens, {longest}: the limit is "
             "low, or the policy has stopped ending them."
+        )
+    if (summary.get("sampler gap") or 0) > ANOTHER_POLICY:
+        say(
+            f"the log-probs that came with the responses are {summary['sampler gap']:.2g} nats a token from the "
+            "scorer's: another policy, other settings or another template gave them."
         )
     if summary["echoes"] == prompts:
         say("every response equals its target: there is nothing left to tell apart.")

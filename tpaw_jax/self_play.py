@@ -182,21 +182,18 @@ def sample(
         if together:
             pod.check_same({"the responses that were sampled before": str(sorted(finished))})
         bar.update(len(finished))
-        made = sampling.generate(
-            session.sampler,
-            policy,
-            prompts.take(mine),
-            seed=session.config.seed,
-            round_number=t,
-            ends=session.ends,
-            finished=finished,
-            keep=lambda responses: (
-                generation_file.append(path, prompts, {int(mine[n]): r for n, r in responses.items()})
-                if writes
-                else None
-            ),
-            progress=show,
-        )
+        with generation_file.appending(path, prompts) as keep:
+            made = sampling.generate(
+                session.sampler,
+                policy,
+                prompts.take(mine),
+                seed=session.config.seed,
+                round_number=t,
+                ends=session.ends,
+                finished=finished,
+                keep=lambda responses: keep({int(mine[n]): r for n, r in responses.items()}) if writes else None,
+                progress=show,
+            )
         generations = made if together else sampling.of_all_processes(made, mine, t)
     with watch.time("ring"):  # the policy that sampled must be whole on disk before anything that follows from it
         ring.settle(session.ring)
