@@ -17,6 +17,7 @@ from tpaw_jax import draws, sampling, sharding
 from tpaw_jax.config import MeshConfig, SamplingConfig
 from tpaw_jax.models import Transformer, cache
 from tpaw_jax.models.attention import attend
+from tpaw_jax.models.transformer import split
 from tpaw_jax.monitoring import compile_log
 from tpaw_jax.pages import Pages
 
@@ -97,6 +98,39 @@ def test_responses_end_at_a_stop_token_or_at_the_limit(stories, prompts):
     for tokens, stopped in zip(made.tokens, ended, strict=True):
         assert not set(tokens[:-1].tolist()) & set(STOPS)
         assert stopped or len(tokens) == 12
+
+
+def counting_prefills(sampler):
+    """The sampler, and a list of the prompts that each of its prefills computes."""
+    computed = []
+
+    def prefill(params, packed):
+        computed.append(int(packed.segment_ids.max(axis=1).sum()))
+        return sampler.prefill(params, packed)
+
+    return sampler._replace(prefill=prefill), computed
+
+
+def test_several_responses_share_a_prompt_that_is_computed_once(stories, prompts):
+    settings = SamplingConfig(max_new_tokens=12, slots=4)
+    sampler, computed = counting_prefills(
+        sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, STOPS)
+    )
+    sampling.generate(sampler, stories[1], prompts, seed=3, round_number=2, num_generations=3)
+    assert sum(computed) == 11
+
+
+def test_shards_share_their_prefills(stories):
+    """A prefill computes a row on every shard: 120 prompts of 16 tokens at the mean are two rows of 128 for each."""
+    many = random_prompts(np.random.default_rng(6), 120)[0]
+    tokens = sum(map(len, many.prompt_tokens))
+    settings = SamplingConfig(max_new_tokens=12, slots=16, prefill_tokens=128)
+    mesh = sharding.sampling_mesh(1)
+    decoder = sampling.decoder_of(split(Transformer(stories[0]), stories[1], mesh))
+    sampler, computed = counting_prefills(sampling.make_sampler(decoder, settings, STOPS, mesh))
+    sampling.generate(sampler, stories[1], many, seed=3, round_number=2)
+    assert sum(computed) == 120
+    assert len(computed) <= 2 * -(-tokens // (8 * 128))
 
 
 def test_several_responses_share_a_prompt_and_differ(stories, prompts):
@@ -310,11 +344,32 @@ def test_programs_are_compiled_once_for_each_number_of_slots_and_pages(stories, 
     assert {slots for (_, slots), _ in shapes["decode"]} == {16, 8}  # half the slots are given up at the end
 
 
-def drawn(logits, count, **config):
-    many = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
-    uniforms = jax.random.uniform(jax.random.key(0), (count,))
-    tokens, _ = jax.jit(lambda x, u: draws.sample(x, u, SamplingConfig(**config)))(many, uniforms)
-    return np.bincount(np.asarray(tokens), minlength=len(logits))
+def test_responses_of_other_lengths_ask_for_few_other_programs(stories):
+    """Five rounds of random limits, short, long and between, on two shapes of slots."""
+    settings = SamplingConfig(max_new_tokens=400, slots=16, prefill_tokens=128)
+    sampler = sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, ())
+    sizes = set()
+
+    def decode(weights, state, *rest):
+        sizes.add((state.active.shape, state.cache[0].keys.shape[1]))
+        return sampler.decode(weights, state, *rest)
+
+    many = random_prompts(np.random.default_rng(6), 24)[0]
+    for t, longest in enumerate((20, 400, 60, 400, 150)):
+        limits = np.random.default_rng(t).integers(1, longest + 1, len(many)).tolist()
+        watching = sampler._replace(decode=decode)
+        sampling.generate(watching, stories[1], many, seed=0, round_number=t, limits=limits)
+    assert len(sizes) <= 8
+
+
+def drawn(logits, **config):
+    """How often the sampler draws each token, of 20,000, from a model that always has these logits."""
+    always = jnp.asarray(logits, jnp.float32)
+    decoder = sampling.decoder_from_apply_fn(lambda _, tokens: jnp.broadcast_to(always, (*tokens.shape, len(logits))))
+    sampler = sampling.make_sampler(decoder, SamplingConfig(max_new_tokens=100, slots=50, **config), ())
+    prompts = random_prompts(np.random.default_rng(0), 200, vocabulary=len(logits))[0]
+    made = sampling.generate(sampler, {"none": always}, prompts, seed=0, round_number=0)
+    return np.bincount(np.concatenate(made.tokens), minlength=len(logits))
 
 
 @pytest.mark.parametrize(
@@ -326,10 +381,11 @@ def test_draws_follow_the_filtered_distribution(config, kept):
     expected = np.exp(logits / config.get("temperature", 1.0))
     expected[kept:] = 0
     expected *= 20_000 / expected.sum()
-    counts = drawn(logits, 20_000, **config)
+    counts = drawn(logits, **config)
+    assert counts.sum() == 20_000
     assert (counts[kept:] == 0).all()
     chi_square = ((counts[:kept] - expected[:kept]) ** 2 / expected[:kept]).sum()
-    assert chi_square < 20.5  # the 0.1 % point of 5 degrees of freedom
+    assert chi_square < {6: 20.5, 3: 13.8, 2: 10.8}[kept]  # the 0.1 % points of 5, 2 and 1 degrees of freedom
 
 
 @settings(deadline=None, max_examples=50)

@@ -46,7 +46,10 @@ ADMITTED_AT_ONCE = 8
 """Prompts of a shard that one call of `admit` moves into slots."""
 
 FEWEST_SLOTS = 8
-"""Slots that are kept to the end: fewer would not decode a step faster."""
+"""Slots that are kept to the end on a CPU: fewer would not decode a step faster."""
+
+FEWEST_SLOTS_OF_A_DEVICE = 128
+"""The same on accelerators, of each: up to there reading the weights is what a step takes, and a program costs more."""
 
 
 def generate(
@@ -261,16 +264,18 @@ class _Engine:
         return done
 
     def _stage(self) -> None:
-        """Compute the prompts that fit into a row of each shard that has none waiting."""
+        """Compute a row of prompts for each shard that has less than a row waiting: a program computes a row of all."""
         shards, most = len(self.staged), max(1, self.row // 16)
         tokens, positions, segments = np.zeros((3, shards, self.row), np.int32)
         first, lengths = np.zeros((shards, most), np.int32), np.ones((shards, most), np.int32)
-        filled = {r: (0, 0) for r in range(shards) if not self.staged[r]}  # tokens and prompts
+        waiting = [sum(self._prompt_length(w.request) for w in queue) for queue in self.staged]
+        filled = {r: (0, 0) for r in range(shards) if waiting[r] < self.row}  # tokens and prompts
         placed: list[tuple[int, int, int, int]] = []
         while self.unstaged:
             prompt = self.prompts.prompt_tokens[self.unstaged[0]]
-            row = min((r for r in filled if filled[r][1] < most), key=filled.__getitem__, default=None)
-            if row is None or filled[row][0] + len(prompt) > self.row:
+            room = (r for r, (there, n) in filled.items() if n < most and there + len(prompt) <= self.row)
+            row = min(room, key=lambda r: waiting[r] + filled[r][0], default=None)
+            if row is None:
                 break
             start, n = filled[row]
             run = slice(start, start + len(prompt))
@@ -319,16 +324,20 @@ class _Engine:
         shards, slots = self.occupant.shape
         used = int((self.occupant >= 0).sum(axis=1).max())
         fewer = slots
-        while fewer % 2 == 0 and used <= fewer // 2 and shards * fewer // 2 >= FEWEST_SLOTS:
+        on_cpu = self.sampler.mesh.devices.flat[0].platform == "cpu"
+        fewest = FEWEST_SLOTS if on_cpu else shards * FEWEST_SLOTS_OF_A_DEVICE
+        while fewer % 2 == 0 and used <= fewer // 2 and shards * fewer // 2 >= fewest:
             fewer //= 2
         if fewer < slots:
-            self._resize(fewer, max(self.pages.longest_table, math.ceil(1.25 * self.pages.most_used / fewer) * fewer))
+            of_slot = bucket(math.ceil(1.25 * self.pages.most_used / fewer), smallest=1)
+            self._resize(fewer, max(self.pages.longest_table, min(of_slot, self.pages.longest_table) * fewer))
 
     def _reserve(self, tokens: np.ndarray) -> None:
         """Give the slots pages for `tokens` [R, S]; where too few are free, there are more from here on."""
         if lacking := self.pages.reserve(tokens):
             slots = self.occupant.shape[1]
-            self._resize(slots, self.pages.pages + math.ceil(lacking / slots) * slots)
+            more = max(lacking, self.pages.pages // 4)  # a program for each number of pages
+            self._resize(slots, self.pages.pages + math.ceil(more / slots) * slots)
             self.pages.reserve(tokens)
 
     def _resize(self, slots: int, pages: int) -> None:
@@ -344,6 +353,9 @@ class _Engine:
         """Arrays of the host, [R, ...], as the programs take them."""
         one_process = self.sampler.processes == 1
         return arrays if one_process else sharding.place(arrays, sharding.rows(self.sampler.mesh))
+
+    def _prompt_length(self, request: int) -> int:
+        return len(self.prompts.prompt_tokens[request // self.num_generations])
 
     def _prompt_lengths(self) -> np.ndarray:
         return self._of_occupants(lambda i: len(self.prompts.prompt_tokens[i]))

@@ -229,8 +229,9 @@ def make_sampler(
 
         return jax.jit(functools.update_wrapper(with_params, function))
 
+    new = functools.cache(lambda slots, pages: program(functools.partial(new_state, slots, pages), (), state))
     return Sampler(
-        init=lambda slots, pages: program(functools.partial(new_state, slots, pages), (), state)(),
+        init=lambda slots, pages: new(slots, pages)(),
         prepare=of_params(prepare, (), weights),
         prefill=of_params(prefill, (by_shard,), staged),
         admit=program(admit, (state, staged, by_shard, everywhere), state, donate=0),
