@@ -144,6 +144,7 @@ def test_a_directory_may_have_an_equals_sign_in_its_name(runs, tmp_path):
     shutil.copytree(runs / "one", place := tmp_path / "rate=1e-5")
     assert [report.read(str(place)).name, report.read(f"a={place}").name] == ["", "a"]
     assert report.read(f"a={place}").directory == place
+    assert report.read(f"a={place}").called == "a, rate=1e-5"
 
 
 def test_a_directory_without_a_run_is_told(tmp_path, capsys):

@@ -44,6 +44,11 @@ class RunRecord:
     lengths: dict[int, np.ndarray]  # of responses, tokens, by round
     margins: dict[int, np.ndarray]  # nats times lam, by round; see _margins
 
+    @property
+    def called(self) -> str:
+        """Its directory's name, after the one that it was given."""
+        return f"{self.name}, {self.directory.name}" if self.name else self.directory.name
+
 
 def read(place: str) -> RunRecord:
     """A run as its directory tells it, DIRECTORY or NAME=DIRECTORY; another process may be playing it.
@@ -271,7 +276,7 @@ def _samples(run: RunRecord) -> list[str]:
     if not count:
         return []
     card = lambda title, text: f"<div><h4>{html.escape(title)}</h4><p>{html.escape(text)}</p></div>"
-    found = [f"<h2>Answers</h2><p>Of {html.escape(run.directory.name)}.</p>"]
+    found = [f"<h2>Answers</h2><p>Of {html.escape(run.called)}.</p>"]
     for i in range(count):
         first = next(iter(run.samples.values()))[i]
         answers = [card(f"theta_{t}", of_round[i]["response"]) for t, of_round in run.samples.items()]
@@ -287,7 +292,7 @@ def _configuration(run: RunRecord) -> str:
     path = run.directory / "versions.json"
     versions = json.loads(path.read_text()) if path.exists() else {}
     stated = html.escape("\n".join(f"{name}: {version}" for name, version in versions.items()))
-    return f"<details><summary>{html.escape(run.directory.name)}</summary><pre>{settings}\n{stated}</pre></details>"
+    return f"<details><summary>{html.escape(run.called)}</summary><pre>{settings}\n{stated}</pre></details>"
 
 
 def _number(value: Any) -> float:
