@@ -344,24 +344,6 @@ def test_programs_are_compiled_once_for_each_number_of_slots_and_pages(stories, 
     assert {slots for (_, slots), _ in shapes["decode"]} == {16, 8}  # half the slots are given up at the end
 
 
-def test_responses_of_other_lengths_ask_for_few_other_programs(stories):
-    """Five rounds of random limits, short, long and between, on two shapes of slots."""
-    settings = SamplingConfig(max_new_tokens=400, slots=16, prefill_tokens=128)
-    sampler = sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, ())
-    sizes = set()
-
-    def decode(weights, state, *rest):
-        sizes.add((state.active.shape, state.cache[0].keys.shape[1]))
-        return sampler.decode(weights, state, *rest)
-
-    many = random_prompts(np.random.default_rng(6), 24)[0]
-    for t, longest in enumerate((20, 400, 60, 400, 150)):
-        limits = np.random.default_rng(t).integers(1, longest + 1, len(many)).tolist()
-        watching = sampler._replace(decode=decode)
-        sampling.generate(watching, stories[1], many, seed=0, round_number=t, limits=limits)
-    assert len(sizes) <= 8
-
-
 def drawn(logits, **config):
     """How often the sampler draws each token, of 20,000, from a model that always has these logits."""
     always = jnp.asarray(logits, jnp.float32)
