@@ -50,9 +50,8 @@ def main() -> None:
     bandwidth, peak = read_bandwidth(), common.matmul_peak(architecture, 512, backward=False)["median"]
     prompt_tokens, matmul = sum(map(len, ids)), 2 * sum(x.size for x in jax.tree.leaves(params["layers"]))
     flops_of_token = matmul + 2 * architecture.vocab_size * architecture.hidden_size
-    decode_bound = max(
-        (weights * watch.steps + of_token * watch.cached) / bandwidth, flops_of_token * watch.busy / 1e9 / peak
-    )
+    reading = (weights * watch.steps + of_token * watch.cached) / bandwidth
+    multiplying = flops_of_token * watch.busy / 1e9 / peak
     head = 2 * architecture.vocab_size * architecture.hidden_size * count
     programs = ("prefill", "admit", "decode", "resize")
     print(
@@ -68,10 +67,8 @@ def main() -> None:
                 "steps": watch.steps,
                 "step_milliseconds": 1e3 * watch.seconds["decode"] / watch.steps,
                 "read_bandwidth_gb_per_second": bandwidth / 1e9,
-                "share_of_bandwidth": (weights * watch.steps + of_token * watch.cached)
-                / watch.seconds["decode"]
-                / bandwidth,
-                "share_of_bound": decode_bound / watch.seconds["decode"],
+                "share_of_bandwidth": reading / watch.seconds["decode"],
+                "share_of_bound": max(reading, multiplying) / watch.seconds["decode"],
                 "prefill_gflops": (prompt_tokens * matmul + head) / watch.seconds["prefill"] / 1e9,
                 "matmul_peak_gflops": peak,
                 "share_of_peak": (prompt_tokens * matmul + head) / watch.seconds["prefill"] / 1e9 / peak,
