@@ -320,7 +320,7 @@ class _Engine:
         self.state = self.sampler.admit(self.state, batch, self._split(admission), self.key)
 
     def _give_up_slots(self) -> None:
-        """Halve the slots, again and again, while half of them are enough and more than `FEWEST_SLOTS` are left."""
+        """Halve the slots, again and again, while half of them are enough and not fewer than are worth a program."""
         shards, slots = self.occupant.shape
         used = int((self.occupant >= 0).sum(axis=1).max())
         fewer = slots
