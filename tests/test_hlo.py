@@ -154,6 +154,22 @@ def test_what_a_fusion_hands_through_is_not_read():
     assert hlo.parse(through).traffic() == hlo.parse(TRAFFIC).traffic()
 
 
+def test_what_a_fusion_reads_through_a_view_made_by_an_inner_fusion_counts():
+    view = """%view_of (x: f32[8,128]) -> f32[8,128] {
+  %x.4 = f32[8,128]{1,0} parameter(0)
+  ROOT %same = f32[8,128]{1,0} bitcast(%x.4)
+}
+
+%outer ("""
+    through = TRAFFIC.replace("%outer (", view).replace(
+        "ROOT %sum = f32[8,128]{1,0} add(%inner, %x.1)",
+        "%seen = f32[8,128]{1,0} fusion(%x.1), kind=kLoop, calls=%view_of\n"
+        "  ROOT %sum = f32[8,128]{1,0} add(%inner, %seen)",
+    )
+    assert "%seen" in through
+    assert hlo.parse(through).traffic() == hlo.parse(TRAFFIC).traffic()
+
+
 def test_traffic_in_a_loop_counts_as_often_as_it_runs():
     block, gradient = 8 * 128 * 4, 64 * 128 * 4
     once = 2 * block + 2 * block + block + gradient  # y read and doubled; the kernel; the broadcast

@@ -193,9 +193,10 @@ class Program(NamedTuple):
                 continue
             elif user.called in self.computations:
                 inner = self.computations[user.called]
-                total += sum(
-                    self._taken(inner, p) for o, p in zip(user.operands, inner.parameters, strict=False) if o == name
-                )
+                passed = [p for o, p in zip(user.operands, inner.parameters, strict=False) if o == name]
+                total += sum(self._taken(inner, p) for p in passed)
+                if _source(inner, inner.root).name in passed:  # a fusion that is but a view of it
+                    total += self._taken(fused, user.name)
             elif _is_exchange(user):  # counted with its collective
                 continue
             else:
@@ -208,9 +209,7 @@ class Program(NamedTuple):
         results = [fused.instructions[o] for o in root.operands] if root.opcode == "tuple" else [root]
         total = 0
         for result, part in zip(results, _parts(shape), strict=False):
-            source = result
-            while source.opcode in _VIEWS and source.operands[0] in fused.instructions:
-                source = fused.instructions[source.operands[0]]
+            source = _source(fused, result)
             if "S(" in part or _is_exchange(source) or source.opcode == "parameter":
                 continue
             if source.opcode in _UPDATES:
@@ -260,6 +259,13 @@ def _instruction(line: str) -> Instruction:
     inside = re.sub(r"/\*.*?\*/", "", rest[opening + 1 : closing])
     operands = tuple(re.findall(r"%([\w.\-]+)", inside)) or tuple(filter(None, [inside.strip()]))
     return Instruction(name.lstrip("%"), shape, rest[:opening], operands, rest[closing + 1 :])
+
+
+def _source(computation: Computation, result: Instruction) -> Instruction:
+    """What an instruction is, or is a view of."""
+    while result.opcode in _VIEWS and result.operands[0] in computation.instructions:
+        result = computation.instructions[result.operands[0]]
+    return result
 
 
 def _called_by_name(attributes: str) -> list[str]:
