@@ -105,6 +105,19 @@ def test_sampling_exchanges_only_over_tensor(tensor):
                 assert found[kind] == pytest.approx(size, rel=0.1)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_decoding_reads_every_weight_and_page_once_a_step_and_little_else(head_dim):
+    model = ModelConfig("llama", 32768, 2048, 8192, 3, 2048 // head_dim, 4, head_dim, 10000.0, 1e-5, 8192, False)
+    least_effort = jax.config.jax_exec_time_optimization_effort  # which leaves out what moves data beside products
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)
+    try:
+        planned = planning.plan(target("v5e:2x2", model, **{"sampling.slots": 512}), stages=("decode",))
+    finally:
+        jax.config.update("jax_exec_time_optimization_effort", least_effort)
+    found = planned["stages"]["decode"]
+    assert 1 < found["memory traffic GiB"] / found["memory traffic GiB, by hand"] < 1.1
+
+
 def test_a_whole_plan_is_json_with_hours_and_tables():
     plan = planning.plan(target("v5e:2x2"), prompts=2000)
     again = json.loads(json.dumps(plan))

@@ -15,11 +15,9 @@ from hypothesis import strategies as st
 
 from tpaw_jax import draws, sampling, sharding
 from tpaw_jax.config import MeshConfig, SamplingConfig
-from tpaw_jax.models import Transformer, cache
-from tpaw_jax.models.attention import attend
+from tpaw_jax.models import Transformer
 from tpaw_jax.models.transformer import split
 from tpaw_jax.monitoring import compile_log
-from tpaw_jax.pages import Pages
 
 STOPS = (1, 403)
 
@@ -42,6 +40,16 @@ def generate(stories, prompts, decoder=None, mesh=None, params=None, num_generat
 def assert_same_tokens(a, b):
     for x, y in zip(a.tokens, b.tokens, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_a_cache_of_rows_as_on_a_tpu_gives_the_same_tokens(stories, prompts):
+    of = lambda platform: sampling.decoder_of(Transformer(stories[0]), platform=platform)
+    apart, rows = (generate(stories, prompts, decoder=of(platform)) for platform in ("cpu", "tpu"))
+    assert of("tpu").init(1, 2)[0].in_rows
+    assert not of("cpu").init(1, 2)[0].in_rows
+    assert_same_tokens(apart, rows)
+    for p, q in zip(apart.log_probs, rows.log_probs, strict=True):
+        np.testing.assert_allclose(p, q, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -207,88 +215,6 @@ def test_every_request_has_its_own_limit(stories, prompts):
             answer(wrong)
 
 
-def pages_of(rng, positions, shards=1):
-    """A pool whose pages lie in random order, the table of it, and each slot's sequence [S, K, C, H]."""
-    slots, blocks = len(positions) // shards, 3
-    account = Pages(shards, slots, slots * blocks + 2, blocks)
-    for s in rng.permutation(slots):  # pages are not in the order of slots
-        needed = np.zeros((shards, slots), int)
-        needed[:, s] = np.asarray(positions).reshape(shards, slots)[:, s] + 1
-        assert account.reserve(needed) == 0
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    layer = cache.LayerPages(
-        draw(shards, account.pages, 2, 8, cache.PAGE), draw(shards, account.pages, 2, cache.PAGE, 8)
-    )
-    return account, layer
-
-
-@pytest.mark.parametrize("shards", [1, 2])
-def test_attention_over_pages_is_attention_over_sequences(shards):
-    rng = np.random.default_rng(0)
-    positions = np.array([0, 63, 64, 130])
-    account, layer = pages_of(rng, positions, shards)
-    by_shard = lambda x: jnp.asarray(x).reshape(shards, 4 // shards, *x.shape[1:])
-    queries = jnp.asarray(rng.normal(size=(4, 6, 8)), jnp.float32)
-    found = cache.attend_pages(by_shard(queries), layer, account.table(), by_shard(positions)).reshape(4, 6, 8)
-    for i, position in enumerate(positions):
-        r, s = divmod(i, 4 // shards)
-        held = account.of_slot(r, s)
-        keys = jnp.concatenate([layer.keys[r, page].swapaxes(1, 2) for page in held], axis=1)
-        values = jnp.concatenate([layer.values[r, page] for page in held], axis=1)
-        mask = jnp.arange(keys.shape[1]) <= position
-        expected = attend(queries[i][None, None], keys[None], values[None], mask[None, None])[0, 0]
-        np.testing.assert_allclose(found[i], expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_token_is_written_into_its_slots_page_alone():
-    positions = np.array([[5, 64, 130]])
-    account, layer = pages_of(np.random.default_rng(1), positions[0])
-    account.release(0, 1)  # an idle slot writes nowhere
-    new = jnp.full((1, 3, 2, 8), 7.0)
-    written = cache.write_token(layer, account.table(), positions, new, new)
-    keys, values = layer.keys, layer.values
-    for slot in (0, 2):
-        page, offset = account.of_slot(0, slot)[positions[0, slot] // cache.PAGE], positions[0, slot] % cache.PAGE
-        keys, values = keys.at[0, page, :, :, offset].set(7.0), values.at[0, page, :, offset].set(7.0)
-    np.testing.assert_array_equal(written.keys, keys)
-    np.testing.assert_array_equal(written.values, values)
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.data())
-def test_a_page_never_has_two_owners(data):
-    shards, slots, blocks = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 4)))
-    account = Pages(shards, slots, data.draw(st.integers(blocks, slots * blocks)), blocks)
-    held = np.zeros((shards, slots), int)  # tokens
-    for _ in range(data.draw(st.integers(1, 12))):
-        shard, slot = data.draw(st.integers(0, shards - 1)), data.draw(st.integers(0, slots - 1))
-        if data.draw(st.booleans()):
-            wanted = held.copy()
-            wanted[shard, slot] = data.draw(st.integers(0, blocks * cache.PAGE))
-            lacking = account.reserve(wanted)
-            if lacking:
-                order = account.resize(np.tile(np.arange(slots), (shards, 1)), account.pages + lacking)
-                assert order.shape == (shards, account.pages)
-                assert account.reserve(wanted) == 0
-            held = np.maximum(held, wanted)
-        else:
-            account.release(shard, slot)
-            held[shard, slot] = 0
-        table = account.table()
-        for r in range(shards):
-            pages = [page for s in range(slots) for page in account.of_slot(r, s)]
-            assert len(set(pages)) == len(pages)
-            for s in range(slots):
-                mine = account.of_slot(r, s)
-                assert len(mine) * cache.PAGE >= held[r, s]
-                np.testing.assert_array_equal(table.of_slot[r, s][: len(mine)], mine)
-                assert (table.of_slot[r, s][len(mine) :] == account.pages).all()
-                assert (table.owner[r, mine] == s).all()
-                np.testing.assert_array_equal(table.first[r, mine], cache.PAGE * np.arange(len(mine)))
-            free = sorted(set(range(account.pages)) - set(pages))
-            assert (table.first[r, free] > 1 << 20).all()
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_sixty_four_prompts_are_answered_alike_everywhere(stories, temperature, tmp_path):
     """With 4, 16 and 64 slots, on one device and on eight, and by a run that is killed and goes on."""
@@ -376,9 +302,27 @@ def test_draws_follow_the_filtered_distribution(config, kept):
     uniform=st.floats(0, 0.999),
 )
 def test_inverse_cdf_finds_the_index_where_the_sum_passes(weights, uniform):
-    found = int(draws._inverse_cdf(jnp.asarray([weights], jnp.float32), jnp.asarray([uniform], jnp.float32))[0])
+    logits = jnp.log(jnp.asarray([weights], jnp.float32))
+    index, log_total = draws._inverse_cdf(logits, jnp.asarray([uniform], jnp.float32))
+    found = int(index[0])
+    np.testing.assert_allclose(log_total[0], np.log(sum(weights)), atol=1e-5)
     upto = np.cumsum(np.asarray(weights, np.float64))
     assert weights[found] > 0
     goal, slack = uniform * upto[-1], 1e-5 * upto[-1]
     assert upto[found] >= goal - slack
     assert upto[found] - weights[found] <= goal + slack
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    logits=st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=200, unique=True),
+    top_p=st.floats(0.01, 0.99),
+)
+def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p(logits, top_p):
+    kept = np.asarray(draws._nucleus(jnp.asarray([logits], jnp.float32), top_p)[0])
+    weights = np.exp(np.asarray(logits, np.float64) - max(logits))
+    probabilities = weights / weights.sum()
+    assert probabilities[kept].sum() >= top_p - 1e-5
+    least = probabilities[kept].min()
+    assert probabilities[probabilities > least * (1 + 1e-5)].sum() < top_p + 1e-5  # without the least, too few
+    assert (probabilities[~kept] < least * (1 + 1e-5)).all()

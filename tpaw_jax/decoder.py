@@ -44,14 +44,17 @@ class Decoder(NamedTuple):
     decode: Callable[..., tuple[Array, PyTree[Array]]]
 
 
-def decoder_of(model: Transformer, cache_dtype: str = "") -> Decoder:
-    """The `Decoder` of a `Transformer`.
+def decoder_of(model: Transformer, cache_dtype: str = "", platform: str = "") -> Decoder:
+    """The `Decoder` of a `Transformer`, for the devices of a platform: by default, JAX's own.
 
     Keys and values are kept in `cache_dtype`; by default in the compute dtype, but on CPU in float32, since XLA's CPU
     backend copies a whole pool of 16-bit floats to write one token.
     """
-    c = model.local_config
-    dtype = jnp.dtype(cache_dtype or (jnp.float32 if jax.default_backend() == "cpu" else model.dtype))
+    c, on_cpu = model.local_config, (platform or jax.default_backend()) == "cpu"
+    dtype = jnp.dtype(cache_dtype or (jnp.float32 if on_cpu else model.dtype))
+
+    def init(shards, pages):
+        return kv.empty(c.num_layers, shards, pages, c.num_kv_heads, c.head_dim, dtype, in_rows=not on_cpu)
 
     def prefill(params, prompts):
         variables, rows = {"params": params}, (prompts.tokens, prompts.positions, prompts.segment_ids)
@@ -61,7 +64,7 @@ def decoder_of(model: Transformer, cache_dtype: str = "") -> Decoder:
 
     return Decoder(
         dtype=jnp.dtype(model.dtype),
-        init=lambda shards, pages: kv.empty(c.num_layers, shards, pages, c.num_kv_heads, c.head_dim, dtype),
+        init=init,
         prepare=lambda params: decoding.decode_weights(model, params),
         prefill=prefill,
         place=lambda cache, rows, starts, pages: kv.write_prompts(cache, rows[0], rows[1], starts, pages),

@@ -45,7 +45,7 @@ def sample(
     logits = logits.astype(jnp.float32)
     allowed = logits if banned is None else jnp.where(banned, -jnp.inf, logits)
     if config.temperature == 0:
-        tokens = jnp.argmax(allowed, axis=-1)
+        tokens, log_total_S = jnp.argmax(allowed, axis=-1), jax.nn.logsumexp(logits, axis=-1)
     else:
         scaled = allowed / config.temperature
         if config.top_k:
@@ -53,33 +53,54 @@ def sample(
             scaled = jnp.where(scaled >= kth, scaled, -jnp.inf)
         if config.top_p < 1:
             scaled = jnp.where(_nucleus(scaled, config.top_p), scaled, -jnp.inf)
-        tokens = _inverse_cdf(jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True)), uniforms)
+        tokens, log_total_S = _inverse_cdf(scaled, uniforms)
+        if config.temperature != 1 or config.top_k or config.top_p < 1 or banned is not None:
+            log_total_S = jax.nn.logsumexp(logits, axis=-1)
     tokens = tokens.astype(jnp.int32)
-    picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, picked - jax.nn.logsumexp(logits, axis=-1)
+    return tokens, jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - log_total_S
 
 
 def _nucleus(logits: Float[Array, "S V"], top_p: float) -> Bool[Array, "S V"]:
-    """The smallest set of most probable tokens whose probability reaches `top_p` (arXiv 1904.09751)."""
-    order = jnp.argsort(-logits, axis=-1)
-    probabilities = jnp.take_along_axis(jax.nn.softmax(logits), order, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    return jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, before < top_p, axis=-1, inplace=False)
+    """The fewest most probable tokens that reach `top_p` together, and what ties with the last (arXiv 1904.09751).
 
-
-def _inverse_cdf(weights: Float[Array, "S V"], uniforms: Float[Array, "S"], block: int = 128) -> Int[Array, "S"]:
-    """The index where the cumulated weights pass uniform x total: first the block of indices, then within it.
-
-    Two levels of short sums are exact enough in float32 for any vocabulary, and cheap.
+    The least probability that is kept is found by halving: nothing is sorted, which takes a vocabulary much longer.
     """
-    slots, vocabulary = weights.shape
-    blocks = jnp.pad(weights, [(0, 0), (0, -vocabulary % block)]).reshape(slots, -1, block)
-    upto = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
-    goal = uniforms * upto[:, -1]
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    ordered = jax.lax.bitcast_convert_type(probabilities, jnp.int32)  # floats from 0 on are in the order of their bits
+
+    def halve(_, bounds):
+        low_S, high_S = bounds  # what is at least `low` reaches top_p, what is at least `high` does not
+        middle_S = low_S + (high_S - low_S) // 2
+        reaches_S = jnp.sum(probabilities, axis=-1, where=ordered >= middle_S[:, None]) >= top_p
+        return jnp.where(reaches_S, middle_S, low_S), jnp.where(reaches_S, high_S, middle_S)
+
+    all_tokens, none = jnp.zeros(len(logits), jnp.int32), jnp.full(len(logits), _BITS_OF_1 + 1)
+    least_S, _ = jax.lax.fori_loop(0, _BITS_OF_1.bit_length(), halve, (all_tokens, none))
+    return ordered >= least_S[:, None]
+
+
+_BITS_OF_1 = 0x3F800000
+
+
+def _inverse_cdf(
+    logits: Float[Array, "S V"], uniforms: Float[Array, "S"], block: int = 128
+) -> tuple[Int[Array, "S"], Float[Array, "S"]]:
+    """The index where the cumulated exp(logits) pass uniform x total, and the log of that total.
+
+    First the block of indices, then the index within: two levels of short sums are exact enough in float32 for any
+    vocabulary. Logits are read twice and never written in another order, as a gather of blocks would have them.
+    """
+    slots, vocabulary = logits.shape
+    padded = jnp.pad(logits, [(0, 0), (0, -vocabulary % block)], constant_values=-jnp.inf)
+    blocks, top = padded.reshape(slots, -1, block), jnp.max(logits, axis=-1)[:, None]
+    upto = jnp.cumsum(jnp.exp(blocks - top[:, None]).sum(axis=-1), axis=-1)
+    total = upto[:, -1]
+    goal = uniforms * total
     chosen = _first_beyond(upto, goal)
-    inside = jnp.take_along_axis(blocks, chosen[:, None, None], axis=1)[:, 0]
+    is_chosen = jnp.arange(blocks.shape[1]) == chosen[:, None]
+    inside = jnp.exp(jnp.where(is_chosen[..., None], blocks, 0).sum(axis=1) - top)
     before = jnp.where(chosen > 0, jnp.take_along_axis(upto, jnp.maximum(chosen - 1, 0)[:, None], axis=1)[:, 0], 0)
-    return chosen * block + _first_beyond(jnp.cumsum(inside, axis=-1), goal - before)
+    return chosen * block + _first_beyond(jnp.cumsum(inside, axis=-1), goal - before), top[:, 0] + jnp.log(total)
 
 
 def _first_beyond(cumulated: Float[Array, "S n"], goal: Float[Array, "S"]) -> Int[Array, "S"]:

@@ -145,7 +145,7 @@ def slots_of(target: Target, typical_tokens: int) -> tuple[DecodeState, PageTabl
 def _sampler(target: Target) -> sampling.Sampler:
     config = target.config.sampling
     cache_dtype = config.cache_dtype or target.config.policy.compute_dtype
-    decoder = sampling.decoder_of(target.sampling_model, cache_dtype)
+    decoder = sampling.decoder_of(target.sampling_model, cache_dtype, platform="tpu")
     return sampling.make_sampler(decoder, config, [0], target.sampling_mesh)
 
 

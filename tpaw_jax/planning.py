@@ -285,6 +285,21 @@ def _step(target: Target, load: Workload) -> tuple[str, Stage]:
     return remat, found
 
 
+def decode_bytes(target: Target, typical_tokens: int) -> float:
+    """Bytes that a device has to read for `LOOK` steps: every weight and all pages of the cache, once a step."""
+    model = target.model.config
+    weights = _bytes_held(lowering.sampling_params(target))
+    if not model.tie_embeddings:  # of whose table a few rows are read
+        weights -= _bytes_held(lowering.sampling_params(target)["embed"])
+    return LOOK * (weights + _cache_bytes(target, typical_tokens))
+
+
+def _cache_bytes(target: Target, typical_tokens: int) -> float:
+    """Bytes of a device's pages."""
+    cache = jax.tree.leaves(lowering.slots_of(target, typical_tokens)[0].cache)
+    return sum(x.size * x.dtype.itemsize for x in cache) / target.sampling_mesh.size
+
+
 def _other_stage(target: Target, load: Workload, name: str) -> Stage:
     config, chip = target.config, target.topology.chip
     typical = math.ceil((load.prompt_tokens + load.new_tokens) / load.prompts)
@@ -305,8 +320,7 @@ def _other_stage(target: Target, load: Workload, name: str) -> Stage:
         shards = sharding.row_shards(mesh)
         executed, useful = Work(row, row // 16, seen) * shards, Work(row, count, seen) * shards
         flops = _of_device(target, executed, useful, mesh.size)
-        cache = jax.tree.leaves(lowering.slots_of(target, typical)[0].cache)
-        resident = policy + sampled + sum(x.size * x.dtype.itemsize for x in cache) / mesh.size
+        resident = policy + sampled + _cache_bytes(target, typical)
         return roofline.compile_stage(lowering.prefill(target), mesh, chip, flops, [], resident)
     slots = lowering.slots_a_shard(target) * sharding.row_shards(mesh)
     work = Work(slots, slots, slots * typical) * LOOK
@@ -320,6 +334,9 @@ def _record(target: Target, load: Workload, name: str, stage: Stage, remat: str)
     if stage.traffic:
         expected = by_hand(target, name, remat, _micro_batches(target.config, load))
         record["GiB sent by hand"] = {kind: size / GIB for kind, size in expected.items() if size}
+        if name == "decode":
+            typical = math.ceil((load.prompt_tokens + load.new_tokens) / load.prompts)
+            record["memory traffic GiB, by hand"] = decode_bytes(target, typical) / GIB
     return record
 
 

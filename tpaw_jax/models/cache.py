@@ -24,10 +24,20 @@ UNSEEN = -1e30
 
 
 class LayerPages(struct.PyTreeNode):
-    """Keys and values of all pages in one layer. Layers are apart, so that each is updated where it lies."""
+    """Keys and values of all pages in one layer. Layers are apart, so that each is updated where it lies.
 
-    keys: Float[Array, "R U K H P"]  # tokens last: scores are then products over consecutive memory
-    values: Float[Array, "R U K P H"]
+    On CPU heads are apart, tokens of keys last: both products of attention then run over consecutive memory. Elsewhere
+    a token's heads are one row of E = K H numbers: a TPU keeps such a pool without padding, writes a row of it where it
+    lies, and reads it once a step.
+    """
+
+    keys: Float[Array, "R U K H P"] | Float[Array, "R U P E"]
+    values: Float[Array, "R U K P H"] | Float[Array, "R U P E"]
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether a token's heads are one row."""
+        return self.keys.ndim == 4
 
 
 KVCache = tuple[LayerPages, ...]
@@ -41,10 +51,13 @@ class PageTable(NamedTuple):
     first: Int[AnyArray, "R U"]  # the position of a page's first token; beyond every position, where it is free
 
 
-def empty(layers: int, shards: int, pages: int, heads: int, size: int, dtype: jnp.dtype) -> KVCache:
+def empty(
+    layers: int, shards: int, pages: int, heads: int, size: int, dtype: jnp.dtype, in_rows: bool = False
+) -> KVCache:
     """A zeroed pool of `pages` pages a shard; 2 L R U K P H elements of `dtype`."""
-    keys, values = (shards, pages, heads, size, PAGE), (shards, pages, heads, PAGE, size)
-    return tuple(LayerPages(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for _ in range(layers))
+    apart = (shards, pages, heads, size, PAGE), (shards, pages, heads, PAGE, size)
+    of_keys, of_values = ((shards, pages, PAGE, heads * size),) * 2 if in_rows else apart
+    return tuple(LayerPages(jnp.zeros(of_keys, dtype), jnp.zeros(of_values, dtype)) for _ in range(layers))
 
 
 def write_prompts(
@@ -61,13 +74,15 @@ def write_prompts(
     places_RCP = jnp.minimum(starts[..., None] + jnp.arange(PAGE), keys.shape[2] - 1)
     of_pages = jax.vmap(lambda row_TKH, places_CP: row_TKH[places_CP])  # [R C P K H]
     put = jax.vmap(lambda old, page_C, new: old.at[page_C].set(new.astype(old.dtype), mode="drop"))
-    return tuple(
-        LayerPages(
-            put(layer.keys, pages, of_pages(keys[i], places_RCP).transpose(0, 1, 3, 4, 2)),
-            put(layer.values, pages, of_pages(values[i], places_RCP).swapaxes(2, 3)),
-        )
-        for i, layer in enumerate(cache)
-    )
+    written = []
+    for layer, row_keys, row_values in zip(cache, keys, values, strict=True):
+        new_keys, new_values = of_pages(row_keys, places_RCP), of_pages(row_values, places_RCP)
+        if layer.in_rows:
+            new_keys, new_values = _heads_in_a_row(new_keys), _heads_in_a_row(new_values)
+        else:
+            new_keys, new_values = new_keys.transpose(0, 1, 3, 4, 2), new_values.swapaxes(2, 3)
+        written.append(LayerPages(put(layer.keys, pages, new_keys), put(layer.values, pages, new_values)))
+    return tuple(written)
 
 
 def write_token(
@@ -79,8 +94,12 @@ def write_token(
 ) -> LayerPages:
     """A layer with one further token in every slot that has a page for it."""
     page, offset = page_of(table, positions), positions % PAGE
+    put_row = lambda old, u, p, new: old.at[u, p].set(new.astype(old.dtype), mode="drop")
     put_key = lambda old, u, p, new: old.at[u, :, :, p].set(new.astype(old.dtype), mode="drop")
     put_value = lambda old, u, p, new: old.at[u, :, p].set(new.astype(old.dtype), mode="drop")
+    if layer.in_rows:
+        keys, values = _heads_in_a_row(keys), _heads_in_a_row(values)
+        put_key = put_value = put_row
     return LayerPages(
         jax.vmap(put_key)(layer.keys, page, offset, keys), jax.vmap(put_value)(layer.values, page, offset, values)
     )
@@ -92,36 +111,86 @@ def page_of(table: PageTable, positions: Int[Array, "R S"]) -> Int[Array, "R S"]
 
 
 def attend_pages(
-    queries: Float[Array, "R S N H"], layer: LayerPages, table: PageTable, positions: Int[Array, "R S"]
+    queries: Float[Array, "R S N H"],
+    keys: Float[Array, "R S K H"],
+    values: Float[Array, "R S K H"],
+    layer: LayerPages,
+    table: PageTable,
+    positions: Int[Array, "R S"],
 ) -> Float[Array, "R S N H"]:
-    """Grouped-query attention of one query a slot over the tokens of its pages up to `positions`, itself among them.
+    """Grouped-query attention of one query a slot over the tokens of its pages before `positions`, and its own token.
 
-    Each page has its own softmax, joined over the pages of a slot (arXiv 1805.02867); scores and sums are float32. The
-    pages of a slot are summed in their order, wherever in the pool they lie.
+    `keys` and `values` are those of the own token, which need not be in its page yet: a pool that is read before it is
+    written into stays where it is. Each page has its own softmax, joined over the pages of a slot (arXiv 1805.02867);
+    scores and sums are float32. The pages of a slot are summed in their order, wherever in the pool they lie.
     """
     shards, slots, heads, size = queries.shape
-    pages, kv_heads = layer.keys.shape[1:3]
+    pages, kv_heads = layer.keys.shape[1], keys.shape[2]
     of = jax.vmap(lambda x, index: x[index])  # within a shard
     all_pages = lambda x: x.reshape(shards * pages, *x.shape[2:])
     by_shard = lambda x: x.reshape(shards, pages, *x.shape[1:])
-    keys, values = all_pages(layer.keys), all_pages(layer.values)  # plain batches of products: XLA is slow with nested
+    pool_keys, pool_values = all_pages(layer.keys), all_pages(layer.values)  # plain batches: XLA is slow with nested
+    of_keys, of_values, q_RSKGH = "ukhp", "ukph", queries.reshape(shards, slots, kv_heads, heads // kv_heads, size)
+    together = 1
+    if layer.in_rows:
+        together = _heads_together(kv_heads, size)
+        apart = lambda x: x.reshape(*x.shape[:2], kv_heads // together, together * size)
+        pool_keys, pool_values, of_keys, of_values = apart(pool_keys), apart(pool_values), "upkh", "upkh"
 
-    q_UKGH = all_pages(of(queries.reshape(shards, slots, kv_heads, heads // kv_heads, size), table.owner))
-    scores = jnp.einsum("ukgh,ukhp->ukgp", q_UKGH.astype(keys.dtype), keys, **_IN_FLOAT32) * size**-0.5
-    last_U = all_pages(of(positions, table.owner) - table.first)
-    scores = jnp.where((jnp.arange(PAGE) <= last_U[:, None])[:, None, None], scores, UNSEEN)
+    q_UKGH = all_pages(of(_side_by_side(q_RSKGH, together), table.owner)).astype(pool_keys.dtype)
+    scores = jnp.einsum(f"ukgh,{of_keys}->ukgp", q_UKGH, pool_keys, **_IN_FLOAT32) * size**-0.5
+    before_U = all_pages(of(positions, table.owner) - table.first)
+    scores = jnp.where((jnp.arange(PAGE) < before_U[:, None])[:, None, None], scores, UNSEEN)
     top_UKG = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - top_UKG[..., None])
     total_UKG = jnp.sum(weights, axis=-1)
-    found_UKGH = jnp.einsum("ukgp,ukph->ukgh", weights.astype(values.dtype), values, **_IN_FLOAT32)
+    found_UKGH = jnp.einsum(f"ukgp,{of_values}->ukgh", weights.astype(pool_values.dtype), pool_values, **_IN_FLOAT32)
+    found_UKGH = _own_part(found_UKGH, together)
+    top_UKG, total_UKG = (x.reshape(found_UKGH.shape[:-1]) for x in (top_UKG, total_UKG))
 
+    as_kept = lambda x: x.astype(pool_keys.dtype).astype(jnp.float32).reshape(shards * slots, kv_heads, 1, size)
+    own_MKG = jnp.sum(q_RSKGH.reshape(shards * slots, kv_heads, -1, size) * as_kept(keys), axis=-1) * size**-0.5
     page_RSJ, there_MJ = jnp.minimum(table.of_slot, pages - 1), table.of_slot.reshape(shards * slots, -1) < pages
     of_slot = lambda x: of(by_shard(x), page_RSJ).reshape(*there_MJ.shape, *x.shape[1:])
     top_MJKG = jnp.where(there_MJ[..., None, None], of_slot(top_UKG), UNSEEN)
-    share_MJKG = jnp.exp(top_MJKG - jnp.max(top_MJKG, axis=1, keepdims=True))
-    total_MKG = jnp.sum(share_MJKG * of_slot(total_UKG), axis=1)
-    out_MKGH = jnp.sum(share_MJKG[..., None] * of_slot(found_UKGH), axis=1) / total_MKG[..., None]
-    return out_MKGH.reshape(queries.shape).astype(queries.dtype)
+    most_MKG = jnp.maximum(jnp.max(top_MJKG, axis=1), own_MKG)
+    share_MJKG, own_MKG = jnp.exp(top_MJKG - most_MKG[:, None]), jnp.exp(own_MKG - most_MKG)
+    total_MKG = jnp.sum(share_MJKG * of_slot(total_UKG), axis=1) + own_MKG
+    sum_MKGH = jnp.sum(share_MJKG[..., None] * of_slot(found_UKGH), axis=1) + own_MKG[..., None] * as_kept(values)
+    return (sum_MKGH / total_MKG[..., None]).reshape(queries.shape).astype(queries.dtype)
+
+
+LANES = 128
+"""Numbers that a TPU keeps side by side: it pads smaller last dimensions to as many."""
+
+
+def _heads_together(kv_heads: int, size: int) -> int:
+    """Heads whose products are one, so that a row falls into runs of `LANES`."""
+    together = LANES // size if LANES % size == 0 else 1
+    return together if kv_heads % together == 0 else 1
+
+
+def _side_by_side(q_RSKGH, together: int):
+    """[R S K/t tG tH]: queries of t heads over the row of all t of them, with zeros where the other heads are.
+
+    Products with zeros cost a TPU nothing while it reads the pool, and splitting a row into shorter ones a copy of it.
+    """
+    *rs, heads, group, size = q_RSKGH.shape
+    apart = q_RSKGH.reshape(*rs, heads // together, together, group, 1, size)
+    own = jnp.eye(together, dtype=apart.dtype)[:, None, :, None]
+    return (apart * own).reshape(*rs, heads // together, together * group, together * size)
+
+
+def _own_part(found_UKGH, together: int):
+    """Of t heads side by side, each head's own, [U K G H]."""
+    pages, groups, queries, size = found_UKGH.shape
+    shape = pages, groups, together, queries // together, together, size // together
+    own = jnp.eye(together, dtype=found_UKGH.dtype)[:, None, :, None]
+    return (found_UKGH.reshape(shape) * own).sum(axis=4).reshape(pages, groups * together, shape[3], shape[5])
+
+
+def _heads_in_a_row(x):
+    return x.reshape(*x.shape[:-2], -1)
 
 
 _IN_FLOAT32 = {"preferred_element_type": jnp.float32}

@@ -83,9 +83,8 @@ def decode(
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rms_norm(q, w.q_norm, c.rms_norm_eps), rms_norm(k, w.k_norm, c.rms_norm_eps)
         q, k = rotate(q, angles), rotate(k, angles)
-        layer = kv.write_token(layer, table, positions, k, v)
-        layers.append(layer)
-        attended_ME = kv.attend_pages(q, layer, table, positions).reshape(x_DM.shape[1], -1)
+        attended_ME = kv.attend_pages(q, k, v, layer, table, positions).reshape(x_DM.shape[1], -1)
+        layers.append(kv.write_token(layer, table, positions, k, v))
         x_DM += split.total(_product(w.o, _feature_first(attended_ME.T)))
         gate_FM, up_FM = jnp.split(_product(w.gate_up, norm(x_DM, w.mlp_norm)), 2)
         x_DM += split.total(_product(w.down, nn.silu(gate_FM) * up_FM))
@@ -100,8 +99,9 @@ def _rows(table_VD, tokens_M):
     """table[tokens]. XLA's CPU backend widens a whole table of 16-bit floats to read a row of it, but not integers."""
     if table_VD.dtype.itemsize != 2:
         return table_VD[tokens_M]
-    rows = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)[tokens_M]
-    return jax.lax.bitcast_convert_type(rows, table_VD.dtype)
+    as_integers = lambda table: jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens_M]
+    of_integers = lambda table: jax.lax.bitcast_convert_type(as_integers(table), table.dtype)
+    return jax.lax.platform_dependent(table_VD, cpu=of_integers, default=lambda table: table[tokens_M])
 
 
 def _product(weight_FD, x_DM):
