@@ -52,6 +52,7 @@ ORDER = [  # a file imports only from files above it
     "health",
     "session",
     "training",
+    "answering",
     "harness",
     "reporting",
     "sft",

@@ -106,7 +106,7 @@ def export(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def prompts(options: argparse.Namespace, overrides: list[str]) -> None:
     """The prompts of a configuration as token ids, for another engine to answer; one JSON line a prompt."""
-    from tpaw_jax import config_file, dataset
+    from tpaw_jax import config_file, dataset, durable
     from tpaw_jax.models import hub
 
     run = config_file.load(options.config, overrides)
@@ -116,54 +116,25 @@ def prompts(options: argparse.Namespace, overrides: list[str]) -> None:
         {"prompt_id": int(i), "prompt": template.tokenizer.decode(tokens), "prompt_token_ids": tokens.tolist()}
         for i, tokens in zip(asked.ids, asked.prompt_tokens, strict=True)
     ]
-    _write_lines(options.out, records)
+    durable.write_json_lines(Path(options.out), records)
     print(f"{len(asked)} prompts are in {options.out}; {len(report.skipped)} malformed records were skipped.")
 
 
 def generate(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Answer the prompts of a configuration with a model; one JSON line a response."""
-    from tpaw_jax import config_file, dataset, monitoring, sampling, session, sharding
+    """Answer the prompts of a configuration or of a file with a model; one JSON line a response."""
+    from tpaw_jax import answering, config_file, sharding
 
     if options.model:
         overrides = [*overrides, f"policy.path={options.model}"]
-    count = 1 if options.num_generations is None else options.num_generations
-    if count < 1:
-        raise ValueError(f"--num-generations is {count}; a prompt has one response at least.")
     run = config_file.load(options.config, overrides)
-    Path(options.out).absolute().parent.mkdir(parents=True, exist_ok=True)  # found out before the work, not after
-    player = session.open_player(run, sharding.make_mesh(run.mesh))
-    asked, _, report = dataset.load(run.data, player.template, run.seed)
-    with monitoring.progress("generating", len(asked) * count, "response") as bar:
-        made = sampling.generate(
-            player.sampler,
-            player.params,
-            asked,
-            seed=run.seed,
-            round_number=options.round or 0,
-            num_generations=count,
-            ends=player.ends,
-            progress=lambda requests, tokens: bar.update(requests),
-        )
-    decode = lambda tokens: player.template.tokenizer.decode(tokens, skip_special_tokens=True)
-    records = []
-    for n, tokens in enumerate(made.tokens):
-        i, sample = divmod(n, count)
-        record = {
-            "prompt_id": int(asked.ids[i]),
-            "prompt": decode(asked.prompt_tokens[i]),
-            "prompt_token_ids": asked.prompt_tokens[i].tolist(),
-            "response": decode(tokens),
-            "token_ids": tokens.tolist(),
-            "log_probs": made.log_probs[n].tolist(),
-        }
-        records.append(record | ({"sample": sample} if count > 1 else {}))
-    _write_lines(options.out, records)
-    print(f"{len(made.tokens)} responses are in {options.out}; {len(report.skipped)} malformed records were skipped.")
+    count = 1 if options.num_generations is None else options.num_generations
+    given = Path(options.prompts) if options.prompts else None
+    answering.answer(run, sharding.make_mesh(run.mesh), Path(options.out), given, options.round or 0, count)
 
 
 def evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     """Answer the tasks of a configuration greedily and say which share is right."""
-    from tpaw_jax import config_file, evaluation, journal, ring, session, sharding
+    from tpaw_jax import config_file, durable, evaluation, journal, ring, session, sharding
 
     checkpoint = Path(options.checkpoint) if options.checkpoint else None
     of_run = checkpoint if checkpoint and (checkpoint / "journal.json").exists() else None
@@ -187,7 +158,7 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         print(result)
     if options.out:
         records = [{"task": result.name, **record} for result in results for record in result.records]
-        _write_lines(options.out, records)
+        durable.write_json_lines(Path(options.out), records)
         print(f"The {len(records)} responses are in {options.out}.")
 
 
@@ -262,13 +233,6 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> None:
         print(planning.comparison(reports))
 
 
-def _write_lines(out: str, records: list[dict[str, Any]]) -> None:
-    from tpaw_jax import durable
-
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    durable.write_bytes(Path(out), lines.encode())
-
-
 _CONFIGURATION = (True, "a YAML file; further ones are read over it; any key can follow as --key.subkey value", list)
 
 
@@ -303,6 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     command(
         generate,
         config=_CONFIGURATION,
+        prompts=(False, "a JSONL file of prompts, or what tpaw prompts writes; by default the configuration's", str),
         model=(False, "a model other than the configuration's policy.path", str),
         round=(False, "the round whose random stream is used; 0 by default", int),
         num_generations=(False, "responses to each prompt; 1 by default", int),

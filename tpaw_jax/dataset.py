@@ -178,7 +178,7 @@ def parse_record(fields: Any, where: str, rejected: bool = False) -> Record:
     if "prompt" in fields and "completion" in fields:
         prompt, completion = fields["prompt"], fields["completion"]
         if isinstance(prompt, list) or isinstance(completion, list):
-            turns = [_messages(part, f"{where}, field '{name}'") for name, part in _parts(prompt, completion)]
+            turns = [messages_of(part, f"{where}, field '{name}'") for name, part in _parts(prompt, completion)]
             return _conversation([*turns[0], *turns[1]], where)
         return Record(user(_text(fields, "prompt", where)), _text(fields, "completion", where))
     if "messages" in fields:
@@ -258,7 +258,7 @@ def _encode(record: Record, template: Template, config: DataConfig) -> _Encoded:
 
 
 def _conversation(turns: Any, where: str) -> Record:
-    messages = _messages(turns, where)
+    messages = messages_of(turns, where)
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
     if last is None:
         raise ValueError(f"{where}: there is no assistant turn to be the target.")
@@ -267,7 +267,12 @@ def _conversation(turns: Any, where: str) -> Record:
     return Record(tuple(messages[:last]), messages[last]["content"])
 
 
-def _messages(turns: Any, where: str) -> list[Message]:
+def messages_of(turns: Any, where: str) -> list[Message]:
+    """Turns as they stand in a record, checked, without empty system turns.
+
+    Raises:
+        ValueError: they are no list of turns; says `where` and which turn.
+    """
     if not isinstance(turns, list | tuple):
         raise ValueError(f"{where}: a list of turns was expected, not {type(turns).__name__}.")
     empty_system = lambda turn: isinstance(turn, dict) and turn.get("role") == "system" and turn.get("content") == ""

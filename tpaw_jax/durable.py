@@ -9,7 +9,7 @@ import io
 import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,11 @@ def parse_json(content: str | bytes, where: object) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """A JSON file with one trailing newline."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_json_lines(path: Path, records: Iterable[Any]) -> None:
+    """A JSON line a record."""
+    write_bytes(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:

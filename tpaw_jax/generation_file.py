@@ -71,7 +71,7 @@ def read(path: Path, prompts: Prompts, template: Template, vocabulary: int, long
 
 @contextlib.contextmanager
 def appending(
-    path: Path, prompts: Prompts, seconds: float = SECONDS_BETWEEN_APPENDS
+    path: Path, prompts: Prompts, seconds: float = SECONDS_BETWEEN_APPENDS, num_generations: int = 1
 ) -> Iterator[Callable[[Mapping[int, Response]], None]]:
     """Within it, what it gives adds finished responses: the first at once, later ones when `seconds` have passed.
 
@@ -82,7 +82,7 @@ def appending(
 
     def write() -> None:
         nonlocal written
-        append(path, prompts, waiting)
+        append(path, prompts, waiting, num_generations)
         waiting.clear()
         written = time.monotonic()
 
@@ -98,18 +98,22 @@ def appending(
             write()
 
 
-def append(path: Path, prompts: Prompts, responses: Mapping[int, Response]) -> None:
-    """Add finished responses, by index into `prompts`, and see them to the disk."""
+def append(path: Path, prompts: Prompts, responses: Mapping[int, Response], num_generations: int = 1) -> None:
+    """Add finished responses, by their places as `sampling.generate` has them, and see them to the disk."""
     lines = []
-    for i, (tokens, log_probs) in responses.items():
+    for n, (tokens, log_probs) in responses.items():
+        i, sample = divmod(n, num_generations)
         record = {"prompt_id": int(prompts.ids[i]), "token_ids": tokens.tolist(), "log_probs": log_probs.tolist()}
+        record |= {"sample": sample} if num_generations > 1 else {}
         lines.append(json.dumps(record | {"check": _check(record)}))
     durable.append_lines(path, lines)
 
 
-def resume(path: Path, prompts: Prompts, say: Callable[[str], None] = lambda text: None) -> dict[int, Response]:
-    """What `append` wrote, by index into `prompts`. A line that a kill cut short, or that is damaged, is removed."""
-    found, whole = _appended(path, prompts)
+def resume(
+    path: Path, prompts: Prompts, say: Callable[[str], None] = lambda text: None, num_generations: int = 1
+) -> dict[int, Response]:
+    """What `append` wrote, by place. A line that a kill cut short, or that is damaged, is removed."""
+    found, whole = _appended(path, prompts, num_generations)
     if path.exists() and len(content := b"".join(whole)) < path.stat().st_size:
         lines = len(path.read_bytes().splitlines())
         say(
@@ -127,7 +131,7 @@ def of_all(paths: Iterable[Path], prompts: Prompts) -> dict[int, Response]:
     return together
 
 
-def _appended(path: Path, prompts: Prompts) -> tuple[dict[int, Response], list[bytes]]:
+def _appended(path: Path, prompts: Prompts, num_generations: int = 1) -> tuple[dict[int, Response], list[bytes]]:
     """The responses in a file, of its whole lines, and those lines."""
     found: dict[int, Response] = {}
     whole: list[bytes] = []
@@ -140,7 +144,7 @@ def _appended(path: Path, prompts: Prompts) -> tuple[dict[int, Response], list[b
             if record.pop("check") != _check(record) or not line.endswith(b"\n"):
                 continue
             tokens, log_probs = np.array(record["token_ids"], np.int32), np.array(record["log_probs"], np.float32)
-            found[place[record["prompt_id"]]] = tokens, log_probs
+            found[place[record["prompt_id"]] * num_generations + record.get("sample", 0)] = tokens, log_probs
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
         whole.append(line)

@@ -83,8 +83,10 @@ def decode(
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rms_norm(q, w.q_norm, c.rms_norm_eps), rms_norm(k, w.k_norm, c.rms_norm_eps)
         q, k = rotate(q, angles), rotate(k, angles)
-        attended_ME = kv.attend_pages(q, k, v, layer, table, positions).reshape(x_DM.shape[1], -1)
         layers.append(kv.write_token(layer, table, positions, k, v))
+        # The pool is written where it lies if a TPU reads it before, a CPU after.
+        pool = layer if layer.in_rows else layers[-1]
+        attended_ME = kv.attend_pages(q, k, v, pool, table, positions).reshape(x_DM.shape[1], -1)
         x_DM += split.total(_product(w.o, _feature_first(attended_ME.T)))
         gate_FM, up_FM = jnp.split(_product(w.gate_up, norm(x_DM, w.mlp_norm)), 2)
         x_DM += split.total(_product(w.down, nn.silu(gate_FM) * up_FM))

@@ -1,0 +1,125 @@
+"""`tpaw generate`: prompts of a configuration or a file, and responses that are kept when it is stopped."""
+
+import json
+
+import jax
+import pytest
+from conftest import STORIES, small_run
+
+from tpaw_jax import answering, cli, dataset, sampling, sharding
+from tpaw_jax.config import DataConfig
+from tpaw_jax.config_file import to_dict
+from tpaw_jax.models import hub
+
+
+@pytest.fixture(scope="module")
+def template():
+    return dataset.make_template(hub.load_tokenizer(STORIES), DataConfig(chat_template="none"))
+
+
+def written(path, *records):
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records))
+    return path
+
+
+def read(path, template):
+    return answering.read_prompts(path, template, vocabulary=512, longest=9)
+
+
+def test_prompts_are_ids_texts_or_conversations(tmp_path, template):
+    turns = [{"role": "user", "content": "Once"}, {"role": "assistant", "content": "upon"}]
+    again = {"role": "user", "content": "a time"}
+    path = written(
+        tmp_path / "prompts.jsonl",
+        {"prompt_id": 70, "prompt": "not read", "prompt_token_ids": [1, 9, 4]},
+        "",
+        {"prompt": "Once upon"},
+        {"prompt_id": 5, "messages": [*turns, again]},
+    )
+    found = read(path, template)
+    assert found.ids.tolist() == [70, 2, 5]  # a line without an id has its number
+    of_text = template.prompt_tokens([{"role": "user", "content": "Once upon"}])
+    expected = [[1, 9, 4], of_text, template.prompt_tokens([*turns, again])]
+    assert [tokens.tolist() for tokens in found.prompt_tokens] == expected
+    assert [len(tokens) for tokens in found.target_tokens] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (['{"prompt": "a"'], "line 1: "),
+        (["[1]"], "line 1: an object with prompt or prompt_token_ids was expected"),
+        ([{"prompt": "a"}, {"prompt_id": -1, "prompt": "a"}], "line 2: prompt_id is -1; it must be a whole number"),
+        ([{"prompt_id": True, "prompt": "a"}], "line 1: prompt_id is True"),
+        ([{"prompt_id": 1, "prompt": "a"}, {"prompt": "b"}], "line 2: prompt_id 1 stands in line 1 already"),
+        ([{"text": "a"}], "line 1, turn 0: the field 'content' is missing"),
+        ([{"prompt": 3}], "line 1, turn 0: the field 'content' is int"),
+        ([{"messages": []}], "line 1: messages must end with a turn that the assistant answers"),
+        ([{"messages": [{"role": "assistant", "content": "a"}]}], "line 1: messages must end with a turn"),
+        ([{"prompt_token_ids": []}], "line 1: prompt_token_ids must be a list of at least one id from 0 to 511"),
+        ([{"prompt_token_ids": [512]}], "line 1: prompt_token_ids must be"),
+        ([{"prompt_token_ids": [3] * 10}], "line 1: the prompt has 10 tokens; data.max_prompt_length is 9"),
+        ([""], "there are no prompts in it"),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_told(tmp_path, template, lines, sentence):
+    with pytest.raises(ValueError, match=r"prompts\.jsonl") as error:
+        read(written(tmp_path / "prompts.jsonl", *lines), template)
+    assert sentence in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path, template):
+    with pytest.raises(FileNotFoundError, match="there is no such file of prompts"):
+        read(tmp_path / "prompts.jsonl", template)
+
+
+@pytest.mark.parametrize("num_generations", [1, 2])
+def test_a_stopped_call_goes_on_and_ends_as_the_undisturbed_one(tmp_path, monkeypatch, num_generations):
+    run, real = small_run(tmp_path / "run"), sampling.generate
+    mesh = sharding.make_mesh(run.mesh, jax.local_devices()[:1])
+    answer = lambda out, run=run: answering.answer(
+        run, mesh, out, num_generations=num_generations, say=lambda text: None
+    )
+    answer(tmp_path / "whole.jsonl")
+    assert len((tmp_path / "whole.jsonl").read_text().splitlines()) == 12 * num_generations
+
+    def stops(*arguments, keep, **more):
+        def keep_and_stop(responses):
+            keep(responses)
+            raise KeyboardInterrupt
+
+        return real(*arguments, keep=keep_and_stop, **more)
+
+    begun = {}
+
+    def watched(*arguments, finished, **more):
+        begun.update(finished)
+        return real(*arguments, finished=finished, **more)
+
+    out = tmp_path / "stopped.jsonl"
+    monkeypatch.setattr(sampling, "generate", stops)
+    with pytest.raises(KeyboardInterrupt):
+        answer(out)
+    assert not out.exists()
+    assert len(list(tmp_path.glob("stopped.jsonl.*.part"))) == 1
+    monkeypatch.setattr(sampling, "generate", watched)
+    other_seed = small_run(tmp_path / "run", seed=1)
+    answer(tmp_path / "stopped.jsonl", other_seed)
+    assert not begun  # what is kept is of another random stream
+    answer(out)
+    assert 0 < len(begun) < 12 * num_generations
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_prompts_of_a_file_are_answered_as_those_of_the_configuration(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+    configuration = written(tmp_path / "run.yaml", to_dict(small_run(tmp_path / "run")))
+    of = lambda command, out, *more: cli.main([command, "--config", str(configuration), "--out", str(out), *more])
+    asked, own, given = tmp_path / "prompts.jsonl", tmp_path / "own.jsonl", tmp_path / "given.jsonl"
+    assert of("prompts", asked) == of("generate", own) == of("generate", given, "--prompts", str(asked)) == 0
+    assert given.read_bytes() == own.read_bytes()
+    records = [json.loads(line) for line in own.read_text().splitlines()]
+    assert set(records[0]) == {"prompt_id", "prompt", "prompt_token_ids", "response", "token_ids", "log_probs"}
+    assert of("generate", given, "--prompts", str(asked), "--num-generations", "0") == 2
+    assert "--num-generations is 0" in capsys.readouterr().err
