@@ -205,10 +205,11 @@ def sampling(records: list[dict]) -> str:
             ratios = [mine[r["seed"]] / r["tokens_per_second"] for r in theirs]
             rate = common.spread([r["tokens_per_second"] for r in theirs])["median"] if theirs else 0
             cells.append(f"{rate:.0f} (**{_range(common.spread(ratios), '{:.1f}')}**)" if theirs else "")
-        shares = [middle("slots_busy"), middle("share_of_bandwidth"), middle("share_of_peak")]
+        shares = [middle(name) for name in ("slots_busy", "share_of_bandwidth", "share_of_bound", "share_of_peak")]
         lines.append([*cells, *(f"{share:.0%}" for share in shares)])
     head = ["useful tokens/s, slots", "tpaw_jax", "transformers.generate", "Tunix's sampler"]
-    return _table([*head, "slots busy", "decode, of the bandwidth", "prefill, of the matmul peak"], lines)
+    bounds = ["decode, of the bandwidth", "decode, of the nearer bound", "prefill, of the matmul peak"]
+    return _table([*head, "slots busy", *bounds], lines)
 
 
 def evaluation(problems: list[dict], tasks: list[dict]) -> tuple[str, str]:
@@ -272,6 +273,7 @@ def plans(reports: list[dict]) -> str:
                 *peaks,
                 f"**{step['predicted MFU']:.0%}**",
                 step["binds"],
+                f"{of['decode']['memory traffic GiB'] / of['decode']['memory traffic GiB, by hand']:.2f}",
                 f"{run['triplets/s of training']:.0f}",
                 f"{run['hours']:.1f}",
                 f"{run['chip-hours']:.0f}",
@@ -279,7 +281,8 @@ def plans(reports: list[dict]) -> str:
             ]
         )
     head = ["planned", "GiB there are", *(f"{name}, GiB" for name in ("step", "scoring", "prefill", "decode"))]
-    return _table([*head, "MFU of the step", "binds", "triplets/s", "hours", "chip-hours", "hours in pairs"], lines)
+    head += ["MFU of the step", "binds", "decode moves, over the least", "triplets/s", "hours", "chip-hours"]
+    return _table([*head, "hours in pairs"], lines)
 
 
 def exchanges(reports: list[dict]) -> str:

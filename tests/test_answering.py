@@ -1,10 +1,12 @@
 """`tpaw generate`: prompts of a configuration or a file, and responses that are kept when it is stopped."""
 
 import json
+import shutil
 
 import jax
 import pytest
 from conftest import STORIES, small_run
+from safetensors.numpy import load_file, save_file
 
 from tpaw_jax import answering, cli, dataset, sampling, sharding
 from tpaw_jax.config import DataConfig
@@ -51,11 +53,16 @@ def test_prompts_are_ids_texts_or_conversations(tmp_path, template):
         (["[1]"], "line 1: an object with prompt or prompt_token_ids was expected"),
         ([{"prompt": "a"}, {"prompt_id": -1, "prompt": "a"}], "line 2: prompt_id is -1; it must be a whole number"),
         ([{"prompt_id": True, "prompt": "a"}], "line 1: prompt_id is True"),
-        ([{"prompt_id": 1, "prompt": "a"}, {"prompt": "b"}], "line 2: prompt_id 1 stands in line 1 already"),
-        ([{"text": "a"}], "line 1, turn 0: the field 'content' is missing"),
-        ([{"prompt": 3}], "line 1, turn 0: the field 'content' is int"),
-        ([{"messages": []}], "line 1: messages must end with a turn that the assistant answers"),
-        ([{"messages": [{"role": "assistant", "content": "a"}]}], "line 1: messages must end with a turn"),
+        (
+            [{"prompt_id": 1, "prompt": "a"}, {"prompt": "b"}],
+            "line 2: prompt_id 1, the number of this line, is that of line 1 already",
+        ),
+        ([{"prompt_id": 1, "prompt": "a"}, {"prompt_id": 1, "prompt": "b"}], "line 2: prompt_id 1 is that of line 1"),
+        ([{"text": "a"}], "line 1: there is neither prompt_token_ids nor messages nor prompt"),
+        ([{"prompt": 3}], "line 1: a list of turns was expected, not int"),
+        ([{"prompt": ""}], "line 1, turn 0: the field 'content' is empty"),
+        ([{"messages": []}], "line 1: the conversation must end with a turn that the assistant answers"),
+        ([{"messages": [{"role": "assistant", "content": "a"}]}], "line 1: the conversation must end with a turn"),
         ([{"prompt_token_ids": []}], "line 1: prompt_token_ids must be a list of at least one id from 0 to 511"),
         ([{"prompt_token_ids": [512]}], "line 1: prompt_token_ids must be"),
         ([{"prompt_token_ids": [3] * 10}], "line 1: the prompt has 10 tokens; data.max_prompt_length is 9"),
@@ -68,9 +75,18 @@ def test_prompts_that_cannot_be_used_are_told(tmp_path, template, lines, sentenc
     assert sentence in str(error.value)
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path, template):
+def test_a_file_that_is_not_there_is_told_before_the_model_is_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no such file of prompts"):
-        read(tmp_path / "prompts.jsonl", template)
+        answering.answer(small_run(tmp_path, **{"policy.path": "nowhere"}), None, tmp_path / "out", tmp_path / "none")
+
+
+def changed_model(directory):
+    """The stories model with one weight changed."""
+    shutil.copytree(STORIES, directory)
+    tensors = load_file(directory / "model.safetensors")
+    next(iter(tensors.values())).flat[0] += 1
+    save_file(tensors, directory / "model.safetensors")
+    return directory
 
 
 @pytest.mark.parametrize("num_generations", [1, 2])
@@ -103,10 +119,10 @@ def test_a_stopped_call_goes_on_and_ends_as_the_undisturbed_one(tmp_path, monkey
     assert not out.exists()
     assert len(list(tmp_path.glob("stopped.jsonl.*.part"))) == 1
     monkeypatch.setattr(sampling, "generate", watched)
-    other_seed = small_run(tmp_path / "run", seed=1)
-    answer(tmp_path / "stopped.jsonl", other_seed)
-    assert not begun  # what is kept is of another random stream
-    answer(out)
+    for other in ({"seed": 1}, {"sampling.temperature": 0.5}, {"policy.path": changed_model(tmp_path / "model")}):
+        answer(out, small_run(tmp_path / "run", **other))
+        assert not begun  # what is kept is of another random stream, other settings or other weights
+    answer(out, small_run(tmp_path / "run", **{"sampling.slots": 4}))
     assert 0 < len(begun) < 12 * num_generations
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not list(tmp_path.glob("*.part"))
@@ -123,3 +139,10 @@ def test_prompts_of_a_file_are_answered_as_those_of_the_configuration(tmp_path, 
     assert set(records[0]) == {"prompt_id", "prompt", "prompt_token_ids", "response", "token_ids", "log_probs"}
     assert of("generate", given, "--prompts", str(asked), "--num-generations", "0") == 2
     assert "--num-generations is 0" in capsys.readouterr().err
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answering, "answer", interrupted)
+    assert of("generate", given) == 130
+    assert "the same command goes on from the responses it has" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from tpaw_jax.models.attention import attend
 from tpaw_jax.pages import Pages
 
 
-def pages_of(rng, positions, shards=1, size=8):
+def pages_of(rng, positions, shards=1, heads=2, size=8):
     """A pool whose pages lie in random order, the table of it, and each slot's sequence [S, K, C, H]."""
     slots, blocks = len(positions) // shards, 3
     account = Pages(shards, slots, slots * blocks + 2, blocks)
@@ -22,7 +22,7 @@ def pages_of(rng, positions, shards=1, size=8):
         assert account.reserve(needed) == 0
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     layer = cache.LayerPages(
-        draw(shards, account.pages, 2, size, cache.PAGE), draw(shards, account.pages, 2, cache.PAGE, size)
+        draw(shards, account.pages, heads, size, cache.PAGE), draw(shards, account.pages, heads, cache.PAGE, size)
     )
     return account, layer
 
@@ -34,18 +34,18 @@ def in_rows(layer):
 
 
 @pytest.mark.parametrize("kept", [lambda layer: layer, in_rows])
-@pytest.mark.parametrize("size", [8, 64])  # two heads of 64 are computed as one
+@pytest.mark.parametrize(("heads", "size"), [(2, 8), (4, 64), (3, 64), (1, 64), (2, 128)])
 @pytest.mark.parametrize("shards", [1, 2])
-def test_attention_over_pages_is_attention_over_sequences(shards, kept, size):
+def test_attention_over_pages_is_attention_over_sequences(shards, heads, size, kept):
     rng = np.random.default_rng(0)
     positions = np.array([0, 63, 64, 130])
-    account, layer = pages_of(rng, positions, shards, size)
+    account, layer = pages_of(rng, positions, shards, heads, size)
     by_shard = lambda x: x.reshape(shards, 4 // shards, *x.shape[1:])
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    queries, own_keys, own_values = draw(4, 6, size), draw(4, 2, size), draw(4, 2, size)
+    queries, own_keys, own_values = draw(4, 3 * heads, size), draw(4, heads, size), draw(4, heads, size)
     found = cache.attend_pages(
         *map(by_shard, (queries, own_keys, own_values)), kept(layer), account.table(), by_shard(positions)
-    ).reshape(4, 6, size)
+    ).reshape(queries.shape)
     for i, position in enumerate(positions):
         r, s = divmod(i, 4 // shards)
         held = account.of_slot(r, s)
@@ -54,7 +54,19 @@ def test_attention_over_pages_is_attention_over_sequences(shards, kept, size):
         keys, values = keys.at[:, position].set(own_keys[i]), values.at[:, position].set(own_values[i])
         mask = jnp.arange(keys.shape[1]) <= position
         expected = attend(queries[i][None, None], keys[None], values[None], mask[None, None])[0, 0]
-        np.testing.assert_allclose(found[i], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found[i], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [lambda layer: layer, in_rows])
+def test_an_idle_slot_attends_to_its_own_token_alone(kept):
+    rng = np.random.default_rng(3)
+    account, layer = pages_of(rng, np.array([5, 64, 130]))
+    account.release(0, 1)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    values = draw(1, 3, 2, 8)
+    positions = jnp.array([[5, 64, 130]])
+    found = cache.attend_pages(draw(1, 3, 6, 8), draw(1, 3, 2, 8), values, kept(layer), account.table(), positions)
+    np.testing.assert_allclose(found[0, 1].reshape(2, 3, 8), np.broadcast_to(values[0, 1][:, None], (2, 3, 8)))
 
 
 @pytest.mark.parametrize("kept", [lambda layer: layer, in_rows])

@@ -105,9 +105,12 @@ def test_sampling_exchanges_only_over_tensor(tensor):
                 assert found[kind] == pytest.approx(size, rel=0.1)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_decoding_reads_every_weight_and_page_once_a_step_and_little_else(head_dim):
-    model = ModelConfig("llama", 32768, 2048, 8192, 3, 2048 // head_dim, 4, head_dim, 10000.0, 1e-5, 8192, False)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "most"),
+    [(16, 4, 128, 1.1), (32, 4, 64, 1.1), (24, 3, 64, 1.2)],  # three heads of 64 are joined: what they give is wider
+)
+def test_decoding_reads_every_weight_and_page_once_a_step_and_little_else(heads, kv_heads, head_dim, most):
+    model = ModelConfig("llama", 32768, 2048, 8192, 3, heads, kv_heads, head_dim, 10000.0, 1e-5, 8192, False)
     least_effort = jax.config.jax_exec_time_optimization_effort  # which leaves out what moves data beside products
     jax.config.update("jax_exec_time_optimization_effort", 0.0)
     try:
@@ -115,7 +118,7 @@ def test_decoding_reads_every_weight_and_page_once_a_step_and_little_else(head_d
     finally:
         jax.config.update("jax_exec_time_optimization_effort", least_effort)
     found = planned["stages"]["decode"]
-    assert 1 < found["memory traffic GiB"] / found["memory traffic GiB, by hand"] < 1.1
+    assert 1 < found["memory traffic GiB"] / found["memory traffic GiB, by hand"] < most
 
 
 def test_a_whole_plan_is_json_with_hours_and_tables():

@@ -326,3 +326,8 @@ def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p(logits, top_p):
     least = probabilities[kept].min()
     assert probabilities[probabilities > least * (1 + 1e-5)].sum() < top_p + 1e-5  # without the least, too few
     assert (probabilities[~kept] < least * (1 + 1e-5)).all()
+
+
+def test_tokens_that_tie_with_the_last_of_the_nucleus_are_kept():
+    kept = draws._nucleus(jnp.log(jnp.array([[0.5, 0.2, 0.2, 0.1]])), 0.6)
+    assert kept.tolist() == [[True, True, True, False]]

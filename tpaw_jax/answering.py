@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tpaw_jax import config_file, dataset, durable, generation_file, monitoring, sampling, session
+from tpaw_jax import config_file, dataset, durable, generation_file, monitoring, ring, sampling, session
 from tpaw_jax.config import RunConfig
 from tpaw_jax.dataset import Template
+from tpaw_jax.models import hub
+from tpaw_jax.session import Player
 from tpaw_jax.types import Generations, Prompts
-
-NO_TEXT_DEPENDS_ON = ("slots", "prefill_tokens", "tensor")
-"""Fields of `sampling` that change how fast a response comes and nothing else."""
 
 
 def answer(
@@ -35,19 +35,23 @@ def answer(
     Responses are kept as they finish in a file beside `out`, whose name tells what they are of: the same call goes on.
 
     Raises:
+        FileNotFoundError: there is no file `given`, or no model.
         ValueError: there is less than one response to a prompt, or a prompt cannot be used.
     """
     if num_generations < 1:
         raise ValueError(f"--num-generations is {num_generations}; a prompt has one response at least.")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)  # found out before the work, not after
+    if given is not None and not given.is_file():
+        raise FileNotFoundError(f"{given}: there is no such file of prompts.")
     player = session.open_player(config, mesh)
-    template, skipped = player.template, 0
+    template, skipped = player.template, ""
     if given is None:
         prompts, _, report = dataset.load(config.data, template, config.seed)
-        skipped = len(report.skipped)
+        skipped = f"; {len(report.skipped)} malformed records were skipped"
     else:
         prompts = read_prompts(given, template, player.model.config.vocab_size, config.data.max_prompt_length)
-    unfinished = out.with_name(f"{out.name}.{_identity(config, prompts, round_number, num_generations)}.part")
+    identity = _identity(config, player, prompts, round_number, num_generations)
+    unfinished = out.with_name(f"{out.name}.{identity}.part")
     finished = generation_file.resume(unfinished, prompts, say, num_generations)
     if finished:
         say(f"{len(finished)} of {len(prompts) * num_generations} responses are there; the others follow.")
@@ -70,22 +74,19 @@ def answer(
         )
     durable.write_json_lines(out, _records(made, prompts, num_generations, template))
     unfinished.unlink(missing_ok=True)
-    say(f"{len(made.tokens)} responses are in {out}; {skipped} malformed records were skipped.")
+    say(f"{len(made.tokens)} responses are in {out}{skipped}.")
 
 
 def read_prompts(path: Path, template: Template, vocabulary: int, longest: int) -> Prompts:
     """The prompts of a JSONL file: of each line `prompt_token_ids`, as `tpaw prompts` writes them, taken as they are.
 
-    Where there are none, `prompt`, what the user says, or `messages`, a conversation up to where the assistant speaks,
-    is put into the template. `prompt_id` names a prompt's random stream; it is the number of the line, from 0, where it
-    is missing. Without targets.
+    Where there are none, `messages`, a conversation up to where the assistant speaks, or `prompt`, the same or a text
+    that the user says, is put into the template. `prompt_id` names a prompt's random stream; it is the number of the
+    line, from 0, where it is missing. Without targets.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: a line cannot be used; names it and the field.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file of prompts.")
     lines: dict[int, int] = {}
     tokens: list[np.ndarray] = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -99,7 +100,8 @@ def read_prompts(path: Path, template: Template, vocabulary: int, longest: int) 
         if type(prompt_id) is not int or not 0 <= prompt_id < 1 << 31:
             raise ValueError(f"{where}: prompt_id is {prompt_id!r}; it must be a whole number from 0 to 2^31 - 1.")
         if prompt_id in lines:
-            raise ValueError(f"{where}: prompt_id {prompt_id} stands in line {lines[prompt_id]} already.")
+            own = "" if "prompt_id" in record else ", the number of this line,"
+            raise ValueError(f"{where}: prompt_id {prompt_id}{own} is that of line {lines[prompt_id]} already.")
         ids = _prompt_tokens(record, template, vocabulary, where)
         if len(ids) > longest:
             raise ValueError(f"{where}: the prompt has {len(ids)} tokens; data.max_prompt_length is {longest}.")
@@ -113,11 +115,17 @@ def read_prompts(path: Path, template: Template, vocabulary: int, longest: int) 
 def _prompt_tokens(record: dict[str, Any], template: Template, vocabulary: int, where: str) -> list[int]:
     ids = record.get("prompt_token_ids")
     if ids is None:
-        turns = record.get("messages", [{"role": "user", "content": record.get("prompt")}])
+        turns = record.get("messages", record.get("prompt"))
+        if turns is None:
+            raise ValueError(f"{where}: there is neither prompt_token_ids nor messages nor prompt.")
+        turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
         messages = dataset.messages_of(turns, where)
         if not messages or messages[-1]["role"] == "assistant":
-            raise ValueError(f"{where}: messages must end with a turn that the assistant answers.")
-        return template.prompt_tokens(messages)
+            raise ValueError(f"{where}: the conversation must end with a turn that the assistant answers.")
+        try:
+            return template.prompt_tokens(messages)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
     if not isinstance(ids, list) or not ids or not all(type(t) is int and 0 <= t < vocabulary for t in ids):
         raise ValueError(f"{where}: prompt_token_ids must be a list of at least one id from 0 to {vocabulary - 1}.")
     return ids
@@ -138,14 +146,15 @@ def _records(made: Generations, prompts: Prompts, num_generations: int, template
         yield record | ({"sample": sample} if num_generations > 1 else {})
 
 
-def _identity(config: RunConfig, prompts: Prompts, round_number: int, num_generations: int) -> str:
-    """A name for all that decides the responses: the model's files, prompts, random stream and settings."""
-    plain = config_file.to_dict(config)
-    settings = {name: value for name, value in plain["sampling"].items() if name not in NO_TEXT_DEPENDS_ON}
-    path = Path(config.policy.path)
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    of_files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    said = [plain["policy"], settings, of_files, config.seed, round_number, num_generations, prompts.ids.tolist()]
+def _identity(config: RunConfig, player: Player, prompts: Prompts, *others: int) -> str:
+    """A name for all that decides the responses: the weights, prompts, random stream, settings and where texts end."""
+    plain = config_file.flat(config_file.to_dict(config))
+    settings = {k: v for k, v in plain.items() if k.startswith(("policy.compute", "policy.tokenizer", "sampling."))}
+    for name in session.CHANGES_NO_TOKEN:
+        settings.pop(name)
+    stops = session.stop_tokens(player.template, hub.load_generation_config(config.policy.path))
+    weights = [int(number) for number in jax.device_get(jax.tree.leaves(ring.digests_of(player.params)))]
+    said = [settings, stops, jax.default_backend(), weights, config.seed, *others, prompts.ids.tolist()]
     digest = hashlib.sha256(json.dumps(said).encode())
     for tokens in prompts.prompt_tokens:
         digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())

@@ -28,8 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options, _overrides(rest))
     except KeyboardInterrupt:
-        kept = options.command in (play, sft)
-        after = "the same command goes on from the last finished stage" if kept else "nothing was written"
+        goes_on = "the same command goes on from "
+        of_command = {"generate": goes_on + "the responses it has"}
+        of_command |= dict.fromkeys(("play", "sft"), goes_on + "the last finished stage")
+        after = of_command.get(options.command.__name__, "nothing was written")
         print(f"tpaw: interrupted; {after}.", file=sys.stderr)
         return 130
     except (OSError, ValueError, ImportError, FloatingPointError) as error:

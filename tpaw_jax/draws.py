@@ -88,7 +88,7 @@ def _inverse_cdf(
     """The index where the cumulated exp(logits) pass uniform x total, and the log of that total.
 
     First the block of indices, then the index within: two levels of short sums are exact enough in float32 for any
-    vocabulary. Logits are read twice and never written in another order, as a gather of blocks would have them.
+    vocabulary. The block is picked by a masked sum: for a gather, a TPU would first write all logits in another order.
     """
     slots, vocabulary = logits.shape
     padded = jnp.pad(logits, [(0, 0), (0, -vocabulary % block)], constant_values=-jnp.inf)

@@ -2,7 +2,8 @@
 
 One line a response: {"prompt_id": 7, "token_ids": [12, 9, 2], "log_probs": [-0.3, -1.2, -0.1]}. Another engine may
 leave out `log_probs`, may give `response`, a text, instead of `token_ids`, and may add `prompt_token_ids`, so that a
-tokenizer or template other than the run's is found out. A run's own lines end with `check`, the CRC-32 of the rest.
+tokenizer or template other than the run's is found out. A run's own lines end with `check`, the CRC-32 of the rest;
+where a prompt has several responses, `sample` numbers them.
 """
 
 from __future__ import annotations

@@ -301,8 +301,7 @@ def _cache_bytes(target: Target, typical_tokens: int) -> float:
 
 
 def _other_stage(target: Target, load: Workload, name: str) -> Stage:
-    config, chip = target.config, target.topology.chip
-    typical = math.ceil((load.prompt_tokens + load.new_tokens) / load.prompts)
+    config, chip, typical = target.config, target.topology.chip, load.tokens_of_sequence
     policy = _bytes_held(target.params)
     if name == "scoring":
         chunks = math.ceil(load.computed.predictions / config.policy.head_chunk)
@@ -335,8 +334,7 @@ def _record(target: Target, load: Workload, name: str, stage: Stage, remat: str)
         expected = by_hand(target, name, remat, _micro_batches(target.config, load))
         record["GiB sent by hand"] = {kind: size / GIB for kind, size in expected.items() if size}
         if name == "decode":
-            typical = math.ceil((load.prompt_tokens + load.new_tokens) / load.prompts)
-            record["memory traffic GiB, by hand"] = decode_bytes(target, typical) / GIB
+            record["memory traffic GiB, by hand"] = decode_bytes(target, load.tokens_of_sequence) / GIB
     return record
 
 

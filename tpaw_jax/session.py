@@ -47,6 +47,9 @@ from tpaw_jax.types import TARGET, Prompts
 
 Say = Callable[[str], None]
 
+CHANGES_NO_TOKEN = frozenset({"sampling.slots", "sampling.prefill_tokens", "sampling.tensor"})
+"""Keys of a configuration that decide how fast responses come and nothing else."""
+
 
 class Evaluator(NamedTuple):
     """Tasks, and the sampler that answers them greedily."""
@@ -275,7 +278,7 @@ def _check_unchanged(opened: Journal, config: RunConfig) -> None:
     free = {"directory", "rounds", "sample_texts", "tensorboard", "train.save_every_steps"}
     free |= {"evaluation.each_round", "evaluation.tasks", "train.save_every_minutes", "train.max_skipped_in_a_row"}
     free |= {"train.validate_each_epoch"}
-    free |= {"sampling.slots", "sampling.prefill_tokens", "sampling.tensor"}  # which change no token
+    free |= CHANGES_NO_TOKEN
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in free]
     if changed:
         differences = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)

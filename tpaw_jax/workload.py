@@ -44,6 +44,11 @@ class Workload(NamedTuple):
     fill: float
     blocks: float  # of attention, as a share of causal attention's
 
+    @property
+    def tokens_of_sequence(self) -> int:
+        """Of a prompt and its response, on average."""
+        return math.ceil((self.prompt_tokens + self.new_tokens) / self.prompts)
+
 
 def assumed(config: RunConfig, model: ModelConfig, prompts: int) -> Workload:
     """The rounds of a run on `prompts` prompts of assumed lengths, from a sample that is packed as the run packs it."""

@@ -7,6 +7,7 @@ key or value is gathered. Slots and pages are split into R shards that know noth
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -27,8 +28,8 @@ class LayerPages(struct.PyTreeNode):
     """Keys and values of all pages in one layer. Layers are apart, so that each is updated where it lies.
 
     On CPU heads are apart, tokens of keys last: both products of attention then run over consecutive memory. Elsewhere
-    a token's heads are one row of E = K H numbers: a TPU keeps such a pool without padding, writes a row of it where it
-    lies, and reads it once a step.
+    a token's heads are one row of E = K H numbers: a TPU pads it to a multiple of 128 at most, writes a row of it where
+    it lies, and reads it once a step.
     """
 
     keys: Float[Array, "R U K H P"] | Float[Array, "R U P E"]
@@ -131,13 +132,14 @@ def attend_pages(
     by_shard = lambda x: x.reshape(shards, pages, *x.shape[1:])
     pool_keys, pool_values = all_pages(layer.keys), all_pages(layer.values)  # plain batches: XLA is slow with nested
     of_keys, of_values, q_RSKGH = "ukhp", "ukph", queries.reshape(shards, slots, kv_heads, heads // kv_heads, size)
-    together = 1
+    joined = 1
     if layer.in_rows:
-        together = _heads_together(kv_heads, size)
-        apart = lambda x: x.reshape(*x.shape[:2], kv_heads // together, together * size)
-        pool_keys, pool_values, of_keys, of_values = apart(pool_keys), apart(pool_values), "upkh", "upkh"
+        joined = _joined_heads(kv_heads, size)
+        of_heads = lambda x: x.reshape(*x.shape[:2], kv_heads // joined, joined * size)
+        pool_keys, pool_values, of_keys, of_values = of_heads(pool_keys), of_heads(pool_values), "upkh", "upkh"
 
-    q_UKGH = all_pages(of(_side_by_side(q_RSKGH, together), table.owner)).astype(pool_keys.dtype)
+    q_RSKGH = q_RSKGH.astype(pool_keys.dtype)
+    q_UKGH = all_pages(of(_in_joined_heads(q_RSKGH, joined), table.owner))
     scores = jnp.einsum(f"ukgh,{of_keys}->ukgp", q_UKGH, pool_keys, **_IN_FLOAT32) * size**-0.5
     before_U = all_pages(of(positions, table.owner) - table.first)
     scores = jnp.where((jnp.arange(PAGE) < before_U[:, None])[:, None, None], scores, UNSEEN)
@@ -145,18 +147,18 @@ def attend_pages(
     weights = jnp.exp(scores - top_UKG[..., None])
     total_UKG = jnp.sum(weights, axis=-1)
     found_UKGH = jnp.einsum(f"ukgp,{of_values}->ukgh", weights.astype(pool_values.dtype), pool_values, **_IN_FLOAT32)
-    found_UKGH = _own_part(found_UKGH, together)
+    found_UKGH = _of_each_head(found_UKGH, joined)
     top_UKG, total_UKG = (x.reshape(found_UKGH.shape[:-1]) for x in (top_UKG, total_UKG))
 
-    as_kept = lambda x: x.astype(pool_keys.dtype).astype(jnp.float32).reshape(shards * slots, kv_heads, 1, size)
-    own_MKG = jnp.sum(q_RSKGH.reshape(shards * slots, kv_heads, -1, size) * as_kept(keys), axis=-1) * size**-0.5
+    as_kept = lambda x: x.astype(pool_keys.dtype).astype(jnp.float32).reshape(shards * slots, kv_heads, -1, size)
+    own_MKG = jnp.sum(as_kept(q_RSKGH) * as_kept(keys), axis=-1) * size**-0.5
     page_RSJ, there_MJ = jnp.minimum(table.of_slot, pages - 1), table.of_slot.reshape(shards * slots, -1) < pages
     of_slot = lambda x: of(by_shard(x), page_RSJ).reshape(*there_MJ.shape, *x.shape[1:])
     top_MJKG = jnp.where(there_MJ[..., None, None], of_slot(top_UKG), UNSEEN)
     most_MKG = jnp.maximum(jnp.max(top_MJKG, axis=1), own_MKG)
-    share_MJKG, own_MKG = jnp.exp(top_MJKG - most_MKG[:, None]), jnp.exp(own_MKG - most_MKG)
-    total_MKG = jnp.sum(share_MJKG * of_slot(total_UKG), axis=1) + own_MKG
-    sum_MKGH = jnp.sum(share_MJKG[..., None] * of_slot(found_UKGH), axis=1) + own_MKG[..., None] * as_kept(values)
+    share_MJKG, weight_MKG = jnp.exp(top_MJKG - most_MKG[:, None]), jnp.exp(own_MKG - most_MKG)
+    total_MKG = jnp.sum(share_MJKG * of_slot(total_UKG), axis=1) + weight_MKG
+    sum_MKGH = jnp.sum(share_MJKG[..., None] * of_slot(found_UKGH), axis=1) + weight_MKG[..., None] * as_kept(values)
     return (sum_MKGH / total_MKG[..., None]).reshape(queries.shape).astype(queries.dtype)
 
 
@@ -164,29 +166,29 @@ LANES = 128
 """Numbers that a TPU keeps side by side: it pads smaller last dimensions to as many."""
 
 
-def _heads_together(kv_heads: int, size: int) -> int:
-    """Heads whose products are one, so that a row falls into runs of `LANES`."""
-    together = LANES // size if LANES % size == 0 else 1
-    return together if kv_heads % together == 0 else 1
+def _joined_heads(kv_heads: int, size: int) -> int:
+    """Heads whose products are one, so that a row falls into runs of `LANES`; all heads, where no fewer do."""
+    joined = math.gcd(kv_heads, max(1, LANES // size))
+    return joined if joined * size % LANES == 0 else kv_heads
 
 
-def _side_by_side(q_RSKGH, together: int):
-    """[R S K/t tG tH]: queries of t heads over the row of all t of them, with zeros where the other heads are.
+def _in_joined_heads(q_RSKGH, joined: int):
+    """[R S K/J JG JH]: the queries of J heads over the row of all J of them, with zeros where the other heads are.
 
     Products with zeros cost a TPU nothing while it reads the pool, and splitting a row into shorter ones a copy of it.
     """
     *rs, heads, group, size = q_RSKGH.shape
-    apart = q_RSKGH.reshape(*rs, heads // together, together, group, 1, size)
-    own = jnp.eye(together, dtype=apart.dtype)[:, None, :, None]
-    return (apart * own).reshape(*rs, heads // together, together * group, together * size)
+    of_heads = q_RSKGH.reshape(*rs, heads // joined, joined, group, 1, size)
+    own = jnp.eye(joined, dtype=bool)[:, None, :, None]
+    return jnp.where(own, of_heads, 0).reshape(*rs, heads // joined, joined * group, joined * size)
 
 
-def _own_part(found_UKGH, together: int):
-    """Of t heads side by side, each head's own, [U K G H]."""
+def _of_each_head(found_UKGH, joined: int):
+    """Of J joined heads, what belongs to each, [U K G H]."""
     pages, groups, queries, size = found_UKGH.shape
-    shape = pages, groups, together, queries // together, together, size // together
-    own = jnp.eye(together, dtype=found_UKGH.dtype)[:, None, :, None]
-    return (found_UKGH.reshape(shape) * own).sum(axis=4).reshape(pages, groups * together, shape[3], shape[5])
+    shape = pages, groups, joined, queries // joined, joined, size // joined
+    own = jnp.eye(joined, dtype=bool)[:, None, :, None]
+    return jnp.where(own, found_UKGH.reshape(shape), 0).sum(axis=4).reshape(pages, groups * joined, shape[3], shape[5])
 
 
 def _heads_in_a_row(x):
