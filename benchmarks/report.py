@@ -191,6 +191,10 @@ def rounds(records: list[dict]) -> str:
     return _table(["wall time", "seconds", *stages], lines)
 
 
+SHARES = ("slots_busy", "share_of_bandwidth", "share_of_bound", "share_of_peak")
+"""Of a reading of our sampler; `share_of_bound` is missing in those that are older than it."""
+
+
 def sampling(records: list[dict]) -> str:
     """Useful tokens/s of the samplers, one line a number of slots and a dtype, and how near to their bounds ours is."""
     lines = []
@@ -205,8 +209,8 @@ def sampling(records: list[dict]) -> str:
             ratios = [mine[r["seed"]] / r["tokens_per_second"] for r in theirs]
             rate = common.spread([r["tokens_per_second"] for r in theirs])["median"] if theirs else 0
             cells.append(f"{rate:.0f} (**{_range(common.spread(ratios), '{:.1f}')}**)" if theirs else "")
-        shares = [middle(name) for name in ("slots_busy", "share_of_bandwidth", "share_of_bound", "share_of_peak")]
-        lines.append([*cells, *(f"{share:.0%}" for share in shares)])
+        shares = [middle(name) if name in ours[0] else None for name in SHARES]
+        lines.append([*cells, *("" if share is None else f"{share:.0%}" for share in shares)])
     head = ["useful tokens/s, slots", "tpaw_jax", "transformers.generate", "Tunix's sampler"]
     bounds = ["decode, of the bandwidth", "decode, of the nearer bound", "prefill, of the matmul peak"]
     return _table([*head, "slots busy", *bounds], lines)
