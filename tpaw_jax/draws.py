@@ -63,7 +63,7 @@ def sample(
 def _nucleus(logits: Float[Array, "S V"], top_p: float) -> Bool[Array, "S V"]:
     """The fewest most probable tokens that reach `top_p` together, and what ties with the last (arXiv 1904.09751).
 
-    The least probability that is kept is found by halving: nothing is sorted, which takes a vocabulary much longer.
+    The least probability that is kept is found by halving, without a sort of the vocabulary.
     """
     probabilities = jax.nn.softmax(logits, axis=-1)
     ordered = jax.lax.bitcast_convert_type(probabilities, jnp.int32)  # floats from 0 on are in the order of their bits
