@@ -1,6 +1,7 @@
 """The pages of keys and values: attention over them, writing into them, and whose they are."""
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from tpaw_jax.models import cache
 from tpaw_jax.models.attention import attend
+from tpaw_jax.models.dots import ANY_ORDER, dots
 from tpaw_jax.pages import Pages
 
 
@@ -22,7 +24,7 @@ def pages_of(rng, positions, shards=1, heads=2, size=8):
         assert account.reserve(needed) == 0
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     layer = cache.LayerPages(
-        draw(shards, account.pages, heads, size, cache.PAGE), draw(shards, account.pages, heads, cache.PAGE, size)
+        draw(shards, account.pages, heads, cache.PAGE, size), draw(shards, account.pages, heads, size, cache.PAGE)
     )
     return account, layer
 
@@ -30,27 +32,27 @@ def pages_of(rng, positions, shards=1, heads=2, size=8):
 def in_rows(layer):
     """The same pool as it is kept on a TPU."""
     row = lambda x: x.reshape(*x.shape[:3], -1)
-    return cache.LayerPages(row(layer.keys.transpose(0, 1, 4, 2, 3)), row(layer.values.swapaxes(2, 3)))
+    return cache.LayerPages(row(layer.keys.swapaxes(2, 3)), row(layer.values.transpose(0, 1, 4, 2, 3)))
 
 
 @pytest.mark.parametrize("kept", [lambda layer: layer, in_rows])
-@pytest.mark.parametrize(("heads", "size"), [(2, 8), (4, 64), (3, 64), (1, 64), (2, 128)])
+@pytest.mark.parametrize(("heads", "group", "size"), [(2, 3, 8), (4, 1, 64), (3, 3, 64), (1, 10, 64), (2, 3, 128)])
 @pytest.mark.parametrize("shards", [1, 2])
-def test_attention_over_pages_is_attention_over_sequences(shards, heads, size, kept):
+def test_attention_over_pages_is_attention_over_sequences(shards, heads, group, size, kept):
     rng = np.random.default_rng(0)
     positions = np.array([0, 63, 64, 130])
     account, layer = pages_of(rng, positions, shards, heads, size)
     by_shard = lambda x: x.reshape(shards, 4 // shards, *x.shape[1:])
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    queries, own_keys, own_values = draw(4, 3 * heads, size), draw(4, heads, size), draw(4, heads, size)
+    queries, own_keys, own_values = draw(4, group * heads, size), draw(4, heads, size), draw(4, heads, size)
     found = cache.attend_pages(
         *map(by_shard, (queries, own_keys, own_values)), kept(layer), account.table(), by_shard(positions)
     ).reshape(queries.shape)
     for i, position in enumerate(positions):
         r, s = divmod(i, 4 // shards)
         held = account.of_slot(r, s)
-        keys = jnp.concatenate([layer.keys[r, page].swapaxes(1, 2) for page in held], axis=1)
-        values = jnp.concatenate([layer.values[r, page] for page in held], axis=1)
+        keys = jnp.concatenate([layer.keys[r, page] for page in held], axis=1)
+        values = jnp.concatenate([layer.values[r, page].swapaxes(1, 2) for page in held], axis=1)
         keys, values = keys.at[:, position].set(own_keys[i]), values.at[:, position].set(own_values[i])
         mask = jnp.arange(keys.shape[1]) <= position
         expected = attend(queries[i][None, None], keys[None], values[None], mask[None, None])[0, 0]
@@ -79,8 +81,8 @@ def test_a_token_is_written_into_its_slots_page_alone(kept):
     keys, values = layer.keys, layer.values
     for slot in (0, 2):
         page, offset = account.of_slot(0, slot)[positions[0, slot] // cache.PAGE], positions[0, slot] % cache.PAGE
-        keys = keys.at[0, page, :, :, offset].set(new[0, slot])
-        values = values.at[0, page, :, offset].set(-new[0, slot])
+        keys = keys.at[0, page, :, offset].set(new[0, slot])
+        values = values.at[0, page, :, :, offset].set(-new[0, slot])
     chex.assert_trees_all_equal(written, kept(cache.LayerPages(keys, values)))
 
 
@@ -94,6 +96,17 @@ def test_prompts_are_written_alike_into_both_kinds_of_pool():
     chex.assert_trees_all_equal(tuple(map(in_rows, heads_apart)), rows)
     np.testing.assert_array_equal(rows[2].keys[0, 1], keys[2, 0, 64:128].reshape(64, 16))
     assert not rows[2].keys[0, 0].any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("vectors", [1, 8, 19])
+def test_dots_are_products(vectors, dtype):
+    rng = np.random.default_rng(4)
+    matrix, some = (jnp.asarray(rng.normal(size=(3, n, 70)), dtype) for n in (5, vectors))
+    found = jax.jit(dots, compiler_options=ANY_ORDER)(matrix, some)
+    expected = np.einsum("bfd,bnd->bnf", *(np.asarray(x, np.float64) for x in (matrix, some)))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @settings(deadline=None, max_examples=50)

@@ -22,6 +22,7 @@ ORDER = [  # a file imports only from files above it
     "models.attention",
     "models.tile_attention",
     "models.splash_attention",
+    "models.dots",
     "models.cache",
     "models.parallel",
     "models.transformer",

@@ -7,6 +7,7 @@ key or value is gathered. Slots and pages are split into R shards that know noth
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from tpaw_jax.models.dots import dots
 from tpaw_jax.types import AnyArray
 
 PAGE = 64
@@ -27,13 +29,13 @@ UNSEEN = -1e30
 class LayerPages(struct.PyTreeNode):
     """Keys and values of all pages in one layer. Layers are apart, so that each is updated where it lies.
 
-    On CPU heads are apart, tokens of keys last: both products of attention then run over consecutive memory. Elsewhere
-    a token's heads are one row of E = K H numbers: a TPU pads it to a multiple of 128 at most, writes a row of it where
-    it lies, and reads it once a step.
+    On CPU heads are apart, tokens of values last: both products of attention then sum over consecutive memory.
+    Elsewhere a token's heads are one row of E = K H numbers: a TPU pads it to a multiple of 128 at most, writes a row
+    of it where it lies, and reads it once a step.
     """
 
-    keys: Float[Array, "R U K H P"] | Float[Array, "R U P E"]
-    values: Float[Array, "R U K P H"] | Float[Array, "R U P E"]
+    keys: Float[Array, "R U K P H"] | Float[Array, "R U P E"]
+    values: Float[Array, "R U K H P"] | Float[Array, "R U P E"]
 
     @property
     def in_rows(self) -> bool:
@@ -56,7 +58,7 @@ def empty(
     layers: int, shards: int, pages: int, heads: int, size: int, dtype: jnp.dtype, in_rows: bool = False
 ) -> KVCache:
     """A zeroed pool of `pages` pages a shard; 2 L R U K P H elements of `dtype`."""
-    apart = (shards, pages, heads, size, PAGE), (shards, pages, heads, PAGE, size)
+    apart = (shards, pages, heads, PAGE, size), (shards, pages, heads, size, PAGE)
     of_keys, of_values = ((shards, pages, PAGE, heads * size),) * 2 if in_rows else apart
     return tuple(LayerPages(jnp.zeros(of_keys, dtype), jnp.zeros(of_values, dtype)) for _ in range(layers))
 
@@ -81,7 +83,7 @@ def write_prompts(
         if layer.in_rows:
             new_keys, new_values = _heads_in_a_row(new_keys), _heads_in_a_row(new_values)
         else:
-            new_keys, new_values = new_keys.transpose(0, 1, 3, 4, 2), new_values.swapaxes(2, 3)
+            new_keys, new_values = new_keys.swapaxes(2, 3), new_values.transpose(0, 1, 3, 4, 2)
         written.append(LayerPages(put(layer.keys, pages, new_keys), put(layer.values, pages, new_values)))
     return tuple(written)
 
@@ -96,8 +98,8 @@ def write_token(
     """A layer with one further token in every slot that has a page for it."""
     page, offset = page_of(table, positions), positions % PAGE
     put_row = lambda old, u, p, new: old.at[u, p].set(new.astype(old.dtype), mode="drop")
-    put_key = lambda old, u, p, new: old.at[u, :, :, p].set(new.astype(old.dtype), mode="drop")
-    put_value = lambda old, u, p, new: old.at[u, :, p].set(new.astype(old.dtype), mode="drop")
+    put_key = lambda old, u, p, new: old.at[u, :, p].set(new.astype(old.dtype), mode="drop")
+    put_value = lambda old, u, p, new: old.at[u, :, :, p].set(new.astype(old.dtype), mode="drop")
     if layer.in_rows:
         keys, values = _heads_in_a_row(keys), _heads_in_a_row(values)
         put_key = put_value = put_row
@@ -131,22 +133,24 @@ def attend_pages(
     all_pages = lambda x: x.reshape(shards * pages, *x.shape[2:])
     by_shard = lambda x: x.reshape(shards, pages, *x.shape[1:])
     pool_keys, pool_values = all_pages(layer.keys), all_pages(layer.values)  # plain batches: XLA is slow with nested
-    of_keys, of_values, q_RSKGH = "ukhp", "ukph", queries.reshape(shards, slots, kv_heads, heads // kv_heads, size)
-    joined = 1
+    q_RSKGH = queries.reshape(shards, slots, kv_heads, heads // kv_heads, size)
+    joined, score, sum_up = 1, dots, dots
     if layer.in_rows:
         joined = _joined_heads(kv_heads, size)
         of_heads = lambda x: x.reshape(*x.shape[:2], kv_heads // joined, joined * size)
-        pool_keys, pool_values, of_keys, of_values = of_heads(pool_keys), of_heads(pool_values), "upkh", "upkh"
+        pool_keys, pool_values = of_heads(pool_keys), of_heads(pool_values)
+        score = functools.partial(jnp.einsum, "upkh,ukgh->ukgp", preferred_element_type=jnp.float32)
+        sum_up = functools.partial(jnp.einsum, "upkh,ukgp->ukgh", preferred_element_type=jnp.float32)
 
     q_RSKGH = q_RSKGH.astype(pool_keys.dtype)
     q_UKGH = all_pages(of(_in_joined_heads(q_RSKGH, joined), table.owner))
-    scores = jnp.einsum(f"ukgh,{of_keys}->ukgp", q_UKGH, pool_keys, **_IN_FLOAT32) * size**-0.5
+    scores = score(pool_keys, q_UKGH) * size**-0.5
     before_U = all_pages(of(positions, table.owner) - table.first)
     scores = jnp.where((jnp.arange(PAGE) < before_U[:, None])[:, None, None], scores, UNSEEN)
     top_UKG = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - top_UKG[..., None])
     total_UKG = jnp.sum(weights, axis=-1)
-    found_UKGH = jnp.einsum(f"ukgp,{of_values}->ukgh", weights.astype(pool_values.dtype), pool_values, **_IN_FLOAT32)
+    found_UKGH = sum_up(pool_values, weights.astype(pool_values.dtype))
     found_UKGH = _of_each_head(found_UKGH, joined)
     top_UKG, total_UKG = (x.reshape(found_UKGH.shape[:-1]) for x in (top_UKG, total_UKG))
 
@@ -193,6 +197,3 @@ def _of_each_head(found_UKGH, joined: int):
 
 def _heads_in_a_row(x):
     return x.reshape(*x.shape[:-2], -1)
-
-
-_IN_FLOAT32 = {"preferred_element_type": jnp.float32}
