@@ -137,10 +137,8 @@ def attend_pages(
     joined, score, sum_up = 1, dots, dots
     if layer.in_rows:
         joined = _joined_heads(kv_heads, size)
-        of_heads = lambda x: x.reshape(*x.shape[:2], kv_heads // joined, joined * size)
-        pool_keys, pool_values = of_heads(pool_keys), of_heads(pool_values)
-        score = functools.partial(jnp.einsum, "upkh,ukgh->ukgp", preferred_element_type=jnp.float32)
-        sum_up = functools.partial(jnp.einsum, "upkh,ukgp->ukgh", preferred_element_type=jnp.float32)
+        score = functools.partial(_of_each_run, "uph,ugh->ugp")
+        sum_up = functools.partial(_of_each_run, "uph,ugp->ugh")
 
     q_RSKGH = q_RSKGH.astype(pool_keys.dtype)
     q_UKGH = all_pages(of(_in_joined_heads(q_RSKGH, joined), table.owner))
@@ -164,6 +162,12 @@ def attend_pages(
     total_MKG = jnp.sum(share_MJKG * of_slot(total_UKG), axis=1) + weight_MKG
     sum_MKGH = jnp.sum(share_MJKG[..., None] * of_slot(found_UKGH), axis=1) + weight_MKG[..., None] * as_kept(values)
     return (sum_MKGH / total_MKG[..., None]).reshape(queries.shape).astype(queries.dtype)
+
+
+def _of_each_run(product: str, pool_UPE, of_heads_UKGX):
+    runs = jnp.split(pool_UPE, of_heads_UKGX.shape[1], axis=-1)
+    in_float32 = functools.partial(jnp.einsum, product, preferred_element_type=jnp.float32)
+    return jnp.stack([in_float32(run, of_heads_UKGX[:, i]) for i, run in enumerate(runs)], axis=1)
 
 
 LANES = 128
