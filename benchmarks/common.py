@@ -133,8 +133,10 @@ def make_step(setup: Setup) -> tuple[train_step.TrainStep, Any, StepScalars]:
     return step, state, StepScalars(np.float32(1e-7), np.float32(0.1), np.float32(0), np.bool_(False))
 
 
-def matmul_peak(model: ModelConfig, tokens: int, backward: bool, repeats: int = 5) -> dict[str, float]:
-    """GFLOP/s of the model's own matmuls alone, float32, as a pass over `tokens` tokens mixes them.
+def matmul_peak(
+    model: ModelConfig, tokens: int, backward: bool, repeats: int = 5, dtype: Any = jnp.float32
+) -> dict[str, float]:
+    """GFLOP/s of the model's own matmuls alone, of `dtype`, as a pass over `tokens` tokens mixes them.
 
     Each weight's product forward and, with `backward`, its two products backward; the head on blocks of 4096 entries.
     `median` and `best` are of the repeats of each product.
@@ -150,7 +152,7 @@ def matmul_peak(model: ModelConfig, tokens: int, backward: bool, repeats: int = 
     }
     work, typical, best = 0.0, 0.0, 0.0
     for (k, n), times in shapes.items():
-        x, w, y = jnp.ones((tokens, k)), jnp.ones((k, n)), jnp.ones((tokens, n))
+        x, w, y = (jnp.ones(shape, dtype) for shape in ((tokens, k), (k, n), (tokens, n)))
         products = [("mk,kn->mn", x, w)] + [("mn,kn->mk", y, w), ("mk,mn->kn", x, y)] * backward
         for equation, a, b in products:
             product = jax.jit(lambda a, b, equation=equation: jnp.einsum(equation, a, b))

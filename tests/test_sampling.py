@@ -18,6 +18,7 @@ from tpaw_jax.config import MeshConfig, SamplingConfig
 from tpaw_jax.models import Transformer
 from tpaw_jax.models.transformer import split
 from tpaw_jax.monitoring import compile_log
+from tpaw_jax.types import Prompts
 
 STOPS = (1, 403)
 
@@ -139,6 +140,18 @@ def test_shards_share_their_prefills(stories):
     sampling.generate(sampler, stories[1], many, seed=3, round_number=2)
     assert sum(computed) == 120
     assert len(computed) <= 2 * -(-tokens // (8 * 128))
+
+
+def test_what_is_left_of_a_row_takes_a_later_prompt_that_fits(stories):
+    rng = np.random.default_rng(7)
+    ids = tuple(rng.integers(3, 512, n).astype(np.int32) for n in (100, 100, 28, 28))
+    settings = SamplingConfig(max_new_tokens=4, slots=4, prefill_tokens=128)
+    sampler, computed = counting_prefills(
+        sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, STOPS)
+    )
+    prompts = Prompts(np.arange(4, dtype=np.int32), ids, ids)
+    sampling.generate(sampler, stories[1], prompts, seed=3, round_number=2)
+    assert computed == [2, 2]
 
 
 def test_several_responses_share_a_prompt_and_differ(stories, prompts):

@@ -45,6 +45,9 @@ Ends = Callable[[np.ndarray, int], int | None]
 ADMITTED_AT_ONCE = 8
 """Prompts of a shard that one call of `admit` moves into slots."""
 
+PASSED_OVER = 64
+"""Prompts too long for what is left of a row that are passed over in search of ones that fit."""
+
 FEWEST_SLOTS = 8
 """Slots that are kept to the end on a CPU: fewer would not decode a step faster."""
 
@@ -271,18 +274,22 @@ class _Engine:
         waiting = [sum(self._prompt_length(w.request) for w in queue) for queue in self.staged]
         filled = {r: (0, 0) for r in range(shards) if waiting[r] < self.row}  # tokens and prompts
         placed: list[tuple[int, int, int, int]] = []
-        while self.unstaged:
-            prompt = self.prompts.prompt_tokens[self.unstaged[0]]
+        passed_over: list[int] = []
+        while self.unstaged and len(passed_over) < PASSED_OVER:
+            i = self.unstaged.popleft()
+            prompt = self.prompts.prompt_tokens[i]
             room = (r for r, (there, n) in filled.items() if n < most and there + len(prompt) <= self.row)
             row = min(room, key=lambda r: waiting[r] + filled[r][0], default=None)
             if row is None:
-                break
+                passed_over.append(i)
+                continue
             start, n = filled[row]
             run = slice(start, start + len(prompt))
             tokens[row, run], positions[row, run], segments[row, run] = prompt, np.arange(len(prompt)), n + 1
             first[row, n], lengths[row, n] = start, len(prompt)
             filled[row] = run.stop, n + 1
-            placed.append((row, n, start, self.unstaged.popleft()))
+            placed.append((row, n, start, i))
+        self.unstaged.extendleft(reversed(passed_over))
         packed = PackedPrompts(tokens, positions, segments, first, lengths)
         staged = self.sampler.prefill(self.params, self._split(packed))
         for row, n, start, i in placed:

@@ -1,7 +1,8 @@
 """Our side of the sampling comparison: slots that refill. python tpaw_sampling.py WORKLOAD.json SLOTS DTYPE
 
 Run by ../sampling.py. The line has the share of slots busy, prefill and decode apart, and the bounds of both, measured
-in the same process: decoding must read the weights once a step, prefill computes the model's matmuls.
+in the same process: decoding must read the weights once a step, prefill computes the model's matmuls, whose peak is
+that of products in the compute dtype.
 """
 
 import json
@@ -47,7 +48,8 @@ def main() -> None:
     assert useful == sum(work["limits"])
     weights = sum(x.size * dtype.itemsize for x in jax.tree.leaves(params))
     of_token = 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim * dtype.itemsize
-    bandwidth, peak = read_bandwidth(), common.matmul_peak(architecture, 512, backward=False)["median"]
+    bandwidth = read_bandwidth()
+    peak = common.matmul_peak(architecture, 512, backward=False, dtype=dtype)["median"]
     prompt_tokens, matmul = sum(map(len, ids)), 2 * sum(x.size for x in jax.tree.leaves(params["layers"]))
     flops_of_token = matmul + 2 * architecture.vocab_size * architecture.hidden_size
     reading = (weights * watch.steps + of_token * watch.cached) / bandwidth
