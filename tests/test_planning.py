@@ -106,15 +106,20 @@ def test_sampling_exchanges_only_over_tensor(tensor):
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "most"),
-    [(16, 4, 128, 1.1), (32, 4, 64, 1.1), (24, 3, 64, 1.2)],  # three heads of 64 are joined: what they give is wider
+    ("topology", "heads", "kv_heads", "head_dim", "most"),
+    [
+        ("v5e:2x2", 16, 4, 128, 1.1),
+        ("v5e:2x2", 32, 4, 64, 1.1),
+        ("v5e:2x2", 24, 3, 64, 1.2),  # three heads of 64 are joined: what they give is wider
+        ("v5p:2x2x1", 16, 4, 128, 1.6),  # whose compiler leaves small intermediates in main memory
+    ],
 )
-def test_decoding_reads_every_weight_and_page_once_a_step_and_little_else(heads, kv_heads, head_dim, most):
+def test_decoding_reads_every_weight_and_page_once_a_step_and_little_else(topology, heads, kv_heads, head_dim, most):
     model = ModelConfig("llama", 32768, 2048, 8192, 3, heads, kv_heads, head_dim, 10000.0, 1e-5, 8192, False)
     least_effort = jax.config.jax_exec_time_optimization_effort  # which leaves out what moves data beside products
     jax.config.update("jax_exec_time_optimization_effort", 0.0)
     try:
-        planned = planning.plan(target("v5e:2x2", model, **{"sampling.slots": 512}), stages=("decode",))
+        planned = planning.plan(target(topology, model, **{"sampling.slots": 512}), stages=("decode",))
     finally:
         jax.config.update("jax_exec_time_optimization_effort", least_effort)
     found = planned["stages"]["decode"]
