@@ -89,6 +89,7 @@ bench: $(VENV)/test $(VENV)/smollm2 peers
 	$(MEASURE)/bad_inputs.py > $(RESULTS)/bad_inputs.md
 	$(MEASURE)/round.py --config configs/smollm2_gsm8k.yaml --policy.path $(SMOLLM2) > $(RESULTS)/round.jsonl
 	$(MEASURE)/sampling.py > $(RESULTS)/sampling.jsonl
+	$(MEASURE)/cache_dtype.py --config configs/smollm2_gsm8k.yaml --policy.path $(SMOLLM2) > $(RESULTS)/cache_dtype.jsonl
 	$(MEASURE)/sampling.py --only tpaw_jax --batch 32 64 --dtype float32 --requests 512 --repeats 1 > $(RESULTS)/sampling_512.jsonl
 	$(MEASURE)/evaluation.py > $(RESULTS)/evaluation.jsonl
 	$(MEASURE)/tree_attention.py > $(RESULTS)/tree_attention.jsonl

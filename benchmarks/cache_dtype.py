@@ -1,0 +1,54 @@
+"""How far does a bfloat16 cache move the log-probs of sampled tokens? One JSON line.
+
+    python benchmarks/cache_dtype.py --config configs/smollm2_gsm8k.yaml --policy.path FILE [--prompts 32]
+
+The first prompts of a run are answered twice, with keys and values kept in float32 and in bfloat16, all else alike.
+Tokens are compared up to the first that differs: nats a token, at the mean and at most.
+"""
+
+import argparse
+
+import common
+import numpy as np
+
+from tpaw_jax import config_file, dataset, sampling, session, sharding
+from tpaw_jax.cli import _overrides
+from tpaw_jax.types import Generations
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--prompts", type=int, default=32)
+    options, rest = parser.parse_known_args()
+    run = config_file.load(options.config, _overrides(rest))
+    player = session.open_player(run, sharding.make_mesh(run.mesh))
+    prompts, *_ = dataset.load(run.data, player.template, run.seed)
+    prompts = prompts.take(range(min(options.prompts, len(prompts))))
+
+    def answered(cache_dtype: str) -> Generations:
+        decoder = sampling.decoder_of(player.model, cache_dtype)
+        sampler = sampling.make_sampler(decoder, run.sampling, [player.template.end_of_turn])
+        return sampling.generate(sampler, player.params, prompts, seed=run.seed, round_number=0)
+
+    whole, half = answered("float32"), answered("bfloat16")
+    gaps, alike = [], 0
+    for a, b, p, q in zip(whole.tokens, half.tokens, whole.log_probs, half.log_probs, strict=True):
+        same = int(np.argmin(np.append(a[: len(b)] == b[: len(a)], False)))
+        gaps += np.abs(p[:same] - q[:same]).tolist()
+        alike += same == len(a) == len(b)
+    common.emit(
+        benchmark="cache_dtype",
+        compute_dtype=str(player.model.dtype),
+        responses=len(prompts),
+        alike=alike,
+        tokens=sum(map(len, whole.tokens)),
+        tokens_compared=len(gaps),
+        mean_gap=float(np.mean(gaps)),
+        largest_gap=max(gaps),
+        machine=common.machine(),
+    )
+
+
+if __name__ == "__main__":
+    main()
