@@ -27,6 +27,7 @@ RUNS = {  # script: arguments, and the benchmarks of its lines
         ["--trees", "12", "--row-length", "2048", "--topology", "v5e:2x2"],
         ["tree_attention_parity", "tree_attention_blocks", "tree_attention_compile"],
     ),
+    "cache_dtype.py": (["--config", str(ROOT / "configs" / "demo.yaml"), "--prompts", "4"], ["cache_dtype"]),
     "memory.py": (
         [*TINY, "--row-length", "512", "--policies", "layer", "--budget-gib", "0.02", "--longest", "2048"],
         ["memory_step", "memory_head", "memory_head", "memory_longest_row"],
