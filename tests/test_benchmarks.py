@@ -76,6 +76,9 @@ def test_a_benchmark_prints_its_lines(script):
             assert 0 < line["skipped_of_causal"] < 1
         elif line["benchmark"] == "tree_attention_compile":
             assert 0 < line["peak_gib"] < 1
+        elif line["benchmark"] == "cache_dtype":
+            assert line["tokens_compared"] > 10
+            assert 0 < line["mean_gap"] < line["largest_gap"] < 0.1
         else:
             assert line["machine"]["backend"] == "cpu"
         if line["benchmark"] == "tree_attention_parity":
