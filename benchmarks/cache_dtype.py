@@ -21,17 +21,7 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--prompts", type=int, default=32)
     options, rest = parser.parse_known_args()
-    run = config_file.load(options.config, _overrides(rest))
-    player = session.open_player(run, sharding.make_mesh(run.mesh))
-    prompts, *_ = dataset.load(run.data, player.template, run.seed)
-    prompts = prompts.take(range(min(options.prompts, len(prompts))))
-
-    def answered(cache_dtype: str) -> Generations:
-        decoder = sampling.decoder_of(player.model, cache_dtype)
-        sampler = sampling.make_sampler(decoder, run.sampling, [player.template.end_of_turn])
-        return sampling.generate(sampler, player.params, prompts, seed=run.seed, round_number=0)
-
-    whole, half = answered("float32"), answered("bfloat16")
+    whole, half = (answered(options.config, _overrides(rest), options.prompts, of) for of in ("float32", "bfloat16"))
     gaps, alike = [], 0
     for a, b, p, q in zip(whole.tokens, half.tokens, whole.log_probs, half.log_probs, strict=True):
         same = int(np.argmin(np.append(a[: len(b)] == b[: len(a)], False)))
@@ -39,8 +29,7 @@ def main() -> None:
         alike += same == len(a) == len(b)
     common.emit(
         benchmark="cache_dtype",
-        compute_dtype=str(player.model.dtype),
-        responses=len(prompts),
+        responses=len(whole.tokens),
         alike=alike,
         tokens=sum(map(len, whole.tokens)),
         tokens_compared=len(gaps),
@@ -48,6 +37,15 @@ def main() -> None:
         largest_gap=max(gaps),
         machine=common.machine(),
     )
+
+
+def answered(config: str, overrides: list[str], count: int, cache_dtype: str) -> Generations:
+    """Responses to the first `count` prompts, with keys and values kept in `cache_dtype`."""
+    run = config_file.load(config, [*overrides, f"sampling.cache_dtype={cache_dtype}"])
+    player = session.open_player(run, sharding.make_mesh(run.mesh))
+    prompts, *_ = dataset.load(run.data, player.template, run.seed)
+    some = prompts.take(range(min(count, len(prompts))))
+    return sampling.generate(player.sampler, player.params, some, seed=run.seed, round_number=0)
 
 
 if __name__ == "__main__":
