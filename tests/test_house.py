@@ -24,6 +24,7 @@ ORDER = [  # a file imports only from files above it
     "models.splash_attention",
     "models.dots",
     "models.cache",
+    "models.packed_dot",
     "models.parallel",
     "models.transformer",
     "models.decoding",

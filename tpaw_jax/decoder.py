@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from tpaw_jax.models import cache as kv
-from tpaw_jax.models import decoding
+from tpaw_jax.models import decoding, packed_dot
 from tpaw_jax.models.transformer import Transformer
 from tpaw_jax.types import AnyArray
 
@@ -65,7 +65,7 @@ def decoder_of(model: Transformer, cache_dtype: str = "", platform: str = "") ->
     return Decoder(
         dtype=jnp.dtype(model.dtype),
         init=init,
-        prepare=lambda params: decoding.decode_weights(model, params),
+        prepare=lambda params: decoding.decode_weights(model, params, packed=on_cpu and packed_dot.available()),
         prefill=prefill,
         place=lambda cache, rows, starts, pages: kv.write_prompts(cache, rows[0], rows[1], starts, pages),
         decode=lambda weights, cache, tokens, positions, table: decoding.decode(

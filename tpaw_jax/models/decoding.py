@@ -1,13 +1,12 @@
 """One further token a slot: the decoder as it is run when every weight is read for few rows.
 
 Activations stand feature first, [D, M]: products of a weight [F, D] with few columns run 15 to 40 % faster than those
-of few rows with [D, F] on CPU (XLA reads the weight along its rows), and are the same to a TPU. With the fewest, a CPU
-takes inner products (`dots`).
+of few rows with [D, F] on CPU (XLA reads the weight along its rows), and are the same to a TPU. Where it can, a CPU has
+its matrices packed (`packed_dot`).
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -17,45 +16,47 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, PyTree
 
 from tpaw_jax.models import cache as kv
+from tpaw_jax.models import packed_dot
 from tpaw_jax.models.attention import rotate
-from tpaw_jax.models.dots import AT_ONCE, dots
+from tpaw_jax.models.packed_dot import PackedMatrix
 from tpaw_jax.models.transformer import Transformer, head_table, rms_norm, rotary_angles
+
+Matrix = Float[Array, "F D"] | PackedMatrix
 
 
 class LayerWeights(NamedTuple):
     """One layer's parameters: products that read the same input are one, their outputs end to end."""
 
     attention_norm: Float[Array, "D"]
-    qkv: Float[Array, "E D"]
+    qkv: Matrix  # [E, D]
     qkv_bias: Float[Array, "E"] | None
     q_norm: Float[Array, "H"] | None
     k_norm: Float[Array, "H"] | None
-    o: Float[Array, "D F"]
+    o: Matrix  # [D, F]
     mlp_norm: Float[Array, "D"]
-    gate_up: Float[Array, "G D"]
-    down: Float[Array, "D F"]
+    gate_up: Matrix  # [G, D]
+    down: Matrix  # [D, F]
 
 
 class DecodeWeights(NamedTuple):
     """Parameters as decoding reads them: in the compute dtype, each layer's its own."""
 
-    embed: Float[Array, "V D"]
+    embed: Matrix  # [V, D]
     layers: tuple[LayerWeights, ...]
     final_norm: Float[Array, "D"]
-    head: Float[Array, "V D"] | None  # None where it is `embed`
+    head: Matrix | None  # [V, D]; None where it is `embed`
 
 
-def decode_weights(model: Transformer, params: PyTree[Array]) -> DecodeWeights:
-    """The parameters of a model for `decode`."""
+def decode_weights(model: Transformer, params: PyTree[Array], packed: bool = False) -> DecodeWeights:
+    """The parameters of a model for `decode`, matrices packed or not."""
     params = jax.tree.map(lambda p: p.astype(model.dtype), params)
-    tied = model.config.tie_embeddings
+    of_layer = lambda i: jax.tree.map(lambda p: p[i], params["layers"])
+    matrix = lambda p_DF: packed_dot.pack(p_DF) if packed else p_DF.T
     return DecodeWeights(
-        params["embed"]["embedding"],
-        tuple(
-            _layer_weights(jax.tree.map(lambda p, i=i: p[i], params["layers"])) for i in range(model.config.num_layers)
-        ),
+        matrix(params["embed"]["embedding"].T),
+        tuple(_layer_weights(of_layer(i), matrix) for i in range(model.config.num_layers)),
         params["final_norm"]["scale"],
-        None if tied else head_table(params),
+        None if model.config.tie_embeddings else matrix(head_table(params).T),
     )
 
 
@@ -75,12 +76,11 @@ def decode(
     c, split, shape = model.local_config, model.parallel, tokens.shape
     norm = lambda x_DM, scale: rms_norm(x_DM, scale[:, None], c.rms_norm_eps, axis=0)
     on_cpu = not cache[0].in_rows
-    product = functools.partial(_product, on_cpu=on_cpu)
     angles = rotary_angles(c, positions)
     x_MD = split.embed(weights.embed, "embed/embedding", tokens.reshape(-1), jnp.float32, take=_rows)
     x_DM, layers = _feature_first(x_MD.T), []
     for w, layer in zip(weights.layers, cache, strict=True):
-        qkv_EM = product(w.qkv, norm(x_DM, w.attention_norm))
+        qkv_EM = _product(w.qkv, norm(x_DM, w.attention_norm))
         if w.qkv_bias is not None:
             qkv_EM += w.qkv_bias[:, None]
         heads_RSXH = _feature_first(qkv_EM).T.reshape(*shape, -1, c.head_dim)
@@ -92,11 +92,11 @@ def decode(
         # The pool is written where it lies if a TPU reads it before, a CPU after.
         pool = layers[-1] if on_cpu else layer
         attended_ME = kv.attend_pages(q, k, v, pool, table, positions).reshape(x_DM.shape[1], -1)
-        x_DM += split.total(product(w.o, _feature_first(attended_ME.T)))
-        gate_FM, up_FM = jnp.split(product(w.gate_up, norm(x_DM, w.mlp_norm)), 2)
-        x_DM += split.total(product(w.down, nn.silu(gate_FM) * up_FM))
+        x_DM += split.total(_product(w.o, _feature_first(attended_ME.T)))
+        gate_FM, up_FM = jnp.split(_product(w.gate_up, norm(x_DM, w.mlp_norm)), 2)
+        x_DM += split.total(_product(w.down, nn.silu(gate_FM) * up_FM))
     head_VD = weights.embed if weights.head is None else weights.head
-    logits_VM = product(head_VD, norm(x_DM, weights.final_norm))
+    logits_VM = _product(head_VD, norm(x_DM, weights.final_norm))
     logits_MV = _feature_first(logits_VM).T
     name = "embed/embedding" if weights.head is None else "head/embedding"
     return split.whole_vocabulary(logits_MV, name).reshape(*shape, -1), tuple(layers)
@@ -104,6 +104,8 @@ def decode(
 
 def _rows(table_VD, tokens_M):
     """table[tokens]. XLA's CPU backend widens a whole table of 16-bit floats to read a row of it, but not integers."""
+    if isinstance(table_VD, PackedMatrix):
+        return packed_dot.take(table_VD, tokens_M)
     if table_VD.dtype.itemsize != 2:
         return table_VD[tokens_M]
     as_integers = lambda table: jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens_M]
@@ -111,12 +113,10 @@ def _rows(table_VD, tokens_M):
     return jax.lax.platform_dependent(table_VD, cpu=of_integers, default=lambda table: table[tokens_M])
 
 
-def _product(weight_FD, x_DM, on_cpu: bool):
-    x_DM, columns = x_DM.astype(weight_FD.dtype), x_DM.shape[1]
-    if on_cpu and columns <= AT_ONCE:
-        padded = jnp.pad(x_DM, [(0, 0), (0, AT_ONCE - columns)])  # one order of sums, however few columns there are
-        return _feature_first(dots(weight_FD, _feature_first(padded.T)).T[:, :columns])
-    return jnp.dot(weight_FD, x_DM, preferred_element_type=jnp.float32)
+def _product(weight_FD, x_DM):
+    if isinstance(weight_FD, PackedMatrix):
+        return packed_dot.dot(weight_FD, x_DM)
+    return jnp.dot(weight_FD, x_DM.astype(weight_FD.dtype), preferred_element_type=jnp.float32)
 
 
 def _feature_first(x_FM):
@@ -127,8 +127,8 @@ def _feature_first(x_FM):
     return with_layout_constraint(x_FM, Layout(major_to_minor=(0, 1)))
 
 
-def _layer_weights(p) -> LayerWeights:
-    kernel = lambda *names: jnp.concatenate([p[name]["kernel"].T for name in names])
+def _layer_weights(p, matrix) -> LayerWeights:
+    kernel = lambda *names: matrix(jnp.concatenate([p[name]["kernel"] for name in names], axis=1))
     bias = jnp.concatenate([p[name]["bias"] for name in "qkv"]) if "bias" in p["q"] else None
     return LayerWeights(
         attention_norm=p["attention_norm"]["scale"],

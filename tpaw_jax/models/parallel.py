@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
 from tpaw_jax import sharding
+from tpaw_jax.models.packed_dot import PackedMatrix
 
 LANES = 128
 """Values of a TPU's tile along an array's last axis."""
@@ -50,11 +51,11 @@ class Parallel(NamedTuple):
 
     def embed(
         self,
-        table: Float[Array, "v d"],
+        table: Float[Array, "v d"] | PackedMatrix,
         name: str,
         tokens: Int[Array, "M"],
         dtype: jnp.dtype,
-        take: Callable[[Array, Array], Array] = lambda table, tokens: table[tokens],
+        take: Callable[[Any, Array], Array] = lambda table, tokens: table[tokens],
     ) -> Float[Array, "M D"]:
         """Rows of the embedding table: devices look up all tokens in the columns they hold and exchange what they find.
 

@@ -1,0 +1,97 @@
+"""Products of packed matrices: what a matrix product is, rounded alike whatever stands beside a column."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tpaw_jax import sampling
+from tpaw_jax.config import SamplingConfig
+from tpaw_jax.models import Transformer, packed_dot
+
+needs_compiler = pytest.mark.skipif(not packed_dot.available(), reason="there is no C++ compiler")
+DTYPES = st.sampled_from([jnp.float32, jnp.bfloat16])
+
+
+def some(rng, shape, dtype):
+    return jnp.asarray(rng.normal(size=shape), dtype)
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 40), DTYPES)
+def test_it_is_the_product(rows, depth, count, dtype):
+    rng = np.random.default_rng(1)
+    matrix, columns = some(rng, (rows, depth), dtype), some(rng, (depth, count), dtype)
+    found = packed_dot.dot(packed_dot.pack(matrix.T), columns)
+    assert found.dtype == jnp.float32
+    expected = np.asarray(matrix, np.float64) @ np.asarray(columns, np.float64)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_column_is_rounded_alike_in_any_company(dtype):
+    rng = np.random.default_rng(2)
+    matrix, columns = packed_dot.pack(some(rng, (579, 700), dtype)), some(rng, (579, 64), dtype)
+    together = packed_dot.dot(matrix, columns)
+    for first, count in ((0, 1), (3, 8), (5, 16), (11, 29), (32, 32)):
+        alone = packed_dot.dot(matrix, columns[:, first : first + count])
+        np.testing.assert_array_equal(alone, together[:, first : first + count])
+
+
+@given(st.integers(1, 40), st.integers(1, 9), DTYPES)
+@settings(deadline=None, max_examples=20)
+def test_rows_are_taken_as_they_were(rows, depth, dtype):
+    matrix = some(np.random.default_rng(3), (rows, depth), dtype)
+    wanted = jnp.array([rows - 1, 0, rows // 2])
+    np.testing.assert_array_equal(packed_dot.take(packed_dot.pack(matrix.T), wanted), matrix[wanted])
+
+
+@needs_compiler
+def test_columns_of_another_matrix_are_an_error():
+    matrix, columns = packed_dot.pack(jnp.ones((16, 32))), jnp.ones((24, 8))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="columns of its dtype"):
+        packed_dot.dot(matrix, columns).block_until_ready()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_sampler_does_without(stories, monkeypatch, dtype):
+    prompts = random_prompts(np.random.default_rng(5), 3)[0]
+    model, found = Transformer(stories[0], dtype=dtype), []
+    for there in (packed_dot.available(), False):
+        monkeypatch.setattr(packed_dot, "available", lambda there=there: there)
+        config = SamplingConfig(max_new_tokens=8, slots=2)
+        sampler = sampling.make_sampler(sampling.decoder_of(model), config, ())
+        found.append(sampling.generate(sampler, stories[1], prompts, seed=3, round_number=2))
+    for packed, plain in zip(*(made.tokens for made in found), strict=True):
+        np.testing.assert_array_equal(packed, plain)
+
+
+def test_no_compiler_is_no_error(monkeypatch, tmp_path, recwarn):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not packed_dot.available.__wrapped__()
+    assert not recwarn
+
+
+def test_a_compiler_that_fails_is_reported(monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho no such option >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.warns(UserWarning, match=r"packed_dot.cc cannot be compiled; .* no such option"):
+        assert not packed_dot.available.__wrapped__()
+
+
+@needs_compiler
+def test_it_is_compiled_once_for_a_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler = packed_dot._compiler()
+    made = packed_dot._library(compiler)
+    written = made.stat().st_mtime_ns
+    assert packed_dot._library(compiler) == made
+    assert made.stat().st_mtime_ns == written
+    assert list((tmp_path / "tpaw_jax").iterdir()) == [made]
