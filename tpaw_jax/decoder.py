@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from tpaw_jax.models import cache as kv
-from tpaw_jax.models import decoding, packed_dot
+from tpaw_jax.models import cpu_kernels, decoding
 from tpaw_jax.models.transformer import Transformer
 from tpaw_jax.types import AnyArray
 
@@ -47,14 +47,13 @@ class Decoder(NamedTuple):
 def decoder_of(model: Transformer, cache_dtype: str = "", platform: str = "") -> Decoder:
     """The `Decoder` of a `Transformer`, for the devices of a platform: by default, JAX's own.
 
-    Keys and values are kept in `cache_dtype`; by default in the compute dtype, but on CPU in float32, since XLA's CPU
-    backend copies a whole pool of 16-bit floats to write one token.
+    Keys and values are kept in `cache_dtype`; by default in the compute dtype.
     """
-    c, on_cpu = model.local_config, (platform or jax.default_backend()) == "cpu"
-    dtype = jnp.dtype(cache_dtype or (jnp.float32 if on_cpu else model.dtype))
+    c, dtype = model.local_config, jnp.dtype(cache_dtype or model.dtype)
+    native = (platform or jax.default_backend()) == "cpu" and cpu_kernels.available()
 
     def init(shards, pages):
-        return kv.empty(c.num_layers, shards, pages, c.num_kv_heads, c.head_dim, dtype, in_rows=not on_cpu)
+        return kv.empty(c.num_layers, shards, pages, c.num_kv_heads, c.head_dim, dtype)
 
     def prefill(params, prompts):
         variables, rows = {"params": params}, (prompts.tokens, prompts.positions, prompts.segment_ids)
@@ -65,7 +64,7 @@ def decoder_of(model: Transformer, cache_dtype: str = "", platform: str = "") ->
     return Decoder(
         dtype=jnp.dtype(model.dtype),
         init=init,
-        prepare=lambda params: decoding.decode_weights(model, params, packed=on_cpu and packed_dot.available()),
+        prepare=lambda params: decoding.decode_weights(model, params, packed=native),
         prefill=prefill,
         place=lambda cache, rows, starts, pages: kv.write_prompts(cache, rows[0], rows[1], starts, pages),
         decode=lambda weights, cache, tokens, positions, table: decoding.decode(

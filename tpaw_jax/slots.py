@@ -23,7 +23,6 @@ from tpaw_jax import draws, sharding
 from tpaw_jax.config import SamplingConfig
 from tpaw_jax.decoder import Decoder, PackedPrompts
 from tpaw_jax.models.cache import PageTable
-from tpaw_jax.models.dots import ANY_ORDER
 from tpaw_jax.types import AnyArray
 
 LOOK = 8
@@ -213,10 +212,10 @@ def make_sampler(
     state: Any = DecodeState(cache=of_device, **dict.fromkeys(others, by_shard))
     staged: Any = Staged(by_shard, of_device)
 
-    def program(function, in_specs, out_specs, donate=(), options=None):
+    def program(function, in_specs, out_specs, donate=()):
         on_mesh = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         functools.update_wrapper(on_mesh, function)
-        return jax.jit(on_mesh, donate_argnums=donate, compiler_options=options)
+        return jax.jit(on_mesh, donate_argnums=donate)
 
     def of_params(function, others, out_specs):
         """A program whose first argument are parameters, split as the mesh wants them."""
@@ -230,14 +229,13 @@ def make_sampler(
 
         return jax.jit(functools.update_wrapper(with_params, function))
 
-    decode_options = ANY_ORDER if mesh.devices.flat[0].platform == "cpu" else None
     new = functools.cache(lambda slots, pages: program(functools.partial(new_state, slots, pages), (), state))
     return Sampler(
         init=lambda slots, pages: new(slots, pages)(),
         prepare=of_params(prepare, (), weights),
         prefill=of_params(prefill, (by_shard,), staged),
         admit=program(admit, (state, staged, by_shard, everywhere), state, donate=0),
-        decode=program(decode, (weights, state, by_shard, everywhere, by_shard), (state, seen), 1, decode_options),
+        decode=program(decode, (weights, state, by_shard, everywhere, by_shard), (state, seen), donate=1),
         cancel=program(cancel, (state, by_shard), state, donate=0),
         resize=program(resize, (state, by_shard, by_shard), state),
         config=config,

@@ -2,7 +2,8 @@
 
 A sequence holds as many pages as it has tokens for, so short ones do not pay for long ones. Attention reads the pool in
 the order it lies in, each page for the slot that owns it, and then joins the pages of a slot by their softmax sums: no
-key or value is gathered. Slots and pages are split into R shards that know nothing of each other.
+key or value is gathered. (CPUs have kernels for that, `cpu_kernels`.) Slots and pages are split into R shards that know
+nothing of each other.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from tpaw_jax.models.dots import dots
 from tpaw_jax.types import AnyArray
 
 PAGE = 64
@@ -29,18 +29,12 @@ UNSEEN = -1e30
 class LayerPages(struct.PyTreeNode):
     """Keys and values of all pages in one layer. Layers are apart, so that each is updated where it lies.
 
-    On CPU heads are apart, tokens of values last: both products of attention then sum over consecutive memory.
-    Elsewhere a token's heads are one row of E = K H numbers: a TPU pads it to a multiple of 128 at most, writes a row
-    of it where it lies, and reads it once a step.
+    A token's heads are one row of E = K H numbers: a TPU pads it to a multiple of 128 at most, writes a row of it where
+    it lies, and reads it once a step.
     """
 
-    keys: Float[Array, "R U K P H"] | Float[Array, "R U P E"]
-    values: Float[Array, "R U K H P"] | Float[Array, "R U P E"]
-
-    @property
-    def in_rows(self) -> bool:
-        """Whether a token's heads are one row."""
-        return self.keys.ndim == 4
+    keys: Float[Array, "R U P E"]
+    values: Float[Array, "R U P E"]
 
 
 KVCache = tuple[LayerPages, ...]
@@ -54,13 +48,10 @@ class PageTable(NamedTuple):
     first: Int[AnyArray, "R U"]  # the position of a page's first token; beyond every position, where it is free
 
 
-def empty(
-    layers: int, shards: int, pages: int, heads: int, size: int, dtype: jnp.dtype, in_rows: bool = False
-) -> KVCache:
-    """A zeroed pool of `pages` pages a shard; 2 L R U K P H elements of `dtype`."""
-    apart = (shards, pages, heads, PAGE, size), (shards, pages, heads, size, PAGE)
-    of_keys, of_values = ((shards, pages, PAGE, heads * size),) * 2 if in_rows else apart
-    return tuple(LayerPages(jnp.zeros(of_keys, dtype), jnp.zeros(of_values, dtype)) for _ in range(layers))
+def empty(layers: int, shards: int, pages: int, heads: int, size: int, dtype: jnp.dtype) -> KVCache:
+    """A zeroed pool of `pages` pages a shard; 2 L R U P E elements of `dtype`."""
+    zeros = lambda: jnp.zeros((shards, pages, PAGE, heads * size), dtype)
+    return tuple(LayerPages(zeros(), zeros()) for _ in range(layers))
 
 
 def write_prompts(
@@ -79,11 +70,7 @@ def write_prompts(
     put = jax.vmap(lambda old, page_C, new: old.at[page_C].set(new.astype(old.dtype), mode="drop"))
     written = []
     for layer, row_keys, row_values in zip(cache, keys, values, strict=True):
-        new_keys, new_values = of_pages(row_keys, places_RCP), of_pages(row_values, places_RCP)
-        if layer.in_rows:
-            new_keys, new_values = _heads_in_a_row(new_keys), _heads_in_a_row(new_values)
-        else:
-            new_keys, new_values = new_keys.swapaxes(2, 3), new_values.transpose(0, 1, 3, 4, 2)
+        new_keys, new_values = (_heads_in_a_row(of_pages(x, places_RCP)) for x in (row_keys, row_values))
         written.append(LayerPages(put(layer.keys, pages, new_keys), put(layer.values, pages, new_values)))
     return tuple(written)
 
@@ -97,15 +84,9 @@ def write_token(
 ) -> LayerPages:
     """A layer with one further token in every slot that has a page for it."""
     page, offset = page_of(table, positions), positions % PAGE
-    put_row = lambda old, u, p, new: old.at[u, p].set(new.astype(old.dtype), mode="drop")
-    put_key = lambda old, u, p, new: old.at[u, :, p].set(new.astype(old.dtype), mode="drop")
-    put_value = lambda old, u, p, new: old.at[u, :, :, p].set(new.astype(old.dtype), mode="drop")
-    if layer.in_rows:
-        keys, values = _heads_in_a_row(keys), _heads_in_a_row(values)
-        put_key = put_value = put_row
-    return LayerPages(
-        jax.vmap(put_key)(layer.keys, page, offset, keys), jax.vmap(put_value)(layer.values, page, offset, values)
-    )
+    put = jax.vmap(lambda old, u, p, new: old.at[u, p].set(new.astype(old.dtype), mode="drop"))
+    keys, values = _heads_in_a_row(keys), _heads_in_a_row(values)
+    return LayerPages(put(layer.keys, page, offset, keys), put(layer.values, page, offset, values))
 
 
 def page_of(table: PageTable, positions: Int[Array, "R S"]) -> Int[Array, "R S"]:
@@ -134,21 +115,17 @@ def attend_pages(
     by_shard = lambda x: x.reshape(shards, pages, *x.shape[1:])
     pool_keys, pool_values = all_pages(layer.keys), all_pages(layer.values)  # plain batches: XLA is slow with nested
     q_RSKGH = queries.reshape(shards, slots, kv_heads, heads // kv_heads, size)
-    joined, score, sum_up = 1, dots, dots
-    if layer.in_rows:
-        joined = _joined_heads(kv_heads, size)
-        score = functools.partial(_of_each_run, "uph,ugh->ugp")
-        sum_up = functools.partial(_of_each_run, "uph,ugp->ugh")
+    joined = _joined_heads(kv_heads, size)
 
     q_RSKGH = q_RSKGH.astype(pool_keys.dtype)
     q_UKGH = all_pages(of(_in_joined_heads(q_RSKGH, joined), table.owner))
-    scores = score(pool_keys, q_UKGH) * size**-0.5
+    scores = _of_each_run("uph,ugh->ugp", pool_keys, q_UKGH) * size**-0.5
     before_U = all_pages(of(positions, table.owner) - table.first)
     scores = jnp.where((jnp.arange(PAGE) < before_U[:, None])[:, None, None], scores, UNSEEN)
     top_UKG = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - top_UKG[..., None])
     total_UKG = jnp.sum(weights, axis=-1)
-    found_UKGH = sum_up(pool_values, weights.astype(pool_values.dtype))
+    found_UKGH = _of_each_run("uph,ugp->ugh", pool_values, weights.astype(pool_values.dtype))
     found_UKGH = _of_each_head(found_UKGH, joined)
     top_UKG, total_UKG = (x.reshape(found_UKGH.shape[:-1]) for x in (top_UKG, total_UKG))
 

@@ -2,7 +2,7 @@
 
 Activations stand feature first, [D, M]: products of a weight [F, D] with few columns run 15 to 40 % faster than those
 of few rows with [D, F] on CPU (XLA reads the weight along its rows), and are the same to a TPU. Where it can, a CPU has
-its matrices packed (`packed_dot`).
+its matrices packed (`cpu_kernels`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, PyTree
 
 from tpaw_jax.models import cache as kv
-from tpaw_jax.models import packed_dot
+from tpaw_jax.models import cpu_kernels
 from tpaw_jax.models.attention import rotate
-from tpaw_jax.models.packed_dot import PackedMatrix
+from tpaw_jax.models.cpu_kernels import PackedMatrix
 from tpaw_jax.models.transformer import Transformer, head_table, rms_norm, rotary_angles
 
 Matrix = Float[Array, "F D"] | PackedMatrix
@@ -51,7 +51,7 @@ def decode_weights(model: Transformer, params: PyTree[Array], packed: bool = Fal
     """The parameters of a model for `decode`, matrices packed or not."""
     params = jax.tree.map(lambda p: p.astype(model.dtype), params)
     of_layer = lambda i: jax.tree.map(lambda p: p[i], params["layers"])
-    matrix = lambda p_DF: packed_dot.pack(p_DF) if packed else p_DF.T
+    matrix = lambda p_DF: cpu_kernels.pack(p_DF) if packed else p_DF.T
     return DecodeWeights(
         matrix(params["embed"]["embedding"].T),
         tuple(_layer_weights(of_layer(i), matrix) for i in range(model.config.num_layers)),
@@ -75,7 +75,6 @@ def decode(
     """
     c, split, shape = model.local_config, model.parallel, tokens.shape
     norm = lambda x_DM, scale: rms_norm(x_DM, scale[:, None], c.rms_norm_eps, axis=0)
-    on_cpu = not cache[0].in_rows
     angles = rotary_angles(c, positions)
     x_MD = split.embed(weights.embed, "embed/embedding", tokens.reshape(-1), jnp.float32, take=_rows)
     x_DM, layers = _feature_first(x_MD.T), []
@@ -88,11 +87,9 @@ def decode(
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rms_norm(q, w.q_norm, c.rms_norm_eps), rms_norm(k, w.k_norm, c.rms_norm_eps)
         q, k = rotate(q, angles), rotate(k, angles)
-        layers.append(kv.write_token(layer, table, positions, k, v))
-        # The pool is written where it lies if a TPU reads it before, a CPU after.
-        pool = layers[-1] if on_cpu else layer
-        attended_ME = kv.attend_pages(q, k, v, pool, table, positions).reshape(x_DM.shape[1], -1)
-        x_DM += split.total(_product(w.o, _feature_first(attended_ME.T)))
+        attended, layer = _attend(q, k, v, layer, table, positions, native=isinstance(w.qkv, PackedMatrix))
+        layers.append(layer)
+        x_DM += split.total(_product(w.o, _feature_first(attended.reshape(x_DM.shape[1], -1).T)))
         gate_FM, up_FM = jnp.split(_product(w.gate_up, norm(x_DM, w.mlp_norm)), 2)
         x_DM += split.total(_product(w.down, nn.silu(gate_FM) * up_FM))
     head_VD = weights.embed if weights.head is None else weights.head
@@ -105,7 +102,7 @@ def decode(
 def _rows(table_VD, tokens_M):
     """table[tokens]. XLA's CPU backend widens a whole table of 16-bit floats to read a row of it, but not integers."""
     if isinstance(table_VD, PackedMatrix):
-        return packed_dot.take(table_VD, tokens_M)
+        return cpu_kernels.take(table_VD, tokens_M)
     if table_VD.dtype.itemsize != 2:
         return table_VD[tokens_M]
     as_integers = lambda table: jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens_M]
@@ -113,9 +110,17 @@ def _rows(table_VD, tokens_M):
     return jax.lax.platform_dependent(table_VD, cpu=of_integers, default=lambda table: table[tokens_M])
 
 
+def _attend(q, k, v, layer, table, positions, native: bool):
+    """What the queries find in the cache, and the cache with their tokens in it."""
+    if native:
+        found, *pools = cpu_kernels.attend_pages(q, k, v, layer.keys, layer.values, table.of_slot, positions)
+        return found, kv.LayerPages(*pools)
+    return kv.attend_pages(q, k, v, layer, table, positions), kv.write_token(layer, table, positions, k, v)
+
+
 def _product(weight_FD, x_DM):
     if isinstance(weight_FD, PackedMatrix):
-        return packed_dot.dot(weight_FD, x_DM)
+        return cpu_kernels.dot(weight_FD, x_DM)
     return jnp.dot(weight_FD, x_DM.astype(weight_FD.dtype), preferred_element_type=jnp.float32)
 
 

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
 from tpaw_jax import sharding
-from tpaw_jax.models.packed_dot import PackedMatrix
+from tpaw_jax.models.cpu_kernels import PackedMatrix
 
 LANES = 128
 """Values of a TPU's tile along an array's last axis."""

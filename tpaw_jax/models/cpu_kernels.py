@@ -1,7 +1,7 @@
-"""Products of a matrix with few columns on CPUs, where they take as long as the matrix takes to be read.
+"""Decoding on CPUs: products that take as long as a weight takes to be read, and attention over pages.
 
-XLA's own read SmolLM2's matrices, for 8 columns, at half the speed of a sum over them. These are in C++, compiled for
-the machine when they are first needed; without a C++ compiler they are not `available`.
+XLA's own products read SmolLM2's matrices, for 8 columns, at half the speed of a sum over them. These are in C++,
+compiled for the machine when they are first needed; without a C++ compiler they are not `available`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import jaxlib
 from flax import struct
 from jaxtyping import Array, Float, Int
+
+from tpaw_jax.types import AnyArray
 
 LANES = 16
 """Rows that are multiplied at once."""
@@ -67,6 +69,24 @@ def take(matrix: PackedMatrix, rows: Int[Array, "M"]) -> Float[Array, "M D"]:
     return found if found.dtype == dtype else jax.lax.bitcast_convert_type(found, dtype)
 
 
+def attend_pages(
+    queries: Float[Array, "R S N H"],
+    keys: Float[Array, "R S K H"],
+    values: Float[Array, "R S K H"],
+    pool_keys: Float[Array, "R U P E"],
+    pool_values: Float[Array, "R U P E"],
+    of_slot: Int[AnyArray, "R S J"],
+    positions: Int[Array, "R S"],
+) -> tuple[Float[Array, "R S N H"], Float[Array, "R U P E"], Float[Array, "R U P E"]]:
+    """`cache.attend_pages` and `cache.write_token` in one: what the queries find, and the pools with the new tokens."""
+    dtype, shape = pool_keys.dtype, lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype)
+    made = shape(queries, jnp.float32), shape(pool_keys, dtype), shape(pool_values, dtype)
+    attend = jax.ffi.ffi_call("tpaw_attend_pages", made, input_output_aliases={3: 1, 4: 2})
+    new = (x.astype(dtype) for x in (queries, keys, values))
+    found, pool_keys, pool_values = attend(*new, pool_keys, pool_values, jnp.asarray(of_slot), jnp.asarray(positions))
+    return found, pool_keys, pool_values
+
+
 @functools.cache
 def available() -> bool:
     """Whether `dot` can be had: there is a C++ compiler, and it compiles them. Warns if it does not."""
@@ -79,7 +99,8 @@ def available() -> bool:
         said = getattr(error, "stderr", None) or str(error)
         warnings.warn(f"{SOURCE} cannot be compiled; decoding goes on with XLA's products. {said}", stacklevel=2)
         return False
-    jax.ffi.register_ffi_target("tpaw_packed_dot", jax.ffi.pycapsule(library.TpawPackedDot), platform="cpu")
+    for name, handler in (("tpaw_packed_dot", library.TpawPackedDot), ("tpaw_attend_pages", library.TpawAttendPages)):
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
     return True
 
 
@@ -93,7 +114,7 @@ def _library(compiler: str) -> Path:
     machine = run([compiler, *OPTIONS, "-dM", "-E", "-x", "c++", os.devnull]).stdout  # compiler and instruction set
     made_of = "\n".join([SOURCE.read_text(), machine, jaxlib.__version__])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpaw_jax"
-    path = folder / f"packed_dot_{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    path = folder / f"cpu_kernels_{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:

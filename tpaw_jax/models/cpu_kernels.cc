@@ -1,0 +1,313 @@
+// What decoding on a CPU spends its time with: products of weights that are read once with few columns, and attention
+// of few queries over pages. Sums have one order, whatever the number of slots and threads.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kAhead = 64;  // lines asked for before they are needed
+#if defined(__AVX512F__)
+constexpr int64_t kTile = 16;  // columns whose sums fit in the registers of a core
+#else
+constexpr int64_t kTile = 4;
+#endif
+
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+using EightFloats = float __attribute__((vector_size(32)));
+using FourFloats = float __attribute__((vector_size(16)));
+using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
+using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
+using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
+
+inline float AsFloat(uint32_t bits) {
+  float number;
+  std::memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+// task(i) for all i, some at a time for each thread. A thread that comes late finds nothing left, and none is waited
+// for that has not come, so that the programs of many devices can share a pool.
+template <typename Task>
+void ForAll(ffi::ThreadPool& pool, int64_t count, const Task& task) {
+  struct Progress {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t step = std::max<int64_t>(count / (8 * threads), 1);
+  auto progress = std::make_shared<Progress>();
+  auto some = [=] {
+    for (int64_t first; (first = progress->next.fetch_add(step)) < count;) {
+      const int64_t end = std::min(first + step, count);
+      for (int64_t i = first; i < end; ++i) task(i);
+      progress->done.fetch_add(end - first);
+    }
+  };
+  for (int64_t other = 1; other < threads && other * step < count; ++other) {
+    auto helper = some;
+    pool.Schedule(std::move(helper));
+  }
+  some();
+  while (progress->done.load() < count) std::this_thread::yield();
+}
+
+// ---- y [F, N] = w [F, D] x [D, N]
+//
+// The matrix is in lines of 64 bytes, [F / 16, D, 16] of float32 or [F / 16, D / 2, 16, 2] of bfloat16: what a core
+// multiplies at once, in the order in which it is read, so that no sum is left to be made across a register.
+
+struct Float32 {
+  static Floats Plus(Floats sum, Words w, uint32_t x) { return sum + (Floats)w * AsFloat(x); }
+};
+
+struct PairOfBfloat16 {  // each the upper half of a float32
+  static Floats Plus(Floats sum, Words w, uint32_t x) {
+#if defined(__AVX512BF16__)
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(x));
+#else
+    sum += (Floats)(w << 16) * AsFloat(x << 16);
+    return sum + (Floats)(w & 0xffff0000u) * AsFloat(x & 0xffff0000u);
+#endif
+  }
+};
+
+template <typename Of, int64_t kColumns>
+void Tile(const uint32_t* w, const uint32_t* x, float* y, int64_t depth, int64_t columns) {
+  Floats sums[kColumns] = {};
+  for (int64_t d = 0; d < depth; ++d, w += kLanes, x += columns) {
+    Words line;
+    std::memcpy(&line, w, sizeof line);
+    __builtin_prefetch(w + kAhead * kLanes);
+#pragma GCC unroll 16
+    for (int64_t n = 0; n < kColumns; ++n) sums[n] = Of::Plus(sums[n], line, x[n]);
+  }
+  for (int64_t f = 0; f < kLanes; ++f)
+    for (int64_t n = 0; n < kColumns; ++n) y[f * columns + n] = sums[n][f];
+}
+
+template <typename Of>
+void Product(ffi::ThreadPool& pool, const uint32_t* w, const uint32_t* x, float* y, int64_t blocks, int64_t depth,
+             int64_t columns) {
+  ForAll(pool, blocks, [=](int64_t b) {
+    const uint32_t* block = w + b * depth * kLanes;
+    float* rows = y + b * kLanes * columns;
+    int64_t n = 0;
+    for (; n + kTile <= columns; n += kTile) Tile<Of, kTile>(block, x + n, rows + n, depth, columns);
+    for (; n < columns; n += 8) Tile<Of, 8>(block, x + n, rows + n, depth, columns);
+  });
+}
+
+ffi::Error PackedDot(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::AnyBuffer x, ffi::ResultBuffer<ffi::F32> y) {
+  const auto of_w = w.dimensions(), of_x = x.dimensions(), of_y = y->dimensions();
+  const bool in_pairs = w.element_type() == ffi::BF16;
+  const size_t rank = in_pairs ? 4 : 3;
+  if ((!in_pairs && w.element_type() != ffi::F32) || x.element_type() != w.element_type() || of_w.size() != rank ||
+      of_w[2] != kLanes || of_x.size() != rank - 1 || of_x[0] != of_w[1] || of_x[1] % 8 || of_y.size() != 2 ||
+      of_y[0] != of_w[0] * kLanes || of_y[1] != of_x[1])
+    return ffi::Error::InvalidArgument("lines of a matrix, columns of its dtype, 8 N of them, and what they make");
+  const auto* lines = static_cast<const uint32_t*>(w.untyped_data());
+  const auto* columns = static_cast<const uint32_t*>(x.untyped_data());
+  auto product = in_pairs ? Product<PairOfBfloat16> : Product<Float32>;
+  product(pool, lines, columns, y->typed_data(), of_w[0], of_w[1], of_x[1]);
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(TpawPackedDot, PackedDot,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+// ---- Attention over pages
+
+inline Floats Load(const float* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline Floats Load(const uint16_t* from) {
+  Halves x;
+  std::memcpy(&x, from, sizeof x);
+  return (Floats)(__builtin_convertvector(x, Words) << 16);
+}
+
+template <typename Half, typename Whole>
+Half Folded(Whole x) {
+  Half halves[2];
+  std::memcpy(halves, &x, sizeof x);
+  return halves[0] + halves[1];
+}
+
+inline float Sum(Floats x) {
+  const auto four = Folded<FourFloats>(Folded<EightFloats>(x));
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// exp(x) of x <= 0, to 2 units in the last place; 0 below -87.
+inline Floats Exp(Floats x) {
+  const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);  // x / ln 2, rounded
+  const Floats whole = __builtin_convertvector(n, Floats);
+  const Floats r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  for (float c : {8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * r + c;
+  p = p * r * r + r + 1.0f;
+  return x < -87.0f ? Floats{} : (Floats)((Ints)p + (n << 23));
+}
+
+// Up to 4 registers of a row: as many as `kChunks`, or the first `left` numbers of one.
+template <int64_t kChunks, typename T>
+Floats Chunk(const T* row, int64_t c, int64_t left) {
+  if (kChunks > 1 || left == kLanes) return Load(row + c * kLanes);
+  T some[kLanes] = {};
+  std::memcpy(some, row, left * sizeof(T));
+  return Load(some);
+}
+
+// scores[i] += query . rows[i]
+template <int64_t kChunks, typename T>
+void AddScores(const T* query, const T* const* rows, int64_t first, int64_t left, int64_t count, float* scores) {
+  Floats of_query[kChunks];
+  for (int64_t c = 0; c < kChunks; ++c) of_query[c] = Chunk<kChunks>(query + first, c, left);
+  for (int64_t i = 0; i < count; ++i) {
+    Floats products = {};
+    for (int64_t c = 0; c < kChunks; ++c) products += of_query[c] * Chunk<kChunks>(rows[i] + first, c, left);
+    scores[i] += Sum(products);
+  }
+}
+
+// out = the sum of shares[i] rows[i]
+template <int64_t kChunks, typename T>
+void SumRows(const float* shares, const T* const* rows, int64_t first, int64_t left, int64_t count, float* out) {
+  Floats sums[kChunks] = {};
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t c = 0; c < kChunks; ++c) sums[c] += Chunk<kChunks>(rows[i] + first, c, left) * shares[i];
+  std::memcpy(out + first, sums, (kChunks > 1 ? kChunks * kLanes : left) * sizeof(float));
+}
+
+// use(chunks, first, left) for the runs of `size` numbers that go into 4 registers, into one, and into a part of one.
+template <typename Use>
+void ForRuns(int64_t size, const Use& use) {
+  int64_t first = 0;
+  for (; first + 4 * kLanes <= size; first += 4 * kLanes) use(std::integral_constant<int64_t, 4>(), first, kLanes);
+  for (; first < size; first += kLanes)
+    use(std::integral_constant<int64_t, 1>(), first, std::min(kLanes, size - first));
+}
+
+// Shares of a softmax, from scores; there is room for a multiple of 16.
+inline void Softmax(float* scores, int64_t count, float scale) {
+  Floats top = Floats{} - 1e30f, total = {};
+  std::fill(scores + count, scores + (count + kLanes - 1) / kLanes * kLanes, -1e30f);
+  for (int64_t i = 0; i < count; i += kLanes) top = Load(scores + i) > top ? Load(scores + i) : top;
+  float most = top[0];
+  for (int64_t i = 1; i < kLanes; ++i) most = std::max(most, top[i]);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats shares = Exp((Load(scores + i) - most) * scale);
+    total += shares;
+    std::memcpy(scores + i, &shares, sizeof shares);
+  }
+  const float whole = Sum(total);
+  for (int64_t i = 0; i < count; ++i) scores[i] /= whole;
+}
+
+struct Sizes {
+  int64_t shards, slots, heads, group, size, pages, page, blocks;
+};
+
+// Slot m, head k: its token goes into its page, its queries over the tokens before and that one.
+template <typename T>
+void AttendHead(const Sizes& of, int64_t m, int64_t k, const T* queries, const T* own_keys, const T* own_values,
+                T* keys, T* values, const int32_t* of_slot, int32_t position, float* out) {
+  const int64_t row = of.heads * of.size, head = m * of.heads + k;
+  const int64_t in_pool = (m / of.slots) * of.pages * of.page * row + k * of.size;
+  thread_local std::vector<const T*> of_rows;
+  thread_local std::vector<float> of_scores;
+  of_rows.resize(2 * (position + 1));
+  of_scores.resize(position + 1 + kLanes);
+  const T **key_rows = of_rows.data(), **value_rows = key_rows + position + 1;
+  float* scores = of_scores.data();
+
+  int64_t count = 0;
+  for (int64_t t = 0; t <= position; ++t) {
+    const int64_t page = t / of.page < of.blocks ? of_slot[m * of.blocks + t / of.page] : of.pages;
+    if (page >= of.pages) continue;
+    const int64_t at = in_pool + (page * of.page + t % of.page) * row;
+    if (t == position) {
+      std::copy_n(own_keys + head * of.size, of.size, keys + at);
+      std::copy_n(own_values + head * of.size, of.size, values + at);
+    } else {
+      key_rows[count] = keys + at;
+      value_rows[count++] = values + at;
+    }
+  }
+  key_rows[count] = own_keys + head * of.size;
+  value_rows[count++] = own_values + head * of.size;
+
+  for (int64_t q = head * of.group; q < (head + 1) * of.group; ++q) {
+    std::fill_n(scores, count, 0.0f);
+    ForRuns(of.size, [&](auto chunks, int64_t first, int64_t left) {
+      AddScores<chunks()>(queries + q * of.size, key_rows, first, left, count, scores);
+    });
+    Softmax(scores, count, 1 / std::sqrt(static_cast<float>(of.size)));
+    ForRuns(of.size, [&](auto chunks, int64_t first, int64_t left) {
+      SumRows<chunks()>(scores, value_rows, first, left, count, out + q * of.size);
+    });
+  }
+}
+
+template <typename T>
+void Attend(ffi::ThreadPool& pool, const Sizes& of, const void* queries, const void* own_keys, const void* own_values,
+            void* keys, void* values, const int32_t* of_slot, const int32_t* positions, float* out) {
+  ForAll(pool, of.shards * of.slots * of.heads, [=](int64_t i) {
+    const int64_t m = i / of.heads;
+    AttendHead(of, m, i % of.heads, static_cast<const T*>(queries), static_cast<const T*>(own_keys),
+               static_cast<const T*>(own_values), static_cast<T*>(keys), static_cast<T*>(values), of_slot,
+               positions[m], out);
+  });
+}
+
+ffi::Error AttendPages(ffi::ThreadPool pool, ffi::AnyBuffer queries, ffi::AnyBuffer own_keys, ffi::AnyBuffer own_values,
+                       ffi::AnyBuffer, ffi::AnyBuffer, ffi::Buffer<ffi::S32> of_slot, ffi::Buffer<ffi::S32> positions,
+                       ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> keys,
+                       ffi::Result<ffi::AnyBuffer> values) {
+  const auto q = queries.dimensions(), own = own_keys.dimensions(), all = keys->dimensions();
+  const auto table = of_slot.dimensions();
+  const bool halves = keys->element_type() == ffi::BF16;
+  if ((!halves && keys->element_type() != ffi::F32) || queries.element_type() != keys->element_type())
+    return ffi::Error::InvalidArgument("queries, keys and values of float32 or of bfloat16");
+  const Sizes of{q[0], q[1], own[2], q[2] / own[2], q[3], all[1], all[2], table[2]};
+  auto attend = halves ? Attend<uint16_t> : Attend<float>;
+  attend(pool, of, queries.untyped_data(), own_keys.untyped_data(), own_values.untyped_data(), keys->untyped_data(),
+         values->untyped_data(), of_slot.typed_data(), positions.typed_data(), out->typed_data());
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(TpawAttendPages, AttendPages,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
