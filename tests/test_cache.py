@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpaw_jax.models import cache, cpu_kernels
-from tpaw_jax.models.attention import attend
+from tpaw_jax.models.attention import attend, rope_angles, rotate
 from tpaw_jax.pages import Pages
 
 
@@ -25,13 +25,18 @@ def pages_of(rng, positions, shards=1, heads=2, size=8):
     return account, cache.LayerPages(pool(), pool())
 
 
-def with_own(attend, queries, keys, values, layer, table, positions):
-    """What attention finds and the pool with the own tokens, by the kernel of CPUs or without it."""
+def with_own(attend, queries, keys, values, layer, table, positions, angles=None):
+    """What attention finds and the pool with the own tokens, by the kernel of CPUs or without it.
+
+    Queries and keys are turned by `angles`; by default they stay.
+    """
+    if angles is None:
+        angles = rope_angles(jnp.zeros_like(positions), np.zeros(queries.shape[-1] // 2))
     if attend == "kernel":
-        found, *pools = cpu_kernels.attend_pages(
-            queries, keys, values, layer.keys, layer.values, table.of_slot, positions
-        )
+        pools = layer.keys, layer.values
+        found, *pools = cpu_kernels.attend_pages(queries, keys, values, angles, *pools, table.of_slot, positions)
         return found, cache.LayerPages(*pools)
+    queries, keys = rotate(queries, angles), rotate(keys, angles)
     found = cache.attend_pages(queries, keys, values, layer, table, positions)
     return found, cache.write_token(layer, table, positions, keys, values)
 
@@ -106,9 +111,10 @@ def test_the_kernel_of_cpus_finds_what_xla_finds_in_either_dtype(dtype):
     layer = jax.tree.map(lambda x: (3 * x).astype(dtype), layer)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     of = draw(1, 4, 6, 40), draw(1, 4, 3, 40), draw(1, 4, 3, 40)
-    by_xla, by_kernel = (with_own(kind, *of, layer, account.table(), positions)[0] for kind in ("xla", "kernel"))
+    angles = rope_angles(jnp.asarray(positions), 0.5 ** np.arange(20))
+    found = {kind: with_own(kind, *of, layer, account.table(), positions, angles) for kind in ("xla", "kernel")}
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2  # XLA's rounds the weights of values to the cache's dtype
-    np.testing.assert_allclose(by_kernel, by_xla, rtol=tolerance, atol=tolerance)
+    chex.assert_trees_all_close(found["kernel"], found["xla"], rtol=tolerance, atol=tolerance)
 
 
 def test_prompts_are_written_page_by_page():

@@ -182,7 +182,7 @@ Floats Chunk(const T* row, int64_t c, int64_t left) {
 
 // scores[i] += query . rows[i]
 template <int64_t kChunks, typename T>
-void AddScores(const T* query, const T* const* rows, int64_t first, int64_t left, int64_t count, float* scores) {
+void AddScores(const float* query, const T* const* rows, int64_t first, int64_t left, int64_t count, float* scores) {
   Floats of_query[kChunks];
   for (int64_t c = 0; c < kChunks; ++c) of_query[c] = Chunk<kChunks>(query + first, c, left);
   for (int64_t i = 0; i < count; ++i) {
@@ -230,80 +230,112 @@ struct Sizes {
   int64_t shards, slots, heads, group, size, pages, page, blocks;
 };
 
+// The rotary embedding of the half-split layout.
+inline void Rotate(const float* x, const float* cosines, const float* sines, int64_t size, float* out) {
+  const int64_t half = size / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    out[i] = x[i] * cosines[i] - x[i + half] * sines[i];
+    out[i + half] = x[i + half] * cosines[i] + x[i] * sines[i];
+  }
+}
+
+inline void Round(const float* from, int64_t count, float* to) { std::copy_n(from, count, to); }
+
+inline void Round(const float* from, int64_t count, uint16_t* to) {  // to nearest, ties to even
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    to[i] = std::isnan(from[i]) ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  }
+}
+
+struct Step {
+  const float *queries, *keys, *values, *cosines, *sines;
+  void *pool_keys, *pool_values;
+  const int32_t *of_slot, *positions;
+  float* out;
+  int64_t shards, slots, heads, group, size, pages, page, blocks;
+};
+
 // Slot m, head k: its token goes into its page, its queries over the tokens before and that one.
 template <typename T>
-void AttendHead(const Sizes& of, int64_t m, int64_t k, const T* queries, const T* own_keys, const T* own_values,
-                T* keys, T* values, const int32_t* of_slot, int32_t position, float* out) {
-  const int64_t row = of.heads * of.size, head = m * of.heads + k;
-  const int64_t in_pool = (m / of.slots) * of.pages * of.page * row + k * of.size;
+void AttendHead(const Step& of, int64_t m, int64_t k) {
+  const int64_t size = of.size, row = of.heads * size, head = m * of.heads + k, position = of.positions[m];
+  const int64_t in_pool = m / of.slots * of.pages * of.page * row + k * size;
+  T *pool_keys = static_cast<T*>(of.pool_keys) + in_pool, *pool_values = static_cast<T*>(of.pool_values) + in_pool;
+  const float *cosines = of.cosines + m * (size / 2), *sines = of.sines + m * (size / 2);
   thread_local std::vector<const T*> of_rows;
-  thread_local std::vector<float> of_scores;
+  thread_local std::vector<T> of_own;
+  thread_local std::vector<float> of_floats;
   of_rows.resize(2 * (position + 1));
-  of_scores.resize(position + 1 + kLanes);
-  const T **key_rows = of_rows.data(), **value_rows = key_rows + position + 1;
-  float* scores = of_scores.data();
+  of_own.resize(2 * size);
+  of_floats.resize(size + position + 1 + kLanes);
+  const T **keys = of_rows.data(), **values = keys + position + 1;
+  T *own_key = of_own.data(), *own_value = own_key + size;
+  float *rotated = of_floats.data(), *scores = rotated + size;
 
+  Rotate(of.keys + head * size, cosines, sines, size, rotated);
+  Round(rotated, size, own_key);
+  Round(of.values + head * size, size, own_value);
   int64_t count = 0;
   for (int64_t t = 0; t <= position; ++t) {
-    const int64_t page = t / of.page < of.blocks ? of_slot[m * of.blocks + t / of.page] : of.pages;
+    const int64_t page = t / of.page < of.blocks ? of.of_slot[m * of.blocks + t / of.page] : of.pages;
     if (page >= of.pages) continue;
-    const int64_t at = in_pool + (page * of.page + t % of.page) * row;
+    const int64_t at = (page * of.page + t % of.page) * row;
     if (t == position) {
-      std::copy_n(own_keys + head * of.size, of.size, keys + at);
-      std::copy_n(own_values + head * of.size, of.size, values + at);
+      std::copy_n(own_key, size, pool_keys + at);
+      std::copy_n(own_value, size, pool_values + at);
     } else {
-      key_rows[count] = keys + at;
-      value_rows[count++] = values + at;
+      keys[count] = pool_keys + at;
+      values[count++] = pool_values + at;
     }
   }
-  key_rows[count] = own_keys + head * of.size;
-  value_rows[count++] = own_values + head * of.size;
+  keys[count] = own_key;
+  values[count++] = own_value;
 
   for (int64_t q = head * of.group; q < (head + 1) * of.group; ++q) {
+    Rotate(of.queries + q * size, cosines, sines, size, rotated);
     std::fill_n(scores, count, 0.0f);
-    ForRuns(of.size, [&](auto chunks, int64_t first, int64_t left) {
-      AddScores<chunks()>(queries + q * of.size, key_rows, first, left, count, scores);
+    ForRuns(size, [&](auto chunks, int64_t first, int64_t left) {
+      AddScores<chunks()>(rotated, keys, first, left, count, scores);
     });
-    Softmax(scores, count, 1 / std::sqrt(static_cast<float>(of.size)));
-    ForRuns(of.size, [&](auto chunks, int64_t first, int64_t left) {
-      SumRows<chunks()>(scores, value_rows, first, left, count, out + q * of.size);
+    Softmax(scores, count, 1 / std::sqrt(static_cast<float>(size)));
+    ForRuns(size, [&](auto chunks, int64_t first, int64_t left) {
+      SumRows<chunks()>(scores, values, first, left, count, of.out + q * size);
     });
   }
 }
 
-template <typename T>
-void Attend(ffi::ThreadPool& pool, const Sizes& of, const void* queries, const void* own_keys, const void* own_values,
-            void* keys, void* values, const int32_t* of_slot, const int32_t* positions, float* out) {
-  ForAll(pool, of.shards * of.slots * of.heads, [=](int64_t i) {
-    const int64_t m = i / of.heads;
-    AttendHead(of, m, i % of.heads, static_cast<const T*>(queries), static_cast<const T*>(own_keys),
-               static_cast<const T*>(own_values), static_cast<T*>(keys), static_cast<T*>(values), of_slot,
-               positions[m], out);
-  });
-}
-
-ffi::Error AttendPages(ffi::ThreadPool pool, ffi::AnyBuffer queries, ffi::AnyBuffer own_keys, ffi::AnyBuffer own_values,
+ffi::Error AttendPages(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::Buffer<ffi::F32> keys,
+                       ffi::Buffer<ffi::F32> values, ffi::Buffer<ffi::F32> cosines, ffi::Buffer<ffi::F32> sines,
                        ffi::AnyBuffer, ffi::AnyBuffer, ffi::Buffer<ffi::S32> of_slot, ffi::Buffer<ffi::S32> positions,
-                       ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> keys,
-                       ffi::Result<ffi::AnyBuffer> values) {
-  const auto q = queries.dimensions(), own = own_keys.dimensions(), all = keys->dimensions();
-  const auto table = of_slot.dimensions();
-  const bool halves = keys->element_type() == ffi::BF16;
-  if ((!halves && keys->element_type() != ffi::F32) || queries.element_type() != keys->element_type())
-    return ffi::Error::InvalidArgument("queries, keys and values of float32 or of bfloat16");
-  const Sizes of{q[0], q[1], own[2], q[2] / own[2], q[3], all[1], all[2], table[2]};
-  auto attend = halves ? Attend<uint16_t> : Attend<float>;
-  attend(pool, of, queries.untyped_data(), own_keys.untyped_data(), own_values.untyped_data(), keys->untyped_data(),
-         values->untyped_data(), of_slot.typed_data(), positions.typed_data(), out->typed_data());
+                       ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> pool_keys,
+                       ffi::Result<ffi::AnyBuffer> pool_values) {
+  const auto q = queries.dimensions(), k = keys.dimensions(), u = pool_keys->dimensions();
+  const Step of{queries.typed_data(),       keys.typed_data(),
+                values.typed_data(),        cosines.typed_data(),
+                sines.typed_data(),         pool_keys->untyped_data(),
+                pool_values->untyped_data(), of_slot.typed_data(),
+                positions.typed_data(),     out->typed_data(),
+                q[0], q[1], k[2], q[2] / k[2], q[3], u[1], u[2], of_slot.dimensions()[2]};
+  const int64_t heads = of.shards * of.slots * of.heads;
+  if (pool_keys->element_type() == ffi::F32)
+    ForAll(pool, heads, [=](int64_t i) { AttendHead<float>(of, i / of.heads, i % of.heads); });
+  else if (pool_keys->element_type() == ffi::BF16)
+    ForAll(pool, heads, [=](int64_t i) { AttendHead<uint16_t>(of, i / of.heads, i % of.heads); });
+  else
+    return ffi::Error::InvalidArgument("pages of float32 or bfloat16");
   return ffi::Error::Success();
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(TpawAttendPages, AttendPages,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()

@@ -73,17 +73,20 @@ def attend_pages(
     queries: Float[Array, "R S N H"],
     keys: Float[Array, "R S K H"],
     values: Float[Array, "R S K H"],
+    angles: tuple[Float[Array, "R S H/2"], Float[Array, "R S H/2"]],
     pool_keys: Float[Array, "R U P E"],
     pool_values: Float[Array, "R U P E"],
     of_slot: Int[AnyArray, "R S J"],
-    positions: Int[Array, "R S"],
+    positions: Int[AnyArray, "R S"],
 ) -> tuple[Float[Array, "R S N H"], Float[Array, "R U P E"], Float[Array, "R U P E"]]:
-    """`cache.attend_pages` and `cache.write_token` in one: what the queries find, and the pools with the new tokens."""
-    dtype, shape = pool_keys.dtype, lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype)
-    made = shape(queries, jnp.float32), shape(pool_keys, dtype), shape(pool_values, dtype)
-    attend = jax.ffi.ffi_call("tpaw_attend_pages", made, input_output_aliases={3: 1, 4: 2})
-    new = (x.astype(dtype) for x in (queries, keys, values))
-    found, pool_keys, pool_values = attend(*new, pool_keys, pool_values, jnp.asarray(of_slot), jnp.asarray(positions))
+    """What the queries find, and the pools with the new tokens: `rotate`, `cache.attend_pages` and `cache.write_token`.
+
+    XLA would compute the cosines of `angles` again for every head of every layer.
+    """
+    made = jax.ShapeDtypeStruct(queries.shape, jnp.float32), jax.typeof(pool_keys), jax.typeof(pool_values)
+    attend = jax.ffi.ffi_call("tpaw_attend_pages", made, input_output_aliases={5: 1, 6: 2})
+    table = jnp.asarray(of_slot), jnp.asarray(positions)
+    found, pool_keys, pool_values = attend(queries, keys, values, *angles, pool_keys, pool_values, *table)
     return found, pool_keys, pool_values
 
 

@@ -86,8 +86,7 @@ def decode(
         q, k, v = jnp.split(heads_RSXH, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rms_norm(q, w.q_norm, c.rms_norm_eps), rms_norm(k, w.k_norm, c.rms_norm_eps)
-        q, k = rotate(q, angles), rotate(k, angles)
-        attended, layer = _attend(q, k, v, layer, table, positions, native=isinstance(w.qkv, PackedMatrix))
+        attended, layer = _attend(q, k, v, angles, layer, table, positions, native=isinstance(w.qkv, PackedMatrix))
         layers.append(layer)
         x_DM += split.total(_product(w.o, _feature_first(attended.reshape(x_DM.shape[1], -1).T)))
         gate_FM, up_FM = jnp.split(_product(w.gate_up, norm(x_DM, w.mlp_norm)), 2)
@@ -110,11 +109,12 @@ def _rows(table_VD, tokens_M):
     return jax.lax.platform_dependent(table_VD, cpu=of_integers, default=lambda table: table[tokens_M])
 
 
-def _attend(q, k, v, layer, table, positions, native: bool):
+def _attend(q, k, v, angles, layer, table, positions, native: bool):
     """What the queries find in the cache, and the cache with their tokens in it."""
     if native:
-        found, *pools = cpu_kernels.attend_pages(q, k, v, layer.keys, layer.values, table.of_slot, positions)
-        return found, kv.LayerPages(*pools)
+        found = cpu_kernels.attend_pages(q, k, v, angles, layer.keys, layer.values, table.of_slot, positions)
+        return found[0], kv.LayerPages(*found[1:])
+    q, k = rotate(q, angles), rotate(k, angles)
     return kv.attend_pages(q, k, v, layer, table, positions), kv.write_token(layer, table, positions, k, v)
 
 
