@@ -79,9 +79,7 @@ class SamplingConfig:
     tensor: int = knob(
         1, "devices that share one copy of the model while it samples; above 1, all processes sample together"
     )
-    cache_dtype: str = knob(
-        "", "of cached keys and values: float32 or bfloat16; empty: policy.compute_dtype, on CPU float32"
-    )
+    cache_dtype: str = knob("", "of cached keys and values: float32 or bfloat16; empty: policy.compute_dtype")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Decoding on CPUs: products that take as long as a weight takes to be read, and attention over pages.
+"""Kernels for decoding on CPUs: products that take as long as a weight takes to be read, and attention over pages.
 
-XLA's own products read SmolLM2's matrices, for 8 columns, at half the speed of a sum over them. These are in C++,
+XLA's own products read SmolLM2's matrices, for 8 columns, at half the speed of a sum over them. The kernels are in C++,
 compiled for the machine when they are first needed; without a C++ compiler they are not `available`.
 """
 
@@ -92,7 +92,7 @@ def attend_pages(
 
 @functools.cache
 def available() -> bool:
-    """Whether `dot` can be had: there is a C++ compiler, and it compiles them. Warns if it does not."""
+    """Whether there is a C++ compiler and it compiles the kernels; they are registered then. Warns if it does not."""
     compiler = _compiler()
     if compiler is None:
         return False
