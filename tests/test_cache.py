@@ -130,36 +130,72 @@ def test_prompts_are_written_page_by_page():
             assert not pool[0, jnp.array([0, 2, 4])].any()
 
 
-@settings(deadline=None, max_examples=50)
+@both
+@pytest.mark.parametrize(("heads", "size"), [(2, 8), (3, 64), (2, 128)])
+def test_slots_that_share_pages_find_what_they_would_in_copies(attend_by, heads, size):
+    rng = np.random.default_rng(6)
+    shared, apart = Pages(1, 4, 12, 3, sharers=3), Pages(1, 4, 12, 3)
+    positions = np.array([[130, 150, 64, 129]])
+    assert shared.reserve(np.array([[131, 0, 65, 0]])) == 0
+    shared.share(0, 1, 0, 2)
+    shared.share(0, 3, 1, 2)
+    assert shared.reserve(positions + 1) == 0
+    assert apart.reserve(positions + 1) == 0
+    assert (shared.most_used, apart.most_used) == (2 + 3 + 2, 3 + 3 + 2 + 3)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    pool = cache.LayerPages(draw(1, 12, cache.PAGE, heads * size), draw(1, 12, cache.PAGE, heads * size))
+    pages = lambda account: np.concatenate([account.of_slot(0, s) for s in range(4)])
+    copied = jax.tree.map(lambda x: x.at[0, pages(apart)].set(x[0, pages(shared)]), pool)
+    of = draw(1, 4, 2 * heads, size), draw(1, 4, heads, size), draw(1, 4, heads, size)
+    found, written = with_own(attend_by, *of, pool, shared.table(), positions)
+    expected, of_copies = with_own(attend_by, *of, copied, apart.table(), positions)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(written.keys[0, pages(shared)], of_copies.keys[0, pages(apart)])
+
+
+@settings(deadline=None, max_examples=80)
 @given(st.data())
-def test_a_page_never_has_two_owners(data):
+def test_a_page_belongs_to_those_who_hold_it(data):
     shards, slots, blocks = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 4)))
-    account = Pages(shards, slots, data.draw(st.integers(blocks, slots * blocks)), blocks)
+    account = Pages(shards, slots, data.draw(st.integers(blocks, slots * blocks)), blocks, sharers=slots)
     held = np.zeros((shards, slots), int)  # tokens
+    of = lambda r, s: account.of_slot(r, s)
     for _ in range(data.draw(st.integers(1, 12))):
-        shard, slot = data.draw(st.integers(0, shards - 1)), data.draw(st.integers(0, slots - 1))
-        if data.draw(st.booleans()):
+        shard, slot, other = (data.draw(st.integers(0, n - 1)) for n in (shards, slots, slots))
+        action = data.draw(st.sampled_from(["reserve", "release", "share"]))
+        before = {(r, s): of(r, s) for r in range(shards) for s in range(slots)}
+        if action == "reserve":
             wanted = held.copy()
             wanted[shard, slot] = data.draw(st.integers(0, blocks * cache.PAGE))
             lacking = account.reserve(wanted)
             if lacking:
                 order = account.resize(np.tile(np.arange(slots), (shards, 1)), account.pages + lacking)
                 assert order.shape == (shards, account.pages)
+                for (r, s), pages in before.items():
+                    np.testing.assert_array_equal(order[r, np.array(of(r, s), int)], pages)
                 assert account.reserve(wanted) == 0
             held = np.maximum(held, wanted)
-        else:
+        elif action == "release":
             account.release(shard, slot)
             held[shard, slot] = 0
+        elif not of(shard, slot):
+            count = data.draw(st.integers(0, len(of(shard, other))))
+            account.share(shard, slot, other, count)
+            held[shard, slot] = cache.PAGE * count
+            assert of(shard, slot) == of(shard, other)[:count]
         table = account.table()
         for r in range(shards):
-            pages = [page for s in range(slots) for page in account.of_slot(r, s)]
-            assert len(set(pages)) == len(pages)
+            parts = [part for s in range(slots) for part in table.part[r, s, : len(of(r, s))]]
+            assert len(set(parts)) == len(parts)
             for s in range(slots):
-                mine = account.of_slot(r, s)
-                assert len(mine) * cache.PAGE >= held[r, s]
-                np.testing.assert_array_equal(table.of_slot[r, s][: len(mine)], mine)
-                assert (table.of_slot[r, s][len(mine) :] == account.pages).all()
-                assert (table.owner[r, mine] == s).all()
-                np.testing.assert_array_equal(table.first[r, mine], cache.PAGE * np.arange(len(mine)))
-            free = sorted(set(range(account.pages)) - set(pages))
-            assert (table.first[r, free] > 1 << 20).all()
+                mine, count = of(r, s), len(of(r, s))
+                assert count * cache.PAGE >= held[r, s]
+                np.testing.assert_array_equal(table.of_slot[r, s][:count], mine)
+                assert (table.of_slot[r, s][count:] == account.pages).all()
+                page, place = np.divmod(table.part[r, s][:count], slots)
+                np.testing.assert_array_equal(page, mine)
+                assert (table.owner[r, page, place] == s).all()
+                np.testing.assert_array_equal(table.first[r, page, place], cache.PAGE * np.arange(count))
+            nobodys = np.setdiff1d(np.arange(account.pages * slots), parts)
+            assert (table.first[r].reshape(-1)[nobodys] > 1 << 20).all()
+        assert account.most_used == max(len({p for s in range(slots) for p in of(r, s)}) for r in range(shards))

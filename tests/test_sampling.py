@@ -18,6 +18,7 @@ from tpaw_jax.config import MeshConfig, SamplingConfig
 from tpaw_jax.models import Transformer
 from tpaw_jax.models.transformer import split
 from tpaw_jax.monitoring import compile_log
+from tpaw_jax.pages import Pages
 from tpaw_jax.types import Prompts
 
 STOPS = (1, 403)
@@ -49,6 +50,28 @@ def test_decoding_as_on_a_tpu_gives_the_same_tokens(stories, prompts):
     assert_same_tokens(here, as_there)
     for p, q in zip(here.log_probs, as_there.log_probs, strict=True):
         np.testing.assert_allclose(p, q, atol=1e-5)
+
+
+def test_responses_of_a_prompt_share_its_pages(stories, monkeypatch):
+    used = []
+
+    class Watched(Pages):
+        def table(self):
+            used.append(self.most_used)
+            return super().table()
+
+    monkeypatch.setattr(sampling, "Pages", Watched)
+    rng = np.random.default_rng(9)
+    ids = tuple(rng.integers(3, 512, n).astype(np.int32) for n in (130, 70))
+    prompts = Prompts(np.arange(2, dtype=np.int32), ids, ids)
+    together = generate(stories, prompts, num_generations=4, slots=8)
+    assert max(used) == (2 + 4) + (1 + 4)  # whole pages of a prompt once, what is written into by each
+    used.clear()
+    assert_same_tokens(generate(stories, prompts, num_generations=4, slots=1), together)
+    assert max(used) == 3
+    as_on_a_tpu = sampling.decoder_of(Transformer(stories[0]), platform="tpu")
+    assert_same_tokens(generate(stories, prompts, num_generations=4, slots=8, decoder=as_on_a_tpu), together)
+    assert_same_tokens(generate(stories, prompts, num_generations=4, slots=3), together)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -181,9 +181,11 @@ class _Engine:
         self.row = max(bucket(self.longest), min(bucket(sampler.config.prefill_tokens), bucket(even_share)))
 
         slots = math.ceil(min(sampler.config.slots * sampler.processes, len(prompts) * num_generations) / shards)
-        typical = math.ceil(np.mean([n + limit / 2 for n, limit in zip(lengths, limits, strict=True)]) / PAGE)
+        shared = [n // PAGE * PAGE * (1 - 1 / num_generations) for n in lengths]
+        sizes = [n + limit / 2 - s for n, limit, s in zip(lengths, limits, shared, strict=True)]
+        typical = math.ceil(np.mean(sizes) / PAGE)
         table = math.ceil((self.longest + sampler.config.max_new_tokens) / PAGE)
-        self.pages = Pages(shards, slots, max(table, typical * slots), table)
+        self.pages = Pages(shards, slots, max(table, typical * slots), table, num_generations)
         self.state = sampler.init(slots, self.pages.pages)
         self.weights = sampler.prepare(self.params)
         self.occupant = np.full((shards, slots), -1)
@@ -305,23 +307,34 @@ class _Engine:
         starts = np.zeros((shards, ADMITTED_AT_ONCE, of_prompt), np.int32)
         lengths = np.zeros((shards, slots), int)
         entered: list[tuple[int, int, int]] = []
+        sharing: dict[tuple[int, int], tuple[int, int]] = {}  # another slot with the prompt, and how many of its pages
         for r, queue in enumerate(self.staged):
             for a, s in enumerate(free[r]):
                 if queue[0].staged is not batch:
                     break
                 new = queue.popleft()
                 i, g = divmod(new.request, self.num_generations)
+                others = np.flatnonzero(self.occupant[r] // self.num_generations == i)
+                if others.size:
+                    sharing[r, s] = int(others[0]), len(self.prompts.prompt_tokens[i]) // PAGE
                 self.occupant[r, s], self.known[r, s] = new.request, 0
                 slot[r, a], prompt[r, a], length[r, a] = s, new.prompt, len(self.prompts.prompt_tokens[i])
                 request[r, a], sample[r, a], limit[r, a] = self.prompts.ids[i], g, self.limits[i]
                 starts[r, a] = new.first + PAGE * np.arange(of_prompt)
                 lengths[r, s] = length[r, a]
                 entered.append((r, a, s))
+        alone = lengths.copy()
+        for r, s in sharing:
+            alone[r, s] = 0
+        self._reserve(alone)
+        for (r, s), (other, count) in sharing.items():
+            self.pages.share(r, s, other, count)
         self._reserve(lengths)
         pages = np.full((shards, ADMITTED_AT_ONCE, of_prompt), self.pages.pages, np.int32)
         for r, a, s in entered:
+            _, there = sharing.get((r, s), (None, 0))
             held = self.pages.of_slot(r, s)[: math.ceil(length[r, a] / PAGE)]
-            pages[r, a, : len(held)] = held
+            pages[r, a, there : len(held)] = held[there:]
         flat = lambda x: x.reshape(shards, -1)
         admission = Admission(slot, prompt, length, request, sample, limit, flat(starts), flat(pages))
         self.state = self.sampler.admit(self.state, batch, self._split(admission), self.key)

@@ -1,9 +1,9 @@
 """The key-value cache of the sampler: a pool of pages, each with some consecutive tokens of one slot's sequence.
 
-A sequence holds as many pages as it has tokens for, so short ones do not pay for long ones. Attention reads the pool in
-the order it lies in, each page for the slot that owns it, and then joins the pages of a slot by their softmax sums: no
-key or value is gathered. (CPUs have kernels for that, `cpu_kernels`.) Slots and pages are split into R shards that know
-nothing of each other.
+A sequence holds as many pages as it has tokens for, so short ones do not pay for long ones, and shares a prompt's with
+other responses to it. Attention reads the pool in the order it lies in, each page for the slots that own it, and then
+joins the pages of a slot by their softmax sums: no key or value is gathered. (CPUs have kernels for that,
+`cpu_kernels`.) Slots and pages are split into R shards that know nothing of each other.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class PageTable(NamedTuple):
     """Whose the pages of each shard are."""
 
     of_slot: Int[AnyArray, "R S J"]  # the pages of a slot's sequence in order; U where there is none
-    owner: Int[AnyArray, "R U"]  # the slot that a page belongs to; any, where it is free
-    first: Int[AnyArray, "R U"]  # the position of a page's first token; beyond every position, where it is free
+    part: Int[AnyArray, "R S J"]  # W times the page and the slot's place among its owners; U W where there is none
+    owner: Int[AnyArray, "R U W"]  # the slots that a page belongs to, at most W; any, where there are fewer
+    first: Int[AnyArray, "R U W"]  # the position of its first token; beyond every position, where there is no slot
 
 
 def empty(layers: int, shards: int, pages: int, heads: int, size: int, dtype: jnp.dtype) -> KVCache:
@@ -106,38 +107,47 @@ def attend_pages(
 
     `keys` and `values` are those of the own token, which need not be in its page yet: a pool that is read before it is
     written into stays where it is. Each page has its own softmax, joined over the pages of a slot (arXiv 1805.02867);
-    scores and sums are float32. The pages of a slot are summed in their order, wherever in the pool they lie.
+    scores and sums are float32. A page is read once for all its slots, and the pages of a slot are summed in their order,
+    wherever in the pool they lie.
     """
     shards, slots, heads, size = queries.shape
     pages, kv_heads = layer.keys.shape[1], keys.shape[2]
     of = jax.vmap(lambda x, index: x[index])  # within a shard
     all_pages = lambda x: x.reshape(shards * pages, *x.shape[2:])
-    by_shard = lambda x: x.reshape(shards, pages, *x.shape[1:])
     pool_keys, pool_values = all_pages(layer.keys), all_pages(layer.values)  # plain batches: XLA is slow with nested
     q_RSKGH = queries.reshape(shards, slots, kv_heads, heads // kv_heads, size)
     joined = _joined_heads(kv_heads, size)
 
     q_RSKGH = q_RSKGH.astype(pool_keys.dtype)
-    q_UKGH = all_pages(of(_in_joined_heads(q_RSKGH, joined), table.owner))
-    scores = _of_each_run("uph,ugh->ugp", pool_keys, q_UKGH) * size**-0.5
-    before_U = all_pages(of(positions, table.owner) - table.first)
-    scores = jnp.where((jnp.arange(PAGE) < before_U[:, None])[:, None, None], scores, UNSEEN)
-    top_UKG = jnp.max(scores, axis=-1)
-    weights = jnp.exp(scores - top_UKG[..., None])
-    total_UKG = jnp.sum(weights, axis=-1)
-    found_UKGH = _of_each_run("uph,ugp->ugh", pool_values, weights.astype(pool_values.dtype))
-    found_UKGH = _of_each_head(found_UKGH, joined)
-    top_UKG, total_UKG = (x.reshape(found_UKGH.shape[:-1]) for x in (top_UKG, total_UKG))
+    sharers = table.owner.shape[2]
+    q_UWKGH = all_pages(of(_in_joined_heads(q_RSKGH, joined), table.owner))
+    before_UW = all_pages(of(positions, table.owner) - table.first)
+    of_all = lambda x_UWKG: x_UWKG.swapaxes(1, 2).reshape(len(x_UWKG), x_UWKG.shape[2], -1, *x_UWKG.shape[4:])
+    scores = _of_each_run("uph,ugh->ugp", pool_keys, of_all(q_UWKGH)) * size**-0.5
+    seen_UWP = jnp.arange(PAGE) < before_UW[..., None]
+    seen = jnp.repeat(seen_UWP, q_UWKGH.shape[3], axis=1)[:, None]
+    scores = jnp.where(seen, scores, UNSEEN)
+    top = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - top[..., None])
+    total = jnp.sum(weights, axis=-1)
+    found = _of_each_run("uph,ugp->ugh", pool_values, weights.astype(pool_values.dtype))
+
+    parts = shards * pages * sharers  # a part is what a page is to one of its slots
+    of_each = lambda x: x.reshape(*x.shape[:2], sharers, -1, *x.shape[3:]).swapaxes(1, 2)
+    found_VKGH = _of_each_head(of_each(found).reshape(parts, *q_UWKGH.shape[2:]), joined)
+    top_VKG, total_VKG = (of_each(x).reshape(found_VKGH.shape[:-1]) for x in (top, total))
 
     as_kept = lambda x: x.astype(pool_keys.dtype).astype(jnp.float32).reshape(shards * slots, kv_heads, -1, size)
     own_MKG = jnp.sum(as_kept(q_RSKGH) * as_kept(keys), axis=-1) * size**-0.5
-    page_RSJ, there_MJ = jnp.minimum(table.of_slot, pages - 1), table.of_slot.reshape(shards * slots, -1) < pages
-    of_slot = lambda x: of(by_shard(x), page_RSJ).reshape(*there_MJ.shape, *x.shape[1:])
-    top_MJKG = jnp.where(there_MJ[..., None, None], of_slot(top_UKG), UNSEEN)
+    there_MJ = jnp.reshape(table.of_slot, (shards * slots, -1)) < pages
+    part_RSJ = jnp.minimum(table.part, pages * sharers - 1)
+    by_shard = lambda x: x.reshape(shards, pages * sharers, *x.shape[1:])
+    of_slot = lambda x: of(by_shard(x), part_RSJ).reshape(*there_MJ.shape, *x.shape[1:])
+    top_MJKG = jnp.where(there_MJ[..., None, None], of_slot(top_VKG), UNSEEN)
     most_MKG = jnp.maximum(jnp.max(top_MJKG, axis=1), own_MKG)
     share_MJKG, weight_MKG = jnp.exp(top_MJKG - most_MKG[:, None]), jnp.exp(own_MKG - most_MKG)
-    total_MKG = jnp.sum(share_MJKG * of_slot(total_UKG), axis=1) + weight_MKG
-    sum_MKGH = jnp.sum(share_MJKG[..., None] * of_slot(found_UKGH), axis=1) + weight_MKG[..., None] * as_kept(values)
+    total_MKG = jnp.sum(share_MJKG * of_slot(total_VKG), axis=1) + weight_MKG
+    sum_MKGH = jnp.sum(share_MJKG[..., None] * of_slot(found_VKGH), axis=1) + weight_MKG[..., None] * as_kept(values)
     return (sum_MKGH / total_MKG[..., None]).reshape(queries.shape).astype(queries.dtype)
 
 

@@ -41,24 +41,34 @@ inline float AsFloat(uint32_t bits) {
   return number;
 }
 
-// task(i) for all i, some at a time for each thread. A thread that comes late finds nothing left, and none is waited
-// for that has not come, so that the programs of many devices can share a pool.
+// task(i) for all i. Each thread begins with a part of its own, which it takes in order, and then helps with the others'.
+// A thread that comes late finds nothing left, and none is waited for that has not come, so that the programs of many
+// devices can share a pool.
 template <typename Task>
 void ForAll(ffi::ThreadPool& pool, int64_t count, const Task& task) {
-  struct Progress {
-    std::atomic<int64_t> next{0}, done{0};
+  const int64_t threads = std::clamp<int64_t>(pool.num_threads(), 1, std::max<int64_t>(count, 1));
+  struct Part {
+    std::atomic<int64_t> next;
+    int64_t end;
   };
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  const int64_t step = std::max<int64_t>(count / (8 * threads), 1);
+  struct Progress {
+    std::vector<Part> parts;
+    std::atomic<int64_t> threads{0}, done{0};
+  };
   auto progress = std::make_shared<Progress>();
+  progress->parts = std::vector<Part>(threads);
+  for (int64_t t = 0; t < threads; ++t) {
+    progress->parts[t].next = count * t / threads;
+    progress->parts[t].end = count * (t + 1) / threads;
+  }
   auto some = [=] {
-    for (int64_t first; (first = progress->next.fetch_add(step)) < count;) {
-      const int64_t end = std::min(first + step, count);
-      for (int64_t i = first; i < end; ++i) task(i);
-      progress->done.fetch_add(end - first);
+    const int64_t own = progress->threads.fetch_add(1);
+    for (int64_t other = 0; other < threads; ++other) {
+      Part& part = progress->parts[(own + other) % threads];
+      for (int64_t i; (i = part.next.fetch_add(1)) < part.end; progress->done.fetch_add(1)) task(i);
     }
   };
-  for (int64_t other = 1; other < threads && other * step < count; ++other) {
+  for (int64_t helpers = 1; helpers < threads; ++helpers) {
     auto helper = some;
     pool.Schedule(std::move(helper));
   }
@@ -312,12 +322,12 @@ ffi::Error AttendPages(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi:
                        ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> pool_keys,
                        ffi::Result<ffi::AnyBuffer> pool_values) {
   const auto q = queries.dimensions(), k = keys.dimensions(), u = pool_keys->dimensions();
-  const Step of{queries.typed_data(),       keys.typed_data(),
-                values.typed_data(),        cosines.typed_data(),
-                sines.typed_data(),         pool_keys->untyped_data(),
-                pool_values->untyped_data(), of_slot.typed_data(),
-                positions.typed_data(),     out->typed_data(),
-                q[0], q[1], k[2], q[2] / k[2], q[3], u[1], u[2], of_slot.dimensions()[2]};
+  const Step of{
+      queries.typed_data(), keys.typed_data(), values.typed_data(), cosines.typed_data(), sines.typed_data(),
+      pool_keys->untyped_data(), pool_values->untyped_data(), of_slot.typed_data(), positions.typed_data(),
+      out->typed_data(),
+      q[0], q[1], k[2], q[2] / k[2], q[3], u[1], u[2], of_slot.dimensions()[2],
+  };
   const int64_t heads = of.shards * of.slots * of.heads;
   if (pool_keys->element_type() == ffi::F32)
     ForAll(pool, heads, [=](int64_t i) { AttendHead<float>(of, i / of.heads, i % of.heads); });
