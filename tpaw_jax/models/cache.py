@@ -107,8 +107,7 @@ def attend_pages(
 
     `keys` and `values` are those of the own token, which need not be in its page yet: a pool that is read before it is
     written into stays where it is. Each page has its own softmax, joined over the pages of a slot (arXiv 1805.02867);
-    scores and sums are float32. A page is read once for all its slots, and the pages of a slot are summed in their order,
-    wherever in the pool they lie.
+    scores and sums are float32. A page is read once for all its slots; the pages of a slot are summed in their order.
     """
     shards, slots, heads, size = queries.shape
     pages, kv_heads = layer.keys.shape[1], keys.shape[2]
