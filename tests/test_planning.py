@@ -1,6 +1,7 @@
 """Plans: every stage of a small model compiled for TPU slices that are not here, against counts by hand."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from tpaw_jax import config_file, lowering, planning, roofline, tpu, workload
 from tpaw_jax.models import ModelConfig, config_json, hub
+from tpaw_jax.pages import Pages
 from tpaw_jax.roofline import Flops
 
 SMALL = ModelConfig("llama", 2048, 512, 1024, 2, 4, 2, 128, 10000.0, 1e-5, 8192, False)
@@ -106,15 +108,19 @@ def test_sampling_exchanges_only_over_tensor(tensor):
 
 
 @pytest.mark.parametrize(
-    ("topology", "heads", "kv_heads", "head_dim", "most"),
+    ("topology", "heads", "kv_heads", "head_dim", "sharers", "most"),
     [
-        ("v5e:2x2", 16, 4, 128, 1.1),
-        ("v5e:2x2", 32, 4, 64, 1.1),
-        ("v5e:2x2", 24, 3, 64, 1.2),  # three heads of 64 are joined: what they give is wider
-        ("v5p:2x2x1", 16, 4, 128, 1.6),  # whose compiler leaves small intermediates in main memory
+        ("v5e:2x2", 16, 4, 128, 1, 1.1),
+        ("v5e:2x2", 16, 4, 128, 4, 1.2),  # a page that four slots may hold has four slots' intermediates
+        ("v5e:2x2", 32, 4, 64, 1, 1.1),
+        ("v5e:2x2", 24, 3, 64, 1, 1.2),  # three heads of 64 are joined: what they give is wider
+        ("v5p:2x2x1", 16, 4, 128, 1, 1.6),  # whose compiler leaves small intermediates in main memory
     ],
 )
-def test_decoding_reads_every_weight_and_page_once_a_step_and_little_else(topology, heads, kv_heads, head_dim, most):
+def test_decoding_reads_every_weight_and_page_once_a_step_and_little_else(
+    topology, heads, kv_heads, head_dim, sharers, most, monkeypatch
+):
+    monkeypatch.setattr(lowering, "Pages", functools.partial(Pages, sharers=sharers))
     model = ModelConfig("llama", 32768, 2048, 8192, 3, heads, kv_heads, head_dim, 10000.0, 1e-5, 8192, False)
     least_effort = jax.config.jax_exec_time_optimization_effort  # which leaves out what moves data beside products
     jax.config.update("jax_exec_time_optimization_effort", 0.0)
