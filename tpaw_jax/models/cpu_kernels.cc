@@ -288,16 +288,17 @@ void AttendHead(const Step& of, int64_t m, int64_t k) {
   Round(rotated, size, own_key);
   Round(of.values + head * size, size, own_value);
   int64_t count = 0;
-  for (int64_t t = 0; t <= position; ++t) {
-    const int64_t page = t / of.page < of.blocks ? of.of_slot[m * of.blocks + t / of.page] : of.pages;
+  for (int64_t block = 0; block < of.blocks && block * of.page <= position; ++block) {
+    const int64_t page = of.of_slot[m * of.blocks + block], before = position - block * of.page;
     if (page >= of.pages) continue;
-    const int64_t at = (page * of.page + t % of.page) * row;
-    if (t == position) {
-      std::copy_n(own_key, size, pool_keys + at);
-      std::copy_n(own_value, size, pool_values + at);
-    } else {
-      keys[count] = pool_keys + at;
-      values[count++] = pool_values + at;
+    const int64_t at = page * of.page * row;
+    for (int64_t t = 0; t < std::min(before, of.page); ++t, ++count) {
+      keys[count] = pool_keys + at + t * row;
+      values[count] = pool_values + at + t * row;
+    }
+    if (before < of.page) {
+      std::copy_n(own_key, size, pool_keys + at + before * row);
+      std::copy_n(own_value, size, pool_values + at + before * row);
     }
   }
   keys[count] = own_key;
