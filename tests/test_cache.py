@@ -134,23 +134,28 @@ def test_prompts_are_written_page_by_page():
 @pytest.mark.parametrize(("heads", "size"), [(2, 8), (3, 64), (2, 128)])
 def test_slots_that_share_pages_find_what_they_would_in_copies(attend_by, heads, size):
     rng = np.random.default_rng(6)
-    shared, apart = Pages(1, 4, 12, 3, sharers=3), Pages(1, 4, 12, 3)
-    positions = np.array([[130, 150, 64, 129]])
-    assert shared.reserve(np.array([[131, 0, 65, 0]])) == 0
+    shared, apart = Pages(2, 4, 12, 3, sharers=3), Pages(2, 4, 12, 3)
+    positions = np.array([[130, 150, 64, 129], [70, 20, 140, 141]])
+    assert shared.reserve(np.array([[131, 0, 65, 0], [71, 21, 0, 0]])) == 0
     shared.share(0, 1, 0, 2)
     shared.share(0, 3, 1, 2)
+    shared.share(1, 3, 0, 1)
     assert shared.reserve(positions + 1) == 0
     assert apart.reserve(positions + 1) == 0
-    assert (shared.most_used, apart.most_used) == (2 + 3 + 2, 3 + 3 + 2 + 3)
+    assert (shared.most_used, apart.most_used) == (2 + 1 + 3 + 2, 3 + 3 + 2 + 3)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    pool = cache.LayerPages(draw(1, 12, cache.PAGE, heads * size), draw(1, 12, cache.PAGE, heads * size))
-    pages = lambda account: np.concatenate([account.of_slot(0, s) for s in range(4)])
-    copied = jax.tree.map(lambda x: x.at[0, pages(apart)].set(x[0, pages(shared)]), pool)
-    of = draw(1, 4, 2 * heads, size), draw(1, 4, heads, size), draw(1, 4, heads, size)
+    pool = cache.LayerPages(draw(2, 12, cache.PAGE, heads * size), draw(2, 12, cache.PAGE, heads * size))
+    pages = lambda account, r: np.concatenate([account.of_slot(r, s) for s in range(4)])
+    copied = pool
+    for r in range(2):
+        copy = lambda x, old, r=r: x.at[r, pages(apart, r)].set(old[r, pages(shared, r)])
+        copied = jax.tree.map(copy, copied, pool)
+    of = draw(2, 4, 2 * heads, size), draw(2, 4, heads, size), draw(2, 4, heads, size)
     found, written = with_own(attend_by, *of, pool, shared.table(), positions)
     expected, of_copies = with_own(attend_by, *of, copied, apart.table(), positions)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(written.keys[0, pages(shared)], of_copies.keys[0, pages(apart)])
+    for r in range(2):
+        np.testing.assert_array_equal(written.keys[r, pages(shared, r)], of_copies.keys[r, pages(apart, r)])
 
 
 @settings(deadline=None, max_examples=80)
@@ -162,7 +167,7 @@ def test_a_page_belongs_to_those_who_hold_it(data):
     of = lambda r, s: account.of_slot(r, s)
     for _ in range(data.draw(st.integers(1, 12))):
         shard, slot, other = (data.draw(st.integers(0, n - 1)) for n in (shards, slots, slots))
-        action = data.draw(st.sampled_from(["reserve", "release", "share"]))
+        action = data.draw(st.sampled_from(["reserve", "release", "share", "reorder"]))
         before = {(r, s): of(r, s) for r in range(shards) for s in range(slots)}
         if action == "reserve":
             wanted = held.copy()
@@ -178,6 +183,13 @@ def test_a_page_belongs_to_those_who_hold_it(data):
         elif action == "release":
             account.release(shard, slot)
             held[shard, slot] = 0
+        elif action == "reorder":  # of slots, with no more pages than are held
+            order = np.array([data.draw(st.permutations(range(slots))) for _ in range(shards)])
+            old = account.resize(order, max(1, account.most_used))
+            held = np.take_along_axis(held, order, axis=1)
+            for r in range(shards):
+                for s in range(slots):
+                    np.testing.assert_array_equal(old[r, np.array(of(r, s), int)], before[r, order[r, s]])
         elif not of(shard, slot):
             count = data.draw(st.integers(0, len(of(shard, other))))
             account.share(shard, slot, other, count)

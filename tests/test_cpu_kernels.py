@@ -58,18 +58,30 @@ def test_columns_of_another_matrix_are_an_error():
         cpu_kernels.dot(matrix, columns).block_until_ready()
 
 
-def test_the_sampler_does_without(stories, monkeypatch):
-    prompts = random_prompts(np.random.default_rng(5), 3)[0]
-    model, found = Transformer(stories[0]), []
-    for there in (cpu_kernels.available(), False):
+@needs_compiler
+@pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.3)])
+def test_the_sampler_does_without(stories, monkeypatch, dtype, most):
+    """Up to where bfloat16's responses part; XLA's attention rounds queries and weights to it, the kernel does not."""
+    prompts = random_prompts(np.random.default_rng(5), 6, longest=150)[0]
+    model, found = Transformer(stories[0], dtype=dtype), []
+    for there in (True, False):
         monkeypatch.setattr(cpu_kernels, "available", lambda there=there: there)
-        sampler = sampling.make_sampler(sampling.decoder_of(model), SamplingConfig(max_new_tokens=8, slots=2), ())
+        sampler = sampling.make_sampler(sampling.decoder_of(model), SamplingConfig(max_new_tokens=8, slots=3), ())
         found.append(sampling.generate(sampler, stories[1], prompts, seed=3, round_number=2))
     with_kernels, without = found
-    for tokens, others in zip(with_kernels.tokens, without.tokens, strict=True):
-        np.testing.assert_array_equal(tokens, others)
-    for log_probs, others in zip(with_kernels.log_probs, without.log_probs, strict=True):
-        np.testing.assert_allclose(log_probs, others, rtol=1e-5, atol=1e-5)
+    compared, gaps = 0, []
+    for i, tokens in enumerate(with_kernels.tokens):
+        alike = int(np.cumprod(tokens == without.tokens[i]).sum())
+        gaps.extend(np.abs(with_kernels.log_probs[i] - without.log_probs[i])[:alike])
+        compared += alike
+    assert compared == 48 or dtype == jnp.bfloat16
+    assert compared > 24
+    assert np.mean(gaps) < most / 5
+    assert max(gaps) < most
+
+
+def test_a_compiler_is_enough():
+    assert cpu_kernels.available() == (cpu_kernels._compiler() is not None)
 
 
 def test_no_compiler_is_no_error(monkeypatch, tmp_path, recwarn):
@@ -84,7 +96,7 @@ def test_a_compiler_that_fails_is_reported(monkeypatch, tmp_path):
     compiler.write_text("#!/bin/sh\necho no such option >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.warns(UserWarning, match=r"cpu_kernels.cc cannot be compiled; .* no such option"):
+    with pytest.warns(UserWarning, match=r"cpu_kernels.cc cannot be compiled .* no such option"):
         assert not cpu_kernels.available.__wrapped__()
 
 

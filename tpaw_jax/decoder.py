@@ -50,7 +50,8 @@ def decoder_of(model: Transformer, cache_dtype: str = "", platform: str = "") ->
     Keys and values are kept in `cache_dtype`; by default in the compute dtype.
     """
     c, dtype = model.local_config, jnp.dtype(cache_dtype or model.dtype)
-    native = (platform or jax.default_backend()) == "cpu" and cpu_kernels.available()
+    on_cpu, fits = (platform or jax.default_backend()) == "cpu", {dtype, jnp.dtype(model.dtype)} <= cpu_kernels.DTYPES
+    native = on_cpu and fits and cpu_kernels.available()
 
     def init(shards, pages):
         return kv.empty(c.num_layers, shards, pages, c.num_kv_heads, c.head_dim, dtype)

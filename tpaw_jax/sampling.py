@@ -181,11 +181,12 @@ class _Engine:
         self.row = max(bucket(self.longest), min(bucket(sampler.config.prefill_tokens), bucket(even_share)))
 
         slots = math.ceil(min(sampler.config.slots * sampler.processes, len(prompts) * num_generations) / shards)
-        shared = [n // PAGE * PAGE * (1 - 1 / num_generations) for n in lengths]
+        sharers = min(num_generations, slots) if self.longest >= PAGE else 1  # of a page; they share whole ones alone
+        shared = [n // PAGE * PAGE * (1 - 1 / sharers) for n in lengths]
         sizes = [n + limit / 2 - s for n, limit, s in zip(lengths, limits, shared, strict=True)]
         typical = math.ceil(np.mean(sizes) / PAGE)
         table = math.ceil((self.longest + sampler.config.max_new_tokens) / PAGE)
-        self.pages = Pages(shards, slots, max(table, typical * slots), table, num_generations)
+        self.pages = Pages(shards, slots, max(table, typical * slots), table, sharers)
         self.state = sampler.init(slots, self.pages.pages)
         self.weights = sampler.prepare(self.params)
         self.occupant = np.full((shards, slots), -1)

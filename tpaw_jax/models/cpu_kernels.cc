@@ -27,6 +27,8 @@ constexpr int64_t kTile = 16;  // columns whose sums fit in the registers of a c
 #else
 constexpr int64_t kTile = 4;
 #endif
+constexpr int64_t kColumns = 8;  // there is a multiple of it
+constexpr int64_t kRest = std::min(kTile, kColumns);
 
 using Floats = float __attribute__((vector_size(4 * kLanes)));
 using EightFloats = float __attribute__((vector_size(32)));
@@ -96,18 +98,18 @@ struct PairOfBfloat16 {  // each the upper half of a float32
   }
 };
 
-template <typename Of, int64_t kColumns>
+template <typename Of, int64_t kSums>
 void Tile(const uint32_t* w, const uint32_t* x, float* y, int64_t depth, int64_t columns) {
-  Floats sums[kColumns] = {};
+  Floats sums[kSums] = {};
   for (int64_t d = 0; d < depth; ++d, w += kLanes, x += columns) {
     Words line;
     std::memcpy(&line, w, sizeof line);
     __builtin_prefetch(w + kAhead * kLanes);
 #pragma GCC unroll 16
-    for (int64_t n = 0; n < kColumns; ++n) sums[n] = Of::Plus(sums[n], line, x[n]);
+    for (int64_t n = 0; n < kSums; ++n) sums[n] = Of::Plus(sums[n], line, x[n]);
   }
   for (int64_t f = 0; f < kLanes; ++f)
-    for (int64_t n = 0; n < kColumns; ++n) y[f * columns + n] = sums[n][f];
+    for (int64_t n = 0; n < kSums; ++n) y[f * columns + n] = sums[n][f];
 }
 
 template <typename Of>
@@ -118,7 +120,7 @@ void Product(ffi::ThreadPool& pool, const uint32_t* w, const uint32_t* x, float*
     float* rows = y + b * kLanes * columns;
     int64_t n = 0;
     for (; n + kTile <= columns; n += kTile) Tile<Of, kTile>(block, x + n, rows + n, depth, columns);
-    for (; n < columns; n += 8) Tile<Of, 8>(block, x + n, rows + n, depth, columns);
+    for (; n < columns; n += kRest) Tile<Of, kRest>(block, x + n, rows + n, depth, columns);
   });
 }
 
@@ -127,7 +129,7 @@ ffi::Error PackedDot(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::AnyBuffer x, f
   const bool in_pairs = w.element_type() == ffi::BF16;
   const size_t rank = in_pairs ? 4 : 3;
   if ((!in_pairs && w.element_type() != ffi::F32) || x.element_type() != w.element_type() || of_w.size() != rank ||
-      of_w[2] != kLanes || of_x.size() != rank - 1 || of_x[0] != of_w[1] || of_x[1] % 8 || of_y.size() != 2 ||
+      of_w[2] != kLanes || of_x.size() != rank - 1 || of_x[0] != of_w[1] || of_x[1] % kColumns || of_y.size() != 2 ||
       of_y[0] != of_w[0] * kLanes || of_y[1] != of_x[1])
     return ffi::Error::InvalidArgument("lines of a matrix, columns of its dtype, 8 N of them, and what they make");
   const auto* lines = static_cast<const uint32_t*>(w.untyped_data());
@@ -236,10 +238,6 @@ inline void Softmax(float* scores, int64_t count, float scale) {
   for (int64_t i = 0; i < count; ++i) scores[i] /= whole;
 }
 
-struct Sizes {
-  int64_t shards, slots, heads, group, size, pages, page, blocks;
-};
-
 // The rotary embedding of the half-split layout.
 inline void Rotate(const float* x, const float* cosines, const float* sines, int64_t size, float* out) {
   const int64_t half = size / 2;
@@ -290,7 +288,7 @@ void AttendHead(const Step& of, int64_t m, int64_t k) {
   int64_t count = 0;
   for (int64_t block = 0; block < of.blocks && block * of.page <= position; ++block) {
     const int64_t page = of.of_slot[m * of.blocks + block], before = position - block * of.page;
-    if (page >= of.pages) continue;
+    if (page < 0 || page >= of.pages) continue;
     const int64_t at = page * of.page * row;
     for (int64_t t = 0; t < std::min(before, of.page); ++t, ++count) {
       keys[count] = pool_keys + at + t * row;
@@ -323,11 +321,17 @@ ffi::Error AttendPages(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi:
                        ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> pool_keys,
                        ffi::Result<ffi::AnyBuffer> pool_values) {
   const auto q = queries.dimensions(), k = keys.dimensions(), u = pool_keys->dimensions();
+  const auto table = of_slot.dimensions();
+  if (q.size() != 4 || k.size() != 4 || u.size() != 4 || table.size() != 3 || q[2] % k[2] || q[3] % 2 || k[3] != q[3] ||
+      u[3] != k[2] * q[3] || values.element_count() != keys.element_count() ||
+      pool_values->element_count() != pool_keys->element_count() || table[0] != q[0] ||
+      table[1] != q[1] || pool_values->element_type() != pool_keys->element_type())
+    return ffi::Error::InvalidArgument("queries, keys and values of heads, and pages with a row of them for a token");
   const Step of{
       queries.typed_data(), keys.typed_data(), values.typed_data(), cosines.typed_data(), sines.typed_data(),
       pool_keys->untyped_data(), pool_values->untyped_data(), of_slot.typed_data(), positions.typed_data(),
       out->typed_data(),
-      q[0], q[1], k[2], q[2] / k[2], q[3], u[1], u[2], of_slot.dimensions()[2],
+      q[0], q[1], k[2], q[2] / k[2], q[3], u[1], u[2], table[2],
   };
   const int64_t heads = of.shards * of.slots * of.heads;
   if (pool_keys->element_type() == ffi::F32)

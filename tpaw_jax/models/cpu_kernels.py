@@ -27,8 +27,11 @@ from tpaw_jax.types import AnyArray
 LANES = 16
 """Rows that are multiplied at once."""
 
-AT_ONCE = 8
-"""Columns that are multiplied at once; the next multiple of it is computed."""
+COLUMNS = 8
+"""Columns are padded to a multiple of it."""
+
+DTYPES = {jnp.dtype("float32"), jnp.dtype("bfloat16")}
+"""What matrices and pages may be of."""
 
 SOURCE = Path(__file__).with_suffix(".cc")
 OPTIONS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-w"]
@@ -53,7 +56,7 @@ def pack(transposed: Float[Array, "D F"]) -> PackedMatrix:
 def dot(matrix: PackedMatrix, columns: Float[Array, "D M"]) -> Float[Array, "F M"]:
     """The product in float32, of operands in the matrix's dtype. Column and row alone decide how a sum is rounded."""
     of_line, count = 4 // matrix.lines.dtype.itemsize, columns.shape[1]
-    x = jnp.pad(columns.astype(matrix.lines.dtype), [(0, -matrix.shape[1] % of_line), (0, -count % AT_ONCE)])
+    x = jnp.pad(columns.astype(matrix.lines.dtype), [(0, -matrix.shape[1] % of_line), (0, -count % COLUMNS)])
     if of_line > 1:
         x = x.reshape(-1, of_line, x.shape[1]).swapaxes(1, 2)
     shape = jax.ShapeDtypeStruct((matrix.lines.shape[0] * LANES, x.shape[1]), jnp.float32)
@@ -81,7 +84,8 @@ def attend_pages(
 ) -> tuple[Float[Array, "R S N H"], Float[Array, "R U P E"], Float[Array, "R U P E"]]:
     """What the queries find, and the pools with the new tokens: `rotate`, `cache.attend_pages` and `cache.write_token`.
 
-    XLA would compute the cosines of `angles` again for every head of every layer.
+    Queries and softmax weights stay float32 whatever the pools are of. XLA would compute the cosines of `angles` again
+    for every head of every layer.
     """
     made = jax.ShapeDtypeStruct(queries.shape, jnp.float32), jax.typeof(pool_keys), jax.typeof(pool_values)
     attend = jax.ffi.ffi_call("tpaw_attend_pages", made, input_output_aliases={5: 1, 6: 2})
@@ -98,9 +102,10 @@ def available() -> bool:
         return False
     try:
         library = ctypes.CDLL(str(_library(compiler)))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+    except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        warnings.warn(f"{SOURCE} cannot be compiled; decoding goes on with XLA's products. {said}", stacklevel=2)
+        problem = f"{SOURCE.name} cannot be compiled or kept in {_folder()} (XDG_CACHE_HOME says where)"
+        warnings.warn(f"{problem}; decoding goes on without it, slower. {said}", stacklevel=2)
         return False
     for name, handler in (("tpaw_packed_dot", library.TpawPackedDot), ("tpaw_attend_pages", library.TpawAttendPages)):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
@@ -111,12 +116,16 @@ def _compiler() -> str | None:
     return next(filter(None, map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"])), None)
 
 
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "tpaw_jax"
+
+
 def _library(compiler: str) -> Path:
     """The compiled library for this machine, made unless it is there."""
     run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
     machine = run([compiler, *OPTIONS, "-dM", "-E", "-x", "c++", os.devnull]).stdout  # compiler and instruction set
-    made_of = "\n".join([SOURCE.read_text(), machine, jaxlib.__version__])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpaw_jax"
+    made_of = "\n".join([SOURCE.read_text(), *OPTIONS, machine, jaxlib.__version__])
+    folder = _folder()
     path = folder / f"cpu_kernels_{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
