@@ -12,6 +12,8 @@ from tpaw_jax.models import cache, cpu_kernels
 from tpaw_jax.models.attention import attend, rope_angles, rotate
 from tpaw_jax.pages import Pages
 
+needs_compiler = pytest.mark.skipif(not cpu_kernels.available(), reason="there is no C++ compiler")
+
 
 def pages_of(rng, positions, shards=1, heads=2, size=8):
     """A pool whose pages lie in random order, the table of it, and each slot's sequence [S, K, C, H]."""
@@ -42,8 +44,7 @@ def with_own(attend, queries, keys, values, layer, table, positions, angles=None
 
 
 def both(test):
-    no_compiler = pytest.mark.skipif(not cpu_kernels.available(), reason="there is no C++ compiler")
-    return pytest.mark.parametrize("attend_by", ["xla", pytest.param("kernel", marks=no_compiler)])(test)
+    return pytest.mark.parametrize("attend_by", ["xla", pytest.param("kernel", marks=needs_compiler)])(test)
 
 
 @both
@@ -102,7 +103,7 @@ def test_a_token_is_written_into_its_slots_page_alone(attend_by, dtype):
     chex.assert_trees_all_equal(written, cache.LayerPages(keys, values))
 
 
-@pytest.mark.skipif(not cpu_kernels.available(), reason="there is no C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_kernel_of_cpus_finds_what_xla_finds_in_either_dtype(dtype):
     rng = np.random.default_rng(4)
