@@ -85,7 +85,7 @@ def main() -> None:
 class Watch:
     """A sampler whose programs are awaited and timed; between chunks of decoding, a sum reads half a GiB.
 
-    Machines that others share read twice as fast in one second as in the next, so the two take turns.
+    What a sum reads can change by half within a run, so the two take turns.
     """
 
     def __init__(self, sampler: sampling.Sampler):
