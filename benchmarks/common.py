@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -19,7 +20,7 @@ import numpy as np
 
 from tpaw_jax import logprobs, packing, scoring, sharding, train_step
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainConfig
-from tpaw_jax.models import ModelConfig, Transformer
+from tpaw_jax.models import ModelConfig, Transformer, cpu_kernels
 from tpaw_jax.models.tile_attention import TILES
 from tpaw_jax.train_step import StepScalars
 from tpaw_jax.types import Generations, Prompts, TeamScores
@@ -134,12 +135,12 @@ def make_step(setup: Setup) -> tuple[train_step.TrainStep, Any, StepScalars]:
 
 
 def matmul_peak(
-    model: ModelConfig, tokens: int, backward: bool, repeats: int = 5, dtype: Any = jnp.float32
+    model: ModelConfig, tokens: int, backward: bool, repeats: int = 5, dtype: Any = jnp.float32, packed: bool = False
 ) -> dict[str, float]:
     """GFLOP/s of the model's own matmuls alone, of `dtype`, as a pass over `tokens` tokens mixes them.
 
     Each weight's product forward and, with `backward`, its two products backward; the head on blocks of 4096 entries.
-    `median` and `best` are of the repeats of each product.
+    By XLA or, with `packed`, forward by `cpu_kernels`. `median` and `best` are of the repeats of each product.
     """
     c, attention = model, model.num_heads * model.head_dim
     shapes = {  # (inputs, outputs): times in the model
@@ -153,9 +154,11 @@ def matmul_peak(
     work, typical, best = 0.0, 0.0, 0.0
     for (k, n), times in shapes.items():
         x, w, y = (jnp.ones(shape, dtype) for shape in ((tokens, k), (k, n), (tokens, n)))
-        products = [("mk,kn->mn", x, w)] + [("mn,kn->mk", y, w), ("mk,mn->kn", x, y)] * backward
-        for equation, a, b in products:
-            product = jax.jit(lambda a, b, equation=equation: jnp.einsum(equation, a, b))
+        of = lambda equation: functools.partial(jnp.einsum, equation)
+        products: list[Any] = [(of("mk,kn->mn"), x, w)]
+        products += [(of("mn,kn->mk"), y, w), (of("mk,mn->kn"), x, y)] * backward
+        for function, a, b in [(cpu_kernels.dot, cpu_kernels.pack(w), x.T)] if packed else products:
+            product = jax.jit(function)
             jax.block_until_ready(product(a, b))
             readings = [seconds_of(lambda p=product, a=a, b=b: p(a, b)) for _ in range(repeats)]
             work += times * 2 * tokens * k * n

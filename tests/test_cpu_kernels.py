@@ -43,6 +43,22 @@ def test_a_column_is_rounded_alike_in_any_company(dtype):
         np.testing.assert_array_equal(alone, together[:, first : first + count])
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_layer_of_a_stack_is_a_matrix_of_its_own(dtype):
+    rng = np.random.default_rng(4)
+    stack, columns = some(rng, (3, 21, 40), dtype), some(rng, (21, 5), dtype)
+    packed = cpu_kernels.pack(stack)
+    of_all = jax.jit(lambda p: jax.lax.map(lambda i: cpu_kernels.dot(p.of_layer(i), columns), jnp.arange(3)))(packed)
+    for i in range(3):
+        alone = cpu_kernels.dot(cpu_kernels.pack(stack[i]), columns)
+        np.testing.assert_array_equal(of_all[i], alone)
+        np.testing.assert_array_equal(cpu_kernels.dot(packed.of_layer(i), columns), alone)
+    for beyond in (3, -1):
+        with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="one of the matrices"):
+            cpu_kernels.dot(packed.of_layer(beyond), columns).block_until_ready()
+
+
 @given(st.integers(1, 40), st.integers(1, 9), DTYPES)
 @settings(deadline=None, max_examples=20)
 def test_rows_are_taken_as_they_were(rows, depth, dtype):
@@ -54,7 +70,7 @@ def test_rows_are_taken_as_they_were(rows, depth, dtype):
 @needs_compiler
 def test_columns_of_another_matrix_are_an_error():
     matrix, columns = cpu_kernels.pack(jnp.ones((16, 32))), jnp.ones((24, 8))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="columns of its dtype"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="columns of their dtype"):
         cpu_kernels.dot(matrix, columns).block_until_ready()
 
 

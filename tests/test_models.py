@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import STORIES
+from conftest import STORIES, random_prompts
 from safetensors.numpy import load_file, save_file
 
-from tpaw_jax import models
+from tpaw_jax import models, sampling
+from tpaw_jax.config import SamplingConfig
 from tpaw_jax.models import Transformer, config_json
 from tpaw_jax.models.attention import rope_frequencies
 
@@ -78,6 +79,22 @@ def test_logits_equal_transformers_at_positions_0_to_4095_and_after_export(huggi
     config_again, params_again = models.load_pretrained(exported)
     assert config_again == config
     jax.tree.map(np.testing.assert_array_equal, params_again, params)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_sampled_tokens_have_the_log_probs_of_transformers(hugging_face, platform):
+    """Prompts in one row, a slot that is refilled, and both ways to compute them: packed matrices, and XLA alone."""
+    model, directory = hugging_face
+    config, params = models.load_pretrained(directory)
+    prompts = random_prompts(np.random.default_rng(6), 3, vocabulary=256, longest=150)[0]
+    decoder = sampling.decoder_of(Transformer(config), platform=platform)
+    sampler = sampling.make_sampler(decoder, SamplingConfig(max_new_tokens=6, slots=2), ())
+    made = sampling.generate(sampler, params, prompts, seed=1, round_number=0)
+    for prompt, tokens, log_probs in zip(prompts.prompt_tokens, made.tokens, made.log_probs, strict=True):
+        assert len(tokens) == 6
+        logits = torch_logits(model, np.concatenate([prompt, tokens])[None])[0, len(prompt) - 1 : -1]
+        expected = jax.nn.log_softmax(logits)[np.arange(6), tokens]
+        np.testing.assert_allclose(log_probs, expected, atol=1e-4)
 
 
 def test_every_layer_equals_transformers(tmp_path):

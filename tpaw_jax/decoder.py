@@ -7,22 +7,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, PyTree
 
 from tpaw_jax.models import cache as kv
 from tpaw_jax.models import cpu_kernels, decoding
 from tpaw_jax.models.transformer import Transformer
-from tpaw_jax.types import AnyArray
-
-
-class PackedPrompts(NamedTuple):
-    """Prompts end to end in rows of T tokens, at most N in a row; one row for each shard of the slots."""
-
-    tokens: Int[AnyArray, "R T"]
-    positions: Int[AnyArray, "R T"]
-    segment_ids: Int[AnyArray, "R T"]  # 0 is padding
-    first: Int[AnyArray, "R N"]  # where a prompt begins in its row
-    lengths: Int[AnyArray, "R N"]  # 1 where there is no prompt
+from tpaw_jax.types import PackedPrompts
 
 
 class Decoder(NamedTuple):
@@ -32,6 +22,7 @@ class Decoder(NamedTuple):
     init(shards, pages) -> cache
     prepare(params) -> weights, the parameters as `decode` wants them
     prefill(params, prompts) -> (logits [R, N, V] after the last token of each prompt, rows: any pytree for `place`)
+    prefills_with_weights: whether it takes weights in the place of params
     place(cache, rows, starts [R, C], pages [R, C]) -> cache, with a page's tokens of the rows from `starts` in `pages`
     decode(weights, cache, tokens [R, S], positions [R, S], table) -> (logits [R, S, V], cache)
     """
@@ -42,6 +33,7 @@ class Decoder(NamedTuple):
     prefill: Callable[[PyTree[Array], PackedPrompts], tuple[Array, PyTree[Array]]]
     place: Callable[..., PyTree[Array]]
     decode: Callable[..., tuple[Array, PyTree[Array]]]
+    prefills_with_weights: bool = False
 
 
 def decoder_of(model: Transformer, cache_dtype: str = "", platform: str = "") -> Decoder:
@@ -62,15 +54,19 @@ def decoder_of(model: Transformer, cache_dtype: str = "", platform: str = "") ->
         last_RND = jax.vmap(lambda row_TD, last_N: row_TD[last_N])(hidden_RTD, prompts.first + prompts.lengths - 1)
         return model.apply(variables, last_RND, method="logits"), keys_and_values
 
+    def of_weights(weights, prompts):
+        return decoding.prefill(model, weights, prompts, dtype)
+
     return Decoder(
         dtype=jnp.dtype(model.dtype),
         init=init,
         prepare=lambda params: decoding.decode_weights(model, params, packed=native),
-        prefill=prefill,
+        prefill=of_weights if native else prefill,
         place=lambda cache, rows, starts, pages: kv.write_prompts(cache, rows[0], rows[1], starts, pages),
         decode=lambda weights, cache, tokens, positions, table: decoding.decode(
             model, weights, tokens, positions, cache, table
         ),
+        prefills_with_weights=native,
     )
 
 

@@ -21,6 +21,7 @@ from tpaw_jax.models.hub import param_shapes
 from tpaw_jax.models.transformer import split
 from tpaw_jax.pages import Pages
 from tpaw_jax.slots import DecodeState
+from tpaw_jax.types import PackedPrompts
 
 
 class Target(NamedTuple):
@@ -112,7 +113,7 @@ def prefill(target: Target) -> jax.stages.Lowered:
     shards, by_row = sharding.row_shards(mesh), sharding.rows(mesh)
     shape = lambda size: jax.ShapeDtypeStruct((shards, size), jnp.int32, sharding=by_row)
     most = max(1, row // 16)
-    prompts = sampling.PackedPrompts(shape(row), shape(row), shape(row), shape(most), shape(most))
+    prompts = PackedPrompts(shape(row), shape(row), shape(row), shape(most), shape(most))
     sampler: Any = _sampler(target)
     return sampler.prefill.lower(sampling_params(target), prompts)
 
@@ -126,7 +127,7 @@ def slots_a_shard(target: Target) -> int:
 def decode(target: Target, typical_tokens: int) -> jax.stages.Lowered:
     """A chunk of decoding steps of all slots, with pages for sequences of `typical_tokens`."""
     sampler: Any = _sampler(target)
-    weights = jax.eval_shape(sampler.prepare, sampling_params(target))
+    weights = jax.eval_shape(sampler.prepare, sampling_params(target)).decode
     state, table = slots_of(target, typical_tokens)
     until = jax.ShapeDtypeStruct((sampler.shards,), jnp.int32)
     key = jax.eval_shape(lambda: draws.round_key(0, 0))

@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from tpaw_jax import draws, pod, sharding
-from tpaw_jax.decoder import PackedPrompts, decoder_from_apply_fn, decoder_of
+from tpaw_jax.decoder import decoder_from_apply_fn, decoder_of
 from tpaw_jax.models.cache import PAGE
 from tpaw_jax.pages import Pages
-from tpaw_jax.slots import LOOK, Admission, Look, Sampler, Staged, make_sampler
-from tpaw_jax.types import AnyArray, Generations, Prompts
+from tpaw_jax.slots import LOOK, Admission, Look, Sampler, Staged, Weights, make_sampler
+from tpaw_jax.types import AnyArray, Generations, PackedPrompts, Prompts
 
 __all__ = [
     "Ends",
@@ -90,7 +90,9 @@ def generate(
     local = sharding.resplit(params, sampler.mesh, sampler.dtype)  # by all processes, whether they have work or not
     missing = [i for i in range(len(prompts) * num_generations) if i not in done]
     if missing:
-        engine = _Engine(sampler, local, prompts, most, num_generations, missing, draws.round_key(seed, round_number))
+        weights = sampler.prepare(local)
+        del local  # a CPU's weights are all that it needs
+        engine = _Engine(sampler, weights, prompts, most, num_generations, missing, draws.round_key(seed, round_number))
         while engine.unfinished:
             engine.refill()
             new = engine.decode(ends)
@@ -157,14 +159,14 @@ class _Engine:
     def __init__(
         self,
         sampler: Sampler,
-        params: PyTree[Array],
+        weights: Weights,
         prompts: Prompts,
         limits: Sequence[int],
         num_generations: int,
         requests: Sequence[int],
         key: Array,
     ):
-        self.sampler, self.params = sampler, params
+        self.sampler, self.weights = sampler, weights
         self.key = _everywhere(key, sampler.mesh) if sampler.processes > 1 else key
         self.prompts, self.limits, self.num_generations = prompts, limits, num_generations
         self.requests_of: dict[int, list[int]] = {}
@@ -188,7 +190,6 @@ class _Engine:
         table = math.ceil((self.longest + sampler.config.max_new_tokens) / PAGE)
         self.pages = Pages(shards, slots, max(table, typical * slots), table, sharers)
         self.state = sampler.init(slots, self.pages.pages)
-        self.weights = sampler.prepare(self.params)
         self.occupant = np.full((shards, slots), -1)
         self.known = np.zeros((shards, slots), int)  # new tokens of a slot at the last look
         self.unseen = 0  # chunks of steps dispatched since
@@ -238,7 +239,7 @@ class _Engine:
         needed = np.minimum(needed, self._prompt_lengths() + self._limits())
         self._reserve(needed)
         self.state, look = self.sampler.decode(
-            self.weights, self.state, self._split(self.pages.table()), self.key, self._split(until_active)
+            self.weights.decode, self.state, self._split(self.pages.table()), self.key, self._split(until_active)
         )
         return look
 
@@ -294,7 +295,7 @@ class _Engine:
             placed.append((row, n, start, i))
         self.unstaged.extendleft(reversed(passed_over))
         packed = PackedPrompts(tokens, positions, segments, first, lengths)
-        staged = self.sampler.prefill(self.params, self._split(packed))
+        staged = self.sampler.prefill(self.weights.prefill, self._split(packed))
         for row, n, start, i in placed:
             self.staged[row].extend(_Waiting(staged, n, start, request) for request in self.requests_of[i])
 

@@ -21,9 +21,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from tpaw_jax import draws, sharding
 from tpaw_jax.config import SamplingConfig
-from tpaw_jax.decoder import Decoder, PackedPrompts
+from tpaw_jax.decoder import Decoder
 from tpaw_jax.models.cache import PageTable
-from tpaw_jax.types import AnyArray
+from tpaw_jax.types import AnyArray, PackedPrompts
 
 LOOK = 8
 """Decoding steps between looks from the host, which a chunk of them always waits for behind the one that runs."""
@@ -75,11 +75,18 @@ class Admission(NamedTuple):
     pages: Int[AnyArray, "R C"]  # U: none
 
 
+class Weights(NamedTuple):
+    """Parameters as the programs take them; one and the same for both where the decoder can."""
+
+    prefill: PyTree[Array]
+    decode: PyTree[Array]
+
+
 class Sampler(NamedTuple):
     """The compiled programs of `make_sampler`."""
 
     init: Callable[[int, int], DecodeState]  # (slots a shard, pages a shard)
-    prepare: Callable[[PyTree[Array]], PyTree[Array]]  # params -> weights
+    prepare: Callable[[PyTree[Array]], Weights]  # of params
     prefill: Callable[[PyTree[Array], PackedPrompts], Staged]
     admit: Callable[[DecodeState, Staged, Admission, Array], DecodeState]  # the last is the round's key
     decode: Callable[..., tuple[DecodeState, Look]]  # (weights, state, table, key, until_active [R])
@@ -142,8 +149,8 @@ def make_sampler(
     def prepare(params):
         return decoder.prepare(params)
 
-    def prefill(params, prompts: PackedPrompts) -> Staged:
-        return Staged(*decoder.prefill(params, prompts))
+    def prefill(params_or_weights, prompts: PackedPrompts) -> Staged:
+        return Staged(*decoder.prefill(params_or_weights, prompts))
 
     def admit(state: DecodeState, staged: Staged, new: Admission, key) -> DecodeState:
         logits_RAV = jnp.take_along_axis(staged.logits, new.prompt[..., None], axis=1)
@@ -229,11 +236,19 @@ def make_sampler(
 
         return jax.jit(functools.update_wrapper(with_params, function))
 
+    in_order = of_params(prepare, (), weights)
+
+    def prepared(params) -> Weights:
+        for_decode = in_order(params)
+        return Weights(for_decode if decoder.prefills_with_weights else params, for_decode)
+
     new = functools.cache(lambda slots, pages: program(functools.partial(new_state, slots, pages), (), state))
     return Sampler(
         init=lambda slots, pages: new(slots, pages)(),
-        prepare=of_params(prepare, (), weights),
-        prefill=of_params(prefill, (by_shard,), staged),
+        prepare=prepared,
+        prefill=program(prefill, (weights, by_shard), staged)
+        if decoder.prefills_with_weights
+        else of_params(prefill, (by_shard,), staged),
         admit=program(admit, (state, staged, by_shard, everywhere), state, donate=0),
         decode=program(decode, (weights, state, by_shard, everywhere, by_shard), (state, seen), donate=1),
         cancel=program(cancel, (state, by_shard), state, donate=0),

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from flax import struct
@@ -51,6 +51,16 @@ class Prompts:
             tuple(self.target_tokens[i] for i in indices),
             tuple(self.rejected_tokens[i] for i in indices if self.rejected_tokens),
         )
+
+
+class PackedPrompts(NamedTuple):
+    """Prompts end to end in rows of T tokens, at most N in a row."""
+
+    tokens: Int[AnyArray, "R T"]
+    positions: Int[AnyArray, "R T"]
+    segment_ids: Int[AnyArray, "R T"]  # 0 is padding
+    first: Int[AnyArray, "R N"]  # where a prompt begins in its row
+    lengths: Int[AnyArray, "R N"]  # 1 where there is no prompt
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,5 @@
-// What decoding on a CPU spends its time with: products of weights that are read once with few columns, and attention
-// of few queries over pages. Sums have one order, whatever the number of slots and threads.
+// What sampling on a CPU spends its time with: products of weights, with the columns of few slots or of many prompts, and
+// attention of few queries over pages. Sums have one order, whatever the number of slots and threads.
 
 #include <algorithm>
 #include <atomic>
@@ -80,8 +80,8 @@ void ForAll(ffi::ThreadPool& pool, int64_t count, const Task& task) {
 
 // ---- y [F, N] = w [F, D] x [D, N]
 //
-// The matrix is in lines of 64 bytes, [F / 16, D, 16] of float32 or [F / 16, D / 2, 16, 2] of bfloat16: what a core
-// multiplies at once, in the order in which it is read, so that no sum is left to be made across a register.
+// The matrix is one of L in lines of 64 bytes, [L, F / 16, D, 16] of float32 or [L, F / 16, D / 2, 16, 2] of bfloat16:
+// what a core multiplies at once, in the order in which it is read, so that no sum is left to be made across a register.
 
 struct Float32 {
   static Floats Plus(Floats sum, Words w, uint32_t x) { return sum + (Floats)w * AsFloat(x); }
@@ -124,18 +124,21 @@ void Product(ffi::ThreadPool& pool, const uint32_t* w, const uint32_t* x, float*
   });
 }
 
-ffi::Error PackedDot(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::AnyBuffer x, ffi::ResultBuffer<ffi::F32> y) {
+ffi::Error PackedDot(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> which, ffi::AnyBuffer x,
+                     ffi::ResultBuffer<ffi::F32> y) {
   const auto of_w = w.dimensions(), of_x = x.dimensions(), of_y = y->dimensions();
   const bool in_pairs = w.element_type() == ffi::BF16;
-  const size_t rank = in_pairs ? 4 : 3;
+  const size_t rank = in_pairs ? 5 : 4;
   if ((!in_pairs && w.element_type() != ffi::F32) || x.element_type() != w.element_type() || of_w.size() != rank ||
-      of_w[2] != kLanes || of_x.size() != rank - 1 || of_x[0] != of_w[1] || of_x[1] % kColumns || of_y.size() != 2 ||
-      of_y[0] != of_w[0] * kLanes || of_y[1] != of_x[1])
-    return ffi::Error::InvalidArgument("lines of a matrix, columns of its dtype, 8 N of them, and what they make");
-  const auto* lines = static_cast<const uint32_t*>(w.untyped_data());
+      of_w[3] != kLanes || of_x.size() != rank - 2 || of_x[0] != of_w[2] || of_x[1] % kColumns || of_y.size() != 2 ||
+      of_y[0] != of_w[1] * kLanes || of_y[1] != of_x[1])
+    return ffi::Error::InvalidArgument("lines of matrices, columns of their dtype, 8 N of them, and what they make");
+  const int64_t i = *which.typed_data(), blocks = of_w[1], depth = of_w[2];
+  if (i < 0 || i >= of_w[0]) return ffi::Error::InvalidArgument("one of the matrices");
+  const auto* lines = static_cast<const uint32_t*>(w.untyped_data()) + i * blocks * depth * kLanes;
   const auto* columns = static_cast<const uint32_t*>(x.untyped_data());
   auto product = in_pairs ? Product<PairOfBfloat16> : Product<Float32>;
-  product(pool, lines, columns, y->typed_data(), of_w[0], of_w[1], of_x[1]);
+  product(pool, lines, columns, y->typed_data(), blocks, depth, of_x[1]);
   return ffi::Error::Success();
 }
 
@@ -143,6 +146,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(TpawPackedDot, PackedDot,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 

@@ -1,6 +1,7 @@
-"""Kernels for decoding on CPUs: products that take as long as a weight takes to be read, and attention over pages.
+"""Kernels for sampling on CPUs: products of packed matrices, and attention over pages.
 
-XLA's own products read SmolLM2's matrices, for 8 columns, at half the speed of a sum over them. The kernels are in C++,
+XLA's own products read SmolLM2's matrices, for 8 columns, at half the speed of a sum over them, and multiply bfloat16,
+for 512, at half the speed of the machine's instructions for it. The kernels are in C++,
 compiled for the machine when they are first needed; without a C++ compiler they are not `available`.
 """
 
@@ -38,14 +39,21 @@ OPTIONS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", 
 
 
 class PackedMatrix(struct.PyTreeNode):
-    """A matrix [F, D] in lines of 64 bytes, each of `LANES` rows; zeros fill the last of them."""
+    """A matrix [F, D] in lines of 64 bytes, each of `LANES` rows; zeros fill the last of them. Or one such a layer."""
 
-    lines: Float[Array, "F/16 D 16"] | Float[Array, "F/16 D/2 16 2"]  # of float32; of bfloat16
+    lines: Float[Array, "*L F/16 D 16"] | Float[Array, "*L F/16 D/2 16 2"]  # of float32; of bfloat16
     shape: tuple[int, int] = struct.field(pytree_node=False)
+    layer: Int[Array, ""] | int | None = None  # which one is meant
+
+    def of_layer(self, i: Int[Array, ""] | int) -> PackedMatrix:
+        """The matrix of a layer. Nothing is moved, where slices of a stack are copied."""
+        return self.replace(layer=i)
 
 
-def pack(transposed: Float[Array, "D F"]) -> PackedMatrix:
-    """The matrix whose transpose is given, of float32 or bfloat16."""
+def pack(transposed: Float[Array, "*L D F"]) -> PackedMatrix:
+    """The matrix whose transpose is given, of float32 or bfloat16; or each layer's."""
+    if transposed.ndim == 3:
+        return jax.vmap(pack)(transposed)
     depth, rows = transposed.shape
     of_line = 4 // transposed.dtype.itemsize
     padded = jnp.pad(transposed, [(0, -depth % of_line), (0, -rows % LANES)])
@@ -59,8 +67,10 @@ def dot(matrix: PackedMatrix, columns: Float[Array, "D M"]) -> Float[Array, "F M
     x = jnp.pad(columns.astype(matrix.lines.dtype), [(0, -matrix.shape[1] % of_line), (0, -count % COLUMNS)])
     if of_line > 1:
         x = x.reshape(-1, of_line, x.shape[1]).swapaxes(1, 2)
-    shape = jax.ShapeDtypeStruct((matrix.lines.shape[0] * LANES, x.shape[1]), jnp.float32)
-    return jax.ffi.ffi_call("tpaw_packed_dot", shape)(matrix.lines, x)[: matrix.shape[0], :count]
+    lines, layer = (matrix.lines[None], 0) if matrix.layer is None else (matrix.lines, matrix.layer)
+    shape = jax.ShapeDtypeStruct((lines.shape[1] * LANES, x.shape[1]), jnp.float32)
+    product = jax.ffi.ffi_call("tpaw_packed_dot", shape)(lines, jnp.asarray(layer, jnp.int32), x)
+    return product[: matrix.shape[0], :count]
 
 
 def take(matrix: PackedMatrix, rows: Int[Array, "M"]) -> Float[Array, "M D"]:

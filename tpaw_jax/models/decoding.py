@@ -2,12 +2,14 @@
 
 Activations stand feature first, [D, M]: products of a weight [F, D] with few columns run 15 to 40 % faster than those
 of few rows with [D, F] on CPU (XLA reads the weight along its rows), and are the same to a TPU. Where it can, a CPU has
-its matrices packed (`cpu_kernels`).
+its matrices packed (`cpu_kernels`), and computes prompts with them too.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,34 +19,47 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from tpaw_jax.models import cache as kv
 from tpaw_jax.models import cpu_kernels
-from tpaw_jax.models.attention import rotate
+from tpaw_jax.models.attention import Visibility, rotate
 from tpaw_jax.models.cpu_kernels import PackedMatrix
 from tpaw_jax.models.transformer import Transformer, head_table, rms_norm, rotary_angles
+from tpaw_jax.types import AnyArray, PackedPrompts
 
 Matrix = Float[Array, "F D"] | PackedMatrix
 
 
 class LayerWeights(NamedTuple):
-    """One layer's parameters: products that read the same input are one, their outputs end to end."""
+    """One layer's parameters, or all layers', stacked: products that read the same input are one, end to end."""
 
-    attention_norm: Float[Array, "D"]
+    attention_norm: Float[Array, "*L D"]
     qkv: Matrix  # [E, D]
-    qkv_bias: Float[Array, "E"] | None
-    q_norm: Float[Array, "H"] | None
-    k_norm: Float[Array, "H"] | None
+    qkv_bias: Float[Array, "*L E"] | None
+    q_norm: Float[Array, "*L H"] | None
+    k_norm: Float[Array, "*L H"] | None
     o: Matrix  # [D, F]
-    mlp_norm: Float[Array, "D"]
+    mlp_norm: Float[Array, "*L D"]
     gate_up: Matrix  # [G, D]
     down: Matrix  # [D, F]
 
 
 class DecodeWeights(NamedTuple):
-    """Parameters as decoding reads them: in the compute dtype, each layer's its own."""
+    """Parameters as decoding reads them, in the compute dtype."""
 
     embed: Matrix  # [V, D]
-    layers: tuple[LayerWeights, ...]
+    layers: tuple[LayerWeights, ...] | LayerWeights  # each its own, since XLA copies slices of a stack; or all, packed
     final_norm: Float[Array, "D"]
     head: Matrix | None  # [V, D]; None where it is `embed`
+
+    @property
+    def packed(self) -> bool:
+        """Whether matrices are packed."""
+        return isinstance(self.embed, PackedMatrix)
+
+    def of_layer(self, i: Int[Array, ""] | int) -> LayerWeights:
+        """The weights of layer i, which must be known to the program where they are not packed."""
+        if not isinstance(self.layers, LayerWeights):
+            return self.layers[i]
+        is_matrix = lambda p: isinstance(p, PackedMatrix)
+        return jax.tree.map(lambda p: p.of_layer(i) if is_matrix(p) else p[i], self.layers, is_leaf=is_matrix)
 
 
 def decode_weights(model: Transformer, params: PyTree[Array], packed: bool = False) -> DecodeWeights:
@@ -52,9 +67,10 @@ def decode_weights(model: Transformer, params: PyTree[Array], packed: bool = Fal
     params = jax.tree.map(lambda p: p.astype(model.dtype), params)
     of_layer = lambda i: jax.tree.map(lambda p: p[i], params["layers"])
     matrix = lambda p_DF: cpu_kernels.pack(p_DF) if packed else p_DF.T
+    of_layers = [_layer_weights(of_layer(i), matrix) for i in range(0 if packed else model.config.num_layers)]
     return DecodeWeights(
         matrix(params["embed"]["embedding"].T),
-        tuple(_layer_weights(of_layer(i), matrix) for i in range(model.config.num_layers)),
+        _layer_weights(params["layers"], matrix) if packed else tuple(of_layers),
         params["final_norm"]["scale"],
         None if model.config.tie_embeddings else matrix(head_table(params).T),
     )
@@ -73,29 +89,66 @@ def decode(
     Products read their operands in the compute dtype and are summed in float32; all else is float32. Layers stand one
     after the other, not under a scan, whose slices of stacked weights XLA copies for every token.
     """
-    c, split, shape = model.local_config, model.parallel, tokens.shape
+    angles = rotary_angles(model.config, positions)
+    x_DM, layers = _embedded(model, weights, tokens), []
+    for i, pages in enumerate(cache):
+        attend = functools.partial(_attend_pages, angles, pages, table, positions, weights.packed)
+        x_DM, pages = _layer(model, weights.of_layer(i), x_DM, positions.shape, attend)
+        layers.append(pages)
+    return _logits(model, weights, x_DM).reshape(*tokens.shape, -1), tuple(layers)
+
+
+def prefill(
+    model: Transformer, weights: DecodeWeights, prompts: PackedPrompts, dtype: jnp.dtype
+) -> tuple[Float[Array, "R N V"], tuple[Float[Array, "L R T K H"], Float[Array, "L R T K H"]]]:
+    """Float32 logits after the last token of each prompt, and the rows' keys and values in `dtype`, of packed weights.
+
+    It is rounded as `decode` is; attention is the model's own, in float32.
+    """
+    c, rows = model.local_config, prompts.tokens.shape
+    angles = rotary_angles(c, prompts.positions)
+    context = model.attention.prepare(Visibility(jnp.asarray(prompts.segment_ids)))
+
+    def attend(q, k, v):
+        k = rotate(k, angles)
+        return model.attention.attend(rotate(q, angles), k, v, context), (k.astype(dtype), v.astype(dtype))
+
+    def layer(x_DM, i):
+        return _layer(model, weights.of_layer(i), x_DM, rows, attend)
+
+    x_DM, keys_and_values = jax.lax.scan(layer, _embedded(model, weights, prompts.tokens), jnp.arange(c.num_layers))
+    last_RN = jnp.arange(rows[0])[:, None] * rows[1] + prompts.first + prompts.lengths - 1
+    logits = _logits(model, weights, x_DM[:, last_RN.reshape(-1)])
+    return logits.reshape(*last_RN.shape, -1), keys_and_values
+
+
+def _embedded(model: Transformer, weights: DecodeWeights, tokens: Int[AnyArray, "R S"]) -> Float[Array, "D M"]:
+    name, flat = "embed/embedding", jnp.reshape(tokens, -1)
+    return _feature_first(model.parallel.embed(weights.embed, name, flat, jnp.float32, take=_rows).T)
+
+
+def _layer(model: Transformer, w: LayerWeights, x_DM: Array, rows: tuple[int, ...], attend: Callable[..., Any]) -> Any:
+    """A layer over the tokens of `rows` [R, S]; attend(q, k, v), each [R, S, heads, H] -> (what q finds, anything)."""
+    c, split = model.local_config, model.parallel
     norm = lambda x_DM, scale: rms_norm(x_DM, scale[:, None], c.rms_norm_eps, axis=0)
-    angles = rotary_angles(c, positions)
-    x_MD = split.embed(weights.embed, "embed/embedding", tokens.reshape(-1), jnp.float32, take=_rows)
-    x_DM, layers = _feature_first(x_MD.T), []
-    for w, layer in zip(weights.layers, cache, strict=True):
-        qkv_EM = _product(w.qkv, norm(x_DM, w.attention_norm))
-        if w.qkv_bias is not None:
-            qkv_EM += w.qkv_bias[:, None]
-        heads_RSXH = _feature_first(qkv_EM).T.reshape(*shape, -1, c.head_dim)
-        q, k, v = jnp.split(heads_RSXH, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
-        if w.q_norm is not None and w.k_norm is not None:
-            q, k = rms_norm(q, w.q_norm, c.rms_norm_eps), rms_norm(k, w.k_norm, c.rms_norm_eps)
-        attended, layer = _attend(q, k, v, angles, layer, table, positions, native=isinstance(w.qkv, PackedMatrix))
-        layers.append(layer)
-        x_DM += split.total(_product(w.o, _feature_first(attended.reshape(x_DM.shape[1], -1).T)))
-        gate_FM, up_FM = jnp.split(_product(w.gate_up, norm(x_DM, w.mlp_norm)), 2)
-        x_DM += split.total(_product(w.down, nn.silu(gate_FM) * up_FM))
-    head_VD = weights.embed if weights.head is None else weights.head
-    logits_VM = _product(head_VD, norm(x_DM, weights.final_norm))
-    logits_MV = _feature_first(logits_VM).T
-    name = "embed/embedding" if weights.head is None else "head/embedding"
-    return split.whole_vocabulary(logits_MV, name).reshape(*shape, -1), tuple(layers)
+    qkv_EM = _product(w.qkv, norm(x_DM, w.attention_norm))
+    if w.qkv_bias is not None:
+        qkv_EM += w.qkv_bias[:, None]
+    heads_RSXH = _feature_first(qkv_EM).T.reshape(*rows, -1, c.head_dim)
+    q, k, v = jnp.split(heads_RSXH, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
+    if w.q_norm is not None and w.k_norm is not None:
+        q, k = rms_norm(q, w.q_norm, c.rms_norm_eps), rms_norm(k, w.k_norm, c.rms_norm_eps)
+    attended, kept = attend(q, k, v)
+    x_DM += split.total(_product(w.o, _feature_first(attended.reshape(x_DM.shape[1], -1).T)))
+    gate_FM, up_FM = jnp.split(_product(w.gate_up, norm(x_DM, w.mlp_norm)), 2)
+    return x_DM + split.total(_product(w.down, nn.silu(gate_FM) * up_FM)), kept
+
+
+def _logits(model: Transformer, weights: DecodeWeights, x_DM: Float[Array, "D M"]) -> Float[Array, "M V"]:
+    tied = weights.head is None
+    normed_DM = rms_norm(x_DM, weights.final_norm[:, None], model.config.rms_norm_eps, axis=0)
+    logits_VM = _product(weights.embed if tied else weights.head, normed_DM)
+    return model.parallel.whole_vocabulary(_feature_first(logits_VM).T, f"{'embed' if tied else 'head'}/embedding")
 
 
 def _rows(table_VD, tokens_M):
@@ -109,13 +162,13 @@ def _rows(table_VD, tokens_M):
     return jax.lax.platform_dependent(table_VD, cpu=of_integers, default=lambda table: table[tokens_M])
 
 
-def _attend(q, k, v, angles, layer, table, positions, native: bool):
-    """What the queries find in the cache, and the cache with their tokens in it."""
+def _attend_pages(angles, pages, table, positions, native, q, k, v):
+    """What the queries find in the cache, and a layer of the cache with their tokens in it."""
     if native:
-        found = cpu_kernels.attend_pages(q, k, v, angles, layer.keys, layer.values, table.of_slot, positions)
+        found = cpu_kernels.attend_pages(q, k, v, angles, pages.keys, pages.values, table.of_slot, positions)
         return found[0], kv.LayerPages(*found[1:])
     q, k = rotate(q, angles), rotate(k, angles)
-    return kv.attend_pages(q, k, v, layer, table, positions), kv.write_token(layer, table, positions, k, v)
+    return kv.attend_pages(q, k, v, pages, table, positions), kv.write_token(pages, table, positions, k, v)
 
 
 def _product(weight_FD, x_DM):
@@ -133,8 +186,8 @@ def _feature_first(x_FM):
 
 
 def _layer_weights(p, matrix) -> LayerWeights:
-    kernel = lambda *names: matrix(jnp.concatenate([p[name]["kernel"] for name in names], axis=1))
-    bias = jnp.concatenate([p[name]["bias"] for name in "qkv"]) if "bias" in p["q"] else None
+    kernel = lambda *names: matrix(jnp.concatenate([p[name]["kernel"] for name in names], axis=-1))
+    bias = jnp.concatenate([p[name]["bias"] for name in "qkv"], axis=-1) if "bias" in p["q"] else None
     return LayerWeights(
         attention_norm=p["attention_norm"]["scale"],
         qkv=kernel("q", "k", "v"),
