@@ -157,7 +157,7 @@ def matmul_peak(
         of = lambda equation: functools.partial(jnp.einsum, equation)
         products: list[Any] = [(of("mk,kn->mn"), x, w)]
         products += [(of("mn,kn->mk"), y, w), (of("mk,mn->kn"), x, y)] * backward
-        for function, a, b in [(cpu_kernels.dot, cpu_kernels.pack(w), x.T)] if packed else products:
+        for function, a, b in [(cpu_kernels.dot, x, cpu_kernels.pack(w))] if packed else products:
             product = jax.jit(function)
             jax.block_until_ready(product(a, b))
             readings = [seconds_of(lambda p=product, a=a, b=b: p(a, b)) for _ in range(repeats)]

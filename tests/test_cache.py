@@ -35,8 +35,8 @@ def with_own(attend, queries, keys, values, layer, table, positions, angles=None
     if angles is None:
         angles = rope_angles(jnp.zeros_like(positions), np.zeros(queries.shape[-1] // 2))
     if attend == "kernel":
-        pools = layer.keys, layer.values
-        found, *pools = cpu_kernels.attend_pages(queries, keys, values, angles, *pools, table.of_slot, positions)
+        heads, pools = jnp.concatenate([queries, keys, values], axis=2), (layer.keys, layer.values)
+        found, *pools = cpu_kernels.attend_pages(heads, angles, *pools, table.of_slot, positions)
         return found, cache.LayerPages(*pools)
     queries, keys = rotate(queries, angles), rotate(keys, angles)
     found = cache.attend_pages(queries, keys, values, layer, table, positions)

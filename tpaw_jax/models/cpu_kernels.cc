@@ -1,4 +1,4 @@
-// What sampling on a CPU spends its time with: products of weights, with the columns of few slots or of many prompts, and
+// What sampling on a CPU spends its time with: products of weights, for few slots or for many tokens of prompts, and
 // attention of few queries over pages. Sums have one order, whatever the number of slots and threads.
 
 #include <algorithm>
@@ -27,8 +27,8 @@ constexpr int64_t kTile = 16;  // columns whose sums fit in the registers of a c
 #else
 constexpr int64_t kTile = 4;
 #endif
-constexpr int64_t kColumns = 8;  // there is a multiple of it
-constexpr int64_t kRest = std::min(kTile, kColumns);
+constexpr int64_t kNarrow = std::min<int64_t>(kTile, 8);  // of the last tile, where they are enough
+constexpr int64_t kNear = 1 << 18;  // bytes that stay in a core's own cache beside what passes through it
 
 using Floats = float __attribute__((vector_size(4 * kLanes)));
 using EightFloats = float __attribute__((vector_size(32)));
@@ -41,6 +41,51 @@ inline float AsFloat(uint32_t bits) {
   float number;
   std::memcpy(&number, &bits, sizeof number);
   return number;
+}
+
+// ---- Registers and threads
+
+inline Floats Load(const float* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline Floats Load(const uint16_t* from) {
+  Halves x;
+  std::memcpy(&x, from, sizeof x);
+  return (Floats)(__builtin_convertvector(x, Words) << 16);
+}
+
+template <typename Half, typename Whole>
+Half Folded(Whole x) {
+  Half halves[2];
+  std::memcpy(halves, &x, sizeof x);
+  return halves[0] + halves[1];
+}
+
+inline float Sum(Floats x) {
+  const auto four = Folded<FourFloats>(Folded<EightFloats>(x));
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// Up to 4 registers of a row: as many as `kChunks`, or the first `left` numbers of one.
+template <int64_t kChunks, typename T>
+Floats Chunk(const T* row, int64_t c, int64_t left) {
+  if (kChunks > 1 || left == kLanes) return Load(row + c * kLanes);
+  T some[kLanes] = {};
+  std::memcpy(some, row, left * sizeof(T));
+  return Load(some);
+}
+
+inline void Round(const float* from, int64_t count, float* to) { std::copy_n(from, count, to); }
+
+inline void Round(const float* from, int64_t count, uint16_t* to) {  // to nearest, ties to even
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    to[i] = std::isnan(from[i]) ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  }
 }
 
 // task(i) for all i. Each thread begins with a part of its own, which it takes in order, and then helps with the others'.
@@ -78,16 +123,19 @@ void ForAll(ffi::ThreadPool& pool, int64_t count, const Task& task) {
   while (progress->done.load() < count) std::this_thread::yield();
 }
 
-// ---- y [F, N] = w [F, D] x [D, N]
+// ---- y [M, F] = x [M, D] w^T [D, F]
 //
-// The matrix is one of L in lines of 64 bytes, [L, F / 16, D, 16] of float32 or [L, F / 16, D / 2, 16, 2] of bfloat16:
+// The matrix w is one of L in lines of 64 bytes, [L, F / 16, D, 16] of float32 or [L, F / 16, D / 2, 16, 2] of bfloat16:
 // what a core multiplies at once, in the order in which it is read, so that no sum is left to be made across a register.
+// x is in panels of as many rows as there are sums: [D, 16] words, float32 or pairs of bfloat16.
 
 struct Float32 {
+  using Number = float;
   static Floats Plus(Floats sum, Words w, uint32_t x) { return sum + (Floats)w * AsFloat(x); }
 };
 
 struct PairOfBfloat16 {  // each the upper half of a float32
+  using Number = uint16_t;
   static Floats Plus(Floats sum, Words w, uint32_t x) {
 #if defined(__AVX512BF16__)
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(x));
@@ -98,47 +146,107 @@ struct PairOfBfloat16 {  // each the upper half of a float32
   }
 };
 
-template <typename Of, int64_t kSums>
-void Tile(const uint32_t* w, const uint32_t* x, float* y, int64_t depth, int64_t columns) {
-  Floats sums[kSums] = {};
-  for (int64_t d = 0; d < depth; ++d, w += kLanes, x += columns) {
+struct Factors {
+  const uint32_t* lines;
+  const float *rows, *scale;  // of the root mean square norm of a row, if it is to be normed
+  float epsilon;
+  float* out;
+  int64_t count, size, depth, outputs;  // M, D, words of a row, F
+};
+
+// The panel of `width` rows from `first` on; zeros beyond the last.
+template <typename T>
+void Panel(const Factors& of, int64_t first, int64_t width, uint32_t* panel) {
+  constexpr int64_t kNumbers = 4 / sizeof(T);
+  thread_local std::vector<float> of_normed;
+  thread_local std::vector<T> of_rounded;
+  of_normed.resize(of.size);
+  of_rounded.assign(of.depth * kNumbers, 0);
+  float* normed = of_normed.data();
+  T* rounded = of_rounded.data();
+  for (int64_t n = 0; n < width; ++n) {
+    const float* row = of.rows + (first + n) * of.size;
+    if (first + n >= of.count) {
+      for (int64_t d = 0; d < of.depth; ++d) panel[d * width + n] = 0;
+      continue;
+    }
+    if (of.scale) {
+      Floats squares = {};
+      for (int64_t d = 0; d < of.size; d += kLanes) {
+        const Floats some = Chunk<1>(row + d, 0, std::min(kLanes, of.size - d));
+        squares += some * some;
+      }
+      const float by = 1 / std::sqrt(Sum(squares) / of.size + of.epsilon);
+      for (int64_t d = 0; d < of.size; ++d) normed[d] = row[d] * by * of.scale[d];
+      row = normed;
+    }
+    Round(row, of.size, rounded);
+    for (int64_t d = 0; d < of.depth; ++d) std::memcpy(panel + d * width + n, rounded + d * kNumbers, 4);
+  }
+}
+
+// What 16 rows of w make of a panel.
+template <typename Of, int64_t kWidth>
+void Tile(const Factors& of, int64_t block, const uint32_t* panel, int64_t first) {
+  const uint32_t* w = of.lines + block * of.depth * kLanes;
+  Floats sums[kWidth] = {};
+  for (int64_t d = 0; d < of.depth; ++d, w += kLanes, panel += kWidth) {
     Words line;
     std::memcpy(&line, w, sizeof line);
     __builtin_prefetch(w + kAhead * kLanes);
 #pragma GCC unroll 16
-    for (int64_t n = 0; n < kSums; ++n) sums[n] = Of::Plus(sums[n], line, x[n]);
+    for (int64_t n = 0; n < kWidth; ++n) sums[n] = Of::Plus(sums[n], line, panel[n]);
   }
-  for (int64_t f = 0; f < kLanes; ++f)
-    for (int64_t n = 0; n < kSums; ++n) y[f * columns + n] = sums[n][f];
+  const int64_t numbers = std::min(kLanes, of.outputs - block * kLanes);
+  float* out = of.out + first * of.outputs + block * kLanes;
+  for (int64_t n = 0; n < std::min(kWidth, of.count - first); ++n)
+    std::memcpy(out + n * of.outputs, sums + n, numbers * sizeof(float));
 }
 
 template <typename Of>
-void Product(ffi::ThreadPool& pool, const uint32_t* w, const uint32_t* x, float* y, int64_t blocks, int64_t depth,
-             int64_t columns) {
-  ForAll(pool, blocks, [=](int64_t b) {
-    const uint32_t* block = w + b * depth * kLanes;
-    float* rows = y + b * kLanes * columns;
-    int64_t n = 0;
-    for (; n + kTile <= columns; n += kTile) Tile<Of, kTile>(block, x + n, rows + n, depth, columns);
-    for (; n < columns; n += kRest) Tile<Of, kRest>(block, x + n, rows + n, depth, columns);
+void Product(ffi::ThreadPool& pool, const Factors& of) {
+  const auto width = [=](int64_t panel) { return of.count - panel * kTile > kNarrow ? kTile : kNarrow; };
+  const int64_t panels = (of.count + kTile - 1) / kTile, blocks = (of.outputs + kLanes - 1) / kLanes;
+  thread_local std::vector<uint32_t> of_panels;
+  of_panels.resize(panels * kTile * of.depth);
+  uint32_t* words = of_panels.data();
+  const auto fill = [=](int64_t p) {
+    Panel<typename Of::Number>(of, p * kTile, width(p), words + p * kTile * of.depth);
+  };
+  if (panels < 4)
+    for (int64_t p = 0; p < panels; ++p) fill(p);
+  else
+    ForAll(pool, panels, fill);
+  const int64_t together = std::max<int64_t>(1, kNear / (kTile * of.depth * 4));
+  ForAll(pool, (panels + together - 1) / together * blocks, [=](int64_t i) {
+    const int64_t first = i / blocks * together, block = i % blocks;
+    for (int64_t p = first; p < std::min(first + together, panels); ++p) {
+      const uint32_t* panel = words + p * kTile * of.depth;
+      if (width(p) == kTile)
+        Tile<Of, kTile>(of, block, panel, p * kTile);
+      else
+        Tile<Of, kNarrow>(of, block, panel, p * kTile);
+    }
   });
 }
 
-ffi::Error PackedDot(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> which, ffi::AnyBuffer x,
-                     ffi::ResultBuffer<ffi::F32> y) {
+ffi::Error PackedDot(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> which, ffi::Buffer<ffi::F32> x,
+                     ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> y, float epsilon) {
   const auto of_w = w.dimensions(), of_x = x.dimensions(), of_y = y->dimensions();
-  const bool in_pairs = w.element_type() == ffi::BF16;
-  const size_t rank = in_pairs ? 5 : 4;
-  if ((!in_pairs && w.element_type() != ffi::F32) || x.element_type() != w.element_type() || of_w.size() != rank ||
-      of_w[3] != kLanes || of_x.size() != rank - 2 || of_x[0] != of_w[2] || of_x[1] % kColumns || of_y.size() != 2 ||
-      of_y[0] != of_w[1] * kLanes || of_y[1] != of_x[1])
-    return ffi::Error::InvalidArgument("lines of matrices, columns of their dtype, 8 N of them, and what they make");
+  const bool in_pairs = w.element_type() == ffi::BF16, normed = scale.element_count() > 0;
+  if ((!in_pairs && w.element_type() != ffi::F32) || of_w.size() != (in_pairs ? 5 : 4) || of_w[3] != kLanes ||
+      of_x.size() != 2 || of_w[2] != (in_pairs ? (of_x[1] + 1) / 2 : of_x[1]) || of_y.size() != 2 ||
+      of_y[0] != of_x[0] || (of_y[1] + kLanes - 1) / kLanes != of_w[1] ||
+      (normed && static_cast<int64_t>(scale.element_count()) != of_w[0] * of_x[1]))
+    return ffi::Error::InvalidArgument("lines of matrices, rows of their width, scales for them, and what they make");
   const int64_t i = *which.typed_data(), blocks = of_w[1], depth = of_w[2];
   if (i < 0 || i >= of_w[0]) return ffi::Error::InvalidArgument("one of the matrices");
-  const auto* lines = static_cast<const uint32_t*>(w.untyped_data()) + i * blocks * depth * kLanes;
-  const auto* columns = static_cast<const uint32_t*>(x.untyped_data());
-  auto product = in_pairs ? Product<PairOfBfloat16> : Product<Float32>;
-  product(pool, lines, columns, y->typed_data(), blocks, depth, of_x[1]);
+  const Factors of{
+      static_cast<const uint32_t*>(w.untyped_data()) + i * blocks * depth * kLanes,
+      x.typed_data(), normed ? scale.typed_data() + i * of_x[1] : nullptr, epsilon, y->typed_data(),
+      of_x[0], of_x[1], depth, of_y[1],
+  };
+  in_pairs ? Product<PairOfBfloat16>(pool, of) : Product<Float32>(pool, of);
   return ffi::Error::Success();
 }
 
@@ -147,34 +255,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(TpawPackedDot, PackedDot,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("epsilon"));
 
 // ---- Attention over pages
-
-inline Floats Load(const float* from) {
-  Floats x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
-inline Floats Load(const uint16_t* from) {
-  Halves x;
-  std::memcpy(&x, from, sizeof x);
-  return (Floats)(__builtin_convertvector(x, Words) << 16);
-}
-
-template <typename Half, typename Whole>
-Half Folded(Whole x) {
-  Half halves[2];
-  std::memcpy(halves, &x, sizeof x);
-  return halves[0] + halves[1];
-}
-
-inline float Sum(Floats x) {
-  const auto four = Folded<FourFloats>(Folded<EightFloats>(x));
-  return (four[0] + four[2]) + (four[1] + four[3]);
-}
 
 // exp(x) of x <= 0, to 2 units in the last place; 0 below -87.
 inline Floats Exp(Floats x) {
@@ -187,34 +273,47 @@ inline Floats Exp(Floats x) {
   return x < -87.0f ? Floats{} : (Floats)((Ints)p + (n << 23));
 }
 
-// Up to 4 registers of a row: as many as `kChunks`, or the first `left` numbers of one.
+constexpr int64_t kRowsAhead = 12;  // rows asked for before they are needed
+
 template <int64_t kChunks, typename T>
-Floats Chunk(const T* row, int64_t c, int64_t left) {
-  if (kChunks > 1 || left == kLanes) return Load(row + c * kLanes);
-  T some[kLanes] = {};
-  std::memcpy(some, row, left * sizeof(T));
-  return Load(some);
+void AskFor(const T* row) {
+  for (int64_t line = 0; line < kChunks * kLanes * sizeof(T); line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + line);
 }
 
-// scores[i] += query . rows[i]
-template <int64_t kChunks, typename T>
-void AddScores(const float* query, const T* const* rows, int64_t first, int64_t left, int64_t count, float* scores) {
-  Floats of_query[kChunks];
-  for (int64_t c = 0; c < kChunks; ++c) of_query[c] = Chunk<kChunks>(query + first, c, left);
+// scores[g][i] += queries[g] . rows[i], of kGroup queries
+template <int64_t kChunks, int64_t kGroup, typename T>
+void AddScores(const float* queries, const T* const* rows, int64_t size, int64_t first, int64_t left, int64_t count, float* scores,
+               int64_t room) {
+  Floats of_query[kGroup][kChunks];
+  for (int64_t g = 0; g < kGroup; ++g)
+    for (int64_t c = 0; c < kChunks; ++c) of_query[g][c] = Chunk<kChunks>(queries + g * size + first, c, left);
   for (int64_t i = 0; i < count; ++i) {
-    Floats products = {};
-    for (int64_t c = 0; c < kChunks; ++c) products += of_query[c] * Chunk<kChunks>(rows[i] + first, c, left);
-    scores[i] += Sum(products);
+    AskFor<kChunks>(rows[std::min(i + kRowsAhead, count - 1)] + first);
+    Floats of_row[kChunks];
+    for (int64_t c = 0; c < kChunks; ++c) of_row[c] = Chunk<kChunks>(rows[i] + first, c, left);
+    for (int64_t g = 0; g < kGroup; ++g) {
+      Floats products = of_query[g][0] * of_row[0];
+      for (int64_t c = 1; c < kChunks; ++c) products += of_query[g][c] * of_row[c];
+      scores[g * room + i] += Sum(products);
+    }
   }
 }
 
-// out = the sum of shares[i] rows[i]
-template <int64_t kChunks, typename T>
-void SumRows(const float* shares, const T* const* rows, int64_t first, int64_t left, int64_t count, float* out) {
-  Floats sums[kChunks] = {};
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t c = 0; c < kChunks; ++c) sums[c] += Chunk<kChunks>(rows[i] + first, c, left) * shares[i];
-  std::memcpy(out + first, sums, (kChunks > 1 ? kChunks * kLanes : left) * sizeof(float));
+// out[g] = the sum of shares[g][i] rows[i]
+template <int64_t kChunks, int64_t kGroup, typename T>
+void SumRows(const float* shares, const T* const* rows, int64_t size, int64_t first, int64_t left, int64_t count, float* out,
+             int64_t room) {
+  Floats sums[kGroup][kChunks] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    AskFor<kChunks>(rows[std::min(i + kRowsAhead, count - 1)] + first);
+    for (int64_t c = 0; c < kChunks; ++c) {
+      const Floats of_row = Chunk<kChunks>(rows[i] + first, c, left);
+      for (int64_t g = 0; g < kGroup; ++g) sums[g][c] += of_row * shares[g * room + i];
+    }
+  }
+  for (int64_t g = 0; g < kGroup; ++g)
+    std::memcpy(out + g * size + first, sums[g], (kChunks > 1 ? kChunks * kLanes : left) * sizeof(float));
 }
 
 // use(chunks, first, left) for the runs of `size` numbers that go into 4 registers, into one, and into a part of one.
@@ -251,28 +350,21 @@ inline void Rotate(const float* x, const float* cosines, const float* sines, int
   }
 }
 
-inline void Round(const float* from, int64_t count, float* to) { std::copy_n(from, count, to); }
-
-inline void Round(const float* from, int64_t count, uint16_t* to) {  // to nearest, ties to even
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, from + i, sizeof bits);
-    to[i] = std::isnan(from[i]) ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  }
-}
-
 struct Step {
-  const float *queries, *keys, *values, *cosines, *sines;
+  const float *heads_of_slots, *cosines, *sines;  // of a slot: queries, then keys, then values
   void *pool_keys, *pool_values;
   const int32_t *of_slot, *positions;
   float* out;
-  int64_t shards, slots, heads, group, size, pages, page, blocks;
+  int64_t shards, slots, heads, group, size, pages, page, blocks;  // heads of keys, each with a group of queries
 };
 
 // Slot m, head k: its token goes into its page, its queries over the tokens before and that one.
 template <typename T>
 void AttendHead(const Step& of, int64_t m, int64_t k) {
-  const int64_t size = of.size, row = of.heads * size, head = m * of.heads + k, position = of.positions[m];
+  const int64_t size = of.size, row = of.heads * size, position = of.positions[m];
+  const float* queries = of.heads_of_slots + (m * (of.group + 2) * of.heads + k * of.group) * size;
+  const float* key = of.heads_of_slots + (m * (of.group + 2) * of.heads + of.group * of.heads + k) * size;
+  float* out = of.out + (m * of.heads + k) * of.group * size;
   const int64_t in_pool = m / of.slots * of.pages * of.page * row + k * size;
   T *pool_keys = static_cast<T*>(of.pool_keys) + in_pool, *pool_values = static_cast<T*>(of.pool_values) + in_pool;
   const float *cosines = of.cosines + m * (size / 2), *sines = of.sines + m * (size / 2);
@@ -281,14 +373,15 @@ void AttendHead(const Step& of, int64_t m, int64_t k) {
   thread_local std::vector<float> of_floats;
   of_rows.resize(2 * (position + 1));
   of_own.resize(2 * size);
-  of_floats.resize(size + position + 1 + kLanes);
+  const int64_t room = (position + 1 + kLanes - 1) / kLanes * kLanes;  // for the scores of a query
+  of_floats.resize(4 * (size + room));
   const T **keys = of_rows.data(), **values = keys + position + 1;
   T *own_key = of_own.data(), *own_value = own_key + size;
-  float *rotated = of_floats.data(), *scores = rotated + size;
+  float *rotated = of_floats.data(), *scores = rotated + 4 * size;
 
-  Rotate(of.keys + head * size, cosines, sines, size, rotated);
+  Rotate(key, cosines, sines, size, rotated);
   Round(rotated, size, own_key);
-  Round(of.values + head * size, size, own_value);
+  Round(key + of.heads * size, size, own_value);
   int64_t count = 0;
   for (int64_t block = 0; block < of.blocks && block * of.page <= position; ++block) {
     const int64_t page = of.of_slot[m * of.blocks + block], before = position - block * of.page;
@@ -306,36 +399,42 @@ void AttendHead(const Step& of, int64_t m, int64_t k) {
   keys[count] = own_key;
   values[count++] = own_value;
 
-  for (int64_t q = head * of.group; q < (head + 1) * of.group; ++q) {
-    Rotate(of.queries + q * size, cosines, sines, size, rotated);
-    std::fill_n(scores, count, 0.0f);
+  const auto attend = [&](auto together, int64_t q) {
+    for (int64_t g = 0; g < together(); ++g)
+      Rotate(queries + (q + g) * size, cosines, sines, size, rotated + g * size);
+    std::fill_n(scores, together() * room, 0.0f);
     ForRuns(size, [&](auto chunks, int64_t first, int64_t left) {
-      AddScores<chunks()>(rotated, keys, first, left, count, scores);
+      AddScores<chunks(), together()>(rotated, keys, size, first, left, count, scores, room);
     });
-    Softmax(scores, count, 1 / std::sqrt(static_cast<float>(size)));
+    for (int64_t g = 0; g < together(); ++g)
+      Softmax(scores + g * room, count, 1 / std::sqrt(static_cast<float>(size)));
     ForRuns(size, [&](auto chunks, int64_t first, int64_t left) {
-      SumRows<chunks()>(scores, values, first, left, count, of.out + q * size);
+      SumRows<chunks(), together()>(scores, values, size, first, left, count, out + q * size, room);
     });
-  }
+  };
+  int64_t q = 0;
+  for (; q + 4 <= of.group; q += 4) attend(std::integral_constant<int64_t, 4>(), q);
+  if (of.group - q == 3) attend(std::integral_constant<int64_t, 3>(), q);
+  if (of.group - q == 2) attend(std::integral_constant<int64_t, 2>(), q);
+  if (of.group - q == 1) attend(std::integral_constant<int64_t, 1>(), q);
 }
 
-ffi::Error AttendPages(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::Buffer<ffi::F32> keys,
-                       ffi::Buffer<ffi::F32> values, ffi::Buffer<ffi::F32> cosines, ffi::Buffer<ffi::F32> sines,
-                       ffi::AnyBuffer, ffi::AnyBuffer, ffi::Buffer<ffi::S32> of_slot, ffi::Buffer<ffi::S32> positions,
-                       ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> pool_keys,
-                       ffi::Result<ffi::AnyBuffer> pool_values) {
-  const auto q = queries.dimensions(), k = keys.dimensions(), u = pool_keys->dimensions();
+ffi::Error AttendPages(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads_of_slots, ffi::Buffer<ffi::F32> cosines,
+                       ffi::Buffer<ffi::F32> sines, ffi::AnyBuffer, ffi::AnyBuffer, ffi::Buffer<ffi::S32> of_slot,
+                       ffi::Buffer<ffi::S32> positions, ffi::ResultBuffer<ffi::F32> out,
+                       ffi::Result<ffi::AnyBuffer> pool_keys, ffi::Result<ffi::AnyBuffer> pool_values) {
+  const auto h = heads_of_slots.dimensions(), o = out->dimensions(), u = pool_keys->dimensions();
   const auto table = of_slot.dimensions();
-  if (q.size() != 4 || k.size() != 4 || u.size() != 4 || table.size() != 3 || q[2] % k[2] || q[3] % 2 || k[3] != q[3] ||
-      u[3] != k[2] * q[3] || values.element_count() != keys.element_count() ||
-      pool_values->element_count() != pool_keys->element_count() || table[0] != q[0] ||
-      table[1] != q[1] || pool_values->element_type() != pool_keys->element_type())
+  const bool ranks = h.size() == 4 && o.size() == 4 && u.size() == 4 && table.size() == 3;
+  const int64_t size = ranks ? h[3] : 0, kv_heads = size ? u[3] / size : 0;
+  if (!kv_heads || u[3] % size || size % 2 || h[2] != o[2] + 2 * kv_heads || o[2] % kv_heads || o[3] != size ||
+      pool_values->element_count() != pool_keys->element_count() || table[0] != h[0] || table[1] != h[1] ||
+      pool_values->element_type() != pool_keys->element_type())
     return ffi::Error::InvalidArgument("queries, keys and values of heads, and pages with a row of them for a token");
   const Step of{
-      queries.typed_data(), keys.typed_data(), values.typed_data(), cosines.typed_data(), sines.typed_data(),
-      pool_keys->untyped_data(), pool_values->untyped_data(), of_slot.typed_data(), positions.typed_data(),
-      out->typed_data(),
-      q[0], q[1], k[2], q[2] / k[2], q[3], u[1], u[2], table[2],
+      heads_of_slots.typed_data(), cosines.typed_data(), sines.typed_data(), pool_keys->untyped_data(),
+      pool_values->untyped_data(), of_slot.typed_data(), positions.typed_data(), out->typed_data(),
+      h[0], h[1], kv_heads, o[2] / kv_heads, size, u[1], u[2], table[2],
   };
   const int64_t heads = of.shards * of.slots * of.heads;
   if (pool_keys->element_type() == ffi::F32)
@@ -350,8 +449,6 @@ ffi::Error AttendPages(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi:
 XLA_FFI_DEFINE_HANDLER_SYMBOL(TpawAttendPages, AttendPages,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()

@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import jaxlib
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -27,9 +28,6 @@ from tpaw_jax.types import AnyArray
 
 LANES = 16
 """Rows that are multiplied at once."""
-
-COLUMNS = 8
-"""Columns are padded to a multiple of it."""
 
 DTYPES = {jnp.dtype("float32"), jnp.dtype("bfloat16")}
 """What matrices and pages may be of."""
@@ -43,11 +41,6 @@ class PackedMatrix(struct.PyTreeNode):
 
     lines: Float[Array, "*L F/16 D 16"] | Float[Array, "*L F/16 D/2 16 2"]  # of float32; of bfloat16
     shape: tuple[int, int] = struct.field(pytree_node=False)
-    layer: Int[Array, ""] | int | None = None  # which one is meant
-
-    def of_layer(self, i: Int[Array, ""] | int) -> PackedMatrix:
-        """The matrix of a layer. Nothing is moved, where slices of a stack are copied."""
-        return self.replace(layer=i)
 
 
 def pack(transposed: Float[Array, "*L D F"]) -> PackedMatrix:
@@ -61,16 +54,23 @@ def pack(transposed: Float[Array, "*L D F"]) -> PackedMatrix:
     return PackedMatrix(lines if of_line > 1 else lines[..., 0], (rows, depth))
 
 
-def dot(matrix: PackedMatrix, columns: Float[Array, "D M"]) -> Float[Array, "F M"]:
-    """The product in float32, of operands in the matrix's dtype. Column and row alone decide how a sum is rounded."""
-    of_line, count = 4 // matrix.lines.dtype.itemsize, columns.shape[1]
-    x = jnp.pad(columns.astype(matrix.lines.dtype), [(0, -matrix.shape[1] % of_line), (0, -count % COLUMNS)])
-    if of_line > 1:
-        x = x.reshape(-1, of_line, x.shape[1]).swapaxes(1, 2)
-    lines, layer = (matrix.lines[None], 0) if matrix.layer is None else (matrix.lines, matrix.layer)
-    shape = jax.ShapeDtypeStruct((lines.shape[1] * LANES, x.shape[1]), jnp.float32)
-    product = jax.ffi.ffi_call("tpaw_packed_dot", shape)(lines, jnp.asarray(layer, jnp.int32), x)
-    return product[: matrix.shape[0], :count]
+def dot(
+    x: Float[Array, "M D"],
+    matrix: PackedMatrix,
+    scale: Float[Array, "*L D"] | None = None,
+    epsilon: float = 0.0,
+    layer: Int[Array, ""] | int | None = None,
+) -> Float[Array, "M F"]:
+    """x w^T in float32, of operands in the matrix's dtype; with `scale`, of `rms_norm(x, scale, epsilon)`.
+
+    The rows of x and of w alone decide how a sum is rounded. `matrix` and `scale` may be those of all layers, `layer`
+    the one that is meant: nothing is moved, where slices of a stack are copied.
+    """
+    lines, layer = (matrix.lines[None], 0) if layer is None else (matrix.lines, layer)
+    scales = jnp.zeros(0, jnp.float32) if scale is None else scale.astype(jnp.float32)
+    product = jax.ffi.ffi_call("tpaw_packed_dot", jax.ShapeDtypeStruct((len(x), matrix.shape[0]), jnp.float32))
+    of_layer = jnp.asarray(layer, jnp.int32)
+    return product(lines, of_layer, x.astype(jnp.float32), scales, epsilon=np.float32(epsilon))
 
 
 def take(matrix: PackedMatrix, rows: Int[Array, "M"]) -> Float[Array, "M D"]:
@@ -83,9 +83,7 @@ def take(matrix: PackedMatrix, rows: Int[Array, "M"]) -> Float[Array, "M D"]:
 
 
 def attend_pages(
-    queries: Float[Array, "R S N H"],
-    keys: Float[Array, "R S K H"],
-    values: Float[Array, "R S K H"],
+    heads: Float[Array, "R S N+2K H"],
     angles: tuple[Float[Array, "R S H/2"], Float[Array, "R S H/2"]],
     pool_keys: Float[Array, "R U P E"],
     pool_values: Float[Array, "R U P E"],
@@ -94,13 +92,15 @@ def attend_pages(
 ) -> tuple[Float[Array, "R S N H"], Float[Array, "R U P E"], Float[Array, "R U P E"]]:
     """What the queries find, and the pools with the new tokens: `rotate`, `cache.attend_pages` and `cache.write_token`.
 
-    Queries and softmax weights stay float32 whatever the pools are of. XLA would compute the cosines of `angles` again
-    for every head of every layer.
+    `heads` are the queries, then the keys, then the values of the new tokens. Queries and softmax weights stay float32
+    whatever the pools are of. XLA would compute the cosines of `angles` again for every head of every layer.
     """
-    made = jax.ShapeDtypeStruct(queries.shape, jnp.float32), jax.typeof(pool_keys), jax.typeof(pool_values)
-    attend = jax.ffi.ffi_call("tpaw_attend_pages", made, input_output_aliases={5: 1, 6: 2})
+    *rs, count, size = heads.shape
+    of_queries = jax.ShapeDtypeStruct((*rs, count - 2 * pool_keys.shape[3] // size, size), jnp.float32)
+    made = of_queries, jax.typeof(pool_keys), jax.typeof(pool_values)
+    attend = jax.ffi.ffi_call("tpaw_attend_pages", made, input_output_aliases={3: 1, 4: 2})
     table = jnp.asarray(of_slot), jnp.asarray(positions)
-    found, pool_keys, pool_values = attend(queries, keys, values, *angles, pool_keys, pool_values, *table)
+    found, pool_keys, pool_values = attend(heads, *angles, pool_keys, pool_values, *table)
     return found, pool_keys, pool_values
 
 

@@ -1,8 +1,6 @@
 """One further token a slot: the decoder as it is run when every weight is read for few rows.
 
-Activations stand feature first, [D, M]: products of a weight [F, D] with few columns run 15 to 40 % faster than those
-of few rows with [D, F] on CPU (XLA reads the weight along its rows), and are the same to a TPU. Where it can, a CPU has
-its matrices packed (`cpu_kernels`), and computes prompts with them too.
+Where it can, a CPU has its matrices packed (`cpu_kernels`), and computes prompts with them too.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ from tpaw_jax.models.transformer import Transformer, head_table, rms_norm, rotar
 from tpaw_jax.types import AnyArray, PackedPrompts
 
 Matrix = Float[Array, "F D"] | PackedMatrix
+Layer = Int[Array, ""] | int
 
 
 class LayerWeights(NamedTuple):
@@ -52,14 +51,11 @@ class DecodeWeights(NamedTuple):
     @property
     def packed(self) -> bool:
         """Whether matrices are packed."""
-        return isinstance(self.embed, PackedMatrix)
+        return isinstance(self.layers, LayerWeights)
 
-    def of_layer(self, i: Int[Array, ""] | int) -> LayerWeights:
-        """The weights of layer i, which must be known to the program where they are not packed."""
-        if not isinstance(self.layers, LayerWeights):
-            return self.layers[i]
-        is_matrix = lambda p: isinstance(p, PackedMatrix)
-        return jax.tree.map(lambda p: p.of_layer(i) if is_matrix(p) else p[i], self.layers, is_leaf=is_matrix)
+    def of_layer(self, i: Layer) -> tuple[LayerWeights, Layer | None]:
+        """The weights of layer i; or, packed, of all layers, and i. Only then need i not be known to the program."""
+        return (self.layers, i) if isinstance(self.layers, LayerWeights) else (self.layers[i], None)
 
 
 def decode_weights(model: Transformer, params: PyTree[Array], packed: bool = False) -> DecodeWeights:
@@ -71,7 +67,7 @@ def decode_weights(model: Transformer, params: PyTree[Array], packed: bool = Fal
     return DecodeWeights(
         matrix(params["embed"]["embedding"].T),
         _layer_weights(params["layers"], matrix) if packed else tuple(of_layers),
-        params["final_norm"]["scale"],
+        params["final_norm"]["scale"].astype(jnp.float32),
         None if model.config.tie_embeddings else matrix(head_table(params).T),
     )
 
@@ -90,12 +86,12 @@ def decode(
     after the other, not under a scan, whose slices of stacked weights XLA copies for every token.
     """
     angles = rotary_angles(model.config, positions)
-    x_DM, layers = _embedded(model, weights, tokens), []
+    x_MD, layers = _embedded(model, weights, tokens), []
     for i, pages in enumerate(cache):
-        attend = functools.partial(_attend_pages, angles, pages, table, positions, weights.packed)
-        x_DM, pages = _layer(model, weights.of_layer(i), x_DM, positions.shape, attend)
+        attend = functools.partial(_attend_pages, model.local_config, angles, pages, table, positions, weights.packed)
+        x_MD, pages = _layer(model, *weights.of_layer(i), x_MD, positions.shape, attend)
         layers.append(pages)
-    return _logits(model, weights, x_DM).reshape(*tokens.shape, -1), tuple(layers)
+    return _logits(model, weights, x_MD).reshape(*tokens.shape, -1), tuple(layers)
 
 
 def prefill(
@@ -109,46 +105,56 @@ def prefill(
     angles = rotary_angles(c, prompts.positions)
     context = model.attention.prepare(Visibility(jnp.asarray(prompts.segment_ids)))
 
-    def attend(q, k, v):
+    def attend(heads_RTXH):
+        q, k, v = _split_heads(c, heads_RTXH)
         k = rotate(k, angles)
         return model.attention.attend(rotate(q, angles), k, v, context), (k.astype(dtype), v.astype(dtype))
 
-    def layer(x_DM, i):
-        return _layer(model, weights.of_layer(i), x_DM, rows, attend)
+    def layer(x_MD, i):
+        return _layer(model, *weights.of_layer(i), x_MD, rows, attend)
 
-    x_DM, keys_and_values = jax.lax.scan(layer, _embedded(model, weights, prompts.tokens), jnp.arange(c.num_layers))
+    x_MD, keys_and_values = jax.lax.scan(layer, _embedded(model, weights, prompts.tokens), jnp.arange(c.num_layers))
     last_RN = jnp.arange(rows[0])[:, None] * rows[1] + prompts.first + prompts.lengths - 1
-    logits = _logits(model, weights, x_DM[:, last_RN.reshape(-1)])
+    logits = _logits(model, weights, x_MD[last_RN.reshape(-1)])
     return logits.reshape(*last_RN.shape, -1), keys_and_values
 
 
-def _embedded(model: Transformer, weights: DecodeWeights, tokens: Int[AnyArray, "R S"]) -> Float[Array, "D M"]:
+def _embedded(model: Transformer, weights: DecodeWeights, tokens: Int[AnyArray, "R S"]) -> Float[Array, "M D"]:
     name, flat = "embed/embedding", jnp.reshape(tokens, -1)
-    return _feature_first(model.parallel.embed(weights.embed, name, flat, jnp.float32, take=_rows).T)
+    return model.parallel.embed(weights.embed, name, flat, jnp.float32, take=_rows)
 
 
-def _layer(model: Transformer, w: LayerWeights, x_DM: Array, rows: tuple[int, ...], attend: Callable[..., Any]) -> Any:
-    """A layer over the tokens of `rows` [R, S]; attend(q, k, v), each [R, S, heads, H] -> (what q finds, anything)."""
+def _layer(
+    model: Transformer, w: LayerWeights, i: Layer | None, x_MD: Array, rows: tuple[int, ...], attend: Callable[..., Any]
+) -> Any:
+    """A layer over the tokens of `rows` [R, S]; attend([R, S, N + 2K, H]) -> (what the queries find, anything)."""
     c, split = model.local_config, model.parallel
-    norm = lambda x_DM, scale: rms_norm(x_DM, scale[:, None], c.rms_norm_eps, axis=0)
-    qkv_EM = _product(w.qkv, norm(x_DM, w.attention_norm))
+    product = functools.partial(_product, epsilon=c.rms_norm_eps, layer=i)
+    of_layer = lambda p: p if i is None else p[i]
+    qkv_ME = product(x_MD, w.qkv, w.attention_norm)
     if w.qkv_bias is not None:
-        qkv_EM += w.qkv_bias[:, None]
-    heads_RSXH = _feature_first(qkv_EM).T.reshape(*rows, -1, c.head_dim)
-    q, k, v = jnp.split(heads_RSXH, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
+        qkv_ME += of_layer(w.qkv_bias)
+    heads_RSXH = qkv_ME.reshape(*rows, -1, c.head_dim)
     if w.q_norm is not None and w.k_norm is not None:
-        q, k = rms_norm(q, w.q_norm, c.rms_norm_eps), rms_norm(k, w.k_norm, c.rms_norm_eps)
-    attended, kept = attend(q, k, v)
-    x_DM += split.total(_product(w.o, _feature_first(attended.reshape(x_DM.shape[1], -1).T)))
-    gate_FM, up_FM = jnp.split(_product(w.gate_up, norm(x_DM, w.mlp_norm)), 2)
-    return x_DM + split.total(_product(w.down, nn.silu(gate_FM) * up_FM)), kept
+        q, k, v = _split_heads(c, heads_RSXH)
+        norm = lambda x, scale: rms_norm(x, of_layer(scale), c.rms_norm_eps)
+        heads_RSXH = jnp.concatenate([norm(q, w.q_norm), norm(k, w.k_norm), v], axis=2)
+    attended, kept = attend(heads_RSXH)
+    x_MD += split.total(product(attended.reshape(len(x_MD), -1), w.o))
+    gate_MF, up_MF = jnp.split(product(x_MD, w.gate_up, w.mlp_norm), 2, axis=1)
+    return x_MD + split.total(product(nn.silu(gate_MF) * up_MF, w.down)), kept
 
 
-def _logits(model: Transformer, weights: DecodeWeights, x_DM: Float[Array, "D M"]) -> Float[Array, "M V"]:
+def _logits(model: Transformer, weights: DecodeWeights, x_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
     tied = weights.head is None
-    normed_DM = rms_norm(x_DM, weights.final_norm[:, None], model.config.rms_norm_eps, axis=0)
-    logits_VM = _product(weights.embed if tied else weights.head, normed_DM)
-    return model.parallel.whole_vocabulary(_feature_first(logits_VM).T, f"{'embed' if tied else 'head'}/embedding")
+    head = weights.embed if tied else weights.head
+    logits_MV = _product(x_MD, head, weights.final_norm, model.config.rms_norm_eps)
+    return model.parallel.whole_vocabulary(logits_MV, f"{'embed' if tied else 'head'}/embedding")
+
+
+def _split_heads(config, heads_RSXH):
+    """Queries, keys and values."""
+    return jnp.split(heads_RSXH, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
 
 
 def _rows(table_VD, tokens_M):
@@ -162,40 +168,47 @@ def _rows(table_VD, tokens_M):
     return jax.lax.platform_dependent(table_VD, cpu=of_integers, default=lambda table: table[tokens_M])
 
 
-def _attend_pages(angles, pages, table, positions, native, q, k, v):
+def _attend_pages(config, angles, pages, table, positions, native, heads_RSXH):
     """What the queries find in the cache, and a layer of the cache with their tokens in it."""
     if native:
-        found = cpu_kernels.attend_pages(q, k, v, angles, pages.keys, pages.values, table.of_slot, positions)
+        found = cpu_kernels.attend_pages(heads_RSXH, angles, pages.keys, pages.values, table.of_slot, positions)
         return found[0], kv.LayerPages(*found[1:])
+    q, k, v = _split_heads(config, heads_RSXH)
     q, k = rotate(q, angles), rotate(k, angles)
     return kv.attend_pages(q, k, v, pages, table, positions), kv.write_token(pages, table, positions, k, v)
 
 
-def _product(weight_FD, x_DM):
+def _product(x_MD, weight_FD, scale=None, epsilon=0.0, layer=None):
+    """The product in float32, of x or of its norm."""
     if isinstance(weight_FD, PackedMatrix):
-        return cpu_kernels.dot(weight_FD, x_DM)
-    return jnp.dot(weight_FD, x_DM.astype(weight_FD.dtype), preferred_element_type=jnp.float32)
+        return cpu_kernels.dot(x_MD, weight_FD, scale, epsilon, layer)
+    if scale is not None:
+        x_MD = rms_norm(x_MD, scale, epsilon)
+    x_DM = _row_major(x_MD.T).astype(weight_FD.dtype)
+    return _row_major(jnp.dot(weight_FD, x_DM, preferred_element_type=jnp.float32)).T
 
 
-def _feature_first(x_FM):
-    """`x_FM` in memory as it is written: left to itself XLA lays it out as what it is made of or turned into.
+def _row_major(x_FM):
+    """`x_FM` in memory as it is written, which XLA would lay out as what it is made of or turned into.
 
-    Products of other layouts are several times slower on CPU, where 16-bit weights would even be widened first.
+    On CPU, products of a weight [F, D] with few columns that lie so run 15 to 40 % faster than those of few rows, whose
+    16-bit weights would even be widened first; to a TPU they are the same.
     """
     return with_layout_constraint(x_FM, Layout(major_to_minor=(0, 1)))
 
 
 def _layer_weights(p, matrix) -> LayerWeights:
+    small = lambda x: x.astype(jnp.float32)
     kernel = lambda *names: matrix(jnp.concatenate([p[name]["kernel"] for name in names], axis=-1))
     bias = jnp.concatenate([p[name]["bias"] for name in "qkv"], axis=-1) if "bias" in p["q"] else None
     return LayerWeights(
-        attention_norm=p["attention_norm"]["scale"],
+        attention_norm=small(p["attention_norm"]["scale"]),
         qkv=kernel("q", "k", "v"),
         qkv_bias=bias,
         q_norm=p["q_norm"]["scale"] if "q_norm" in p else None,
         k_norm=p["k_norm"]["scale"] if "k_norm" in p else None,
         o=kernel("o"),
-        mlp_norm=p["mlp_norm"]["scale"],
+        mlp_norm=small(p["mlp_norm"]["scale"]),
         gate_up=kernel("gate", "up"),
         down=kernel("down"),
     )
