@@ -21,7 +21,8 @@
 namespace ffi = xla::ffi;
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kAhead = 64;  // lines asked for before they are needed
+constexpr int64_t kAhead = 64;  // lines of a matrix asked for before they are needed
+constexpr int64_t kRowsAhead = 12;  // and rows of keys or values
 #if defined(__AVX512F__)
 constexpr int64_t kTile = 16;  // columns whose sums fit in the registers of a core
 #else
@@ -88,7 +89,7 @@ inline void Round(const float* from, int64_t count, uint16_t* to) {  // to neare
   }
 }
 
-// task(i) for all i. Each thread begins with a part of its own, which it takes in order, and then helps with the others'.
+// task(i) for all i. Each thread begins with a part of its own, which it takes in order, and then helps with the rest.
 // A thread that comes late finds nothing left, and none is waited for that has not come, so that the programs of many
 // devices can share a pool.
 template <typename Task>
@@ -125,9 +126,9 @@ void ForAll(ffi::ThreadPool& pool, int64_t count, const Task& task) {
 
 // ---- y [M, F] = x [M, D] w^T [D, F]
 //
-// The matrix w is one of L in lines of 64 bytes, [L, F / 16, D, 16] of float32 or [L, F / 16, D / 2, 16, 2] of bfloat16:
-// what a core multiplies at once, in the order in which it is read, so that no sum is left to be made across a register.
-// x is in panels of as many rows as there are sums: [D, 16] words, float32 or pairs of bfloat16.
+// The matrix w is one of L in lines of 64 bytes, [L, F / 16, D, 16] of float32 or [L, F / 16, D / 2, 16, 2] of
+// bfloat16: what a core multiplies at once, in the order in which it is read, so that no sum is left to be made across
+// a register. x is put into panels of as many rows as there are sums: [D, 16] words, float32 or pairs of bfloat16.
 
 struct Float32 {
   using Number = float;
@@ -273,25 +274,34 @@ inline Floats Exp(Floats x) {
   return x < -87.0f ? Floats{} : (Floats)((Ints)p + (n << 23));
 }
 
-constexpr int64_t kRowsAhead = 12;  // rows asked for before they are needed
+// Rows of keys or values, of which the numbers from `first` on are used now: 4 registers, or `left` numbers of one.
+template <typename T>
+struct Rows {
+  const T* const* rows;
+  int64_t count, first, left;
 
-template <int64_t kChunks, typename T>
-void AskFor(const T* row) {
-  for (int64_t line = 0; line < kChunks * kLanes * sizeof(T); line += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(row) + line);
-}
+  // Row i. It asks for a later one: rows are too short for a core to see that they stand one after the other.
+  template <int64_t kChunks>
+  const T* Row(int64_t i) const {
+    const T* later = rows[std::min(i + kRowsAhead, count - 1)] + first;
+    constexpr int64_t kNumbers = 64 / sizeof(T);
+    for (int64_t at = 0; at < kChunks * kLanes; at += kNumbers) __builtin_prefetch(later + at);
+    return rows[i] + first;
+  }
+};
 
-// scores[g][i] += queries[g] . rows[i], of kGroup queries
+// scores[g][i] += queries[g] . rows[i]
 template <int64_t kChunks, int64_t kGroup, typename T>
-void AddScores(const float* queries, const T* const* rows, int64_t size, int64_t first, int64_t left, int64_t count, float* scores,
-               int64_t room) {
+void AddScores(const Rows<T>& rows, const float* queries, int64_t size, float* scores, int64_t room) {
   Floats of_query[kGroup][kChunks];
-  for (int64_t g = 0; g < kGroup; ++g)
-    for (int64_t c = 0; c < kChunks; ++c) of_query[g][c] = Chunk<kChunks>(queries + g * size + first, c, left);
-  for (int64_t i = 0; i < count; ++i) {
-    AskFor<kChunks>(rows[std::min(i + kRowsAhead, count - 1)] + first);
+  for (int64_t g = 0; g < kGroup; ++g) {
+    const float* query = queries + g * size + rows.first;
+    for (int64_t c = 0; c < kChunks; ++c) of_query[g][c] = Chunk<kChunks>(query, c, rows.left);
+  }
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const T* row = rows.template Row<kChunks>(i);
     Floats of_row[kChunks];
-    for (int64_t c = 0; c < kChunks; ++c) of_row[c] = Chunk<kChunks>(rows[i] + first, c, left);
+    for (int64_t c = 0; c < kChunks; ++c) of_row[c] = Chunk<kChunks>(row, c, rows.left);
     for (int64_t g = 0; g < kGroup; ++g) {
       Floats products = of_query[g][0] * of_row[0];
       for (int64_t c = 1; c < kChunks; ++c) products += of_query[g][c] * of_row[c];
@@ -302,18 +312,17 @@ void AddScores(const float* queries, const T* const* rows, int64_t size, int64_t
 
 // out[g] = the sum of shares[g][i] rows[i]
 template <int64_t kChunks, int64_t kGroup, typename T>
-void SumRows(const float* shares, const T* const* rows, int64_t size, int64_t first, int64_t left, int64_t count, float* out,
-             int64_t room) {
+void SumRows(const Rows<T>& rows, const float* shares, int64_t room, float* out, int64_t size) {
   Floats sums[kGroup][kChunks] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    AskFor<kChunks>(rows[std::min(i + kRowsAhead, count - 1)] + first);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const T* row = rows.template Row<kChunks>(i);
     for (int64_t c = 0; c < kChunks; ++c) {
-      const Floats of_row = Chunk<kChunks>(rows[i] + first, c, left);
+      const Floats of_row = Chunk<kChunks>(row, c, rows.left);
       for (int64_t g = 0; g < kGroup; ++g) sums[g][c] += of_row * shares[g * room + i];
     }
   }
-  for (int64_t g = 0; g < kGroup; ++g)
-    std::memcpy(out + g * size + first, sums[g], (kChunks > 1 ? kChunks * kLanes : left) * sizeof(float));
+  const int64_t numbers = kChunks > 1 ? kChunks * kLanes : rows.left;
+  for (int64_t g = 0; g < kGroup; ++g) std::memcpy(out + g * size + rows.first, sums[g], numbers * sizeof(float));
 }
 
 // use(chunks, first, left) for the runs of `size` numbers that go into 4 registers, into one, and into a part of one.
@@ -323,6 +332,18 @@ void ForRuns(int64_t size, const Use& use) {
   for (; first + 4 * kLanes <= size; first += 4 * kLanes) use(std::integral_constant<int64_t, 4>(), first, kLanes);
   for (; first < size; first += kLanes)
     use(std::integral_constant<int64_t, 1>(), first, std::min(kLanes, size - first));
+}
+
+constexpr int64_t kTogether = 4;  // queries whose keys and values are read at once
+
+// use(together, first) for up to 4 of `count` queries at once.
+template <typename Use>
+void ForQueries(int64_t count, const Use& use) {
+  int64_t first = 0;
+  for (; first + kTogether <= count; first += kTogether) use(std::integral_constant<int64_t, kTogether>(), first);
+  if (count - first == 3) use(std::integral_constant<int64_t, 3>(), first);
+  if (count - first == 2) use(std::integral_constant<int64_t, 2>(), first);
+  if (count - first == 1) use(std::integral_constant<int64_t, 1>(), first);
 }
 
 // Shares of a softmax, from scores; there is room for a multiple of 16.
@@ -358,7 +379,7 @@ struct Step {
   int64_t shards, slots, heads, group, size, pages, page, blocks;  // heads of keys, each with a group of queries
 };
 
-// Slot m, head k: its token goes into its page, its queries over the tokens before and that one.
+// Slot m, head k of keys: its token goes into its page, its queries over the tokens before and that one.
 template <typename T>
 void AttendHead(const Step& of, int64_t m, int64_t k) {
   const int64_t size = of.size, row = of.heads * size, position = of.positions[m];
@@ -371,13 +392,13 @@ void AttendHead(const Step& of, int64_t m, int64_t k) {
   thread_local std::vector<const T*> of_rows;
   thread_local std::vector<T> of_own;
   thread_local std::vector<float> of_floats;
+  const int64_t room = (position + kLanes) / kLanes * kLanes;  // for a query's scores of position + 1 tokens
   of_rows.resize(2 * (position + 1));
   of_own.resize(2 * size);
-  const int64_t room = (position + 1 + kLanes - 1) / kLanes * kLanes;  // for the scores of a query
-  of_floats.resize(4 * (size + room));
+  of_floats.resize(kTogether * (size + room));
   const T **keys = of_rows.data(), **values = keys + position + 1;
   T *own_key = of_own.data(), *own_value = own_key + size;
-  float *rotated = of_floats.data(), *scores = rotated + 4 * size;
+  float *rotated = of_floats.data(), *scores = rotated + kTogether * size;
 
   Rotate(key, cosines, sines, size, rotated);
   Round(rotated, size, own_key);
@@ -399,24 +420,19 @@ void AttendHead(const Step& of, int64_t m, int64_t k) {
   keys[count] = own_key;
   values[count++] = own_value;
 
-  const auto attend = [&](auto together, int64_t q) {
+  ForQueries(of.group, [&](auto together, int64_t q) {
     for (int64_t g = 0; g < together(); ++g)
       Rotate(queries + (q + g) * size, cosines, sines, size, rotated + g * size);
     std::fill_n(scores, together() * room, 0.0f);
     ForRuns(size, [&](auto chunks, int64_t first, int64_t left) {
-      AddScores<chunks(), together()>(rotated, keys, size, first, left, count, scores, room);
+      AddScores<chunks(), together()>(Rows<T>{keys, count, first, left}, rotated, size, scores, room);
     });
     for (int64_t g = 0; g < together(); ++g)
       Softmax(scores + g * room, count, 1 / std::sqrt(static_cast<float>(size)));
     ForRuns(size, [&](auto chunks, int64_t first, int64_t left) {
-      SumRows<chunks(), together()>(scores, values, size, first, left, count, out + q * size, room);
+      SumRows<chunks(), together()>(Rows<T>{values, count, first, left}, scores, room, out + q * size, size);
     });
-  };
-  int64_t q = 0;
-  for (; q + 4 <= of.group; q += 4) attend(std::integral_constant<int64_t, 4>(), q);
-  if (of.group - q == 3) attend(std::integral_constant<int64_t, 3>(), q);
-  if (of.group - q == 2) attend(std::integral_constant<int64_t, 2>(), q);
-  if (of.group - q == 1) attend(std::integral_constant<int64_t, 1>(), q);
+  });
 }
 
 ffi::Error AttendPages(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads_of_slots, ffi::Buffer<ffi::F32> cosines,
