@@ -12,7 +12,7 @@ from tpaw_jax.models import cache, cpu_kernels
 from tpaw_jax.models.attention import attend, rope_angles, rotate
 from tpaw_jax.pages import Pages
 
-needs_compiler = pytest.mark.skipif(not cpu_kernels.available(), reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(not cpu_kernels.available(), reason="there is no AVX-512 or no C++ compiler")
 
 
 def pages_of(rng, positions, shards=1, heads=2, size=8):
@@ -48,7 +48,9 @@ def both(test):
 
 
 @both
-@pytest.mark.parametrize(("heads", "group", "size"), [(2, 3, 8), (4, 1, 64), (3, 3, 64), (1, 10, 64), (2, 3, 128)])
+@pytest.mark.parametrize(
+    ("heads", "group", "size"), [(2, 3, 8), (4, 1, 64), (3, 3, 64), (1, 10, 64), (1, 5, 64), (2, 7, 8), (2, 3, 128)]
+)
 @pytest.mark.parametrize("shards", [1, 2])
 def test_attention_over_pages_is_attention_over_sequences(shards, heads, group, size, attend_by):
     rng = np.random.default_rng(0)

@@ -1,4 +1,6 @@
-"""Products of packed matrices: what a matrix product is, rounded alike whatever stands beside a column."""
+"""The kernels of CPUs: products rounded alike whatever stands beside a row, and sampling with them."""
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,11 @@ from hypothesis import strategies as st
 
 from tpaw_jax import sampling
 from tpaw_jax.config import SamplingConfig
-from tpaw_jax.models import Transformer, cpu_kernels
+from tpaw_jax.models import Transformer, cpu_kernels, decoding
 from tpaw_jax.models.transformer import rms_norm
+from tpaw_jax.types import PackedPrompts
 
-needs_compiler = pytest.mark.skipif(not cpu_kernels.available(), reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(not cpu_kernels.available(), reason="there is no AVX-512 or no C++ compiler")
 DTYPES = st.sampled_from([jnp.float32, jnp.bfloat16])
 
 
@@ -74,10 +77,65 @@ def test_rows_are_taken_as_they_were(rows, depth, dtype):
 
 
 @needs_compiler
-def test_rows_of_another_width_are_an_error():
-    matrix, x = cpu_kernels.pack(jnp.ones((16, 32))), jnp.ones((8, 24))
-    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="rows of their width"):
-        cpu_kernels.dot(x, matrix).block_until_ready()
+@pytest.mark.parametrize(("width", "scales"), [(24, 24), (16, 15)])
+def test_rows_or_scales_of_another_width_are_an_error(width, scales):
+    matrix, x = cpu_kernels.pack(jnp.ones((16, 32))), jnp.ones((8, width))
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="rows of their width, scales for them"):
+        cpu_kernels.dot(x, matrix, jnp.ones(scales)).block_until_ready()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_stays_in_its_row(dtype, bad):
+    matrix, x = cpu_kernels.pack(jnp.ones((17, 20), dtype)), jnp.ones((9, 17)).at[4, 3].set(bad)
+    found = cpu_kernels.dot(x, matrix)
+    np.testing.assert_array_equal(np.isfinite(found).all(axis=1), np.arange(9) != 4)
+    assert not np.isfinite(found[4]).any()
+
+
+@needs_compiler
+def test_prompts_in_several_rows_with_padding(stories):
+    """Also fewer prompts than there is room for: their place is the first token."""
+    model, params = Transformer(stories[0]), stories[1]
+    rng, rows = np.random.default_rng(7), ([9, 40, 3], [30])
+    tokens, positions, segments = np.zeros((3, 2, 64), np.int32)
+    first, lengths = np.zeros((2, 4), np.int32), np.ones((2, 4), np.int32)
+    for r, row in enumerate(rows):
+        for n, count in enumerate(row):
+            first[r, n], lengths[r, n] = sum(row[:n]), count
+            run = slice(first[r, n], first[r, n] + count)
+            tokens[r, run], positions[r, run], segments[r, run] = rng.integers(3, 512, count), np.arange(count), n + 1
+    prompts = PackedPrompts(tokens, positions, segments, first, lengths)
+    weights = decoding.decode_weights(model, params, packed=True)
+    logits, (keys, values) = decoding.prefill(model, weights, prompts, jnp.bfloat16)
+    hidden, expected = model.apply({"params": params}, tokens, positions, segments, method="prefill")
+    last = np.take_along_axis(np.asarray(hidden), (first + lengths - 1)[..., None], axis=1)
+    real = first + lengths > 1
+    expected_logits = model.apply({"params": params}, last, method="logits")
+    np.testing.assert_allclose(logits[real], expected_logits[real], atol=1e-4)
+    there = segments > 0
+    for x, twin in ((keys, expected[0]), (values, expected[1])):
+        assert x.dtype == jnp.bfloat16
+        np.testing.assert_allclose(x[:, there].astype(jnp.float32), twin[:, there], rtol=5e-3, atol=1e-4)
+
+
+@needs_compiler
+def test_no_second_copy_of_the_policy_is_held_while_it_samples(stories):
+    prompts = random_prompts(np.random.default_rng(8), 4)[0]
+    decoder = sampling.decoder_of(Transformer(stories[0], dtype=jnp.bfloat16), cache_dtype="float32")
+    sampler = sampling.make_sampler(decoder, SamplingConfig(max_new_tokens=3, slots=2), ())
+    held = lambda: sum(x.nbytes for x in jax.live_arrays() if x.dtype == jnp.bfloat16)
+    before, seen = held(), []
+
+    def decode(weights, *rest):
+        matrices = sum(x.nbytes for x in jax.tree.leaves(weights) if x.dtype == jnp.bfloat16)
+        seen.append((held() - before) / matrices)
+        return sampler.decode(weights, *rest)
+
+    watched = sampler._replace(decode=decode)
+    sampling.generate(watched, stories[1], prompts, seed=1, round_number=0)
+    assert max(seen) < 1.01
 
 
 @needs_compiler
@@ -102,8 +160,15 @@ def test_the_sampler_does_without(stories, monkeypatch, dtype, most):
     assert max(gaps) < most
 
 
-def test_a_compiler_is_enough():
-    assert cpu_kernels.available() == (cpu_kernels._compiler() is not None)
+def test_a_compiler_and_registers_of_64_bytes_are_enough():
+    compiler, flags = cpu_kernels._compiler(), Path("/proc/cpuinfo").read_text()
+    assert cpu_kernels.available() == (compiler is not None and "avx512f" in flags)
+
+
+@needs_compiler
+def test_registers_of_less_are_not(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "OPTIONS", [o.replace("native", "x86-64-v3") for o in cpu_kernels.OPTIONS])
+    assert not cpu_kernels.available.__wrapped__()
 
 
 def test_no_compiler_is_no_error(monkeypatch, tmp_path, recwarn):

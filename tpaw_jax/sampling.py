@@ -91,7 +91,7 @@ def generate(
     missing = [i for i in range(len(prompts) * num_generations) if i not in done]
     if missing:
         weights = sampler.prepare(local)
-        del local  # a CPU's weights are all that it needs
+        del local  # a copy, where the caller's are of another dtype or mesh, that a CPU with kernels does not need
         engine = _Engine(sampler, weights, prompts, most, num_generations, missing, draws.round_key(seed, round_number))
         while engine.unfinished:
             engine.refill()

@@ -12,6 +12,9 @@
 #include <utility>
 #include <vector>
 
+#if !defined(__AVX512F__)
+#error "Registers are of 64 bytes: XLA's products are faster without AVX-512."
+#endif
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -23,12 +26,8 @@ namespace ffi = xla::ffi;
 constexpr int64_t kLanes = 16;
 constexpr int64_t kAhead = 64;  // lines of a matrix asked for before they are needed
 constexpr int64_t kRowsAhead = 12;  // and rows of keys or values
-#if defined(__AVX512F__)
-constexpr int64_t kTile = 16;  // columns whose sums fit in the registers of a core
-#else
-constexpr int64_t kTile = 4;
-#endif
-constexpr int64_t kNarrow = std::min<int64_t>(kTile, 8);  // of the last tile, where they are enough
+constexpr int64_t kTile = 16;  // rows of x whose sums fit in the registers of a core that has AVX-512
+constexpr int64_t kNarrow = 8;  // and where they are enough for the last
 constexpr int64_t kNear = 1 << 18;  // bytes that stay in a core's own cache beside what passes through it
 
 using Floats = float __attribute__((vector_size(4 * kLanes)));
@@ -128,7 +127,7 @@ void ForAll(ffi::ThreadPool& pool, int64_t count, const Task& task) {
 //
 // The matrix w is one of L in lines of 64 bytes, [L, F / 16, D, 16] of float32 or [L, F / 16, D / 2, 16, 2] of
 // bfloat16: what a core multiplies at once, in the order in which it is read, so that no sum is left to be made across
-// a register. x is put into panels of as many rows as there are sums: [D, 16] words, float32 or pairs of bfloat16.
+// a register. x is put into panels of 16 rows, [D, 16] words, float32 or pairs of bfloat16; the last may be of 8.
 
 struct Float32 {
   using Number = float;
@@ -151,6 +150,7 @@ struct Factors {
   const uint32_t* lines;
   const float *rows, *scale;  // of the root mean square norm of a row, if it is to be normed
   float epsilon;
+  uint32_t* panels;
   float* out;
   int64_t count, size, depth, outputs;  // M, D, words of a row, F
 };
@@ -208,11 +208,8 @@ template <typename Of>
 void Product(ffi::ThreadPool& pool, const Factors& of) {
   const auto width = [=](int64_t panel) { return of.count - panel * kTile > kNarrow ? kTile : kNarrow; };
   const int64_t panels = (of.count + kTile - 1) / kTile, blocks = (of.outputs + kLanes - 1) / kLanes;
-  thread_local std::vector<uint32_t> of_panels;
-  of_panels.resize(panels * kTile * of.depth);
-  uint32_t* words = of_panels.data();
   const auto fill = [=](int64_t p) {
-    Panel<typename Of::Number>(of, p * kTile, width(p), words + p * kTile * of.depth);
+    Panel<typename Of::Number>(of, p * kTile, width(p), of.panels + p * kTile * of.depth);
   };
   if (panels < 4)
     for (int64_t p = 0; p < panels; ++p) fill(p);
@@ -222,7 +219,7 @@ void Product(ffi::ThreadPool& pool, const Factors& of) {
   ForAll(pool, (panels + together - 1) / together * blocks, [=](int64_t i) {
     const int64_t first = i / blocks * together, block = i % blocks;
     for (int64_t p = first; p < std::min(first + together, panels); ++p) {
-      const uint32_t* panel = words + p * kTile * of.depth;
+      const uint32_t* panel = of.panels + p * kTile * of.depth;
       if (width(p) == kTile)
         Tile<Of, kTile>(of, block, panel, p * kTile);
       else
@@ -232,10 +229,13 @@ void Product(ffi::ThreadPool& pool, const Factors& of) {
 }
 
 ffi::Error PackedDot(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> which, ffi::Buffer<ffi::F32> x,
-                     ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> y, float epsilon) {
-  const auto of_w = w.dimensions(), of_x = x.dimensions(), of_y = y->dimensions();
+                     ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::U32> panels,
+                     float epsilon) {
+  const auto of_w = w.dimensions(), of_x = x.dimensions(), of_y = y->dimensions(), of_panels = panels->dimensions();
   const bool in_pairs = w.element_type() == ffi::BF16, normed = scale.element_count() > 0;
   if ((!in_pairs && w.element_type() != ffi::F32) || of_w.size() != (in_pairs ? 5 : 4) || of_w[3] != kLanes ||
+      (in_pairs && of_w[4] != 2) || which.element_count() != 1 || of_panels.size() != 3 ||
+      of_panels[0] != (of_x[0] + kTile - 1) / kTile || of_panels[1] != of_w[2] || of_panels[2] != kTile ||
       of_x.size() != 2 || of_w[2] != (in_pairs ? (of_x[1] + 1) / 2 : of_x[1]) || of_y.size() != 2 ||
       of_y[0] != of_x[0] || (of_y[1] + kLanes - 1) / kLanes != of_w[1] ||
       (normed && static_cast<int64_t>(scale.element_count()) != of_w[0] * of_x[1]))
@@ -244,7 +244,8 @@ ffi::Error PackedDot(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::S3
   if (i < 0 || i >= of_w[0]) return ffi::Error::InvalidArgument("one of the matrices");
   const Factors of{
       static_cast<const uint32_t*>(w.untyped_data()) + i * blocks * depth * kLanes,
-      x.typed_data(), normed ? scale.typed_data() + i * of_x[1] : nullptr, epsilon, y->typed_data(),
+      x.typed_data(), normed ? scale.typed_data() + i * of_x[1] : nullptr, epsilon,
+      panels->typed_data(), y->typed_data(),
       of_x[0], of_x[1], depth, of_y[1],
   };
   in_pairs ? Product<PairOfBfloat16>(pool, of) : Product<Float32>(pool, of);
@@ -259,6 +260,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(TpawPackedDot, PackedDot,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::U32>>()
                                   .Attr<float>("epsilon"));
 
 // ---- Attention over pages
@@ -445,6 +447,9 @@ ffi::Error AttendPages(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads_of_slot
   const int64_t size = ranks ? h[3] : 0, kv_heads = size ? u[3] / size : 0;
   if (!kv_heads || u[3] % size || size % 2 || h[2] != o[2] + 2 * kv_heads || o[2] % kv_heads || o[3] != size ||
       pool_values->element_count() != pool_keys->element_count() || table[0] != h[0] || table[1] != h[1] ||
+      o[0] != h[0] || o[1] != h[1] || u[0] != h[0] || sines.element_count() != cosines.element_count() ||
+      positions.element_count() != table[0] * table[1] || cosines.element_count() != table[0] * table[1] * size / 2 ||
+      std::any_of(positions.typed_data(), positions.typed_data() + table[0] * table[1], [](auto p) { return p < 0; }) ||
       pool_values->element_type() != pool_keys->element_type())
     return ffi::Error::InvalidArgument("queries, keys and values of heads, and pages with a row of them for a token");
   const Step of{

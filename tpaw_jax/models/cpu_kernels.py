@@ -2,7 +2,7 @@
 
 XLA's own products read SmolLM2's matrices, for 8 columns, at half the speed of a sum over them, and multiply bfloat16,
 for 512, at half the speed of the machine's instructions for it. The kernels are in C++,
-compiled for the machine when they are first needed; without a C++ compiler they are not `available`.
+compiled for the machine when they are first needed; without AVX-512 or a C++ compiler they are not `available`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from tpaw_jax.types import AnyArray
 
 LANES = 16
-"""Rows that are multiplied at once."""
+"""Rows of a matrix that are multiplied at once, and rows of a panel of x."""
 
 DTYPES = {jnp.dtype("float32"), jnp.dtype("bfloat16")}
 """What matrices and pages may be of."""
@@ -68,9 +68,11 @@ def dot(
     """
     lines, layer = (matrix.lines[None], 0) if layer is None else (matrix.lines, layer)
     scales = jnp.zeros(0, jnp.float32) if scale is None else scale.astype(jnp.float32)
-    product = jax.ffi.ffi_call("tpaw_packed_dot", jax.ShapeDtypeStruct((len(x), matrix.shape[0]), jnp.float32))
+    made = jax.ShapeDtypeStruct((len(x), matrix.shape[0]), jnp.float32)
+    scratch = jax.ShapeDtypeStruct((-(-len(x) // LANES), lines.shape[2], LANES), jnp.uint32)
+    product = jax.ffi.ffi_call("tpaw_packed_dot", (made, scratch))
     of_layer = jnp.asarray(layer, jnp.int32)
-    return product(lines, of_layer, x.astype(jnp.float32), scales, epsilon=np.float32(epsilon))
+    return product(lines, of_layer, x.astype(jnp.float32), scales, epsilon=np.float32(epsilon))[0]
 
 
 def take(matrix: PackedMatrix, rows: Int[Array, "M"]) -> Float[Array, "M D"]:
@@ -106,11 +108,16 @@ def attend_pages(
 
 @functools.cache
 def available() -> bool:
-    """Whether there is a C++ compiler and it compiles the kernels; they are registered then. Warns if it does not."""
+    """Whether the machine has AVX-512 and a C++ compiler, and it compiles the kernels; they are registered then.
+
+    Warns if it does not compile them.
+    """
     compiler = _compiler()
     if compiler is None:
         return False
     try:
+        if "__AVX512F__" not in _machine(compiler):
+            return False
         library = ctypes.CDLL(str(_library(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
@@ -130,17 +137,24 @@ def _folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "tpaw_jax"
 
 
+def _machine(compiler: str) -> str:
+    """What it defines: its own version and the instruction set of the machine."""
+    return _run([compiler, *OPTIONS, "-dM", "-E", "-x", "c++", os.devnull])
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def _library(compiler: str) -> Path:
     """The compiled library for this machine, made unless it is there."""
-    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
-    machine = run([compiler, *OPTIONS, "-dM", "-E", "-x", "c++", os.devnull]).stdout  # compiler and instruction set
-    made_of = "\n".join([SOURCE.read_text(), *OPTIONS, machine, jaxlib.__version__])
+    made_of = "\n".join([SOURCE.read_text(), *OPTIONS, _machine(compiler), jaxlib.__version__])
     folder = _folder()
     path = folder / f"cpu_kernels_{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / path.name
-            run([compiler, *OPTIONS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)])
+            _run([compiler, *OPTIONS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)])
             made.replace(path)
     return path

@@ -41,7 +41,7 @@ class LayerWeights(NamedTuple):
 
 
 class DecodeWeights(NamedTuple):
-    """Parameters as decoding reads them, in the compute dtype."""
+    """Parameters as decoding reads them, matrices in the compute dtype."""
 
     embed: Matrix  # [V, D]
     layers: tuple[LayerWeights, ...] | LayerWeights  # each its own, since XLA copies slices of a stack; or all, packed
@@ -60,14 +60,14 @@ class DecodeWeights(NamedTuple):
 
 def decode_weights(model: Transformer, params: PyTree[Array], packed: bool = False) -> DecodeWeights:
     """The parameters of a model for `decode`, matrices packed or not."""
-    params = jax.tree.map(lambda p: p.astype(model.dtype), params)
     of_layer = lambda i: jax.tree.map(lambda p: p[i], params["layers"])
-    matrix = lambda p_DF: cpu_kernels.pack(p_DF) if packed else p_DF.T
+    in_order = cpu_kernels.pack if packed else jnp.transpose
+    matrix = lambda p_DF: in_order(p_DF.astype(model.dtype))
     of_layers = [_layer_weights(of_layer(i), matrix) for i in range(0 if packed else model.config.num_layers)]
     return DecodeWeights(
         matrix(params["embed"]["embedding"].T),
         _layer_weights(params["layers"], matrix) if packed else tuple(of_layers),
-        params["final_norm"]["scale"].astype(jnp.float32),
+        params["final_norm"]["scale"],
         None if model.config.tie_embeddings else matrix(head_table(params).T),
     )
 
@@ -83,7 +83,7 @@ def decode(
     """Float32 logits after one further token a slot, and the cache with it written at `positions`.
 
     Products read their operands in the compute dtype and are summed in float32; all else is float32. Layers stand one
-    after the other, not under a scan, whose slices of stacked weights XLA copies for every token.
+    after the other, not under a scan, for which weights that are not packed would be stacked: XLA copies its slices.
     """
     angles = rotary_angles(model.config, positions)
     x_MD, layers = _embedded(model, weights, tokens), []
@@ -99,7 +99,7 @@ def prefill(
 ) -> tuple[Float[Array, "R N V"], tuple[Float[Array, "L R T K H"], Float[Array, "L R T K H"]]]:
     """Float32 logits after the last token of each prompt, and the rows' keys and values in `dtype`, of packed weights.
 
-    It is rounded as `decode` is; attention is the model's own, in float32.
+    Products are rounded as those of `decode`; attention is the model's own, of keys and values not rounded yet.
     """
     c, rows = model.local_config, prompts.tokens.shape
     angles = rotary_angles(c, prompts.positions)
@@ -198,17 +198,16 @@ def _row_major(x_FM):
 
 
 def _layer_weights(p, matrix) -> LayerWeights:
-    small = lambda x: x.astype(jnp.float32)
     kernel = lambda *names: matrix(jnp.concatenate([p[name]["kernel"] for name in names], axis=-1))
     bias = jnp.concatenate([p[name]["bias"] for name in "qkv"], axis=-1) if "bias" in p["q"] else None
     return LayerWeights(
-        attention_norm=small(p["attention_norm"]["scale"]),
+        attention_norm=p["attention_norm"]["scale"],
         qkv=kernel("q", "k", "v"),
         qkv_bias=bias,
         q_norm=p["q_norm"]["scale"] if "q_norm" in p else None,
         k_norm=p["k_norm"]["scale"] if "k_norm" in p else None,
         o=kernel("o"),
-        mlp_norm=small(p["mlp_norm"]["scale"]),
+        mlp_norm=p["mlp_norm"]["scale"],
         gate_up=kernel("gate", "up"),
         down=kernel("down"),
     )

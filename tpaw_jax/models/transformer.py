@@ -86,10 +86,10 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale, self.epsilon)
 
 
-def rms_norm(x: Array, scale: Array, epsilon: float, axis: int = -1) -> Array:
-    """x / rms(x) * scale over one axis, in float32."""
+def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
+    """x / rms(x) * scale over the last axis, in float32."""
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axis, keepdims=True) + epsilon)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
     return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
