@@ -122,7 +122,7 @@ def available() -> bool:
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         problem = f"{SOURCE.name} cannot be compiled or kept in {_folder()} (XDG_CACHE_HOME says where)"
-        warnings.warn(f"{problem}; decoding goes on without it, slower. {said}", stacklevel=2)
+        warnings.warn(f"{problem}; sampling goes on without it, slower. {said}", stacklevel=2)
         return False
     for name, handler in (("tpaw_packed_dot", library.TpawPackedDot), ("tpaw_attend_pages", library.TpawAttendPages)):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
