@@ -1,8 +1,8 @@
 """Kernels for sampling on CPUs: products of packed matrices, and attention over pages.
 
-XLA's own products read SmolLM2's matrices, for 8 columns, at half the speed of a sum over them, and multiply bfloat16,
-for 512, at half the speed of the machine's instructions for it. The kernels are in C++,
-compiled for the machine when they are first needed; without AVX-512 or a C++ compiler they are not `available`.
+XLA's own products read SmolLM2's matrices, for 8 rows of x, at half the speed of a sum over them, and multiply
+bfloat16, for 512, at half the speed of the machine's instructions for it. The kernels are in C++, compiled for the
+machine when they are first needed; without AVX-512 or a C++ compiler they are not `available`.
 """
 
 from __future__ import annotations
