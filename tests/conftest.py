@@ -26,12 +26,15 @@ import numpy as np
 import pytest
 
 from tpaw_jax import config_file, models
-from tpaw_jax.models import hub
+from tpaw_jax.models import cpu_kernels, hub
 from tpaw_jax.types import Generations, Prompts
 
 ROOT = Path(__file__).parent.parent
 STORIES = ROOT / "configs" / "demo" / "stories260K"
 DATA = ROOT / "tests" / "data"
+
+
+needs_compiler = pytest.mark.skipif(not cpu_kernels.available(), reason="there is no AVX-512 or no C++ compiler")
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpaw_jax.models import cache, cpu_kernels
 from tpaw_jax.models.attention import attend, rope_angles, rotate
 from tpaw_jax.pages import Pages
-
-needs_compiler = pytest.mark.skipif(not cpu_kernels.available(), reason="there is no AVX-512 or no C++ compiler")
 
 
 def pages_of(rng, positions, shards=1, heads=2, size=8):

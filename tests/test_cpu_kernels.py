@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_prompts
+from conftest import needs_compiler, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,6 @@ from tpaw_jax.models import Transformer, cpu_kernels, decoding
 from tpaw_jax.models.transformer import rms_norm
 from tpaw_jax.types import PackedPrompts
 
-needs_compiler = pytest.mark.skipif(not cpu_kernels.available(), reason="there is no AVX-512 or no C++ compiler")
 DTYPES = st.sampled_from([jnp.float32, jnp.bfloat16])
 
 
@@ -129,6 +128,9 @@ def test_no_second_copy_of_the_policy_is_held_while_it_samples(stories):
     before, seen = held(), []
 
     def decode(weights, *rest):
+        program = sampler.decode.lower(weights, *rest).as_text()
+        assert "tpaw_packed_dot" in program
+        assert "tpaw_attend_pages" in program
         matrices = sum(x.nbytes for x in jax.tree.leaves(weights) if x.dtype == jnp.bfloat16)
         seen.append((held() - before) / matrices)
         return sampler.decode(weights, *rest)
