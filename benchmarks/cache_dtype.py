@@ -11,8 +11,12 @@ import argparse
 import common
 import numpy as np
 
-from tpaw_jax import config_file, dataset, sampling, session, sharding
 from tpaw_jax.cli import _overrides
+from tpaw_jax.config import config_file
+from tpaw_jax.data import dataset
+from tpaw_jax.generation import engine
+from tpaw_jax.generation.policy import open_policy
+from tpaw_jax.runtime import sharding
 from tpaw_jax.types import Generations
 
 
@@ -42,10 +46,10 @@ def main() -> None:
 def answered(config: str, overrides: list[str], count: int, cache_dtype: str) -> Generations:
     """Responses to the first `count` prompts, with keys and values kept in `cache_dtype`."""
     run = config_file.load(config, [*overrides, f"sampling.cache_dtype={cache_dtype}"])
-    player = session.open_player(run, sharding.make_mesh(run.mesh))
+    player = open_policy(run, sharding.make_mesh(run.mesh))
     prompts, *_ = dataset.load(run.data, player.template, run.seed)
     some = prompts.take(range(min(count, len(prompts))))
-    return sampling.generate(player.sampler, player.params, some, seed=run.seed, round_number=0)
+    return engine.generate(player.sampler, player.params, some, seed=run.seed, round_number=0)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpaw_jax import logprobs, packing, scoring, sharding, train_step
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainConfig
-from tpaw_jax.models import ModelConfig, Transformer, cpu_kernels
+from tpaw_jax.data import packing
+from tpaw_jax.generation.cpu import kernels
+from tpaw_jax.models import ModelConfig, Transformer
 from tpaw_jax.models.tile_attention import TILES
-from tpaw_jax.train_step import StepScalars
+from tpaw_jax.planning.workload import MEDIANS, SPREADS
+from tpaw_jax.runtime import sharding
+from tpaw_jax.training import logprobs, scoring, train_step
+from tpaw_jax.training.train_step import StepScalars
 from tpaw_jax.types import Generations, Prompts, TeamScores
-from tpaw_jax.workload import MEDIANS, SPREADS
 
 MODELS = {  # Llama's architecture with random weights
     "smollm2": ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, 100000.0, 1e-5, 8192, True),
@@ -157,7 +160,7 @@ def matmul_peak(
         of = lambda equation: functools.partial(jnp.einsum, equation)
         products: list[Any] = [(of("mk,kn->mn"), x, w)]
         products += [(of("mn,kn->mk"), y, w), (of("mk,mn->kn"), x, y)] * backward
-        for function, a, b in [(cpu_kernels.dot, x, cpu_kernels.pack(w))] if packed else products:
+        for function, a, b in [(kernels.dot, x, kernels.pack(w))] if packed else products:
             product = jax.jit(function)
             jax.block_until_ready(product(a, b))
             readings = [seconds_of(lambda p=product, a=a, b=b: p(a, b)) for _ in range(repeats)]

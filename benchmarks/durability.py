@@ -16,9 +16,11 @@ import common
 import jax
 import numpy as np
 
-from tpaw_jax import journal, packing, ring, train_step
 from tpaw_jax.config import PackingConfig, TrainConfig
-from tpaw_jax.host import restart_with_huge_pages
+from tpaw_jax.data import packing
+from tpaw_jax.runtime.host import restart_with_huge_pages
+from tpaw_jax.storage import journal, ring
+from tpaw_jax.training import train_step
 
 
 def main() -> None:

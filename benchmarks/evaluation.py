@@ -25,8 +25,12 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from tpaw_jax import config_file, evaluation, harness, models, session, sharding
+from tpaw_jax import models
+from tpaw_jax.config import config_file
+from tpaw_jax.evaluation import exact_match, harness
+from tpaw_jax.generation.policy import Policy, open_policy
 from tpaw_jax.models import hub
+from tpaw_jax.runtime import sharding
 
 HERE = Path(__file__).parent
 PROBLEMS = HERE / "data" / "gsm8k_test_100.jsonl"
@@ -48,7 +52,7 @@ def main() -> None:
     settings = [f"policy.path={path}", f"evaluation.tasks=[{task}]", f"sampling.slots={options.slots}"]
     run = config_file.load(HERE.parent / "configs" / "smollm2_gsm8k.yaml", settings)
     mesh = sharding.make_mesh(run.mesh)
-    player = session.open_player(run, mesh)
+    player = open_policy(run, mesh)
     with tempfile.TemporaryDirectory() as place:
         models.save_pretrained(place, player.model.config, player.params, hub.load_tokenizer(path))
         if options.only != "harness":
@@ -57,13 +61,13 @@ def main() -> None:
             of_harness(options, run, player, mesh, place)
 
 
-def problems(options: argparse.Namespace, run: Any, player: session.Player, place: str) -> None:
+def problems(options: argparse.Namespace, run: Any, player: Policy, place: str) -> None:
     """GSM8K, ours and transformers' on the same prompts."""
-    evaluator = session.make_evaluator(run, player, run.evaluation.tasks)
+    evaluator = exact_match.make_evaluator(run, player, run.evaluation.tasks)
     (task,) = evaluator.tasks
-    first = evaluation.Task(task.config, task.prompts.take(range(4)), task.answers[:4])
-    evaluation.evaluate(evaluator.sampler, player.params, first, player.template)  # compiles
-    (ours,) = evaluator.results(player, player.params)
+    first = exact_match.Task(task.config, task.prompts.take(range(4)), task.answers[:4])
+    exact_match.evaluate(evaluator.sampler, player.params, first, player.template)  # compiles
+    (ours,) = evaluator.results(player.params)
     model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     end, theirs, begun = player.template.end_of_turn, [], time.perf_counter()
     tokens = task.prompts.prompt_tokens
@@ -84,8 +88,8 @@ def problems(options: argparse.Namespace, run: Any, player: session.Player, plac
     seconds = time.perf_counter() - begun
     decode = lambda ids: player.template.tokenizer.decode(ids, skip_special_tokens=True)
     right = [
-        (found := evaluation.extract(task.config.response, decode(ids))) is not None
-        and evaluation.same_answer(found, answer)
+        (found := exact_match.extract(task.config.response, decode(ids))) is not None
+        and exact_match.same_answer(found, answer)
         for ids, answer in zip(theirs, task.answers, strict=True)
     ]
     differ = [i for i, (a, b) in enumerate(zip(ours.records, theirs, strict=True)) if a["token_ids"] != b]
@@ -114,7 +118,7 @@ def parting(model: Any, prompt: np.ndarray, ours: list[int], theirs: list[int], 
     return {"problem": number, "token": place, "logits apart": gap}
 
 
-def of_harness(options: argparse.Namespace, run: Any, player: session.Player, mesh: Any, place: str) -> None:
+def of_harness(options: argparse.Namespace, run: Any, player: Policy, mesh: Any, place: str) -> None:
     """lm-eval with our interface and with its own model: a task of generation and one of multiple choice."""
     directory = Path(place) / "tasks"
     directory.mkdir()

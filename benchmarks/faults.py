@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import common
 
-from tpaw_jax import journal
+from tpaw_jax.storage import journal
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {

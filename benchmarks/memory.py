@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpaw_jax import logprobs, memory, packing, sharding, train_step
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainConfig
+from tpaw_jax.data import packing
 from tpaw_jax.models import Transformer
 from tpaw_jax.models.tile_attention import TILES
-from tpaw_jax.train_step import StepScalars
+from tpaw_jax.runtime import sharding
+from tpaw_jax.training import logprobs, memory, train_step
+from tpaw_jax.training.train_step import StepScalars
 from tpaw_jax.types import TeamScores
 
 GIB = 2**30

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import common
 
-from tpaw_jax.host import HUGE_PAGES
+from tpaw_jax.runtime.host import HUGE_PAGES
 
 ROOT = Path(__file__).parent.parent
 CONTENDERS = {  # name: (virtual environment, script, further arguments)

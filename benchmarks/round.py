@@ -16,10 +16,11 @@ from pathlib import Path
 
 import common
 
-from tpaw_jax import config_file, self_play, triplets
 from tpaw_jax.cli import _overrides
-from tpaw_jax.host import restart_with_huge_pages
-from tpaw_jax.monitoring import compile_log
+from tpaw_jax.config import config_file
+from tpaw_jax.observe.monitoring import compile_log
+from tpaw_jax.runtime.host import restart_with_huge_pages
+from tpaw_jax.selfplay import loop, triplets
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
             compiled_before.append((text, len(compiled)))
             print(text, file=sys.stderr)
 
-        table = self_play.run(run, say)
+        table = loop.run(run, say)
         for row in table:
             t = row["round"]
             timings = json.loads((triplets.round_directory(Path(directory), t) / "timings.json").read_text())

@@ -16,9 +16,11 @@ import common
 import jax
 import numpy as np
 
-from tpaw_jax import cost, journal, ring, scoring, sharding
 from tpaw_jax.config import PackingConfig
-from tpaw_jax.host import Ahead, restart_with_huge_pages
+from tpaw_jax.runtime import sharding
+from tpaw_jax.runtime.host import Ahead, restart_with_huge_pages
+from tpaw_jax.storage import journal, ring
+from tpaw_jax.training import cost, scoring
 
 
 def main() -> None:

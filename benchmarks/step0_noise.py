@@ -16,11 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpaw_jax import config_file, dataset, journal, packing, scoring, session, sharding, train_step, triplets
 from tpaw_jax.cli import _overrides
-from tpaw_jax.logprobs import make_log_prob_fn
+from tpaw_jax.config import config_file
+from tpaw_jax.data import dataset, packing
+from tpaw_jax.generation.policy import open_policy
 from tpaw_jax.models import Transformer
-from tpaw_jax.train_step import StepScalars
+from tpaw_jax.runtime import sharding
+from tpaw_jax.selfplay import triplets
+from tpaw_jax.storage import journal
+from tpaw_jax.training import scoring, train_step
+from tpaw_jax.training.logprobs import make_log_prob_fn
+from tpaw_jax.training.train_step import StepScalars
 from tpaw_jax.types import TeamScores
 
 
@@ -31,7 +37,7 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     run = config_file.load(options.config, _overrides(rest))
     mesh = sharding.make_mesh(run.mesh)
-    player = session.open_player(run, mesh)
+    player = open_policy(run, mesh)
     prompts, *_ = dataset.load(run.data, player.template, run.seed)
     store = triplets.open_store(journal.open_journal(options.run, reading=True), prompts)
     window = [store.generations[r] for r in run.objective.opponents(max(store.generations))]

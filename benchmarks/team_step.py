@@ -15,9 +15,10 @@ import common
 import jax
 import numpy as np
 
-from tpaw_jax import cost, packing, train_step
 from tpaw_jax.config import PackingConfig
-from tpaw_jax.host import Ahead, restart_with_huge_pages
+from tpaw_jax.data import packing
+from tpaw_jax.runtime.host import Ahead, restart_with_huge_pages
+from tpaw_jax.training import cost, train_step
 
 
 def main() -> None:

@@ -18,10 +18,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tpaw_jax import packing, tpu, workload
 from tpaw_jax.config import DataConfig, PackingConfig, PolicyConfig, RunConfig, SamplingConfig
+from tpaw_jax.data import packing
 from tpaw_jax.models import splash_attention as splash
 from tpaw_jax.models.attention import EINSUM, Visibility
+from tpaw_jax.planning import workload
+from tpaw_jax.runtime import tpu
 
 
 def main() -> None:

@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tpaw_jax import cost, packing, scoring, train_step
 from tpaw_jax.config import PackingConfig, TrainConfig
-from tpaw_jax.host import Ahead, restart_with_huge_pages
+from tpaw_jax.data import packing
 from tpaw_jax.models.attention import EINSUM
-from tpaw_jax.train_step import StepScalars
+from tpaw_jax.runtime.host import Ahead, restart_with_huge_pages
+from tpaw_jax.training import cost, scoring, train_step
+from tpaw_jax.training.train_step import StepScalars
 from tpaw_jax.types import TeamScores
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tpaw_jax import dataset, durable
 from tpaw_jax.config import SourceConfig
+from tpaw_jax.data import dataset
+from tpaw_jax.storage import files
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     chosen, conversations = subset(SourceConfig(options.source, split=options.split), options.count, options.seed)
-    durable.replace(options.out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in chosen).encode())
+    files.replace(options.out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in chosen).encode())
     print(f"{len(chosen)} of {conversations} conversations are in {options.out}.")
 
 

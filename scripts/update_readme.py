@@ -7,7 +7,8 @@ import dataclasses
 import typing
 from pathlib import Path
 
-from tpaw_jax import config, config_file
+from tpaw_jax import config
+from tpaw_jax.config import config_file
 
 START, END = "<!-- config reference: make config-reference -->\n", "<!-- end of config reference -->"
 

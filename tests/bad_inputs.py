@@ -15,8 +15,8 @@ import numpy as np
 import readers
 import yaml
 
-from tpaw_jax import dataset
 from tpaw_jax.config import DataConfig
+from tpaw_jax.data import dataset
 from tpaw_jax.models import hub
 
 USER = {"role": "user", "content": "Why?"}

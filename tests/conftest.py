@@ -19,14 +19,16 @@ from jaxtyping import install_import_hook
 
 # Every annotated array of these modules is checked for its dtype and shape in every test. Modules that define pytrees
 # are left out: JAX builds those from placeholders too.
-for module in ("objective", "logprobs", "scoring", "models.attention", "models.tile_attention"):
+for module in ("objective", "training.logprobs", "training.scoring", "models.attention", "models.tile_attention"):
     install_import_hook(f"tpaw_jax.{module}", "beartype.beartype")
 
 import numpy as np
 import pytest
 
-from tpaw_jax import config_file, models
-from tpaw_jax.models import cpu_kernels, hub
+from tpaw_jax import models
+from tpaw_jax.config import config_file
+from tpaw_jax.generation.cpu import kernels
+from tpaw_jax.models import hub
 from tpaw_jax.types import Generations, Prompts
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +36,7 @@ STORIES = ROOT / "configs" / "demo" / "stories260K"
 DATA = ROOT / "tests" / "data"
 
 
-needs_compiler = pytest.mark.skipif(not cpu_kernels.available(), reason="there is no AVX-512 or no C++ compiler")
+needs_compiler = pytest.mark.skipif(not kernels.available(), reason="there is no AVX-512 or no C++ compiler")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,11 @@ import sys
 
 import conftest
 
-from tpaw_jax import generation_file, preemption, ring, sampling, scoring, self_play, training, triplets
+from tpaw_jax.generation import engine, generation_file
+from tpaw_jax.runtime import preemption
+from tpaw_jax.selfplay import loop, round_training, triplets
+from tpaw_jax.storage import ring
+from tpaw_jax.training import scoring
 
 DIRECTORY, PLACE, *SIGNAL = sys.argv[1:] if __name__ == "__main__" else ("", "never")
 
@@ -37,7 +41,7 @@ def at_call(module, name, number, after=False):
 
 def while_training(steps):
     """Die after so many steps of a round have been dispatched."""
-    original = training.train
+    original = round_training.train
 
     def train(session, *arguments):
         calls = []
@@ -50,11 +54,11 @@ def while_training(steps):
 
         return original(dataclasses.replace(session, step=step), *arguments)
 
-    training.train = train
+    round_training.train = train
 
 
 PLACES = {
-    "sampling": lambda: at_call(sampling._Engine, "_collect", 2),
+    "sampling": lambda: at_call(engine._Engine, "_collect", 2),
     "keeping": lambda: at_call(generation_file, "append", 1, after=True),
     "sampled": lambda: at_call(triplets, "append", 1, after=True),
     "scoring": lambda: at_call(scoring, "score", 1, after=True),
@@ -70,7 +74,7 @@ if __name__ == "__main__":
     with preemption.Notice() as notice:
         try:
             # One device: the eight that the tests see would only slow this down.
-            self_play.run(conftest.small_run(DIRECTORY, **{"mesh.fsdp": -1}), notice=notice)
+            loop.run(conftest.small_run(DIRECTORY, **{"mesh.fsdp": -1}), notice=notice)
         except preemption.Preempted as stopped:
             print(stopped)
             sys.exit(preemption.EXIT_CODE)

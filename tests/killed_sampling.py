@@ -11,8 +11,9 @@ from pathlib import Path
 import conftest
 import numpy as np
 
-from tpaw_jax import generation_file, models, sampling
+from tpaw_jax import models
 from tpaw_jax.config import SamplingConfig
+from tpaw_jax.generation import engine, generation_file
 from tpaw_jax.models import Transformer
 from tpaw_jax.models.transformer import split
 
@@ -23,7 +24,7 @@ def answer(stories, path, temperature, slots, mesh=None, die_after=None):
     config = SamplingConfig(max_new_tokens=40, slots=slots, temperature=temperature)
     model = Transformer(stories[0])
     model = model if mesh is None else split(model, stories[1], mesh)
-    sampler = sampling.make_sampler(sampling.decoder_of(model), config, (1, 403), mesh)
+    sampler = engine.make_sampler(engine.decoder_of(model), config, (1, 403), mesh)
 
     def keep(responses):
         generation_file.append(path, prompts, responses)
@@ -31,7 +32,7 @@ def answer(stories, path, temperature, slots, mesh=None, die_after=None):
             os.kill(os.getpid(), signal.SIGKILL)
 
     before = generation_file.resume(path, prompts)
-    return sampling.generate(sampler, stories[1], prompts, seed=3, round_number=2, finished=before, keep=keep)
+    return engine.generate(sampler, stories[1], prompts, seed=3, round_number=2, finished=before, keep=keep)
 
 
 if __name__ == "__main__":

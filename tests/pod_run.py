@@ -10,15 +10,16 @@ os.environ["TPAW_TEST_DEVICES"] = DEVICES
 
 from conftest import small_run
 
-from tpaw_jax import pod, self_play
+from tpaw_jax.runtime import processes
+from tpaw_jax.selfplay import loop
 
 
 def main() -> None:
     if int(PROCESSES) > 1:
-        pod.join(f"127.0.0.1:{PORT}", int(PROCESSES), int(PROCESS))
+        processes.join(f"127.0.0.1:{PORT}", int(PROCESSES), int(PROCESS))
     settings = dict(override.split("=", 1) for override in OVERRIDES)
-    table = self_play.run(small_run(DIRECTORY, **{"mesh.fsdp": -1, "packing.rows_per_batch": 8, **settings}))
-    if pod.writes():
+    table = loop.run(small_run(DIRECTORY, **{"mesh.fsdp": -1, "packing.rows_per_batch": 8, **settings}))
+    if processes.writes():
         Path(DIRECTORY, "table.json").write_text(json.dumps(table))
 
 

@@ -10,9 +10,11 @@ import gguf
 import numpy as np
 import yaml
 
-from tpaw_jax import config_file, dataset, durable, generation_file, journal
-from tpaw_jax.config import DataConfig, SourceConfig
+from tpaw_jax.config import DataConfig, SourceConfig, config_file
+from tpaw_jax.data import dataset
+from tpaw_jax.generation import generation_file
 from tpaw_jax.models import hub
+from tpaw_jax.storage import files, journal
 from tpaw_jax.types import Prompts
 
 PROMPTS = Prompts(
@@ -69,7 +71,7 @@ READERS = {  # what it reads: the file's name, the reader
     "weights in safetensors": ("model.safetensors", read_weights),
     "a model in GGUF": ("model.gguf", lambda path: hub.load_pretrained(path)),
     "a tokenizer in GGUF": ("model.gguf", lambda path: hub.load_tokenizer(path)),
-    "scores": ("scores.npz", durable.read_arrays),
+    "scores": ("scores.npz", files.read_arrays),
     "a journal": ("journal.other", read_journal),
 }
 
@@ -171,6 +173,6 @@ MAKERS = {
     "config.json": _copy("config.json"),
     "model.safetensors": _copy("model.safetensors"),
     "model.gguf": _gguf,
-    "scores.npz": lambda path: path.write_bytes(durable.npz(a=np.arange(9), b=np.zeros((2, 3), np.float32))),
+    "scores.npz": lambda path: path.write_bytes(files.npz(a=np.arange(9), b=np.zeros((2, 3), np.float32))),
     "journal.other": _journal,
 }

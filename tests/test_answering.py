@@ -8,10 +8,13 @@ import pytest
 from conftest import STORIES, small_run
 from safetensors.numpy import load_file, save_file
 
-from tpaw_jax import answering, cli, dataset, sampling, sharding
+from tpaw_jax import cli
 from tpaw_jax.config import DataConfig
-from tpaw_jax.config_file import to_dict
+from tpaw_jax.config.config_file import to_dict
+from tpaw_jax.data import dataset
+from tpaw_jax.generation import completions, engine
 from tpaw_jax.models import hub
+from tpaw_jax.runtime import sharding
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,7 @@ def written(path, *records):
 
 
 def read(path, template):
-    return answering.read_prompts(path, template, vocabulary=512, longest=9)
+    return completions.read_prompts(path, template, vocabulary=512, longest=9)
 
 
 def test_prompts_are_ids_texts_or_conversations(tmp_path, template):
@@ -77,7 +80,7 @@ def test_prompts_that_cannot_be_used_are_told(tmp_path, template, lines, sentenc
 
 def test_a_file_that_is_not_there_is_told_before_the_model_is_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no such file of prompts"):
-        answering.answer(small_run(tmp_path, **{"policy.path": "nowhere"}), None, tmp_path / "out", tmp_path / "none")
+        completions.answer(small_run(tmp_path, **{"policy.path": "nowhere"}), None, tmp_path / "out", tmp_path / "none")
 
 
 def changed_model(directory):
@@ -91,9 +94,9 @@ def changed_model(directory):
 
 @pytest.mark.parametrize("num_generations", [1, 2])
 def test_a_stopped_call_goes_on_and_ends_as_the_undisturbed_one(tmp_path, monkeypatch, num_generations):
-    run, real = small_run(tmp_path / "run"), sampling.generate
+    run, real = small_run(tmp_path / "run"), engine.generate
     mesh = sharding.make_mesh(run.mesh, jax.local_devices()[:1])
-    answer = lambda out, run=run: answering.answer(
+    answer = lambda out, run=run: completions.answer(
         run, mesh, out, num_generations=num_generations, say=lambda text: None
     )
     answer(tmp_path / "whole.jsonl")
@@ -113,12 +116,12 @@ def test_a_stopped_call_goes_on_and_ends_as_the_undisturbed_one(tmp_path, monkey
         return real(*arguments, finished=finished, **more)
 
     out = tmp_path / "stopped.jsonl"
-    monkeypatch.setattr(sampling, "generate", stops)
+    monkeypatch.setattr(engine, "generate", stops)
     with pytest.raises(KeyboardInterrupt):
         answer(out)
     assert not out.exists()
     assert len(list(tmp_path.glob("stopped.jsonl.*.part"))) == 1
-    monkeypatch.setattr(sampling, "generate", watched)
+    monkeypatch.setattr(engine, "generate", watched)
     for other in ({"seed": 1}, {"sampling.temperature": 0.5}, {"policy.path": changed_model(tmp_path / "model")}):
         answer(out, small_run(tmp_path / "run", **other))
         assert not begun  # what is kept is of another random stream, other settings or other weights
@@ -143,6 +146,6 @@ def test_prompts_of_a_file_are_answered_as_those_of_the_configuration(tmp_path, 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(answering, "answer", interrupted)
+    monkeypatch.setattr(completions, "answer", interrupted)
     assert of("generate", given) == 130
     assert "the same command goes on from the responses it has" in capsys.readouterr().err

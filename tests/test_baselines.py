@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, STORIES, small_run
 
-from tpaw_jax import dataset, objective, self_play
+from tpaw_jax import objective
+from tpaw_jax.data import dataset
 from tpaw_jax.models import hub
+from tpaw_jax.selfplay import loop
 
 USER = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "Because."}
@@ -81,7 +83,7 @@ def test_dpo_tells_the_targets_from_the_rejected_responses_of_the_records(tmp_pa
         },
     )
     said = []
-    (line,) = self_play.run(run, said.append)
+    (line,) = loop.run(run, said.append)
     steps, directory = records_of(tmp_path / "run"), tmp_path / "run"
     assert line["triplets"] == 8
     assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
@@ -100,7 +102,7 @@ def test_dpo_tells_the_targets_from_the_rejected_responses_of_the_records(tmp_pa
 
 def test_spin_plays_two_rounds_of_responses_against_one_player(tmp_path):
     said = []
-    table = self_play.run(small_run(tmp_path, ROOT / "configs" / "baselines" / "spin.yaml"), said.append)
+    table = loop.run(small_run(tmp_path, ROOT / "configs" / "baselines" / "spin.yaml"), said.append)
     assert [line["players"] for line in table] == [1, 1, 1]
     assert [line["triplets"] for line in table] == [12, 24, 24]
     assert "opponents" in "\n".join(said)

@@ -9,9 +9,10 @@ from conftest import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpaw_jax.models import cache, cpu_kernels
+from tpaw_jax.generation import cache
+from tpaw_jax.generation.cpu import kernels
+from tpaw_jax.generation.pages import Pages
 from tpaw_jax.models.attention import attend, rope_angles, rotate
-from tpaw_jax.pages import Pages
 
 
 def pages_of(rng, positions, shards=1, heads=2, size=8):
@@ -35,7 +36,7 @@ def with_own(attend, queries, keys, values, layer, table, positions, angles=None
         angles = rope_angles(jnp.zeros_like(positions), np.zeros(queries.shape[-1] // 2))
     if attend == "kernel":
         heads, pools = jnp.concatenate([queries, keys, values], axis=2), (layer.keys, layer.values)
-        found, *pools = cpu_kernels.attend_pages(heads, angles, *pools, table.of_slot, positions)
+        found, *pools = kernels.attend_pages(heads, angles, *pools, table.of_slot, positions)
         return found, cache.LayerPages(*pools)
     queries, keys = rotate(queries, angles), rotate(keys, angles)
     found = cache.attend_pages(queries, keys, values, layer, table, positions)

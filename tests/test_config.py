@@ -6,7 +6,8 @@ import runpy
 import pytest
 from conftest import ROOT, small_run
 
-from tpaw_jax import config, config_file
+from tpaw_jax import config
+from tpaw_jax.config import config_file
 
 
 def load(tmp_path, text, *overrides):

@@ -9,10 +9,11 @@ import pytest
 from conftest import random_prompts
 from plain import triplets_of
 
-from tpaw_jax import config_file, cost, packing
-from tpaw_jax.config import PackingConfig, RunConfig
+from tpaw_jax.config import PackingConfig, RunConfig, config_file
+from tpaw_jax.data import packing
 from tpaw_jax.models import Transformer
 from tpaw_jax.models.attention import Visibility, visible
+from tpaw_jax.training import cost
 from tpaw_jax.types import TARGET
 
 

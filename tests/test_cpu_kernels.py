@@ -10,9 +10,10 @@ from conftest import needs_compiler, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpaw_jax import sampling
 from tpaw_jax.config import SamplingConfig
-from tpaw_jax.models import Transformer, cpu_kernels, decoding
+from tpaw_jax.generation import decode_step, engine
+from tpaw_jax.generation.cpu import kernels
+from tpaw_jax.models import Transformer
 from tpaw_jax.models.transformer import rms_norm
 from tpaw_jax.types import PackedPrompts
 
@@ -30,7 +31,7 @@ def test_it_is_the_product(rows, depth, count, dtype, normed):
     rng = np.random.default_rng(1)
     matrix, x = some(rng, (rows, depth), dtype), some(rng, (count, depth), jnp.float32)
     scale = some(rng, depth, jnp.float32) if normed else None
-    found = cpu_kernels.dot(x, cpu_kernels.pack(matrix.T), scale, 1e-5)
+    found = kernels.dot(x, kernels.pack(matrix.T), scale, 1e-5)
     assert found.dtype == jnp.float32
     factor = (rms_norm(x, scale, 1e-5) if normed else x).astype(dtype)
     expected = np.asarray(factor, np.float64) @ np.asarray(matrix, np.float64).T
@@ -42,11 +43,11 @@ def test_it_is_the_product(rows, depth, count, dtype, normed):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_row_is_rounded_alike_in_any_company(dtype):
     rng = np.random.default_rng(2)
-    matrix, x = cpu_kernels.pack(some(rng, (579, 700), dtype)), some(rng, (300, 579), jnp.float32)
+    matrix, x = kernels.pack(some(rng, (579, 700), dtype)), some(rng, (300, 579), jnp.float32)
     scale = some(rng, 579, jnp.float32)
-    together = cpu_kernels.dot(x, matrix, scale, 1e-5)
+    together = kernels.dot(x, matrix, scale, 1e-5)
     for first, count in ((0, 1), (3, 8), (5, 16), (11, 29), (32, 32), (100, 200)):
-        alone = cpu_kernels.dot(x[first : first + count], matrix, scale, 1e-5)
+        alone = kernels.dot(x[first : first + count], matrix, scale, 1e-5)
         np.testing.assert_array_equal(alone, together[first : first + count])
 
 
@@ -55,11 +56,11 @@ def test_a_row_is_rounded_alike_in_any_company(dtype):
 def test_a_layer_of_a_stack_is_a_matrix_of_its_own(dtype):
     rng = np.random.default_rng(4)
     stack, x, scales = some(rng, (3, 21, 40), dtype), some(rng, (5, 21), jnp.float32), some(rng, (3, 21), jnp.float32)
-    packed = cpu_kernels.pack(stack)
-    of_layer = lambda i: cpu_kernels.dot(x, packed, scales, 1e-5, i)
+    packed = kernels.pack(stack)
+    of_layer = lambda i: kernels.dot(x, packed, scales, 1e-5, i)
     of_all = jax.jit(lambda: jax.lax.map(of_layer, jnp.arange(3)))()
     for i in range(3):
-        alone = cpu_kernels.dot(x, cpu_kernels.pack(stack[i]), scales[i], 1e-5)
+        alone = kernels.dot(x, kernels.pack(stack[i]), scales[i], 1e-5)
         np.testing.assert_array_equal(of_all[i], alone)
         np.testing.assert_array_equal(of_layer(i), alone)
     for beyond in (3, -1):
@@ -72,23 +73,23 @@ def test_a_layer_of_a_stack_is_a_matrix_of_its_own(dtype):
 def test_rows_are_taken_as_they_were(rows, depth, dtype):
     matrix = some(np.random.default_rng(3), (rows, depth), dtype)
     wanted = jnp.array([rows - 1, 0, rows // 2])
-    np.testing.assert_array_equal(cpu_kernels.take(cpu_kernels.pack(matrix.T), wanted), matrix[wanted])
+    np.testing.assert_array_equal(kernels.take(kernels.pack(matrix.T), wanted), matrix[wanted])
 
 
 @needs_compiler
 @pytest.mark.parametrize(("width", "scales"), [(24, 24), (16, 15)])
 def test_rows_or_scales_of_another_width_are_an_error(width, scales):
-    matrix, x = cpu_kernels.pack(jnp.ones((16, 32))), jnp.ones((8, width))
+    matrix, x = kernels.pack(jnp.ones((16, 32))), jnp.ones((8, width))
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="rows of their width, scales for them"):
-        cpu_kernels.dot(x, matrix, jnp.ones(scales)).block_until_ready()
+        kernels.dot(x, matrix, jnp.ones(scales)).block_until_ready()
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_stays_in_its_row(dtype, bad):
-    matrix, x = cpu_kernels.pack(jnp.ones((17, 20), dtype)), jnp.ones((9, 17)).at[4, 3].set(bad)
-    found = cpu_kernels.dot(x, matrix)
+    matrix, x = kernels.pack(jnp.ones((17, 20), dtype)), jnp.ones((9, 17)).at[4, 3].set(bad)
+    found = kernels.dot(x, matrix)
     np.testing.assert_array_equal(np.isfinite(found).all(axis=1), np.arange(9) != 4)
     assert not np.isfinite(found[4]).any()
 
@@ -106,8 +107,8 @@ def test_prompts_in_several_rows_with_padding(stories):
             run = slice(first[r, n], first[r, n] + count)
             tokens[r, run], positions[r, run], segments[r, run] = rng.integers(3, 512, count), np.arange(count), n + 1
     prompts = PackedPrompts(tokens, positions, segments, first, lengths)
-    weights = decoding.decode_weights(model, params, packed=True)
-    logits, (keys, values) = decoding.prefill(model, weights, prompts, jnp.bfloat16)
+    weights = decode_step.decode_weights(model, params, packed=True)
+    logits, (keys, values) = decode_step.prefill(model, weights, prompts, jnp.bfloat16)
     hidden, expected = model.apply({"params": params}, tokens, positions, segments, method="prefill")
     last = np.take_along_axis(np.asarray(hidden), (first + lengths - 1)[..., None], axis=1)
     real = first + lengths > 1
@@ -122,8 +123,8 @@ def test_prompts_in_several_rows_with_padding(stories):
 @needs_compiler
 def test_no_second_copy_of_the_policy_is_held_while_it_samples(stories):
     prompts = random_prompts(np.random.default_rng(8), 4)[0]
-    decoder = sampling.decoder_of(Transformer(stories[0], dtype=jnp.bfloat16), cache_dtype="float32")
-    sampler = sampling.make_sampler(decoder, SamplingConfig(max_new_tokens=3, slots=2), ())
+    decoder = engine.decoder_of(Transformer(stories[0], dtype=jnp.bfloat16), cache_dtype="float32")
+    sampler = engine.make_sampler(decoder, SamplingConfig(max_new_tokens=3, slots=2), ())
     held = lambda: sum(x.nbytes for x in jax.live_arrays() if x.dtype == jnp.bfloat16)
     before, seen = held(), []
 
@@ -136,7 +137,7 @@ def test_no_second_copy_of_the_policy_is_held_while_it_samples(stories):
         return sampler.decode(weights, *rest)
 
     watched = sampler._replace(decode=decode)
-    sampling.generate(watched, stories[1], prompts, seed=1, round_number=0)
+    engine.generate(watched, stories[1], prompts, seed=1, round_number=0)
     assert max(seen) < 1.01
 
 
@@ -147,9 +148,9 @@ def test_the_sampler_does_without(stories, monkeypatch, dtype, most):
     prompts = random_prompts(np.random.default_rng(5), 6, longest=150)[0]
     model, found = Transformer(stories[0], dtype=dtype), []
     for there in (True, False):
-        monkeypatch.setattr(cpu_kernels, "available", lambda there=there: there)
-        sampler = sampling.make_sampler(sampling.decoder_of(model), SamplingConfig(max_new_tokens=8, slots=3), ())
-        found.append(sampling.generate(sampler, stories[1], prompts, seed=3, round_number=2))
+        monkeypatch.setattr(kernels, "available", lambda there=there: there)
+        sampler = engine.make_sampler(engine.decoder_of(model), SamplingConfig(max_new_tokens=8, slots=3), ())
+        found.append(engine.generate(sampler, stories[1], prompts, seed=3, round_number=2))
     with_kernels, without = found
     compared, gaps = 0, []
     for i, tokens in enumerate(with_kernels.tokens):
@@ -163,20 +164,20 @@ def test_the_sampler_does_without(stories, monkeypatch, dtype, most):
 
 
 def test_a_compiler_and_registers_of_64_bytes_are_enough():
-    compiler, flags = cpu_kernels._compiler(), Path("/proc/cpuinfo").read_text()
-    assert cpu_kernels.available() == (compiler is not None and "avx512f" in flags)
+    compiler, flags = kernels._compiler(), Path("/proc/cpuinfo").read_text()
+    assert kernels.available() == (compiler is not None and "avx512f" in flags)
 
 
 @needs_compiler
 def test_registers_of_less_are_not(monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "OPTIONS", [o.replace("native", "x86-64-v3") for o in cpu_kernels.OPTIONS])
-    assert not cpu_kernels.available.__wrapped__()
+    monkeypatch.setattr(kernels, "OPTIONS", [o.replace("native", "x86-64-v3") for o in kernels.OPTIONS])
+    assert not kernels.available.__wrapped__()
 
 
 def test_no_compiler_is_no_error(monkeypatch, tmp_path, recwarn):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not cpu_kernels.available.__wrapped__()
+    assert not kernels.available.__wrapped__()
     assert not recwarn
 
 
@@ -186,15 +187,15 @@ def test_a_compiler_that_fails_is_reported(monkeypatch, tmp_path):
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.warns(UserWarning, match=r"cpu_kernels.cc cannot be compiled .* no such option"):
-        assert not cpu_kernels.available.__wrapped__()
+        assert not kernels.available.__wrapped__()
 
 
 @needs_compiler
 def test_it_is_compiled_once_for_a_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiler = cpu_kernels._compiler()
-    made = cpu_kernels._library(compiler)
+    compiler = kernels._compiler()
+    made = kernels._library(compiler)
     written = made.stat().st_mtime_ns
-    assert cpu_kernels._library(compiler) == made
+    assert kernels._library(compiler) == made
     assert made.stat().st_mtime_ns == written
     assert list((tmp_path / "tpaw_jax").iterdir()) == [made]

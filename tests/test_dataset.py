@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, STORIES
 
-from tpaw_jax import dataset
 from tpaw_jax.config import DataConfig, SourceConfig
+from tpaw_jax.data import dataset
 from tpaw_jax.models import hub
 
 CHATML = (

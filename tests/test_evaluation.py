@@ -8,9 +8,13 @@ import pytest
 import scipy.stats
 from conftest import ROOT, STORIES, small_run
 
-from tpaw_jax import cli, dataset, evaluation, preemption, self_play
+from tpaw_jax import cli
 from tpaw_jax.config import DataConfig, EvaluationConfig, TaskConfig
+from tpaw_jax.data import dataset
+from tpaw_jax.evaluation import exact_match
 from tpaw_jax.models import hub
+from tpaw_jax.runtime import preemption
+from tpaw_jax.selfplay import loop
 
 GSM8K = TaskConfig("gsm8k", "gsm8k.jsonl")
 
@@ -33,7 +37,7 @@ def one_device(monkeypatch):
     ],
 )
 def test_the_last_match_is_the_answer(pattern, text, expected):
-    assert evaluation.extract(pattern, text) == expected
+    assert exact_match.extract(pattern, text) == expected
 
 
 @pytest.mark.parametrize(
@@ -41,13 +45,13 @@ def test_the_last_match_is_the_answer(pattern, text, expected):
     [("1,234", "1234", True), ("$18", "18.0", True), ("18.", "18", True), ("18", "81", False), ("yes", "yes ", True)],
 )
 def test_equal_numbers_are_the_same_answer(one, other, same):
-    assert evaluation.same_answer(one, other) == same
+    assert exact_match.same_answer(one, other) == same
 
 
 @pytest.mark.parametrize(("correct", "problems"), [(56, 100), (0, 10), (10, 10), (1, 1), (700, 1319)])
 def test_the_interval_is_wilsons(correct, problems):
     expected = scipy.stats.binomtest(correct, problems).proportion_ci(0.95, method="wilson")
-    np.testing.assert_allclose(evaluation.interval(correct, problems), (expected.low, expected.high), atol=1e-9)
+    np.testing.assert_allclose(exact_match.interval(correct, problems), (expected.low, expected.high), atol=1e-9)
 
 
 def test_a_problem_without_an_answer_is_told(tmp_path, stories_tokenizer):
@@ -55,19 +59,19 @@ def test_a_problem_without_an_answer_is_told(tmp_path, stories_tokenizer):
     path.write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"question": "2 + 2?", "answer": "four"}\n')
     template = dataset.make_template(stories_tokenizer, DataConfig(chat_template="none"))
     with pytest.raises(ValueError, match=r"problems\.jsonl, line 2: the target holds no answer"):
-        evaluation.load_task(TaskConfig("sums", str(path)), template)
-    task = evaluation.load_task(TaskConfig("sums", str(path), limit=1), template)
+        exact_match.load_task(TaskConfig("sums", str(path)), template)
+    task = exact_match.load_task(TaskConfig("sums", str(path), limit=1), template)
     assert task.answers == ("2",)
 
 
 def test_tasks_are_chosen_by_name():
     tasks = (TaskConfig("a", "x"), TaskConfig("b", "y"))
-    assert evaluation.chosen(EvaluationConfig(tasks), []) == list(tasks)
-    assert evaluation.chosen(EvaluationConfig(tasks), ["b"]) == [tasks[1]]
+    assert exact_match.chosen(EvaluationConfig(tasks), []) == list(tasks)
+    assert exact_match.chosen(EvaluationConfig(tasks), ["b"]) == [tasks[1]]
     with pytest.raises(ValueError, match=r"no task 'c'; evaluation\.tasks has a, b"):
-        evaluation.chosen(EvaluationConfig(tasks), ["c"])
+        exact_match.chosen(EvaluationConfig(tasks), ["c"])
     with pytest.raises(ValueError, match="has no task to evaluate on"):
-        evaluation.chosen(EvaluationConfig(), [])
+        exact_match.chosen(EvaluationConfig(), [])
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +120,7 @@ def test_a_run_is_evaluated_each_round_and_its_ring_by_eval(stories_task, tmp_pa
     settings, _, arguments = stories_task
     run = small_run(tmp_path / "run", **settings, **{"evaluation.each_round": True})
     said = []
-    (line,) = self_play.run(run, said.append)
+    (line,) = loop.run(run, said.append)
     assert line["eval/words before"] == 0.5
     assert 0 <= line["eval/words"] <= 1
     assert sum(text.startswith("words: ") for text in said) == 2
@@ -130,7 +134,7 @@ def test_a_run_is_evaluated_each_round_and_its_ring_by_eval(stories_task, tmp_pa
 def test_a_run_that_is_stopped_while_it_is_evaluated_has_its_training(stories_task, tmp_path, monkeypatch):
     settings, *_ = stories_task
     run = lambda name: small_run(tmp_path / name, **settings, **{"evaluation.each_round": True})
-    whole = self_play.run(run("whole"), lambda _: None)
+    whole = loop.run(run("whole"), lambda _: None)
     notice, said = preemption.Notice(), []
 
     def check(what):
@@ -139,8 +143,8 @@ def test_a_run_that_is_stopped_while_it_is_evaluated_has_its_training(stories_ta
 
     monkeypatch.setattr(notice, "check", check)
     with pytest.raises(preemption.Preempted, match="what the round has trained is kept"):
-        self_play.run(run("stopped"), lambda _: None, notice=notice)
-    ended = self_play.run(run("stopped"), said.append)
+        loop.run(run("stopped"), lambda _: None, notice=notice)
+    ended = loop.run(run("stopped"), said.append)
     assert f"training goes on after step {whole[0]['steps']}." in "\n".join(said)
     for key in ("loss", "margin", "held-out after", "eval/words", "eval/words before"):
         assert ended[0][key] == whole[0][key]

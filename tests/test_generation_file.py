@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, STORIES, small_run
 
-from tpaw_jax import cli, dataset, generation_file, reporting, sampling, self_play
+from tpaw_jax import cli
 from tpaw_jax.config import DataConfig, SamplingConfig
-from tpaw_jax.config_file import to_dict
+from tpaw_jax.config.config_file import to_dict
+from tpaw_jax.data import dataset
+from tpaw_jax.generation import engine, generation_file
 from tpaw_jax.models import Transformer, hub
+from tpaw_jax.selfplay import loop, reporting
 from tpaw_jax.types import Prompts
 
 
@@ -158,8 +161,8 @@ def test_sampling_goes_on_with_what_is_missing(stories):
     ids = lambda n: np.arange(1, n + 1, dtype=np.int32)
     prompts = Prompts(np.arange(6, dtype=np.int32), tuple(ids(n) for n in range(2, 8)), tuple(ids(1) for _ in range(6)))
     settings = SamplingConfig(max_new_tokens=10, slots=2)
-    sampler = sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, (1,))
-    generate = lambda **more: sampling.generate(sampler, stories[1], prompts, seed=1, round_number=0, **more)
+    sampler = engine.make_sampler(engine.decoder_of(Transformer(stories[0])), settings, (1,))
+    generate = lambda **more: engine.generate(sampler, stories[1], prompts, seed=1, round_number=0, **more)
     kept = {}
     whole = generate(keep=kept.update)
     assert sorted(kept) == list(range(6))
@@ -174,7 +177,7 @@ def test_a_round_played_on_the_samplers_own_file_is_the_round_it_would_have_play
     """`tpaw generate` writes D_0, `tpaw play --generations` plays round 0 with it, and stops before round 1."""
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
     run = small_run(tmp_path / "own", rounds=1)
-    own = self_play.run(run, lambda _: None)
+    own = loop.run(run, lambda _: None)
     configuration = tmp_path / "run.yaml"
     configuration.write_text(json.dumps(to_dict(run) | {"directory": str(tmp_path / "given"), "rounds": 3}))
     made = str(tmp_path / "made.jsonl")

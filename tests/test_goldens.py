@@ -6,9 +6,11 @@ import jax
 import numpy as np
 from conftest import DATA
 
-from tpaw_jax import models, packing, sampling
+from tpaw_jax import models
 from tpaw_jax.config import PackingConfig, SamplingConfig
-from tpaw_jax.logprobs import make_log_prob_fn
+from tpaw_jax.data import packing
+from tpaw_jax.generation import engine
+from tpaw_jax.training.logprobs import make_log_prob_fn
 from tpaw_jax.types import TARGET, Prompts
 
 STORIES_GOLDEN = json.loads((DATA / "stories260K_golden.json").read_text())
@@ -22,8 +24,8 @@ def prompts_of(prompt_ids, targets):
 
 def greedy(model, params, prompts, max_new_tokens, stops):
     config = SamplingConfig(temperature=0, max_new_tokens=max_new_tokens, slots=len(prompts))
-    sampler = sampling.make_sampler(sampling.decoder_of(model), config, stops)
-    return sampling.generate(sampler, params, prompts, seed=0, round_number=0)
+    sampler = engine.make_sampler(engine.decoder_of(model), config, stops)
+    return engine.generate(sampler, params, prompts, seed=0, round_number=0)
 
 
 def scores_of_targets(model, params, prompts, row_length):
@@ -65,8 +67,8 @@ def test_smollm2_from_gguf_greedy_tokens_and_gsm8k_log_probs(smollm2_path):
 
 
 def test_smollm2_tokenizer_and_template_make_the_golden_prompt(smollm2_path):
-    from tpaw_jax import dataset
     from tpaw_jax.config import DataConfig
+    from tpaw_jax.data import dataset
     from tpaw_jax.models import hub
 
     template = dataset.make_template(hub.load_tokenizer(smollm2_path), DataConfig())

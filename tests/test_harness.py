@@ -10,7 +10,11 @@ from conftest import ROOT, STORIES
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from tpaw_jax import cli, config_file, harness, session, sharding
+from tpaw_jax import cli
+from tpaw_jax.config import config_file
+from tpaw_jax.evaluation import harness
+from tpaw_jax.generation.policy import open_policy
+from tpaw_jax.runtime import sharding
 
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with her"
 
@@ -84,7 +88,7 @@ def ours(tasks):
         patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
         run = config_file.load(ROOT / "configs" / "demo.yaml", settings("packing.max_responses_per_row=6"))
         mesh = sharding.make_mesh(run.mesh)
-        player = session.open_player(run, mesh)
+        player = open_policy(run, mesh)
         policy = harness.PolicyLM(player, player.params, run, mesh)
         return harness.run(policy, ["choice", "generation", "perplexity"], str(tasks))
 
@@ -123,7 +127,7 @@ def test_generations_are_those_of_the_hf_model(ours, theirs):
 def test_texts_longer_than_the_model_are_scored_in_windows(stories_tokenizer):
     run = config_file.load(ROOT / "configs" / "demo.yaml", settings())
     mesh = sharding.make_mesh(run.mesh)
-    player = session.open_player(run, mesh)
+    player = open_policy(run, mesh)
     policy = harness.PolicyLM(player, player.params, run, mesh)
     text = " ".join([STORY] * 40)
     assert len(policy.tok_encode(text)) > 2 * policy.max_length
@@ -155,7 +159,7 @@ def test_conversations_become_the_tokens_that_the_policy_was_trained_on():
         settings(f"data.chat_template='{CHAT}'".replace("\n", "\\n"), "data.system_prompt=Be brief"),
     )
     mesh = sharding.make_mesh(run.mesh)
-    player = session.open_player(run, mesh)
+    player = open_policy(run, mesh)
     policy = harness.PolicyLM(player, player.params, run, mesh)
     history = [{"role": "user", "content": "The dog"}]
     assert policy.tok_encode(policy.apply_chat_template(history)) == player.template.prompt_tokens(history)
@@ -164,7 +168,7 @@ def test_conversations_become_the_tokens_that_the_policy_was_trained_on():
     with pytest.raises(ValueError, match="a task asks for 600 new tokens, and the model has 512 positions"):
         policy.generate_until([request])
     plain = config_file.load(ROOT / "configs" / "demo.yaml", settings())
-    policy = harness.PolicyLM(session.open_player(plain, mesh), player.params, plain, mesh)
+    policy = harness.PolicyLM(open_policy(plain, mesh), player.params, plain, mesh)
     with pytest.raises(ValueError, match=r"data\.chat_template is 'none'"):
         policy.apply_chat_template(history)
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from tpaw_jax import health, self_play, training
-from tpaw_jax.health import Diverged
+from tpaw_jax.observe import health
+from tpaw_jax.observe.health import Diverged
+from tpaw_jax.selfplay import loop, round_training
 
 WELL = {
     "round": 3,
@@ -52,9 +53,9 @@ def test_each_sign_is_told_with_its_figure_and_round(changed, sentence):
 def test_saves_are_as_far_apart_as_steps_or_minutes_allow(monkeypatch):
     """Steps of two seconds: a minute is 30 of them."""
     clock = [0.0]
-    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(round_training.time, "perf_counter", lambda: clock[0])
     for minutes, expected in ((1.0, [*range(29, 50, 30)]), (100.0, [39])):
-        saves, found = training.SaveTimes(40, minutes), []
+        saves, found = round_training.SaveTimes(40, minutes), []
         for step in range(50):
             clock[0] += 2.0
             if saves.due(step):
@@ -70,7 +71,7 @@ def test_a_strict_run_stops_after_the_round_and_can_go_on(tmp_path, monkeypatch)
     monkeypatch.setattr(health, "AT_LIMIT", 0.0)
     run = small_run(tmp_path, rounds=1)
     with pytest.raises(Diverged, match=r"Round 0: .* theta_1 is in the ring"):
-        self_play.run(run, lambda _: None, strict=True)
+        loop.run(run, lambda _: None, strict=True)
     said = []
-    assert len(self_play.run(run, said.append)) == 1
+    assert len(loop.run(run, said.append)) == 1
     assert "goes on with theta_1" in "\n".join(said)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tpaw_jax import hlo
+from tpaw_jax.planning import hlo
 
 LOOPS = """HloModule jit_step, is_scheduled=true
 

@@ -7,10 +7,17 @@ import threading
 
 import pytest
 
-from tpaw_jax import host
-from tpaw_jax.host import HUGE_PAGES, Ahead
+from tpaw_jax.runtime import host
+from tpaw_jax.runtime.host import HUGE_PAGES, Ahead
 
-SHOW = "from tpaw_jax.host import restart_with_huge_pages as r; r(); import os; print(os.environ['GLIBC_TUNABLES'])"
+SHOW = """
+import os
+
+from tpaw_jax.runtime.host import restart_with_huge_pages
+
+restart_with_huge_pages()
+print(os.environ["GLIBC_TUNABLES"])
+"""
 
 
 def test_items_come_in_order_and_are_made_by_another_thread():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from test_train_step import host, scalars, setup
 
-from tpaw_jax import memory
 from tpaw_jax.models.transformer import REMAT_POLICIES
+from tpaw_jax.training import memory
 
 
 @pytest.fixture(scope="module")

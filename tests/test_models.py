@@ -11,8 +11,9 @@ import transformers
 from conftest import STORIES, random_prompts
 from safetensors.numpy import load_file, save_file
 
-from tpaw_jax import models, sampling
+from tpaw_jax import models
 from tpaw_jax.config import SamplingConfig
+from tpaw_jax.generation import engine
 from tpaw_jax.models import Transformer, config_json
 from tpaw_jax.models.attention import rope_frequencies
 
@@ -87,9 +88,9 @@ def test_sampled_tokens_have_the_log_probs_of_transformers(hugging_face, platfor
     model, directory = hugging_face
     config, params = models.load_pretrained(directory)
     prompts = random_prompts(np.random.default_rng(6), 3, vocabulary=256, longest=150)[0]
-    decoder = sampling.decoder_of(Transformer(config), platform=platform)
-    sampler = sampling.make_sampler(decoder, SamplingConfig(max_new_tokens=6, slots=2), ())
-    made = sampling.generate(sampler, params, prompts, seed=1, round_number=0)
+    decoder = engine.decoder_of(Transformer(config), platform=platform)
+    sampler = engine.make_sampler(decoder, SamplingConfig(max_new_tokens=6, slots=2), ())
+    made = engine.generate(sampler, params, prompts, seed=1, round_number=0)
     for prompt, tokens, log_probs in zip(prompts.prompt_tokens, made.tokens, made.log_probs, strict=True):
         assert len(tokens) == 6
         logits = torch_logits(model, np.concatenate([prompt, tokens])[None])[0, len(prompt) - 1 : -1]
@@ -220,8 +221,9 @@ def test_a_shard_outside_the_directory_is_refused(tmp_path):
 
 def test_loading_reads_each_parameter_once_and_in_parts(monkeypatch, stories):
     """Sharded placement asks the files for each device's slice only."""
-    from tpaw_jax import config, sharding
+    from tpaw_jax import config
     from tpaw_jax.models import hub
+    from tpaw_jax.runtime import sharding
 
     read = []
     original = hub.SafetensorsSource.read

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tpaw_jax import monitoring
+from tpaw_jax.observe import monitoring
 
 
 def test_records_from_the_resumed_step_on_are_dropped_and_a_torn_line_too(tmp_path):

@@ -6,8 +6,8 @@ from conftest import random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpaw_jax import packing
 from tpaw_jax.config import PackingConfig
+from tpaw_jax.data import packing
 from tpaw_jax.types import TARGET, TeamScores
 
 

@@ -13,10 +13,12 @@ import pytest
 from conftest import ROOT, STORIES
 from jax.experimental.compilation_cache import compilation_cache
 
-from tpaw_jax import config_file, lowering, planning, roofline, tpu, workload
+from tpaw_jax.config import config_file
+from tpaw_jax.generation.pages import Pages
 from tpaw_jax.models import ModelConfig, config_json, hub
-from tpaw_jax.pages import Pages
-from tpaw_jax.roofline import Flops
+from tpaw_jax.planning import lowering, planner, roofline, workload
+from tpaw_jax.planning.roofline import Flops
+from tpaw_jax.runtime import tpu
 
 SMALL = ModelConfig("llama", 2048, 512, 1024, 2, 4, 2, 128, 10000.0, 1e-5, 8192, False)
 TIED = dataclasses.replace(SMALL, tie_embeddings=True, model_type="qwen2", qkv_bias=True)
@@ -75,7 +77,7 @@ def exchanged(record):
 )
 def test_a_step_and_a_scoring_pass_exchange_what_the_design_says(topology, model, mesh, reduce_dtype):
     planned = target(topology, model, mesh, **{"train.reduce_dtype": reduce_dtype})
-    plan = planning.plan(planned, stages=("step", "scoring"))
+    plan = planner.plan(planned, stages=("step", "scoring"))
     assert plan["warnings"] == []
     for record in plan["stages"].values():
         assert record["fits"]
@@ -86,7 +88,7 @@ def test_a_step_and_a_scoring_pass_exchange_what_the_design_says(topology, model
 
 
 def test_no_logits_are_gathered_and_no_table_more_than_once():
-    record = planning.plan(target("v5e:2x2"), stages=("scoring",))["stages"]["scoring"]
+    record = planner.plan(target("v5e:2x2"), stages=("scoring",))["stages"]["scoring"]
     table = SMALL.vocab_size * SMALL.hidden_size * 2 / 2**30
     layers = sum(
         np.prod(shape) * 2 / 2**30 for name, shape in hub.param_shapes(SMALL).items() if name.endswith("kernel")
@@ -96,7 +98,7 @@ def test_no_logits_are_gathered_and_no_table_more_than_once():
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_sampling_exchanges_only_over_tensor(tensor):
-    plan = planning.plan(target("v5e:2x2", **{"sampling.tensor": tensor}), stages=("prefill", "decode"))
+    plan = planner.plan(target("v5e:2x2", **{"sampling.tensor": tensor}), stages=("prefill", "decode"))
     for record in plan["stages"].values():
         if tensor == 1:
             assert record["exchanges"] == []
@@ -125,7 +127,7 @@ def test_decoding_reads_every_weight_and_page_once_a_step_and_little_else(
     least_effort = jax.config.jax_exec_time_optimization_effort  # which leaves out what moves data beside products
     jax.config.update("jax_exec_time_optimization_effort", 0.0)
     try:
-        planned = planning.plan(target(topology, model, **{"sampling.slots": 512}), stages=("decode",))
+        planned = planner.plan(target(topology, model, **{"sampling.slots": 512}), stages=("decode",))
     finally:
         jax.config.update("jax_exec_time_optimization_effort", least_effort)
     found = planned["stages"]["decode"]
@@ -133,16 +135,16 @@ def test_decoding_reads_every_weight_and_page_once_a_step_and_little_else(
 
 
 def test_a_whole_plan_is_json_with_hours_and_tables():
-    plan = planning.plan(target("v5e:2x2"), prompts=2000)
+    plan = planner.plan(target("v5e:2x2"), prompts=2000)
     again = json.loads(json.dumps(plan))
     run = again["predicted run"]
     assert run["hours"] == pytest.approx(run["sampling h"] + run["scoring h"] + run["training h"])
     assert run["chip-hours"] == pytest.approx(4 * run["hours"])
     assert run["padded pairs, hours"] > run["hours"]
-    text = planning.text(plan)
+    text = planner.text(plan)
     for words in ("predicted MFU", "all-gather GiB sent, by hand", "fsdp 4", "padded pairs"):
         assert words in text
-    assert "v5e:2x2" in planning.comparison([plan, plan])
+    assert "v5e:2x2" in planner.comparison([plan, plan])
 
 
 def test_the_largest_batch_is_the_last_that_fits(monkeypatch):
@@ -157,7 +159,7 @@ def test_the_largest_batch_is_the_last_that_fits(monkeypatch):
 
     monkeypatch.setattr(lowering, "team_step", lambda wanted, remat, micro_batches: wanted.config)
     monkeypatch.setattr(roofline, "compile_stage", compiled)
-    found = planning.largest(target("v5e:2x2"), "layer", lambda line: None)
+    found = planner.largest(target("v5e:2x2"), "layer", lambda line: None)
     assert found == {"most rows a device": 9, "longest row": 16384}  # of 15.75 GiB
     assert {9 * 2048, 10 * 2048} <= set(asked)
 
@@ -182,7 +184,7 @@ def test_a_program_that_does_not_fit_is_reported_with_what_it_needs(monkeypatch)
 
 
 def test_steps_of_many_more_triplets_than_asked_for_are_warned_of():
-    warnings = planning.plan(target("v5e:8x8"), stages=())["warnings"]
+    warnings = planner.plan(target("v5e:8x8"), stages=())["warnings"]
     assert len(warnings) == 1
     assert "train.batch_triplets asks for 64" in warnings[0]
 
@@ -214,7 +216,7 @@ def test_flops_of_a_step_count_what_is_computed_again(remat, layers, attention, 
     computed = load.computed
     by_hand = layers * per_token * 2048 + attention * 4 * 512 * 2 * computed.pairs
     by_hand += head * 2 * 512 * 2048 * computed.predictions
-    found = planning.step_flops(small, load, remat, 1)
+    found = planner.step_flops(small, load, remat, 1)
     assert found.executed == pytest.approx(by_hand)  # of a row, since a device has one
     useful = 3 * (per_token * load.row.tokens + 4 * 512 * 2 * load.row.pairs + 2 * 512 * 2048 * load.row.predictions)
     assert found.useful == pytest.approx(useful)
@@ -238,19 +240,19 @@ def test_hours_are_those_of_steps_passes_and_tokens():
     load = workload.assumed(small.config, SMALL, 4096)
     chip = small.topology.chip
     second = roofline.Stage(0, True, 0, 0, Flops(chip.flops, chip.flops), 1, (), chip)
-    found = planning.hours(small, load, dict.fromkeys(planning.STAGES, second))
-    steps = sum(2 * -(-r.rows // (4 * planning._micro_batches(small.config, load))) for r in load.rounds)
+    found = planner.hours(small, load, dict.fromkeys(planner.STAGES, second))
+    steps = sum(2 * -(-r.rows // (4 * planner._micro_batches(small.config, load))) for r in load.rounds)
     assert found["training h"] * 3600 == pytest.approx(steps, rel=0.01)
     passes = sum(-(-r.scored_rows // 4) for r in load.rounds)
     assert found["scoring h"] * 3600 == pytest.approx(passes, rel=0.01)
-    decoded = load.new_tokens / (16 * planning.SLOTS_BUSY) / planning.LOOK  # chunks of steps of 16 slots
+    decoded = load.new_tokens / (16 * planner.SLOTS_BUSY) / planner.LOOK  # chunks of steps of 16 slots
     prefilled = load.prompt_tokens / (4 * 2048)
     assert found["sampling h"] * 3600 == pytest.approx(4 * (decoded + prefilled), rel=0.01)
 
 
 def test_a_search_needs_the_step():
     with pytest.raises(ValueError, match="name step among --stages"):
-        planning.plan(target("v5e:2x2"), stages=("scoring",), search=True)
+        planner.plan(target("v5e:2x2"), stages=("scoring",), search=True)
 
 
 def test_rows_that_do_not_divide_are_told_as_the_run_tells_them():

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from conftest import STORIES
 
-from tpaw_jax import durable, journal, models, pod, ring, sharding
+from tpaw_jax import models
 from tpaw_jax.config import MeshConfig
+from tpaw_jax.runtime import processes, sharding
+from tpaw_jax.storage import files, journal, ring
 
 SCRIPT = Path(__file__).parent / "pod_run.py"
 
@@ -46,7 +48,7 @@ def policy(directory, round_number):
 
 
 def tokens(directory, round_number):
-    arrays = durable.read_arrays(directory / f"round_{round_number:04d}" / "generations.npz")
+    arrays = files.read_arrays(directory / f"round_{round_number:04d}" / "generations.npz")
     return arrays["tokens"], arrays["lengths"]
 
 
@@ -82,8 +84,8 @@ def test_two_processes_of_four_devices_play_the_rounds_of_one_device(alone, tmp_
 
 def test_a_run_goes_on_with_other_devices_and_processes(alone, tmp_path):
     """Round 0 on eight devices, round 1 in two processes of two, round 2 on one device."""
-    for rounds, (processes, devices) in enumerate([(1, 8), (2, 2), (1, 1)], start=1):
-        play(tmp_path, processes, devices, f"rounds={rounds}")
+    for rounds, (count, devices) in enumerate([(1, 8), (2, 2), (1, 1)], start=1):
+        play(tmp_path, count, devices, f"rounds={rounds}")
     assert_same_run(tmp_path, alone[0], 3)
 
 
@@ -102,8 +104,8 @@ def test_processes_that_differ_are_told_where(tmp_path):
 
 
 def test_alone_there_is_nobody_to_differ_from():
-    pod.check_same({"anything": "at all", **pod.facts_of_this_host()})
-    pod.meet("nobody else")
-    given = pod.exchange(values=np.arange(3))
+    processes.check_same({"anything": "at all", **processes.facts_of_this_host()})
+    processes.meet("nobody else")
+    given = processes.exchange(values=np.arange(3))
     assert len(given) == 1
     np.testing.assert_array_equal(given[0]["values"], [0, 1, 2])

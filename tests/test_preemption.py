@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from tpaw_jax import durable
-from tpaw_jax.preemption import Notice, Preempted
+from tpaw_jax.runtime.preemption import Notice, Preempted
+from tpaw_jax.storage import files
 
 
 def test_the_first_signal_is_noted_and_handlers_are_put_back():
@@ -41,12 +41,12 @@ def test_the_second_signal_ends_the_process_at_once():
 
 def test_a_directory_is_held_by_one_process(tmp_path):
     with (
-        durable.held(tmp_path / "run"),
+        files.held(tmp_path / "run"),
         pytest.raises(ValueError, match=rf"another process is playing this run: process {os.getpid()} on "),
-        durable.held(tmp_path / "run"),
+        files.held(tmp_path / "run"),
     ):
         pass
-    with durable.held(tmp_path / "run"):  # free again
+    with files.held(tmp_path / "run"):  # free again
         pass
 
 
@@ -60,5 +60,5 @@ def test_a_process_that_is_killed_lets_go(tmp_path):
     """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL
-    with durable.held(tmp_path):
+    with files.held(tmp_path):
         pass

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from conftest import small_run
 
-from tpaw_jax import config_file, durable, journal, preemption, recovery, ring, self_play, session, sharding
-from tpaw_jax.config import ObjectiveConfig
+from tpaw_jax.config import ObjectiveConfig, config_file
+from tpaw_jax.generation.policy import open_policy
+from tpaw_jax.runtime import preemption, sharding
+from tpaw_jax.selfplay import loop, recovery, session
+from tpaw_jax.storage import files, journal, ring
 
 
 def flip(path):
@@ -45,15 +48,15 @@ def runs(tmp_path_factory):
     three, four = tmp_path_factory.mktemp("three"), tmp_path_factory.mktemp("four") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-        self_play.run(small_run(three), lambda _: None)
+        loop.run(small_run(three), lambda _: None)
         shutil.copytree(three, four)
-        self_play.run(small_run(four, rounds=4), lambda _: None)
+        loop.run(small_run(four, rounds=4), lambda _: None)
     return three, four
 
 
 def policy_of(directory, round_number):
     run = small_run(directory)
-    like = session.open_player(run, sharding.make_mesh(run.mesh, jax.local_devices()[:1])).params
+    like = open_policy(run, sharding.make_mesh(run.mesh, jax.local_devices()[:1])).params
     kept = ring.open_ring(journal.open_journal(directory, reading=True), 3)
     return ring.restore_policy(kept, round_number, like)
 
@@ -82,7 +85,7 @@ def test_what_is_damaged_is_found_and_made_again_as_it_was(runs, tmp_path, name,
     shutil.copytree(three, directory)
     path = directory / name
     damage(largest_file(path) if path.is_dir() else path)
-    self_play.run(small_run(directory, rounds=4), said.append)
+    loop.run(small_run(directory, rounds=4), said.append)
     text = "\n".join(said)
     assert f"{path}: " in text
     assert found in text
@@ -101,9 +104,9 @@ def test_a_damaged_training_state_is_left_and_the_round_trained_from_its_beginni
     notice = preemption.Notice()
     monkeypatch.setattr(notice, "told_at", lambda step: step % (1 << 24) == 2)
     with pytest.raises(preemption.Preempted, match="Round 0: training stopped after step 3"):
-        self_play.run(small_run(directory, rounds=4), said.append, notice=notice)
+        loop.run(small_run(directory, rounds=4), said.append, notice=notice)
     flip(largest_file(next((directory / "ring" / "training").iterdir())))
-    self_play.run(small_run(directory, rounds=4), said.append)
+    loop.run(small_run(directory, rounds=4), said.append)
     assert "training/00000_00000003: the checkpoint" in "\n".join(said)
     assert_same(directory, runs[1])
 
@@ -111,7 +114,7 @@ def test_a_damaged_training_state_is_left_and_the_round_trained_from_its_beginni
 JOURNALS = {  # what happens to journal.json, and the journal that the run goes on by
     "flipped": (flip, "journal.before.json"),
     "removed": (remove, "journal.before.json"),
-    "being replaced": (lambda path: path.rename(durable.aside_of(path)), "journal.json.partial"),
+    "being replaced": (lambda path: path.rename(files.aside_of(path)), "journal.json.partial"),
 }
 
 
@@ -120,7 +123,7 @@ def test_a_damaged_journal_is_replaced_by_another_and_told(runs, tmp_path, what)
     (damage, other), directory, said = JOURNALS[what], tmp_path / "run", []
     shutil.copytree(runs[0], directory)
     damage(directory / "journal.json")
-    self_play.run(small_run(directory, rounds=4), said.append)
+    loop.run(small_run(directory, rounds=4), said.append)
     assert f"journal.json is damaged or missing; the run goes on by {other}." in "\n".join(said)
     assert_same(directory, runs[1])
 
@@ -131,7 +134,7 @@ def test_a_run_without_any_whole_journal_is_refused(runs, tmp_path):
     for path in directory.glob("journal*.json"):
         path.unlink()
     with pytest.raises(ValueError, match=r"a run is there, but journal\.json is missing or damaged"):
-        self_play.run(small_run(directory), lambda _: None)
+        loop.run(small_run(directory), lambda _: None)
 
 
 def test_what_cannot_be_made_as_it_was_takes_what_followed_with_it(runs, tmp_path):
@@ -144,7 +147,7 @@ def test_what_cannot_be_made_as_it_was_takes_what_followed_with_it(runs, tmp_pat
     journal.save(opened)
     assert json.loads(path.read_text())["facts"]["round_0001/generations.npz"]["same"] == "of another machine"
     (directory / "round_0001" / "generations.npz").unlink()
-    self_play.run(small_run(directory, rounds=4), said.append)
+    loop.run(small_run(directory, rounds=4), said.append)
     text = "\n".join(said)
     assert "made again it is not what it was" in text
     assert "ring/policies/00003" in text
@@ -177,7 +180,7 @@ class Killed(BaseException):
     """As SIGKILL: nothing catches it."""
 
 
-OPERATIONS = [(os, "replace"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree"), (durable, "write_aside")]
+OPERATIONS = [(os, "replace"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree"), (files, "write_aside")]
 """What changes the disk while a run recovers."""
 
 

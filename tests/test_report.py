@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from conftest import small_run
 
-from tpaw_jax import cli, durable, figures, report, self_play
+from tpaw_jax import cli
+from tpaw_jax.report import figures, run_report
+from tpaw_jax.selfplay import loop
+from tpaw_jax.storage import files
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +22,14 @@ def runs(tmp_path_factory):
     place = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-        self_play.run(small_run(place / "one", rounds=2), lambda _: None)
+        loop.run(small_run(place / "one", rounds=2), lambda _: None)
     for name, changes in (("two", {"seed": 7}), ("three", {"seed": 7, "objective": {"eta": 1.0}})):
         shutil.copytree(place / "one", place / name)
-        opened = report.journal.open_journal(place / name)
+        opened = run_report.journal.open_journal(place / name)
         for key, value in changes.items():
             opened.config[key] = {**opened.config[key], **value} if isinstance(value, dict) else value
         opened.config["directory"] = str(place / name)
-        report.journal.save(opened)
+        run_report.journal.save(opened)
     return place
 
 
@@ -56,21 +59,21 @@ class Page(HTMLParser):
 
 
 def test_runs_that_differ_in_their_seed_are_a_group(runs):
-    read = [report.read(str(runs / name)) for name in ("one", "two", "three")]
-    named = report.groups(read)
+    read = [run_report.read(str(runs / name)) for name in ("one", "two", "three")]
+    named = run_report.groups(read)
     assert {name: len(group) for name, group in named.items()} == {"eta 6": 2, "eta 1": 1}
-    assert list(report.groups(read[:2])) == ["one"]
-    given = [report.read(f"all={runs / name}") for name in ("one", "three")]
-    assert {name: len(group) for name, group in report.groups(given).items()} == {"all": 2}
+    assert list(run_report.groups(read[:2])) == ["one"]
+    given = [run_report.read(f"all={runs / name}") for name in ("one", "three")]
+    assert {name: len(group) for name, group in run_report.groups(given).items()} == {"all": 2}
 
 
 def test_margins_are_those_of_the_next_policy_on_the_rounds_responses(runs):
     """From the scores: lam times what theta_1 moved the target by, less what it moved D_0's response by."""
-    run = report.read(str(runs / "one"))
+    run = run_report.read(str(runs / "one"))
     assert list(run.margins) == [0]
     log_probs = {}
     for t, player in ((0, 0), (1, 1)):
-        arrays = durable.read_arrays(runs / "one" / f"round_{t:04d}" / f"scores_of_player_{player:04d}.npz")
+        arrays = files.read_arrays(runs / "one" / f"round_{t:04d}" / f"scores_of_player_{player:04d}.npz")
         for prompt, source, value in zip(arrays["prompt_index"], arrays["source"], arrays["log_probs"], strict=True):
             log_probs[player, int(prompt), int(source)] = value
     expected = [
@@ -114,27 +117,27 @@ def test_a_run_that_has_not_finished_a_round_may_stand_beside_others(runs, tmp_p
     shutil.copytree(runs / "three", begun)
     for path in begun.glob("round_*/summary.json"):
         path.unlink()
-    assert report.write([str(begun), str(runs / "one")], tmp_path / "report.html") >= 15
+    assert run_report.write([str(begun), str(runs / "one")], tmp_path / "report.html") >= 15
     with pytest.raises(ValueError, match="no round is finished yet"):
-        report.write([str(begun)], tmp_path / "none.html")
+        run_report.write([str(begun)], tmp_path / "none.html")
 
 
 def test_rounds_keep_their_numbers_where_an_earlier_one_is_lost(runs, tmp_path):
     lost = tmp_path / "lost"
     shutil.copytree(runs / "one", lost)
     (lost / "round_0000" / "summary.json").unlink()
-    run = report.read(str(lost))
+    run = run_report.read(str(lost))
     assert list(run.samples) == list(run.seconds) == [1]
     assert {step["round"] for step in run.steps} == {1}
-    margins = dict(report._of_rounds({"lost": [run]}))["rounds_margin"]
+    margins = dict(run_report._of_rounds({"lost": [run]}))["rounds_margin"]
     np.testing.assert_array_equal(margins.axes[0].lines[0].get_xdata(), [2])
-    lengths = dict(report._of_rounds({"lost": [run]}))["rounds_response_tokens"]
+    lengths = dict(run_report._of_rounds({"lost": [run]}))["rounds_response_tokens"]
     np.testing.assert_array_equal(lengths.axes[0].lines[0].get_xdata(), [1])
 
 
 def test_responses_stand_at_the_policy_that_gave_them(runs):
-    run = report.read(str(runs / "one"))
-    plots = dict(report._of_rounds({"one": [run]}))
+    run = run_report.read(str(runs / "one"))
+    plots = dict(run_report._of_rounds({"one": [run]}))
     drawn = lambda name: plots[name].axes[0].lines[0].get_xydata().tolist()
     assert drawn("rounds_response_tokens")[:2] == [[t, line["response tokens"]] for t, line in enumerate(run.summaries)]
     assert [x for x, y in drawn("rounds_held_out_after") if np.isfinite(y)] == [0, 1, 2]
@@ -142,9 +145,9 @@ def test_responses_stand_at_the_policy_that_gave_them(runs):
 
 def test_a_directory_may_have_an_equals_sign_in_its_name(runs, tmp_path):
     shutil.copytree(runs / "one", place := tmp_path / "rate=1e-5")
-    assert [report.read(str(place)).name, report.read(f"a={place}").name] == ["", "a"]
-    assert report.read(f"a={place}").directory == place
-    assert report.read(f"a={place}").called == "a, rate=1e-5"
+    assert [run_report.read(str(place)).name, run_report.read(f"a={place}").name] == ["", "a"]
+    assert run_report.read(f"a={place}").directory == place
+    assert run_report.read(f"a={place}").called == "a, rate=1e-5"
 
 
 def test_a_directory_without_a_run_is_told(tmp_path, capsys):

@@ -7,9 +7,10 @@ import jax
 import pytest
 from conftest import ROOT, STORIES
 
-from tpaw_jax import config_file, models, self_play
-from tpaw_jax.config import SourceConfig
+from tpaw_jax import models
+from tpaw_jax.config import SourceConfig, config_file
 from tpaw_jax.models import hub
+from tpaw_jax.selfplay import loop
 
 RUNS = {"llama31_8b_ultrachat": "llama", "qwen25_1b5_ultrachat": "qwen2", "qwen25_1b5_gsm8k": "qwen2"}
 
@@ -49,7 +50,7 @@ def test_a_reproduction_plays_its_first_steps(name, tmp_path, monkeypatch):
         shrunk["evaluation.tasks"] = f"[{{name: gsm8k, path: {problems}, max_new_tokens: 8}}]"
     run = config_file.load(ROOT / "configs" / f"{name}.yaml", [f"{key}={value}" for key, value in shrunk.items()])
     assert (run.objective, run.train) == (given.objective, given.train)
-    (line,) = self_play.run(run, lambda _: None)
+    (line,) = loop.run(run, lambda _: None)
     assert line["triplets"] == 8
     assert line["steps"] >= 1
     assert line["skipped"] == 0

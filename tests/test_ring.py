@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpaw_jax import journal, ring, sharding, train_step
 from tpaw_jax.config import MeshConfig, TrainConfig
+from tpaw_jax.runtime import sharding
+from tpaw_jax.storage import journal, ring
+from tpaw_jax.training import train_step
 
 
 def policy(value, mesh=None):

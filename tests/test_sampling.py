@@ -13,12 +13,13 @@ from conftest import random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpaw_jax import draws, sampling, sharding
 from tpaw_jax.config import MeshConfig, SamplingConfig
+from tpaw_jax.generation import engine, token_sampling
+from tpaw_jax.generation.pages import Pages
 from tpaw_jax.models import Transformer
 from tpaw_jax.models.transformer import split
-from tpaw_jax.monitoring import compile_log
-from tpaw_jax.pages import Pages
+from tpaw_jax.observe.monitoring import compile_log
+from tpaw_jax.runtime import sharding
 from tpaw_jax.types import Prompts
 
 STOPS = (1, 403)
@@ -31,12 +32,10 @@ def prompts():
 
 def generate(stories, prompts, decoder=None, mesh=None, params=None, num_generations=1, ends=None, **config):
     settings = SamplingConfig(**{"max_new_tokens": 12, "slots": 4, **config})
-    decoder = decoder or sampling.decoder_of(Transformer(stories[0]))
-    sampler = sampling.make_sampler(decoder, settings, STOPS, mesh)
+    decoder = decoder or engine.decoder_of(Transformer(stories[0]))
+    sampler = engine.make_sampler(decoder, settings, STOPS, mesh)
     params = stories[1] if params is None else params
-    return sampling.generate(
-        sampler, params, prompts, seed=3, round_number=2, num_generations=num_generations, ends=ends
-    )
+    return engine.generate(sampler, params, prompts, seed=3, round_number=2, num_generations=num_generations, ends=ends)
 
 
 def assert_same_tokens(a, b):
@@ -45,7 +44,7 @@ def assert_same_tokens(a, b):
 
 
 def test_decoding_as_on_a_tpu_gives_the_same_tokens(stories, prompts):
-    of = lambda platform: sampling.decoder_of(Transformer(stories[0]), platform=platform)
+    of = lambda platform: engine.decoder_of(Transformer(stories[0]), platform=platform)
     here, as_there = (generate(stories, prompts, decoder=of(platform)) for platform in ("cpu", "tpu"))
     assert_same_tokens(here, as_there)
     for p, q in zip(here.log_probs, as_there.log_probs, strict=True):
@@ -60,7 +59,7 @@ def test_responses_of_a_prompt_share_its_pages(stories, monkeypatch):
             used.append(self.most_used)
             return super().table()
 
-    monkeypatch.setattr(sampling, "Pages", Watched)
+    monkeypatch.setattr(engine, "Pages", Watched)
     rng = np.random.default_rng(9)
     ids = tuple(rng.integers(3, 512, n).astype(np.int32) for n in (130, 70))
     prompts = Prompts(np.arange(2, dtype=np.int32), ids, ids)
@@ -69,7 +68,7 @@ def test_responses_of_a_prompt_share_its_pages(stories, monkeypatch):
     used.clear()
     assert_same_tokens(generate(stories, prompts, num_generations=4, slots=1), together)
     assert max(used) == 3
-    as_on_a_tpu = sampling.decoder_of(Transformer(stories[0]), platform="tpu")
+    as_on_a_tpu = engine.decoder_of(Transformer(stories[0]), platform="tpu")
     assert_same_tokens(generate(stories, prompts, num_generations=4, slots=8, decoder=as_on_a_tpu), together)
     assert_same_tokens(generate(stories, prompts, num_generations=4, slots=3), together)
 
@@ -91,10 +90,10 @@ def test_text_does_not_depend_on_slots_order_or_company(stories, prompts, temper
 def test_every_request_round_and_seed_has_its_own_stream(stories, prompts):
     twins = prompts.take([7, 7])
     apart = type(twins)(np.array([100, 101], np.int32), twins.prompt_tokens, twins.target_tokens)
-    sampler = sampling.make_sampler(
-        sampling.decoder_of(Transformer(stories[0])), SamplingConfig(max_new_tokens=12, slots=2), ()
+    sampler = engine.make_sampler(
+        engine.decoder_of(Transformer(stories[0])), SamplingConfig(max_new_tokens=12, slots=2), ()
     )
-    draw = lambda who, seed, t: sampling.generate(sampler, stories[1], who, seed=seed, round_number=t).tokens
+    draw = lambda who, seed, t: engine.generate(sampler, stories[1], who, seed=seed, round_number=t).tokens
     first, second = draw(apart, 0, 0)
     assert first.tolist() != second.tolist()  # one prompt under two ids
     assert first.tolist() == draw(apart, 0, 0)[0].tolist()
@@ -105,7 +104,7 @@ def test_every_request_round_and_seed_has_its_own_stream(stories, prompts):
 
 def test_cached_decoding_equals_recomputing_the_sequence(stories, prompts):
     model = Transformer(stories[0])
-    twin = sampling.decoder_from_apply_fn(lambda p, tokens: model.apply({"params": p}, tokens))
+    twin = engine.decoder_from_apply_fn(lambda p, tokens: model.apply({"params": p}, tokens))
     plain, cached = generate(stories, prompts, decoder=twin), generate(stories, prompts)
     assert_same_tokens(cached, plain)
     for a, b in zip(cached.log_probs, plain.log_probs, strict=True):
@@ -144,9 +143,9 @@ def counting_prefills(sampler):
 def test_several_responses_share_a_prompt_that_is_computed_once(stories, prompts):
     settings = SamplingConfig(max_new_tokens=12, slots=4)
     sampler, computed = counting_prefills(
-        sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, STOPS)
+        engine.make_sampler(engine.decoder_of(Transformer(stories[0])), settings, STOPS)
     )
-    sampling.generate(sampler, stories[1], prompts, seed=3, round_number=2, num_generations=3)
+    engine.generate(sampler, stories[1], prompts, seed=3, round_number=2, num_generations=3)
     assert sum(computed) == 11
 
 
@@ -156,9 +155,9 @@ def test_shards_share_their_prefills(stories):
     tokens = sum(map(len, many.prompt_tokens))
     settings = SamplingConfig(max_new_tokens=12, slots=16, prefill_tokens=128)
     mesh = sharding.sampling_mesh(1)
-    decoder = sampling.decoder_of(split(Transformer(stories[0]), stories[1], mesh))
-    sampler, computed = counting_prefills(sampling.make_sampler(decoder, settings, STOPS, mesh))
-    sampling.generate(sampler, stories[1], many, seed=3, round_number=2)
+    decoder = engine.decoder_of(split(Transformer(stories[0]), stories[1], mesh))
+    sampler, computed = counting_prefills(engine.make_sampler(decoder, settings, STOPS, mesh))
+    engine.generate(sampler, stories[1], many, seed=3, round_number=2)
     assert sum(computed) == 120
     assert len(computed) <= 2 * -(-tokens // (8 * 128))
 
@@ -168,10 +167,10 @@ def test_what_is_left_of_a_row_takes_a_later_prompt_that_fits(stories):
     ids = tuple(rng.integers(3, 512, n).astype(np.int32) for n in (100, 100, 28, 28))
     settings = SamplingConfig(max_new_tokens=4, slots=4, prefill_tokens=128)
     sampler, computed = counting_prefills(
-        sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, STOPS)
+        engine.make_sampler(engine.decoder_of(Transformer(stories[0])), settings, STOPS)
     )
     prompts = Prompts(np.arange(4, dtype=np.int32), ids, ids)
-    sampling.generate(sampler, stories[1], prompts, seed=3, round_number=2)
+    engine.generate(sampler, stories[1], prompts, seed=3, round_number=2)
     assert computed == [2, 2]
 
 
@@ -198,7 +197,7 @@ def test_no_stop_token_comes_before_the_fewest_tokens(stories, prompts):
 def test_a_text_ends_with_the_token_that_completes_a_stop_string(stories, stories_tokenizer, prompts, slots):
     whole = generate(stories, prompts, slots=slots, max_new_tokens=150)
     strings = (" happy", "ing", "Once")  # some late, in the third page of their sequence
-    ends = sampling.stop_at(stories_tokenizer.decode, strings)
+    ends = engine.stop_at(stories_tokenizer.decode, strings)
     cut = generate(stories, prompts, slots=slots, max_new_tokens=150, ends=ends)
     shorter = 0
     for all_tokens, tokens in zip(whole.tokens, cut.tokens, strict=True):
@@ -212,7 +211,7 @@ def test_a_text_ends_with_the_token_that_completes_a_stop_string(stories, storie
 
 def test_a_bfloat16_cache_changes_log_probs_a_little(stories, prompts):
     whole, half = (
-        generate(stories, prompts, temperature=0.0, decoder=sampling.decoder_of(Transformer(stories[0]), dtype))
+        generate(stories, prompts, temperature=0.0, decoder=engine.decoder_of(Transformer(stories[0]), dtype))
         for dtype in ("", "bfloat16")
     )
     gaps = []
@@ -228,8 +227,8 @@ def test_the_last_response_ends_where_more_leave_at_once_than_are_left(stories):
     """41 slots are never halved, and two of them leave at once."""
     prompts, limits = random_prompts(np.random.default_rng(1), 41)[0], [12] + 40 * [1]
     settings = SamplingConfig(max_new_tokens=12, slots=41)
-    sampler = sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, STOPS)
-    found = sampling.generate(sampler, stories[1], prompts, seed=3, round_number=2, limits=limits)
+    sampler = engine.make_sampler(engine.decoder_of(Transformer(stories[0])), settings, STOPS)
+    found = engine.generate(sampler, stories[1], prompts, seed=3, round_number=2, limits=limits)
     assert 1 < len(found.tokens[0]) <= 12
     assert all(len(tokens) == 1 for tokens in found.tokens[1:])
 
@@ -237,8 +236,8 @@ def test_the_last_response_ends_where_more_leave_at_once_than_are_left(stories):
 def test_every_request_has_its_own_limit(stories, prompts):
     whole = generate(stories, prompts, slots=5)
     settings = SamplingConfig(max_new_tokens=12, slots=3)
-    sampler = sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, STOPS)
-    answer = lambda limits: sampling.generate(sampler, stories[1], prompts, seed=3, round_number=2, limits=limits)
+    sampler = engine.make_sampler(engine.decoder_of(Transformer(stories[0])), settings, STOPS)
+    answer = lambda limits: engine.generate(sampler, stories[1], prompts, seed=3, round_number=2, limits=limits)
     limits = [1 + i % 12 for i in range(len(prompts))]
     for found, expected, limit in zip(answer(limits).tokens, whole.tokens, limits, strict=True):
         np.testing.assert_array_equal(found, expected[:limit])
@@ -274,7 +273,7 @@ def test_sixty_four_prompts_are_answered_alike_everywhere(stories, temperature, 
 
 def test_programs_are_compiled_once_for_each_number_of_slots_and_pages(stories, prompts):
     settings = SamplingConfig(max_new_tokens=100, slots=16, prefill_tokens=128)
-    sampler = sampling.make_sampler(sampling.decoder_of(Transformer(stories[0])), settings, ())
+    sampler = engine.make_sampler(engine.decoder_of(Transformer(stories[0])), settings, ())
     many = random_prompts(np.random.default_rng(6), 40)[0]
     limits = [1 + i * 37 % 100 for i in range(len(many))]
     shapes = {"prefill": set(), "decode": set(), "resize": set()}
@@ -294,7 +293,7 @@ def test_programs_are_compiled_once_for_each_number_of_slots_and_pages(stories, 
     )
     with compile_log() as compiled:
         for round_number in range(2):
-            sampling.generate(watching, stories[1], many, seed=0, round_number=round_number, limits=limits)
+            engine.generate(watching, stories[1], many, seed=0, round_number=round_number, limits=limits)
     names = [name for name, _ in compiled]
     assert names.count("jit(prefill)") == len(shapes["prefill"]) == 1
     assert names.count("jit(decode)") == len(shapes["decode"])
@@ -307,10 +306,10 @@ def test_programs_are_compiled_once_for_each_number_of_slots_and_pages(stories, 
 def drawn(logits, **config):
     """How often the sampler draws each token, of 20,000, from a model that always has these logits."""
     always = jnp.asarray(logits, jnp.float32)
-    decoder = sampling.decoder_from_apply_fn(lambda _, tokens: jnp.broadcast_to(always, (*tokens.shape, len(logits))))
-    sampler = sampling.make_sampler(decoder, SamplingConfig(max_new_tokens=100, slots=50, **config), ())
+    decoder = engine.decoder_from_apply_fn(lambda _, tokens: jnp.broadcast_to(always, (*tokens.shape, len(logits))))
+    sampler = engine.make_sampler(decoder, SamplingConfig(max_new_tokens=100, slots=50, **config), ())
     prompts = random_prompts(np.random.default_rng(0), 200, vocabulary=len(logits))[0]
-    made = sampling.generate(sampler, {"none": always}, prompts, seed=0, round_number=0)
+    made = engine.generate(sampler, {"none": always}, prompts, seed=0, round_number=0)
     return np.bincount(np.concatenate(made.tokens), minlength=len(logits))
 
 
@@ -337,7 +336,7 @@ def test_draws_follow_the_filtered_distribution(config, kept):
 )
 def test_inverse_cdf_finds_the_index_where_the_sum_passes(weights, uniform):
     logits = jnp.log(jnp.asarray([weights], jnp.float32))
-    index, log_total = draws._inverse_cdf(logits, jnp.asarray([uniform], jnp.float32))
+    index, log_total = token_sampling._inverse_cdf(logits, jnp.asarray([uniform], jnp.float32))
     found = int(index[0])
     np.testing.assert_allclose(log_total[0], np.log(sum(weights)), atol=1e-5)
     upto = np.cumsum(np.asarray(weights, np.float64))
@@ -353,7 +352,7 @@ def test_inverse_cdf_finds_the_index_where_the_sum_passes(weights, uniform):
     top_p=st.floats(0.01, 0.99),
 )
 def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p(logits, top_p):
-    kept = np.asarray(draws._nucleus(jnp.asarray([logits], jnp.float32), top_p)[0])
+    kept = np.asarray(token_sampling._nucleus(jnp.asarray([logits], jnp.float32), top_p)[0])
     weights = np.exp(np.asarray(logits, np.float64) - max(logits))
     probabilities = weights / weights.sum()
     assert probabilities[kept].sum() >= top_p - 1e-5
@@ -363,5 +362,5 @@ def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p(logits, top_p):
 
 
 def test_tokens_that_tie_with_the_last_of_the_nucleus_are_kept():
-    kept = draws._nucleus(jnp.log(jnp.array([[0.5, 0.2, 0.2, 0.1]])), 0.6)
+    kept = token_sampling._nucleus(jnp.log(jnp.array([[0.5, 0.2, 0.2, 0.1]])), 0.6)
     assert kept.tolist() == [[True, True, True, False]]

@@ -15,9 +15,14 @@ import transformers
 import yaml
 from conftest import ROOT, small_run
 
-from tpaw_jax import cli, journal, monitoring, preemption, reporting, ring, self_play, session, sharding, triplets
+from tpaw_jax import cli
 from tpaw_jax.config import MeshConfig
-from tpaw_jax.monitoring import compile_log
+from tpaw_jax.generation.policy import open_policy
+from tpaw_jax.observe import monitoring
+from tpaw_jax.observe.monitoring import compile_log
+from tpaw_jax.runtime import preemption, sharding
+from tpaw_jax.selfplay import loop, reporting, session, triplets
+from tpaw_jax.storage import journal, ring
 
 # Each (program, times, why) of a three-round run; anything else is a leak.
 PROGRAMS = {
@@ -37,7 +42,7 @@ def played(tmp_path_factory):
     directory, said = tmp_path_factory.mktemp("run"), []
     with pytest.MonkeyPatch.context() as patch, compile_log() as compiled:
         patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-        table = self_play.run(small_run(directory), said.append)
+        table = loop.run(small_run(directory), said.append)
     return directory, table, "\n".join(said), compiled
 
 
@@ -83,7 +88,7 @@ def test_a_run_that_chooses_its_rematerialisation_and_rows(tmp_path, monkeypatch
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
     settings = {"policy.remat": "auto", "packing.rows_per_batch": 0, "rounds": 1}
     with compile_log() as compiled:
-        self_play.run(small_run(tmp_path, **settings), said.append)
+        loop.run(small_run(tmp_path, **settings), said.append)
     assert [name for name, _ in compiled].count("jit(step)") == 1
     assert "Rematerialisation: none; a step needs " in "\n".join(said)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["packing"]["rows_per_batch"] == 1
@@ -148,16 +153,16 @@ def test_a_finished_run_is_left_alone_and_can_be_prolonged(played, tmp_path):
     said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-        assert self_play.run(small_run(directory), said.append) == played[1]
+        assert loop.run(small_run(directory), said.append) == played[1]
         assert not any("sampling" in line for line in said[:-1])
         with pytest.raises(ValueError, match=r"objective.eta was 6.0, is 1.0"):
-            self_play.run(small_run(directory, **{"objective.eta": 1}), said.append)
+            loop.run(small_run(directory, **{"objective.eta": 1}), said.append)
         opened = journal.open_journal(directory)
         journal.save(dataclasses.replace(opened, data="of other data"))
         with pytest.raises(ValueError, match="the run began with other prompts and targets"):
-            self_play.run(small_run(directory), said.append)
+            loop.run(small_run(directory), said.append)
         journal.save(opened)
-        longer = self_play.run(small_run(directory, rounds=4), said.append)
+        longer = loop.run(small_run(directory, rounds=4), said.append)
     assert [row["players"] for row in longer] == [1, 2, 3, 3]
     assert ring.open_ring(journal.open_journal(directory), 3).policies == [2, 3, 4]
 
@@ -190,7 +195,7 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeypat
     settings = {"train.max_skipped_in_a_row": 3, "mesh.fsdp": 1, "objective.tolerance": 0}
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
     with pytest.raises(FloatingPointError, match="not finite in 3 steps in a row") as caught:
-        self_play.run(small_run(tmp_path, **settings), lambda _: None)
+        loop.run(small_run(tmp_path, **settings), lambda _: None)
     saved = str(caught.value).split("saved in ")[1].split(". ")[0]
     assert {"tokens", "labels", "log_probs"} <= set(np.load(saved).files)
 
@@ -250,9 +255,7 @@ def assert_same_as_whole(tmp_path, disturbed):
             pair = killed[name].pop("log_probs"), value.pop("log_probs")
             np.testing.assert_allclose(*pair, atol=1e-5)
         assert killed[name] == value, name
-    like = session.open_player(
-        small_run(tmp_path / "whole"), sharding.make_mesh(small_run("x").mesh, jax.devices()[:1])
-    )
+    like = open_policy(small_run(tmp_path / "whole"), sharding.make_mesh(small_run("x").mesh, jax.devices()[:1]))
     rings = [ring.open_ring(journal.open_journal(tmp_path / run), 3) for run in ("whole", disturbed)]
     policies = [ring.restore_policy(kept, 3, like.params) for kept in rings]
     jax.tree.map(np.testing.assert_array_equal, *policies)
@@ -261,5 +264,5 @@ def assert_same_as_whole(tmp_path, disturbed):
 def test_a_configuration_that_cannot_be_opened_binds_nobody(tmp_path):
     settings = {"policy.path": "no/model", "mesh.fsdp": 8, "packing.rows_per_batch": 8}
     with pytest.raises(FileNotFoundError, match="no such directory or file"):
-        self_play.run(small_run(tmp_path, **settings), lambda _: None)
+        loop.run(small_run(tmp_path, **settings), lambda _: None)
     assert not (tmp_path / "config.yaml").exists()

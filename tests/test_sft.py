@@ -10,21 +10,14 @@ import transformers
 import yaml
 from conftest import ROOT, STORIES, small_run
 
-from tpaw_jax import (
-    cli,
-    config_file,
-    dataset,
-    journal,
-    packing,
-    preemption,
-    report,
-    ring,
-    self_play,
-    session,
-    sft,
-    sharding,
-)
-from tpaw_jax.config import PackingConfig
+from tpaw_jax import cli
+from tpaw_jax.config import PackingConfig, config_file
+from tpaw_jax.data import dataset, packing
+from tpaw_jax.generation.policy import open_policy
+from tpaw_jax.report import run_report
+from tpaw_jax.runtime import preemption, sharding
+from tpaw_jax.selfplay import loop, sft
+from tpaw_jax.storage import journal, ring
 
 SETTINGS = {"objective.loss": "sft", "rounds": 1, "train.optimizer": "adamw", "train.epochs": 2}
 
@@ -36,13 +29,13 @@ def one_device(monkeypatch):
 
 def run(directory, notice=None, **overrides):
     said = []
-    table = self_play.run(small_run(directory, **SETTINGS, **overrides), said.append, notice=notice)
+    table = loop.run(small_run(directory, **SETTINGS, **overrides), said.append, notice=notice)
     return table, "\n".join(said)
 
 
 def policy_of(directory):
     c = small_run(directory, **SETTINGS)
-    like = session.open_player(c, sharding.make_mesh(c.mesh, jax.local_devices()[:1])).params
+    like = open_policy(c, sharding.make_mesh(c.mesh, jax.local_devices()[:1])).params
     return ring.restore_policy(ring.open_ring(journal.open_journal(directory, reading=True), 3), 1, like)
 
 
@@ -100,7 +93,7 @@ def test_a_supervised_run_learns_its_targets_and_says_so(trained):
 
 def test_a_supervised_run_is_reported(trained, tmp_path):
     """Without players, responses and texts: its table and curves, and where the time went."""
-    report.write([str(trained[0])], tmp_path / "report.html", tmp_path)
+    run_report.write([str(trained[0])], tmp_path / "report.html", tmp_path)
     names = {path.stem for path in tmp_path.glob("*.png")}
     assert {"rounds_held_out_after", "steps_loss", "seconds"} <= names
     assert not {"players_beta", "margins", "lengths"} & names

@@ -8,9 +8,9 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from tpaw_jax import sharding, tpu
 from tpaw_jax.config import MeshConfig
 from tpaw_jax.models import parallel
+from tpaw_jax.runtime import sharding, tpu
 
 
 def test_topologies_are_read_and_refused():

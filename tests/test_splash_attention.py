@@ -8,8 +8,8 @@ from conftest import random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpaw_jax import packing
 from tpaw_jax.config import PackingConfig
+from tpaw_jax.data import packing
 from tpaw_jax.models import splash_attention as splash
 from tpaw_jax.models.attention import EINSUM, Visibility, visible
 

@@ -9,12 +9,14 @@ import torch
 import transformers
 from conftest import random_prompts
 
-from tpaw_jax import logprobs, packing, scoring, sharding, train_step
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainConfig
+from tpaw_jax.data import packing
 from tpaw_jax.models import Transformer
 from tpaw_jax.models.tile_attention import TILES
 from tpaw_jax.models.transformer import split
-from tpaw_jax.train_step import StepScalars
+from tpaw_jax.runtime import sharding
+from tpaw_jax.training import logprobs, scoring, train_step
+from tpaw_jax.training.train_step import StepScalars
 from tpaw_jax.types import TeamScores
 
 
@@ -113,7 +115,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(stories, poison):
 
 
 def test_rounds_with_fewer_players_run_the_same_program(stories):
-    from tpaw_jax.monitoring import compile_log
+    from tpaw_jax.observe.monitoring import compile_log
 
     step, state, (batch, scores, used), _ = setup(stories)
     with compile_log() as compiled:
@@ -209,8 +211,8 @@ def test_bfloat16_parameters_follow_a_float32_master_copy(stories):
 
 
 def test_scoring_in_larger_batches_gives_the_same_scores(stories):
-    from tpaw_jax.logprobs import make_log_prob_fn
-    from tpaw_jax.monitoring import compile_log
+    from tpaw_jax.observe.monitoring import compile_log
+    from tpaw_jax.training.logprobs import make_log_prob_fn
 
     prompts, rounds = random_prompts(np.random.default_rng(5), 27)
     trees = packing.trees_of_window(prompts, rounds, packing.first_sources(prompts, rounds))

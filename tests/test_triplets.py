@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from conftest import random_prompts
 
-from tpaw_jax import journal, packing, triplets
 from tpaw_jax.config import PackingConfig
+from tpaw_jax.data import packing
+from tpaw_jax.selfplay import triplets
+from tpaw_jax.storage import journal
 from tpaw_jax.types import Prompts
 
 PACKING = PackingConfig(row_length=160, max_responses_per_row=12)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpaw_jax.host import restart_with_huge_pages
+from tpaw_jax.runtime.host import restart_with_huge_pages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def play(options: argparse.Namespace, overrides: list[str]) -> None:
     """Run the rounds of self-play of a configuration, or what is left of them."""
-    from tpaw_jax import config_file
+    from tpaw_jax.config import config_file
 
     run = config_file.load(options.config, overrides)
     if run.objective.loss == "sft":
@@ -54,7 +54,7 @@ def play(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def sft(options: argparse.Namespace, overrides: list[str]) -> None:
     """Fine-tune a model on the targets of a configuration: theta_0 of self-play."""
-    from tpaw_jax import config_file
+    from tpaw_jax.config import config_file
 
     run = config_file.load(options.config, overrides, config_file.SFT)
     if run.objective.loss != "sft":
@@ -65,25 +65,26 @@ def sft(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _train(options: argparse.Namespace, run: Any, given: str | None) -> None:
-    from tpaw_jax import pod, preemption, self_play
     from tpaw_jax.models import hub
-    from tpaw_jax.monitoring import compile_log, parse_steps
+    from tpaw_jax.observe.monitoring import compile_log, parse_steps
+    from tpaw_jax.runtime import preemption, processes
+    from tpaw_jax.selfplay import loop
 
     profiled = parse_steps(options.profile) if options.profile else range(0)
     if options.pod or options.coordinator:
         if options.export:
             raise ValueError("--export is for one process; when the pod is done, run `tpaw export` on one host.")
-        pod.join(options.coordinator, options.num_processes, options.process_id)
+        processes.join(options.coordinator, options.num_processes, options.process_id)
     if options.export:
         hub.check_export(options.export)
     generations = Path(given) if given else None
     with compile_log() as compiled, preemption.Notice() as notice:
         try:
-            self_play.run(run, generations=generations, profiled=profiled, notice=notice, strict=options.strict)
+            loop.run(run, generations=generations, profiled=profiled, notice=notice, strict=options.strict)
         except preemption.Preempted as stopped:
             print(f"tpaw: {stopped}", file=sys.stderr)
             sys.exit(preemption.EXIT_CODE)
-    if not pod.writes():
+    if not processes.writes():
         return
     print(f"Compiled {len(compiled)} programs in {sum(s for _, s in compiled):.0f} s:")
     for name in dict.fromkeys(name for name, _ in compiled):
@@ -93,14 +94,14 @@ def _train(options: argparse.Namespace, run: Any, given: str | None) -> None:
     texts = "" if run.objective.loss == "sft" else "round_*/samples.jsonl, "
     print(f"The run is in {where}: metrics.jsonl, {texts}round_*/summary.json, ring/policies.")
     if options.export:
-        from tpaw_jax import export_policy
+        from tpaw_jax.selfplay import export_policy
 
         print(export_policy.write(where, None, Path(options.export)))
 
 
 def export(options: argparse.Namespace, overrides: list[str]) -> None:
     """Write a policy of a run as a Hugging Face directory."""
-    from tpaw_jax import export_policy
+    from tpaw_jax.selfplay import export_policy
 
     _no_overrides(overrides)
     print(export_policy.write(Path(options.run), options.round, Path(options.out)))
@@ -108,8 +109,10 @@ def export(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def prompts(options: argparse.Namespace, overrides: list[str]) -> None:
     """The prompts of a configuration as token ids, for another engine to answer; one JSON line a prompt."""
-    from tpaw_jax import config_file, dataset, durable
+    from tpaw_jax.config import config_file
+    from tpaw_jax.data import dataset
     from tpaw_jax.models import hub
+    from tpaw_jax.storage import files
 
     run = config_file.load(options.config, overrides)
     template = dataset.make_template(hub.load_tokenizer(run.policy.tokenizer or run.policy.path), run.data)
@@ -118,25 +121,31 @@ def prompts(options: argparse.Namespace, overrides: list[str]) -> None:
         {"prompt_id": int(i), "prompt": template.tokenizer.decode(tokens), "prompt_token_ids": tokens.tolist()}
         for i, tokens in zip(asked.ids, asked.prompt_tokens, strict=True)
     ]
-    durable.write_json_lines(Path(options.out), records)
+    files.write_json_lines(Path(options.out), records)
     print(f"{len(asked)} prompts are in {options.out}; {len(report.skipped)} malformed records were skipped.")
 
 
 def generate(options: argparse.Namespace, overrides: list[str]) -> None:
     """Answer the prompts of a configuration or of a file with a model; one JSON line a response."""
-    from tpaw_jax import answering, config_file, sharding
+    from tpaw_jax.config import config_file
+    from tpaw_jax.generation import completions
+    from tpaw_jax.runtime import sharding
 
     if options.model:
         overrides = [*overrides, f"policy.path={options.model}"]
     run = config_file.load(options.config, overrides)
     count = 1 if options.num_generations is None else options.num_generations
     given = Path(options.prompts) if options.prompts else None
-    answering.answer(run, sharding.make_mesh(run.mesh), Path(options.out), given, options.round or 0, count)
+    completions.answer(run, sharding.make_mesh(run.mesh), Path(options.out), given, options.round or 0, count)
 
 
 def evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     """Answer the tasks of a configuration greedily and say which share is right."""
-    from tpaw_jax import config_file, durable, evaluation, journal, ring, session, sharding
+    from tpaw_jax.config import config_file
+    from tpaw_jax.evaluation import exact_match
+    from tpaw_jax.generation.policy import open_policy
+    from tpaw_jax.runtime import sharding
+    from tpaw_jax.storage import files, journal, ring
 
     checkpoint = Path(options.checkpoint) if options.checkpoint else None
     of_run = checkpoint if checkpoint and (checkpoint / "journal.json").exists() else None
@@ -145,8 +154,8 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     run = config_file.load(options.config, overrides)
     tasks = []
     if not options.harness:
-        tasks = evaluation.chosen(run.evaluation, options.tasks.split(",") if options.tasks else [])
-    player = session.open_player(run, sharding.make_mesh(run.mesh))
+        tasks = exact_match.chosen(run.evaluation, options.tasks.split(",") if options.tasks else [])
+    player = open_policy(run, sharding.make_mesh(run.mesh))
     params = player.params
     if of_run:
         kept = ring.open_ring(journal.open_journal(of_run, reading=True), run.objective.n_max)
@@ -154,13 +163,13 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.harness:
         _harness(options, run, player, params)
         return
-    evaluator = session.make_evaluator(run, player, tasks)
-    results = evaluator.results(player, params)
+    evaluator = exact_match.make_evaluator(run, player, tasks)
+    results = evaluator.results(params)
     for result in results:
         print(result)
     if options.out:
         records = [{"task": result.name, **record} for result in results for record in result.records]
-        durable.write_json_lines(Path(options.out), records)
+        files.write_json_lines(Path(options.out), records)
         print(f"The {len(records)} responses are in {options.out}.")
 
 
@@ -168,23 +177,24 @@ def report(options: argparse.Namespace, overrides: list[str]) -> None:
     """One HTML page on finished rounds of a run, or of several beside each other."""
     _no_overrides(overrides)
     try:
-        from tpaw_jax import report
+        from tpaw_jax.report import run_report
     except ImportError as error:
         raise ImportError("tpaw report needs matplotlib; pip install 'tpaw_jax[report]'.") from error
 
     pictures = Path(options.png) if options.png else None
-    plots = report.write(options.runs, Path(options.out), pictures)
+    plots = run_report.write(options.runs, Path(options.out), pictures)
     where = f"; pictures are in {pictures}" if pictures else ""
     print(f"{options.out} has {len(options.runs)} runs in {plots} plots{where}.")
 
 
 def _harness(options: argparse.Namespace, run: Any, player: Any, params: Any) -> None:
-    from tpaw_jax import durable, sharding
+    from tpaw_jax.runtime import sharding
+    from tpaw_jax.storage import files
 
     try:
         from lm_eval.utils import make_table
 
-        from tpaw_jax import harness
+        from tpaw_jax.evaluation import harness
     except ImportError as error:
         raise ImportError("--harness needs lm-eval; pip install 'tpaw_jax[eval]'.") from error
     policy = harness.PolicyLM(player, params, run, sharding.make_mesh(run.mesh))
@@ -199,7 +209,7 @@ def _harness(options: argparse.Namespace, run: Any, player: Any, params: Any) ->
     print(make_table(results))
     if options.out:
         kept = {key: results[key] for key in ("results", "configs", "versions", "n-samples", "samples")}
-        durable.write_bytes(Path(options.out), json.dumps(kept, indent=1, default=str).encode())
+        files.write_bytes(Path(options.out), json.dumps(kept, indent=1, default=str).encode())
         print(f"Scores and samples are in {options.out}.")
 
 
@@ -208,31 +218,34 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
-    from tpaw_jax import config_file, durable, lowering, planning, tpu
+    from tpaw_jax.config import config_file
     from tpaw_jax.models import hub
+    from tpaw_jax.planning import lowering, planner
+    from tpaw_jax.runtime import tpu
+    from tpaw_jax.storage import files
 
     os.environ.update({name: value for name, value in tpu.QUIET.items() if name not in os.environ})
     run = config_file.load(options.config, overrides)
     if run.objective.loss == "sft" or run.data.responses == "rejected":
         raise ValueError(f"{' '.join(options.config)}: rounds of self-play are planned, not supervised runs or DPO.")
     architecture = hub.load_architecture(options.architecture or run.policy.path)
-    stages = tuple(options.stages.split(",")) if options.stages else planning.STAGES
-    if unknown := [name for name in stages if name not in planning.STAGES]:
-        raise ValueError(f"--stages: there is no stage '{unknown[0]}'; known are {', '.join(planning.STAGES)}.")
+    stages = tuple(options.stages.split(",")) if options.stages else planner.STAGES
+    if unknown := [name for name in stages if name not in planner.STAGES]:
+        raise ValueError(f"--stages: there is no stage '{unknown[0]}'; known are {', '.join(planner.STAGES)}.")
     topologies = [tpu.parse_topology(text.strip(), options.slices or 1) for text in options.topology.split(",")]
-    prompts, reports = options.prompts or run.data.max_prompts or planning.PROMPTS, []
+    prompts, reports = options.prompts or run.data.max_prompts or planner.PROMPTS, []
     if prompts < 1:
         raise ValueError(f"--prompts is {prompts}; a round plays on one at least.")
     jax.config.update("jax_enable_compilation_cache", False)  # from which nothing for absent devices can be read back
     for topology in topologies:
         target = lowering.target_of(run, architecture, topology)
         say = lambda line: print(line, file=sys.stderr, flush=True)
-        reports.append(planning.plan(target, prompts, stages, options.search, say))
-        print(planning.text(reports[-1]) + "\n", flush=True)
+        reports.append(planner.plan(target, prompts, stages, options.search, say))
+        print(planner.text(reports[-1]) + "\n", flush=True)
         if options.json:  # after each, since the next may take minutes
-            durable.write_bytes(Path(options.json), json.dumps(reports, indent=1).encode())
+            files.write_bytes(Path(options.json), json.dumps(reports, indent=1).encode())
     if len(reports) > 1:
-        print(planning.comparison(reports))
+        print(planner.comparison(reports))
 
 
 _CONFIGURATION = (True, "a YAML file; further ones are read over it; any key can follow as --key.subkey value", list)

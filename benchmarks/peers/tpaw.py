@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import jax
 
-from tpaw_jax import packing, scoring, train_step
 from tpaw_jax.config import PackingConfig
-from tpaw_jax.host import Ahead, restart_with_huge_pages
+from tpaw_jax.data import packing
+from tpaw_jax.runtime.host import Ahead, restart_with_huge_pages
+from tpaw_jax.training import scoring, train_step
 from tpaw_jax.types import Generations, Prompts, TeamScores
 
 EPOCHS, PLAYERS, STEP_TRIPLETS = 2, 3, 64  # SPIN's step

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpaw_jax import sampling
 from tpaw_jax.config import SamplingConfig
-from tpaw_jax.host import restart_with_huge_pages
-from tpaw_jax.models import Transformer, cpu_kernels
+from tpaw_jax.generation import engine
+from tpaw_jax.generation.cpu import kernels
+from tpaw_jax.models import Transformer
 from tpaw_jax.models.tile_attention import TILES
-from tpaw_jax.monitoring import compile_log
+from tpaw_jax.observe.monitoring import compile_log
+from tpaw_jax.runtime.host import restart_with_huge_pages
 from tpaw_jax.types import Prompts
 
 
@@ -35,9 +36,9 @@ def main() -> None:
     ids = tuple(np.array(p, np.int32) for p in work["prompts"])
     prompts = Prompts(np.arange(count, dtype=np.int32), ids, ids)
     config = SamplingConfig(max_new_tokens=work["longest"]["response"], slots=slots)
-    sampler = sampling.make_sampler(sampling.decoder_of(model), config, ())
+    sampler = engine.make_sampler(engine.decoder_of(model), config, ())
     watch = Watch(sampler)
-    answer = lambda limits: sampling.generate(watch.sampler, params, prompts, seed=0, round_number=0, limits=limits)
+    answer = lambda limits: engine.generate(watch.sampler, params, prompts, seed=0, round_number=0, limits=limits)
     with compile_log() as compiled:
         answer(work["limits"])
     watch.start()
@@ -49,7 +50,7 @@ def main() -> None:
     weights = sum(x.size * dtype.itemsize for x in jax.tree.leaves(params))
     of_token = 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim * dtype.itemsize
     bandwidth = watch.bandwidth
-    ways = (False, True) if cpu_kernels.available() else (False,)
+    ways = (False, True) if kernels.available() else (False,)
     of_way = lambda packed: common.matmul_peak(architecture, 512, backward=False, dtype=dtype, packed=packed)
     peak = max(of_way(packed)["median"] for packed in ways)
     prompt_tokens, matmul = sum(map(len, ids)), 2 * sum(x.size for x in jax.tree.leaves(params["layers"]))
@@ -90,7 +91,7 @@ class Watch:
     What a sum reads can change by half within a run, so the two take turns.
     """
 
-    def __init__(self, sampler: sampling.Sampler):
+    def __init__(self, sampler: engine.Sampler):
         self._array, self._sum = jnp.ones(2**27, jnp.float32), jax.jit(jnp.sum)
         self._sum(self._array).block_until_ready()
         timed = {name: self._timed(name, getattr(sampler, name)) for name in ("prefill", "admit", "resize")}

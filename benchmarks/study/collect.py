@@ -17,7 +17,7 @@ from typing import Any
 
 import scipy.stats
 
-from tpaw_jax import report
+from tpaw_jax.report import run_report
 
 COLUMNS = {  # of a run's line of a round: what it is called here
     "eval/test": "test accuracy",
@@ -72,7 +72,7 @@ def write_report(of: Arms, directory: Path, out: Path) -> None:
     places = [f"{arm}={run(arm, *of_seed)}" for arm in arms for of_seed in of[arm].items()]
     with tempfile.TemporaryDirectory() as pictures:
         page = out / "report.html"
-        report.write(places, page, Path(pictures))
+        run_report.write(places, page, Path(pictures))
         page.write_text(page.read_text().replace(f"{directory.absolute()}/", ""))  # a page for other machines
         for name in PICTURES:
             shutil.copy(Path(pictures) / name, out / name)

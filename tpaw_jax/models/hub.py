@@ -20,9 +20,9 @@ from jaxtyping import Array, PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tpaw_jax import durable
 from tpaw_jax.models import config_json, gguf
 from tpaw_jax.models.transformer import ModelConfig, Transformer
+from tpaw_jax.storage import files
 
 TENSOR_NAMES = {  # flax path: Hugging Face name; {} is the layer, * marks a kernel stored transposed, [out, in]
     "embed/embedding": "model.embed_tokens.weight",
@@ -323,7 +323,7 @@ def _open_shard(path: Path) -> Any:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: the file is missing; a model directory needs it.")
-    fields = durable.parse_json(path.read_bytes(), path)
+    fields = files.parse_json(path.read_bytes(), path)
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: a JSON object was expected, not {type(fields).__name__}.")
     return fields

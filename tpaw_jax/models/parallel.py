@@ -22,8 +22,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
-from tpaw_jax import sharding
-from tpaw_jax.models.cpu_kernels import PackedMatrix
+from tpaw_jax.runtime import sharding
 
 LANES = 128
 """Values of a TPU's tile along an array's last axis."""
@@ -51,7 +50,7 @@ class Parallel(NamedTuple):
 
     def embed(
         self,
-        table: Float[Array, "v d"] | PackedMatrix,
+        table: Any,  # [v, d]: an array, or what `take` reads
         name: str,
         tokens: Int[Array, "M"],
         dtype: jnp.dtype,

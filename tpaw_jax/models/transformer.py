@@ -11,7 +11,6 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
-from tpaw_jax import sharding
 from tpaw_jax.models.attention import (
     EINSUM,
     SAVED,
@@ -23,6 +22,7 @@ from tpaw_jax.models.attention import (
     rotate,
 )
 from tpaw_jax.models.parallel import WHOLE, Parallel
+from tpaw_jax.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True)

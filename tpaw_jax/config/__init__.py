@@ -1,0 +1,16 @@
+"""The run's configuration: `schema` has the dataclasses, `config_file` reads them from YAML."""
+
+from tpaw_jax.config.schema import DataConfig as DataConfig
+from tpaw_jax.config.schema import EvaluationConfig as EvaluationConfig
+from tpaw_jax.config.schema import MeshConfig as MeshConfig
+from tpaw_jax.config.schema import ObjectiveConfig as ObjectiveConfig
+from tpaw_jax.config.schema import PackingConfig as PackingConfig
+from tpaw_jax.config.schema import PolicyConfig as PolicyConfig
+from tpaw_jax.config.schema import RunConfig as RunConfig
+from tpaw_jax.config.schema import SamplingConfig as SamplingConfig
+from tpaw_jax.config.schema import SourceConfig as SourceConfig
+from tpaw_jax.config.schema import TaskConfig as TaskConfig
+from tpaw_jax.config.schema import TrainConfig as TrainConfig
+from tpaw_jax.config.schema import knob as knob
+from tpaw_jax.config.schema import of_round as of_round
+from tpaw_jax.config.schema import section as section

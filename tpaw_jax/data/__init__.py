@@ -1,0 +1,1 @@
+"""Records to prompts, prompts and responses to packed prefix trees."""

@@ -1,0 +1,1 @@
+"""Exact-match tasks and lm-eval."""

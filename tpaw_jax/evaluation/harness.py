@@ -1,0 +1,222 @@
+"""lm-eval's interface to a policy: log-likelihoods in packed trees, generation by the sampler.
+
+Continuations of one context share it, as the responses of a prompt do; so a multiple-choice question is computed once.
+Tokens, truncation and stop texts are as in lm-eval's own `hf` model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import lm_eval
+import numpy as np
+from jaxtyping import Array, PyTree
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+
+from tpaw_jax.config import RunConfig
+from tpaw_jax.data import packing
+from tpaw_jax.generation import engine
+from tpaw_jax.generation.policy import Policy
+from tpaw_jax.runtime import sharding, tpu
+from tpaw_jax.training import logprobs, scoring
+from tpaw_jax.training.batch_shapes import settled_packing
+from tpaw_jax.types import Prompts
+
+MOST_NEW_TOKENS = 256
+"""Where a task states no limit, as in lm-eval's `hf` model."""
+
+
+class PolicyLM(TemplateLM):
+    """A policy as lm-eval sees it.
+
+    Contexts and continuations are at most as long as a row, `packing.row_length`, and as the model's positions.
+    """
+
+    def __init__(self, player: Policy, params: PyTree[Array], config: RunConfig, mesh: jax.sharding.Mesh) -> None:
+        super().__init__()
+        self.player, self.params, self.config = player, params, config
+        self.tokenizer = player.template.tokenizer
+        self.packing = settled_packing(config, mesh)
+        self.positions = player.model.config.max_position_embeddings
+        fitting = self.packing.row_length - 2 * (self.packing.alignment - 1)  # a context and a continuation, aligned
+        self.max_length = min(self.positions, fitting)
+        greedy_fn = logprobs.make_greedy_fn(player.model, config.policy.head_chunk)
+        self._program = scoring.score_program(greedy_fn, mesh, tpu.options_of(mesh))
+        self._rows = sharding.rows(mesh)
+        self._samplers: dict[tuple[int, float, float, int], Any] = {}
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context is: the BOS token, where there is one."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Of the tokenizer, for lm-eval's caches."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Tokens of a text, with the special ones that the tokenizer adds, but no second BOS."""
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            options = {"add_special_tokens": False}
+        return self.tokenizer.encode(string, **options)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text, by the template that the policy was trained with.
+
+        Raises:
+            ValueError: it was trained without one.
+        """
+        template = self.player.template
+        if template.chat is None:
+            raise ValueError("--chat-template: data.chat_template is 'none'; the policy was trained without one.")
+        if template.system_prompt and chat_history[0]["role"] != "system":
+            chat_history = [{"role": "system", "content": template.system_prompt}, *chat_history]
+        text = self.tokenizer.apply_chat_template(
+            chat_history,
+            chat_template=template.chat,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text + template.lead if add_generation_prompt else text
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """What lm-eval notes as the template."""
+        return self.player.template.chat if chat_template else None
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-prob of whole texts, nats, in windows of `max_length` tokens that do not overlap."""
+        asked, owners = [], []
+        for number, (text,) in enumerate(request.args for request in requests):
+            windows = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in map(utils.make_disjoint_window, windows):
+                asked.append((("", ""), *window))
+                owners.append(number)
+        totals = np.zeros(len(requests))
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(asked, disable_tqdm), strict=True):
+            totals[owner] += value
+        return totals.tolist()
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Log-prob of each continuation after its context, nats, and whether it is the greedy one."""
+        by_context: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
+        for number, ((_, text), context, continuation) in enumerate(requests):
+            if not continuation:
+                raise ValueError(f"lm-eval's request {number} has no token to score after its context: {text!r}.")
+            tokens = [*context, *continuation][-(self.max_length + 1) :]
+            cut = max(1, len(tokens) - len(continuation))
+            by_context.setdefault(tuple(tokens[:cut]), {})[number] = np.asarray(tokens[cut:], np.int32)
+        trees = [
+            packing.Tree(i, np.asarray(context, np.int32), tuple(asked), tuple(asked.values()), ())
+            for i, (context, asked) in enumerate(by_context.items())
+        ]
+        rows, found = packing.pack(trees, self.packing), {}
+        size = self.packing.rows_per_batch
+        for first in tqdm(range(0, len(rows), size), desc="scoring", disable=disable_tqdm):
+            batch = packing.take(rows, np.arange(first, min(first + size, len(rows))), size)
+            values = np.asarray(self._program(self.params, sharding.place(batch.batch, self._rows)))
+            for row, response in np.argwhere(batch.prompt_index >= 0):
+                found[int(batch.source[row, response])] = values[row, response]
+        return [(float(found[n][0]), bool(found[n][1])) for n in range(len(requests))]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the policy says after each context, up to the first of its stop texts."""
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
+        texts: dict[int, str] = {}
+        for numbers in groups.values():
+            contexts = [requests[n].args[0] for n in numbers]
+            texts |= dict(zip(numbers, self._generate(contexts, requests[numbers[0]].args[1]), strict=True))
+        return [texts[n] for n in range(len(requests))]
+
+    def _generate(self, contexts: Sequence[str], stated: Mapping[str, Any]) -> list[str]:
+        settings = normalize_gen_kwargs(dict(stated), MOST_NEW_TOKENS)
+        longest = settings["max_gen_toks"]
+        if longest >= self.positions:
+            raise ValueError(
+                f"--harness: a task asks for {longest} new tokens, and the model has {self.positions} positions for "
+                "them and the context together; evaluate a model with more, or a task that asks for fewer."
+            )
+        decode = lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True)
+        eos = self.tokenizer.decode(self.eot_token_id)
+        until = [text for text in handle_stop_sequences(settings.get("until"), eos=eos) if text and text != eos]
+        tokens = tuple(np.asarray(self.tok_encode(c)[-(self.positions - longest) :], np.int32) for c in contexts)
+        prompts = Prompts(np.arange(len(tokens), dtype=np.int32), tokens, (np.zeros(1, np.int32),) * len(tokens))
+        temperature = float(settings.get("temperature") or 0.0)
+        sampler = self._sampler(longest, temperature, float(settings.get("top_p", 1.0)), int(settings.get("top_k", 0)))
+        ends = engine.stop_at(decode, until) if until else None
+        made = engine.generate(sampler, self.params, prompts, seed=self.config.seed, round_number=0, ends=ends)
+        texts = [decode(response) for response in made.tokens]
+        for stop in until:
+            texts = [text.split(stop)[0] for text in texts]
+        return texts
+
+    def _sampler(self, longest: int, temperature: float, top_p: float, top_k: int) -> Any:
+        key = (longest, temperature, top_p, top_k) if temperature else (longest, 0.0, 1.0, 0)
+        if key not in self._samplers:
+            longest, temperature, top_p, top_k = key
+            settings = dataclasses.replace(
+                self.config.sampling,
+                min_new_tokens=0,
+                max_new_tokens=longest,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+            )
+            self._samplers[key] = self.player.sampler_with(settings)
+        return self._samplers[key]
+
+
+def run(
+    policy: PolicyLM,
+    tasks: Sequence[str],
+    directory: str | None = None,
+    chat_template: bool = False,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """lm-eval's results on some of its tasks, or, with `directory`, on tasks of local YAML files alone.
+
+    Raises:
+        ValueError: a task is not known, or its data cannot be had.
+    """
+    if jax.process_count() > 1:
+        raise ValueError("--harness is for one process; export the policy and evaluate it on one host.")
+    manager = TaskManager(include_path=directory, include_defaults=directory is None)
+    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
+        raise ValueError(f"--harness: lm-eval knows no task '{unknown[0]}'{f' in {directory}' if directory else ''}.")
+    results = lm_eval.simple_evaluate(
+        model=policy,
+        tasks=list(tasks),
+        task_manager=manager,
+        apply_chat_template=chat_template,
+        fewshot_as_multiturn=chat_template,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        log_samples=True,
+    )
+    assert results is not None  # it is for ranks above 0 alone
+    return results

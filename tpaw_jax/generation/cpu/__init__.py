@@ -1,0 +1,1 @@
+"""The C++ kernels that decode on a CPU."""

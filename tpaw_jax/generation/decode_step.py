@@ -1,0 +1,213 @@
+"""One further token a slot: the decoder as it is run when every weight is read for few rows.
+
+Where it can, a CPU has its matrices packed (`cpu_kernels`), and computes prompts with them too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Int, PyTree
+
+from tpaw_jax.generation import cache as kv
+from tpaw_jax.generation.cpu import kernels
+from tpaw_jax.generation.cpu.kernels import PackedMatrix
+from tpaw_jax.models.attention import Visibility, rotate
+from tpaw_jax.models.transformer import Transformer, head_table, rms_norm, rotary_angles
+from tpaw_jax.types import AnyArray, PackedPrompts
+
+Matrix = Float[Array, "F D"] | PackedMatrix
+Layer = Int[Array, ""] | int
+
+
+class LayerWeights(NamedTuple):
+    """One layer's parameters, or all layers', stacked: products that read the same input are one, end to end."""
+
+    attention_norm: Float[Array, "*L D"]
+    qkv: Matrix  # [E, D]
+    qkv_bias: Float[Array, "*L E"] | None
+    q_norm: Float[Array, "*L H"] | None
+    k_norm: Float[Array, "*L H"] | None
+    o: Matrix  # [D, F]
+    mlp_norm: Float[Array, "*L D"]
+    gate_up: Matrix  # [G, D]
+    down: Matrix  # [D, F]
+
+
+class DecodeWeights(NamedTuple):
+    """Parameters as decoding reads them, matrices in the compute dtype."""
+
+    embed: Matrix  # [V, D]
+    layers: tuple[LayerWeights, ...] | LayerWeights  # each its own, since XLA copies slices of a stack; or all, packed
+    final_norm: Float[Array, "D"]
+    head: Matrix | None  # [V, D]; None where it is `embed`
+
+    @property
+    def packed(self) -> bool:
+        """Whether matrices are packed."""
+        return isinstance(self.layers, LayerWeights)
+
+    def of_layer(self, i: Layer) -> tuple[LayerWeights, Layer | None]:
+        """The weights of layer i; or, packed, of all layers, and i. Only then need i not be known to the program."""
+        return (self.layers, i) if isinstance(self.layers, LayerWeights) else (self.layers[i], None)
+
+
+def decode_weights(model: Transformer, params: PyTree[Array], packed: bool = False) -> DecodeWeights:
+    """The parameters of a model for `decode`, matrices packed or not."""
+    of_layer = lambda i: jax.tree.map(lambda p: p[i], params["layers"])
+    in_order = kernels.pack if packed else jnp.transpose
+    matrix = lambda p_DF: in_order(p_DF.astype(model.dtype))
+    of_layers = [_layer_weights(of_layer(i), matrix) for i in range(0 if packed else model.config.num_layers)]
+    return DecodeWeights(
+        matrix(params["embed"]["embedding"].T),
+        _layer_weights(params["layers"], matrix) if packed else tuple(of_layers),
+        params["final_norm"]["scale"],
+        None if model.config.tie_embeddings else matrix(head_table(params).T),
+    )
+
+
+def decode(
+    model: Transformer,
+    weights: DecodeWeights,
+    tokens: Int[Array, "R S"],
+    positions: Int[Array, "R S"],
+    cache: kv.KVCache,
+    table: kv.PageTable,
+) -> tuple[Float[Array, "R S V"], kv.KVCache]:
+    """Float32 logits after one further token a slot, and the cache with it written at `positions`.
+
+    Products read their operands in the compute dtype and are summed in float32; all else is float32. Layers stand one
+    after the other, not under a scan, for which weights that are not packed would be stacked: XLA copies its slices.
+    """
+    angles = rotary_angles(model.config, positions)
+    x_MD, layers = _embedded(model, weights, tokens), []
+    for i, pages in enumerate(cache):
+        attend = functools.partial(_attend_pages, model.local_config, angles, pages, table, positions, weights.packed)
+        x_MD, pages = _layer(model, *weights.of_layer(i), x_MD, positions.shape, attend)
+        layers.append(pages)
+    return _logits(model, weights, x_MD).reshape(*tokens.shape, -1), tuple(layers)
+
+
+def prefill(
+    model: Transformer, weights: DecodeWeights, prompts: PackedPrompts, dtype: jnp.dtype
+) -> tuple[Float[Array, "R N V"], tuple[Float[Array, "L R T K H"], Float[Array, "L R T K H"]]]:
+    """Float32 logits after the last token of each prompt, and the rows' keys and values in `dtype`, of packed weights.
+
+    Products are rounded as those of `decode`; attention is the model's own, of keys and values not rounded yet.
+    """
+    c, rows = model.local_config, prompts.tokens.shape
+    angles = rotary_angles(c, prompts.positions)
+    context = model.attention.prepare(Visibility(jnp.asarray(prompts.segment_ids)))
+
+    def attend(heads_RTXH):
+        q, k, v = _split_heads(c, heads_RTXH)
+        k = rotate(k, angles)
+        return model.attention.attend(rotate(q, angles), k, v, context), (k.astype(dtype), v.astype(dtype))
+
+    def layer(x_MD, i):
+        return _layer(model, *weights.of_layer(i), x_MD, rows, attend)
+
+    x_MD, keys_and_values = jax.lax.scan(layer, _embedded(model, weights, prompts.tokens), jnp.arange(c.num_layers))
+    last_RN = jnp.arange(rows[0])[:, None] * rows[1] + prompts.first + prompts.lengths - 1
+    logits = _logits(model, weights, x_MD[last_RN.reshape(-1)])
+    return logits.reshape(*last_RN.shape, -1), keys_and_values
+
+
+def _embedded(model: Transformer, weights: DecodeWeights, tokens: Int[AnyArray, "R S"]) -> Float[Array, "M D"]:
+    name, flat = "embed/embedding", jnp.reshape(tokens, -1)
+    return model.parallel.embed(weights.embed, name, flat, jnp.float32, take=_rows)
+
+
+def _layer(
+    model: Transformer, w: LayerWeights, i: Layer | None, x_MD: Array, rows: tuple[int, ...], attend: Callable[..., Any]
+) -> Any:
+    """A layer over the tokens of `rows` [R, S]; attend([R, S, N + 2K, H]) -> (what the queries find, anything)."""
+    c, split = model.local_config, model.parallel
+    product = functools.partial(_product, epsilon=c.rms_norm_eps, layer=i)
+    of_layer = lambda p: p if i is None else p[i]
+    qkv_ME = product(x_MD, w.qkv, w.attention_norm)
+    if w.qkv_bias is not None:
+        qkv_ME += of_layer(w.qkv_bias)
+    heads_RSXH = qkv_ME.reshape(*rows, -1, c.head_dim)
+    if w.q_norm is not None and w.k_norm is not None:
+        q, k, v = _split_heads(c, heads_RSXH)
+        norm = lambda x, scale: rms_norm(x, of_layer(scale), c.rms_norm_eps)
+        heads_RSXH = jnp.concatenate([norm(q, w.q_norm), norm(k, w.k_norm), v], axis=2)
+    attended, kept = attend(heads_RSXH)
+    x_MD += split.total(product(attended.reshape(len(x_MD), -1), w.o))
+    gate_MF, up_MF = jnp.split(product(x_MD, w.gate_up, w.mlp_norm), 2, axis=1)
+    return x_MD + split.total(product(nn.silu(gate_MF) * up_MF, w.down)), kept
+
+
+def _logits(model: Transformer, weights: DecodeWeights, x_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
+    tied = weights.head is None
+    head = weights.embed if tied else weights.head
+    logits_MV = _product(x_MD, head, weights.final_norm, model.config.rms_norm_eps)
+    return model.parallel.whole_vocabulary(logits_MV, f"{'embed' if tied else 'head'}/embedding")
+
+
+def _split_heads(config, heads_RSXH):
+    """Queries, keys and values."""
+    return jnp.split(heads_RSXH, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
+
+
+def _rows(table_VD, tokens_M):
+    """table[tokens]. XLA's CPU backend widens a whole table of 16-bit floats to read a row of it, but not integers."""
+    if isinstance(table_VD, PackedMatrix):
+        return kernels.take(table_VD, tokens_M)
+    if table_VD.dtype.itemsize != 2:
+        return table_VD[tokens_M]
+    as_integers = lambda table: jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens_M]
+    of_integers = lambda table: jax.lax.bitcast_convert_type(as_integers(table), table.dtype)
+    return jax.lax.platform_dependent(table_VD, cpu=of_integers, default=lambda table: table[tokens_M])
+
+
+def _attend_pages(config, angles, pages, table, positions, native, heads_RSXH):
+    """What the queries find in the cache, and a layer of the cache with their tokens in it."""
+    if native:
+        found = kernels.attend_pages(heads_RSXH, angles, pages.keys, pages.values, table.of_slot, positions)
+        return found[0], kv.LayerPages(*found[1:])
+    q, k, v = _split_heads(config, heads_RSXH)
+    q, k = rotate(q, angles), rotate(k, angles)
+    return kv.attend_pages(q, k, v, pages, table, positions), kv.write_token(pages, table, positions, k, v)
+
+
+def _product(x_MD, weight_FD, scale=None, epsilon=0.0, layer=None):
+    """The product in float32, of x or of its norm."""
+    if isinstance(weight_FD, PackedMatrix):
+        return kernels.dot(x_MD, weight_FD, scale, epsilon, layer)
+    if scale is not None:
+        x_MD = rms_norm(x_MD, scale, epsilon)
+    x_DM = _row_major(x_MD.T).astype(weight_FD.dtype)
+    return _row_major(jnp.dot(weight_FD, x_DM, preferred_element_type=jnp.float32)).T
+
+
+def _row_major(x_FM):
+    """`x_FM` in memory as it is written, which XLA would lay out as what it is made of or turned into.
+
+    On CPU, products of a weight [F, D] with few columns that lie so run 15 to 40 % faster than those of few rows, whose
+    16-bit weights would even be widened first; to a TPU they are the same.
+    """
+    return with_layout_constraint(x_FM, Layout(major_to_minor=(0, 1)))
+
+
+def _layer_weights(p, matrix) -> LayerWeights:
+    kernel = lambda *names: matrix(jnp.concatenate([p[name]["kernel"] for name in names], axis=-1))
+    bias = jnp.concatenate([p[name]["bias"] for name in "qkv"], axis=-1) if "bias" in p["q"] else None
+    return LayerWeights(
+        attention_norm=p["attention_norm"]["scale"],
+        qkv=kernel("q", "k", "v"),
+        qkv_bias=bias,
+        q_norm=p["q_norm"]["scale"] if "q_norm" in p else None,
+        k_norm=p["k_norm"]["scale"] if "k_norm" in p else None,
+        o=kernel("o"),
+        mlp_norm=p["mlp_norm"]["scale"],
+        gate_up=kernel("gate", "up"),
+        down=kernel("down"),
+    )

@@ -1,0 +1,106 @@
+"""What sampling asks of a model: to compute packed prompts, and one further token of every slot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from tpaw_jax.generation import cache as kv
+from tpaw_jax.generation import decode_step
+from tpaw_jax.generation.cpu import kernels
+from tpaw_jax.models.transformer import Transformer
+from tpaw_jax.types import PackedPrompts
+
+
+class Decoder(NamedTuple):
+    """A model as sampling uses it. The cache is any pytree whose leaves are [R, U, ...], a page of tokens each.
+
+    dtype of the matrices that `params` are given with; None: as they are
+    init(shards, pages) -> cache
+    prepare(params) -> weights, the parameters as `decode` wants them
+    prefill(params, prompts) -> (logits [R, N, V] after the last token of each prompt, rows: any pytree for `place`)
+    prefills_with_weights: whether it takes weights in the place of params
+    place(cache, rows, starts [R, C], pages [R, C]) -> cache, with a page's tokens of the rows from `starts` in `pages`
+    decode(weights, cache, tokens [R, S], positions [R, S], table) -> (logits [R, S, V], cache)
+    """
+
+    dtype: jnp.dtype | None
+    init: Callable[[int, int], PyTree[Array]]
+    prepare: Callable[[PyTree[Array]], PyTree[Array]]
+    prefill: Callable[[PyTree[Array], PackedPrompts], tuple[Array, PyTree[Array]]]
+    place: Callable[..., PyTree[Array]]
+    decode: Callable[..., tuple[Array, PyTree[Array]]]
+    prefills_with_weights: bool = False
+
+
+def decoder_of(model: Transformer, cache_dtype: str = "", platform: str = "") -> Decoder:
+    """The `Decoder` of a `Transformer`, for the devices of a platform: by default, JAX's own.
+
+    Keys and values are kept in `cache_dtype`; by default in the compute dtype.
+    """
+    c, dtype = model.local_config, jnp.dtype(cache_dtype or model.dtype)
+    on_cpu, fits = (platform or jax.default_backend()) == "cpu", {dtype, jnp.dtype(model.dtype)} <= kernels.DTYPES
+    native = on_cpu and fits and kernels.available()
+
+    def init(shards, pages):
+        return kv.empty(c.num_layers, shards, pages, c.num_kv_heads, c.head_dim, dtype)
+
+    def prefill(params, prompts):
+        variables, rows = {"params": params}, (prompts.tokens, prompts.positions, prompts.segment_ids)
+        hidden_RTD, keys_and_values = model.apply(variables, *rows, method="prefill")
+        last_RND = jax.vmap(lambda row_TD, last_N: row_TD[last_N])(hidden_RTD, prompts.first + prompts.lengths - 1)
+        return model.apply(variables, last_RND, method="logits"), keys_and_values
+
+    def of_weights(weights, prompts):
+        return decode_step.prefill(model, weights, prompts, dtype)
+
+    return Decoder(
+        dtype=jnp.dtype(model.dtype),
+        init=init,
+        prepare=lambda params: decode_step.decode_weights(model, params, packed=native),
+        prefill=of_weights if native else prefill,
+        place=lambda cache, rows, starts, pages: kv.write_prompts(cache, rows[0], rows[1], starts, pages),
+        decode=lambda weights, cache, tokens, positions, table: decode_step.decode(
+            model, weights, tokens, positions, cache, table
+        ),
+        prefills_with_weights=native,
+    )
+
+
+def decoder_from_apply_fn(apply_fn: Callable[[PyTree[Array], Array], Array]) -> Decoder:
+    """A `Decoder` of any causal apply_fn(params, tokens [B, T]) -> logits [B, T, V]; it recomputes the whole sequence.
+
+    The cache is the tokens so far.
+    """
+
+    def last_logits(params, tokens_BT, last_B):
+        return jnp.take_along_axis(apply_fn(params, tokens_BT), last_B[:, None, None], axis=1)[:, 0]
+
+    def prefill(params, prompts):
+        tokens_RT = jnp.asarray(prompts.tokens)
+        places_RNT = jnp.minimum(prompts.first[..., None] + jnp.arange(tokens_RT.shape[1]), tokens_RT.shape[1] - 1)
+        tokens_RNT = jax.vmap(lambda row, places: row[places])(tokens_RT, places_RNT)
+        flat = lambda x: x.reshape(-1, *x.shape[2:])
+        logits_BV = last_logits(params, flat(tokens_RNT), flat(prompts.lengths) - 1)
+        return logits_BV.reshape(*prompts.lengths.shape, -1), tokens_RT
+
+    def place(cache, rows_RT, starts, pages):
+        places = jnp.minimum(starts[..., None] + jnp.arange(kv.PAGE), rows_RT.shape[1] - 1)
+        put = lambda old, row_T, places_CP, pages_C: old.at[pages_C].set(row_T[places_CP], mode="drop")
+        return jax.vmap(put)(cache, rows_RT, places, pages)
+
+    def decode(params, cache, tokens_RS, positions_RS, table):
+        put = lambda old, page_S, offset_S, new_S: old.at[page_S, offset_S].set(new_S, mode="drop")
+        cache = jax.vmap(put)(cache, kv.page_of(table, positions_RS), positions_RS % kv.PAGE, tokens_RS)
+        pages_RSJ = jnp.minimum(table.of_slot, cache.shape[1] - 1)
+        sequences = jax.vmap(lambda pool, pages_SJ: pool[pages_SJ])(cache, pages_RSJ).reshape(tokens_RS.size, -1)
+        return last_logits(params, sequences, positions_RS.reshape(-1)).reshape(*tokens_RS.shape, -1), cache
+
+    def init(shards: int, pages: int) -> Array:
+        return jnp.zeros((shards, pages, kv.PAGE), jnp.int32)
+
+    return Decoder(None, init, lambda params: params, prefill, place, decode)

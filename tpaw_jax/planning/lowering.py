@@ -1,0 +1,173 @@
+"""The programs of a run, lowered for the devices of a TPU topology: none of them need be here, and no weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from tpaw_jax.config import RunConfig
+from tpaw_jax.data import packing
+from tpaw_jax.generation import engine, token_sampling
+from tpaw_jax.generation.cache import PAGE, PageTable
+from tpaw_jax.generation.pages import Pages
+from tpaw_jax.generation.slots import DecodeState
+from tpaw_jax.models import ModelConfig, Transformer, splash_attention
+from tpaw_jax.models.hub import param_shapes
+from tpaw_jax.models.transformer import split
+from tpaw_jax.runtime import sharding, tpu
+from tpaw_jax.training import scoring, train_step
+from tpaw_jax.training.logprobs import make_log_prob_fn
+from tpaw_jax.types import PackedPrompts
+
+
+class Target(NamedTuple):
+    """What is planned: a configuration on the devices of a topology."""
+
+    config: RunConfig  # with its mesh, rows a batch and alignment settled
+    topology: tpu.Topology
+    mesh: Mesh
+    model: Transformer  # split over the mesh
+    params: PyTree[jax.ShapeDtypeStruct]
+    sampling_mesh: Mesh
+    sampling_model: Transformer
+
+
+def target_of(config: RunConfig, architecture: ModelConfig, topology: tpu.Topology) -> Target:
+    """A configuration on a topology.
+
+    Raises:
+        ImportError: libtpu is missing.
+        ValueError: the mesh does not cover the topology, or cannot split the model or the rows.
+    """
+    devices = topology.devices()
+    mesh = sharding.make_mesh(config.mesh, devices)
+    policy, rows = config.policy, config.packing
+    settled = dataclasses.replace(
+        rows,
+        rows_per_batch=rows.rows_per_batch or sharding.row_shards(mesh),
+        alignment=rows.alignment or splash_attention.alignment(rows.row_length),
+    )
+    packing.check_rows(settled, sharding.row_shards(mesh), splash_attention.alignment(rows.row_length))
+    dtype, compute = jnp.dtype(policy.param_dtype), jnp.dtype(policy.compute_dtype)
+    remat = "layer" if policy.remat == "auto" else policy.remat
+    whole = Transformer(architecture, compute, dtype, remat, splash_attention.splash_attention())
+    params = _params(architecture, dtype, mesh)
+    one_process = [d for d in devices if d.process_index == devices[0].process_index]
+    tensor = config.sampling.tensor
+    sampling_mesh = sharding.sampling_mesh(tensor, one_process if tensor == 1 else devices)
+    return Target(
+        config=dataclasses.replace(config, packing=settled),
+        topology=topology,
+        mesh=mesh,
+        model=split(whole, params, mesh, config.train.reduce_dtype),
+        params=params,
+        sampling_mesh=sampling_mesh,
+        sampling_model=split(whole, params, sampling_mesh, key="sampling.tensor"),
+    )
+
+
+def with_rows(target: Target, rows_per_batch: int, row_length: int) -> Target:
+    """The same with batches of other rows."""
+    alignment = splash_attention.alignment(row_length)
+    rows = dataclasses.replace(
+        target.config.packing, rows_per_batch=rows_per_batch, row_length=row_length, alignment=alignment
+    )
+    return target._replace(config=dataclasses.replace(target.config, packing=rows))
+
+
+def team_step(target: Target, remat: str, micro_batches: int) -> jax.stages.Lowered:
+    """The train step on `micro_batches` batches of rows."""
+    config, mesh = target.config, target.mesh
+    optimizer = train_step.make_optimizer(config.train)
+    log_prob_fn = make_log_prob_fn(target.model.clone(remat=remat), config.policy.head_chunk)
+    step: Any = train_step.make_train_step(
+        log_prob_fn, optimizer, config.objective, mesh, config.train.reduce_dtype, tpu.options_of(mesh)
+    )
+    inputs = (*packing.empty_step(config.packing, config.objective.n_max, micro_batches), train_step.NO_SCALARS)
+    state = train_step.abstract_state(target.params, optimizer, mesh)
+    return step.lower(state, *_abstract(inputs, train_step.input_shardings(mesh)))
+
+
+def scoring_pass(target: Target) -> jax.stages.Lowered:
+    """A frozen player on `packing.scoring_batches` batches of rows."""
+    config, mesh = target.config, target.mesh
+    log_prob_fn = make_log_prob_fn(target.model, config.policy.head_chunk)
+    program = scoring.score_program(log_prob_fn, mesh, tpu.options_of(mesh))
+    count = config.packing.rows_per_batch * config.packing.scoring_batches
+    rows = packing.empty_like(packing.pack([], config.packing), count)
+    return program.lower(target.params, _abstract(rows.batch, sharding.rows(mesh)))
+
+
+def prefill_row(config: RunConfig) -> int:
+    """Tokens of prompts that a shard computes at once."""
+    return engine.bucket(max(config.sampling.prefill_tokens, config.data.max_prompt_length))
+
+
+def prefill(target: Target) -> jax.stages.Lowered:
+    """A row of packed prompts on every shard of the devices that sample together."""
+    mesh, row = target.sampling_mesh, prefill_row(target.config)
+    shards, by_row = sharding.row_shards(mesh), sharding.rows(mesh)
+    shape = lambda size: jax.ShapeDtypeStruct((shards, size), jnp.int32, sharding=by_row)
+    most = max(1, row // 16)
+    prompts = PackedPrompts(shape(row), shape(row), shape(row), shape(most), shape(most))
+    sampler: Any = _sampler(target)
+    return sampler.prefill.lower(sampling_params(target), prompts)
+
+
+def slots_a_shard(target: Target) -> int:
+    """Slots that each copy of the model decodes."""
+    processes = len({device.process_index for device in target.sampling_mesh.devices.flat})
+    return math.ceil(target.config.sampling.slots * processes / sharding.row_shards(target.sampling_mesh))
+
+
+def decode(target: Target, typical_tokens: int) -> jax.stages.Lowered:
+    """A chunk of decoding steps of all slots, with pages for sequences of `typical_tokens`."""
+    sampler: Any = _sampler(target)
+    weights = jax.eval_shape(sampler.prepare, sampling_params(target)).decode
+    state, table = slots_of(target, typical_tokens)
+    until = jax.ShapeDtypeStruct((sampler.shards,), jnp.int32)
+    key = jax.eval_shape(lambda: token_sampling.round_key(0, 0))
+    return sampler.decode.lower(weights, state, table, key, until)
+
+
+def slots_of(target: Target, typical_tokens: int) -> tuple[DecodeState, PageTable]:
+    """The slots of all shards, with pages for sequences of `typical_tokens`, and whose the pages are."""
+    config, sampler, slots = target.config.sampling, _sampler(target), slots_a_shard(target)
+    longest = math.ceil((target.config.data.max_prompt_length + config.max_new_tokens) / PAGE)
+    pages = max(longest, math.ceil(typical_tokens / PAGE) * slots)
+    table = jax.tree.map(jnp.asarray, Pages(sampler.shards, slots, pages, longest).table())
+    return jax.eval_shape(lambda: sampler.init(slots, pages)), jax.eval_shape(lambda: table)
+
+
+def _sampler(target: Target) -> engine.Sampler:
+    config = target.config.sampling
+    cache_dtype = config.cache_dtype or target.config.policy.compute_dtype
+    decoder = engine.decoder_of(target.sampling_model, cache_dtype, platform="tpu")
+    return engine.make_sampler(decoder, config, [0], target.sampling_mesh)
+
+
+def sampling_params(target: Target) -> PyTree[jax.ShapeDtypeStruct]:
+    """The policy as it is sampled from: matrices in the compute dtype, split over the devices that share a model."""
+    shardings = sharding.param_shardings(target.params, target.sampling_mesh)
+    dtype = jnp.dtype(target.config.policy.compute_dtype)
+    cast = lambda x, place: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype, sharding=place)
+    return jax.tree.map(cast, target.params, shardings)
+
+
+def _params(architecture: ModelConfig, dtype: Any, mesh: Mesh) -> PyTree[jax.ShapeDtypeStruct]:
+    shapes = {name: jax.ShapeDtypeStruct(s, dtype) for name, s in param_shapes(architecture).items()}
+    params = traverse_util.unflatten_dict(shapes, sep="/")
+    return _abstract(params, sharding.param_shardings(params, mesh))
+
+
+def _abstract(tree: PyTree[Any], shardings: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of arrays, to lie where `shardings` says, which may stand for whole subtrees."""
+    place = lambda x, where: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=where)
+    return jax.tree.map(place, tree, jax.tree.broadcast(shardings, tree))

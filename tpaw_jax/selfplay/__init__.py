@@ -1,0 +1,1 @@
+"""The rounds of self-play, a run's session, and the store of generations and scores."""

@@ -1,0 +1,1 @@
+"""Log-probs of packed trees, scoring, the train step, and what a step costs."""
