@@ -113,11 +113,7 @@ def open_session(config: RunConfig, say: Say, profiled: range, notice: Notice) -
     )
     processes.check_same({"the fingerprint of the data": report.fingerprint})
     _check_same_data(opened, report.fingerprint)
-    # Stored only now: a configuration that could not be opened binds nobody.
-    opened.config, opened.data = to_dict(config), report.fingerprint
-    journal.save(opened)
-    files.write_bytes(directory / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
-    files.write_json(directory / "versions.json", processes.facts_of_this_host())
+    _keep_configuration(opened, config, report.fingerprint)
     ring.remove_unfinished(session.ring)
     first = max(session.ring.policies, default=0)  # a supervised run needs nothing but the policy it goes on from
     if config.objective.loss == "team":
@@ -201,6 +197,14 @@ def _check_same_data(opened: Journal, fingerprint: str) -> None:
             f"{opened.directory}: the run began with other prompts and targets; the data files, the chat template or "
             "the tokenizer have changed since. Put them back, or choose another directory."
         )
+
+
+def _keep_configuration(opened: Journal, config: RunConfig, fingerprint: str) -> None:
+    """Store what the run is bound to, once it could be opened: a configuration that cannot be used binds nobody."""
+    opened.config, opened.data = to_dict(config), fingerprint
+    journal.save(opened)
+    files.write_bytes(opened.directory / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+    files.write_json(opened.directory / "versions.json", processes.facts_of_this_host())
 
 
 def _first_policy(session: Session, theta_0: PyTree[Array]) -> PyTree[Array]:
