@@ -26,7 +26,7 @@ def test_the_first_signal_is_noted_and_handlers_are_put_back():
 def test_the_second_signal_ends_the_process_at_once():
     code = """if True:
         import os, signal
-        from tpaw_jax.preemption import Notice
+        from tpaw_jax.runtime.preemption import Notice
         with Notice():
             os.kill(os.getpid(), signal.SIGINT)
             print("noted", flush=True)
@@ -54,8 +54,8 @@ def test_a_process_that_is_killed_lets_go(tmp_path):
     code = """if True:
         import os, signal, sys
         from pathlib import Path
-        from tpaw_jax import durable
-        with durable.held(Path(sys.argv[1])):
+        from tpaw_jax.storage import files
+        with files.held(Path(sys.argv[1])):
             os.kill(os.getpid(), signal.SIGKILL)
     """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=120, check=False)
