@@ -1,0 +1,47 @@
+"""The documentation site: Sphinx, MyST Markdown and furo. `make docs` builds it, and any warning fails the build."""
+
+import inspect
+from importlib import metadata
+
+from sphinx.util import logging
+
+import tpaw_jax
+
+project = "tpaw_jax"
+author = "the tpaw_jax authors"
+release = metadata.version("tpaw_jax")
+html_title = f"tpaw_jax {release}"
+html_theme = "furo"
+html_copy_source = False
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx_copybutton"]
+exclude_patterns = ["_build", "examples"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+python_maximum_signature_line_length = 88
+copybutton_prompt_text = r"\$ |>>> "
+copybutton_prompt_is_regexp = True
+
+_log = logging.getLogger(__name__)
+_documented: set[str] = set()
+
+
+def _require_docstring(app, what, name, obj, options, lines):
+    """Warn of a public name without a docstring."""
+    _documented.add(name.rpartition(".")[2])
+    if what in ("function", "class", "method") and not any(line.strip() for line in lines):
+        _log.warning("%s has no docstring", name)
+
+
+def _require_all_public_names(app, env):
+    """Warn of a name that `tpaw_jax` exports and the API page leaves out."""
+    for name in set(tpaw_jax.__all__) - _documented:
+        if inspect.isroutine(getattr(tpaw_jax, name)) or inspect.isclass(getattr(tpaw_jax, name)):
+            _log.warning("tpaw_jax.%s is public and is not on the API page", name)
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", _require_docstring)
+    app.connect("env-check-consistency", _require_all_public_names)
