@@ -52,7 +52,7 @@ def main() -> None:
                 if saves and i == 0:
                     number += 1
                     ring.save_training(kept, state, 0, number)
-            ring.settle(kept)
+            ring.finish_saves(kept)
             return time.perf_counter() - begun
 
         block(True)  # compiles

@@ -324,7 +324,7 @@ def results(directory: Path) -> dict[str, str]:
     return {
         name: "damaged" if name in damaged else facts["same"] or facts["sha256"]
         for name, facts in opened.facts.items()
-        if facts["stage"] in ("sampling", "scoring", "policy") and opened.whole(name)
+        if facts["stage"] in ("sampling", "scoring", "policy") and opened.is_complete(name)
     }
 
 
@@ -332,7 +332,7 @@ def where(directory: Path) -> str:
     """The stage that a run is in, by what is there."""
     try:
         opened = journal.open_journal(directory, reading=True)
-        names = [name for name in opened.facts if opened.whole(name)]
+        names = [name for name in opened.facts if opened.is_complete(name)]
     except ValueError:
         names = []
     newest = max((int(n[-5:]) for n in names if n.startswith("ring/policies")), default=None)

@@ -18,7 +18,7 @@ import numpy as np
 
 from tpaw_jax.config import PackingConfig
 from tpaw_jax.runtime import sharding
-from tpaw_jax.runtime.host import Ahead, restart_with_huge_pages
+from tpaw_jax.runtime.host import Prefetch, restart_with_huge_pages
 from tpaw_jax.storage import journal, ring
 from tpaw_jax.training import cost, scoring
 
@@ -97,7 +97,7 @@ def streaming(setup: common.Setup, options: argparse.Namespace) -> None:
                 score(jax.block_until_ready(load(player)))
 
         def ahead():
-            with Ahead(load, players) as loaded:
+            with Prefetch(load, players) as loaded:
                 for _ in players:
                     params = next(loaded)
                     score(params)

@@ -17,7 +17,7 @@ import numpy as np
 
 from tpaw_jax.config import PackingConfig
 from tpaw_jax.data import packing
-from tpaw_jax.runtime.host import Ahead, restart_with_huge_pages
+from tpaw_jax.runtime.host import Prefetch, restart_with_huge_pages
 from tpaw_jax.training import cost, train_step
 
 
@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace, row_length: int) -> None:
     peak = common.matmul_peak(model, size * row_length, backward=True)
     start = time.perf_counter()
     seconds, flops, triplets, tokens, waited = [], [], [], [], 0.0
-    with Ahead(inputs, plan, depth=2) as ahead:
+    with Prefetch(inputs, plan, depth=2) as ahead:
         for i, (arguments, indices) in enumerate(ahead):
             if i < 2:  # compiles; then a warm-up with the state as the step itself places it
                 state, metrics = jax.block_until_ready(step(state, *arguments))

@@ -25,7 +25,7 @@ import optax
 from tpaw_jax.config import PackingConfig, TrainConfig
 from tpaw_jax.data import packing
 from tpaw_jax.models.attention import EINSUM
-from tpaw_jax.runtime.host import Ahead, restart_with_huge_pages
+from tpaw_jax.runtime.host import Prefetch, restart_with_huge_pages
 from tpaw_jax.training import cost, scoring, train_step
 from tpaw_jax.training.train_step import StepScalars
 from tpaw_jax.types import TeamScores
@@ -138,7 +138,7 @@ class Trees:
         make = lambda indices: jax.device_put(
             (*packing.step_batch(rows, scores, indices, 1, size), self.scalars), places
         )
-        with Ahead(make, plan, depth=2) as ahead:
+        with Prefetch(make, plan, depth=2) as ahead:
             for arguments in ahead:
                 self.state, metrics = self.step(self.state, *arguments)
         return self.state, metrics

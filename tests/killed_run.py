@@ -1,6 +1,6 @@
 """Play a small run in this process that gets a signal at a chosen place: python killed_run.py DIRECTORY PLACE [SIGNAL].
 
-PLACE is a key of PLACES, or `never`; the signal is SIGKILL unless named. Used by test_self_play.py.
+PLACE is a key of PLACES, or `never`; the signal is SIGKILL unless named. Used by test_loop.py.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ PLACES = {
 if __name__ == "__main__":
     if PLACE != "never":
         PLACES[PLACE]()
-    with preemption.Notice() as notice:
+    with preemption.PreemptionNotice() as notice:
         try:
             # One device: the eight that the tests see would only slow this down.
             loop.run(conftest.small_run(DIRECTORY, **{"mesh.fsdp": -1}), notice=notice)

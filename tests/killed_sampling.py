@@ -1,6 +1,6 @@
 """Answer 64 prompts and die by SIGKILL in the middle: python killed_sampling.py FILE TEMPERATURE.
 
-Used by test_sampling.py, which goes on from the file.
+Used by test_engine.py, which goes on from the file.
 """
 
 import os
@@ -32,7 +32,7 @@ def answer(stories, path, temperature, slots, mesh=None, die_after=None):
             os.kill(os.getpid(), signal.SIGKILL)
 
     before = generation_file.resume(path, prompts)
-    return engine.generate(sampler, stories[1], prompts, seed=3, round_number=2, finished=before, keep=keep)
+    return engine.generate(sampler, stories[1], prompts, seed=3, round_number=2, finished=before, on_finished=keep)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""One process of a small run, for test_pod.py: pod_run.py DIRECTORY PORT PROCESSES PROCESS DEVICES [key=value ...]"""
+"""One process of a small run, for test_processes.py.
+
+pod_run.py DIRECTORY PORT PROCESSES PROCESS DEVICES [key=value ...]
+"""
 
 import json
 import os
@@ -19,7 +22,7 @@ def main() -> None:
         processes.join(f"127.0.0.1:{PORT}", int(PROCESSES), int(PROCESS))
     settings = dict(override.split("=", 1) for override in OVERRIDES)
     table = loop.run(small_run(DIRECTORY, **{"mesh.fsdp": -1, "packing.rows_per_batch": 8, **settings}))
-    if processes.writes():
+    if processes.is_main():
         Path(DIRECTORY, "table.json").write_text(json.dumps(table))
 
 

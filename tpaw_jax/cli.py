@@ -78,13 +78,13 @@ def _train(options: argparse.Namespace, run: Any, given: str | None) -> None:
     if options.export:
         hub.check_export(options.export)
     generations = Path(given) if given else None
-    with compile_log() as compiled, preemption.Notice() as notice:
+    with compile_log() as compiled, preemption.PreemptionNotice() as notice:
         try:
             loop.run(run, generations=generations, profiled=profiled, notice=notice, strict=options.strict)
         except preemption.Preempted as stopped:
             print(f"tpaw: {stopped}", file=sys.stderr)
             sys.exit(preemption.EXIT_CODE)
-    if not processes.writes():
+    if not processes.is_main():
         return
     print(f"Compiled {len(compiled)} programs in {sum(s for _, s in compiled):.0f} s:")
     for name in dict.fromkeys(name for name, _ in compiled):
@@ -159,7 +159,7 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     params = player.params
     if of_run:
         kept = ring.open_ring(journal.open_journal(of_run, reading=True), run.objective.n_max)
-        params = ring.restore_policy(kept, ring.chosen(kept, options.round), sharding.abstract(player.params))
+        params = ring.restore_policy(kept, ring.select_policy(kept, options.round), sharding.abstract(player.params))
     if options.harness:
         _harness(options, run, player, params)
         return

@@ -17,7 +17,7 @@ import jax
 
 from tpaw_jax.config import PackingConfig
 from tpaw_jax.data import packing
-from tpaw_jax.runtime.host import Ahead, restart_with_huge_pages
+from tpaw_jax.runtime.host import Prefetch, restart_with_huge_pages
 from tpaw_jax.training import scoring, train_step
 from tpaw_jax.types import Generations, Prompts, TeamScores
 
@@ -58,7 +58,7 @@ def main() -> None:
     scored = time.perf_counter()
     orders = [packing.epoch_order(rows, 0, 0, epoch) for epoch in range(EPOCHS)]
     plan = [order[i : i + rows_a_step] for order in orders for i in range(0, len(order), rows_a_step)]
-    with Ahead(lambda indices: inputs(rows, scores, indices), plan, depth=2) as ahead:
+    with Prefetch(lambda indices: inputs(rows, scores, indices), plan, depth=2) as ahead:
         for arguments in ahead:
             state, metrics = step(state, *arguments)
     jax.block_until_ready((state, metrics))

@@ -94,7 +94,7 @@ def evaluate(
     params: PyTree[Array],
     task: Task,
     template: Template,
-    ends: engine.Ends | None = None,
+    stop_fn: engine.StopFn | None = None,
     progress: Callable[[int, int], None] = lambda requests, tokens: None,
 ) -> Result:
     """Answer a task's problems and count the right ones. All processes call it alike, each answers its share.
@@ -102,7 +102,7 @@ def evaluate(
     `sampler` is greedy and gives at least the task's `max_new_tokens`.
     """
     prompts, begun = task.prompts, time.perf_counter()
-    mine, together = engine.share_of_this_process(sampler, len(prompts))
+    mine, together = engine.local_share(sampler, len(prompts))
     made = engine.generate(
         sampler,
         params,
@@ -110,10 +110,10 @@ def evaluate(
         seed=0,
         round_number=0,
         limits=[task.config.max_new_tokens] * len(mine),
-        ends=ends,
+        stop_fn=stop_fn,
         progress=progress,
     )
-    tokens = (made if together else engine.of_all_processes(made, mine, 0)).tokens
+    tokens = (made if together else engine.gather_from_processes(made, mine, 0)).tokens
     seconds = time.perf_counter() - begun
     decode = lambda ids: template.tokenizer.decode(ids, skip_special_tokens=True)
     records = []
@@ -184,7 +184,7 @@ class Evaluator(NamedTuple):
     tasks: list[Task]
     sampler: Sampler
     template: Template
-    ends: engine.Ends | None
+    stop_fn: engine.StopFn | None
 
     def results(
         self,
@@ -192,7 +192,7 @@ class Evaluator(NamedTuple):
         progress: Callable[[int, int], None] = lambda requests, tokens: None,
     ) -> list[Result]:
         """How a policy does on each task; `progress` as in `sampling.generate`."""
-        answer = lambda task: evaluate(self.sampler, params, task, self.template, self.ends, progress)
+        answer = lambda task: evaluate(self.sampler, params, task, self.template, self.stop_fn, progress)
         return [answer(task) for task in self.tasks]
 
 
@@ -203,4 +203,4 @@ def make_evaluator(config: RunConfig, policy: Policy, tasks: Sequence[TaskConfig
         ValueError: a problem cannot be used.
     """
     loaded = [load_task(task, policy.template) for task in tasks]
-    return Evaluator(loaded, policy.sampler_with(greedy(config.sampling, tasks)), policy.template, policy.ends)
+    return Evaluator(loaded, policy.sampler_with(greedy(config.sampling, tasks)), policy.template, policy.stop_fn)

@@ -168,7 +168,7 @@ class PolicyLM(TemplateLM):
         temperature = float(settings.get("temperature") or 0.0)
         sampler = self._sampler(longest, temperature, float(settings.get("top_p", 1.0)), int(settings.get("top_k", 0)))
         ends = engine.stop_at(decode, until) if until else None
-        made = engine.generate(sampler, self.params, prompts, seed=self.config.seed, round_number=0, ends=ends)
+        made = engine.generate(sampler, self.params, prompts, seed=self.config.seed, round_number=0, stop_fn=ends)
         texts = [decode(response) for response in made.tokens]
         for stop in until:
             texts = [text.split(stop)[0] for text in texts]

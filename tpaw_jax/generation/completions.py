@@ -70,9 +70,9 @@ def answer(
             seed=config.seed,
             round_number=round_number,
             num_generations=num_generations,
-            ends=player.ends,
+            stop_fn=player.stop_fn,
             finished=finished,
-            keep=keep,
+            on_finished=keep,
             progress=lambda requests, tokens: bar.update(requests),
         )
     files.write_json_lines(out, _records(made, prompts, num_generations, template))

@@ -22,7 +22,7 @@ from tpaw_jax.generation.cache import PAGE
 from tpaw_jax.generation.decoder import decoder_from_apply_fn as decoder_from_apply_fn
 from tpaw_jax.generation.decoder import decoder_of as decoder_of
 from tpaw_jax.generation.pages import Pages
-from tpaw_jax.generation.slots import LOOK, Admission, Look, Sampler, Staged, Weights
+from tpaw_jax.generation.slots import STEPS_PER_CHUNK, Admission, Prefilled, Sampler, Snapshot, Weights
 from tpaw_jax.generation.slots import make_sampler as make_sampler
 from tpaw_jax.runtime import processes, sharding
 from tpaw_jax.types import AnyArray, Generations, PackedPrompts, Prompts
@@ -30,19 +30,19 @@ from tpaw_jax.types import AnyArray, Generations, PackedPrompts, Prompts
 Response = tuple[np.ndarray, np.ndarray]
 """Sampled tokens, int32, and their log-probs under the model, float32 nats."""
 
-Ends = Callable[[np.ndarray, int], int | None]
+StopFn = Callable[[np.ndarray, int], int | None]
 """(tokens of a response, how many of them did not end it before) -> how many are kept where they end it, or None."""
 
-ADMITTED_AT_ONCE = 8
+ADMISSIONS_PER_CALL = 8
 """Prompts of a shard that one call of `admit` moves into slots."""
 
-PASSED_OVER = 64
+MAX_SKIPPED = 64
 """Prompts too long for what is left of a row that are passed over in search of ones that fit."""
 
-FEWEST_SLOTS = 8
+MIN_SLOTS_CPU = 8
 """Slots that are kept to the end on a CPU: fewer would not decode a step faster."""
 
-FEWEST_SLOTS_OF_A_DEVICE = 128
+MIN_SLOTS_PER_DEVICE = 128
 """The same on accelerators, of each: up to there reading the weights is what a step takes, and a program costs more."""
 
 
@@ -55,18 +55,18 @@ def generate(
     round_number: int,
     limits: Sequence[int] | None = None,
     num_generations: int = 1,
-    ends: Ends | None = None,
+    stop_fn: StopFn | None = None,
     finished: Mapping[int, Response] | None = None,
-    keep: Callable[[Mapping[int, Response]], None] = lambda responses: None,
+    on_finished: Callable[[Mapping[int, Response]], None] = lambda responses: None,
     progress: Callable[[int, int], None] = lambda requests, tokens: None,
 ) -> Generations:
     """`num_generations` responses a prompt, in the order of `prompts`, those of a prompt one after the other.
 
     `limits` are new tokens that the responses of each prompt may have, at most and by default `max_new_tokens`.
-    `ends` tells which tokens end a response, besides the stop tokens (see `stop_at`).
+    `stop_fn` tells which tokens end a response, besides the stop tokens (see `stop_at`).
     `finished` holds responses, by their place in the result, that need not be sampled again: since a text depends on
-    its request alone, the result is the same. `keep` is called with the responses as they finish, `progress` with the
-    requests and the tokens finished since its last call.
+    its request alone, the result is the same. `on_finished` is called with the responses as they finish, `progress`
+    with the requests and the tokens finished since its last call.
 
     Raises:
         ValueError: `limits` are not one a prompt within `max_new_tokens`.
@@ -87,41 +87,41 @@ def generate(
         engine = _Engine(sampler, weights, prompts, most, num_generations, missing, key)
         while engine.unfinished:
             engine.refill()
-            new = engine.decode(ends)
+            new = engine.decode(stop_fn)
             if new:
-                keep(new)
+                on_finished(new)
             done.update(new)
             progress(len(new), sum(len(tokens) for tokens, _ in new.values()))
     ordered = [done[i] for i in range(len(prompts) * num_generations)]
     return Generations(round_number, tuple(t for t, _ in ordered), tuple(p for _, p in ordered))
 
 
-def stop_at(decode: Callable[[np.ndarray], str], strings: Sequence[str]) -> Ends:
-    """`ends` of `generate`: a response ends with the token that completes one of `strings`, which it keeps.
+def stop_at(decode: Callable[[np.ndarray], str], strings: Sequence[str]) -> StopFn:
+    """`stop_fn` of `generate`: a response ends with the token that completes one of `strings`, which it keeps.
 
     `decode` turns tokens into text.
     """
 
-    def ends(tokens: np.ndarray, seen: int) -> int | None:
+    def stop_fn(tokens: np.ndarray, seen: int) -> int | None:
         text = decode(tokens)
         if not any(string in text for string in strings):
             return None
         counts = range(seen + 1, len(tokens) + 1)
         return next((n for n in counts if any(s in decode(tokens[:n]) for s in strings)), None)
 
-    return ends
+    return stop_fn
 
 
-def share_of_this_process(sampler: Sampler, prompts: int) -> tuple[np.ndarray, bool]:
+def local_share(sampler: Sampler, prompts: int) -> tuple[np.ndarray, bool]:
     """The prompts that this process answers, and whether all processes answer all of them together."""
     if sampler.processes > 1:
         return np.arange(prompts), True
     return np.arange(jax.process_index(), prompts, jax.process_count()), False
 
 
-def of_all_processes(made: Generations, mine: np.ndarray, t: int) -> Generations:
+def gather_from_processes(made: Generations, mine: np.ndarray, t: int) -> Generations:
     """All prompts' responses from what each process has made of its own, those at `mine`; one a prompt."""
-    gathered = processes.exchange(
+    gathered = processes.all_gather(
         index=mine,
         lengths=np.array([len(tokens) for tokens in made.tokens], np.int32),
         tokens=np.concatenate([*made.tokens, np.zeros(0, np.int32)]),
@@ -139,7 +139,7 @@ def of_all_processes(made: Generations, mine: np.ndarray, t: int) -> Generations
 class _Waiting(NamedTuple):
     """A request whose prompt is staged."""
 
-    staged: Staged
+    staged: Prefilled
     prompt: int  # its number in its row
     first: int  # where it begins there
     request: int
@@ -201,14 +201,14 @@ class _Engine:
             free = [np.flatnonzero(row < 0) for row in self.occupant]
             if self.unstaged and any(len(f) and not s for f, s in zip(free, self.staged, strict=True)):
                 self._stage()
-            entering = [min(len(f), len(s), ADMITTED_AT_ONCE) for f, s in zip(free, self.staged, strict=True)]
+            entering = [min(len(f), len(s), ADMISSIONS_PER_CALL) for f, s in zip(free, self.staged, strict=True)]
             if not any(entering):
                 break
             self._admit([f[:n] for f, n in zip(free, entering, strict=True)])
         if not self._waits:
-            self._give_up_slots()
+            self._drop_empty_slots()
 
-    def decode(self, ends: Ends | None) -> dict[int, Response]:
+    def decode(self, stop_fn: StopFn | None) -> dict[int, Response]:
         """Decode until a sixteenth of the slots are through, or all of them; the finished responses, which leave."""
         occupied, leaving = (self.occupant >= 0).sum(axis=1), max(1, self.occupant.size // 16)
         enough = max(0, int(occupied.sum()) - leaving)
@@ -219,15 +219,15 @@ class _Engine:
             active = np.asarray(running.active)
             before, self.known = self.known, np.where(self.occupant >= 0, np.asarray(running.generated), 0)
             self.unseen = 1
-            ended = self._ended_by_text(running, active, before, ends) if ends else {}
+            ended = self._ended_by_text(running, active, before, stop_fn) if stop_fn else {}
             if active.sum() <= enough or ended:
                 return self._collect(running, active, ended)
             running = behind
 
-    def _chunk(self, until_active: np.ndarray) -> Look:
+    def _chunk(self, until_active: np.ndarray) -> Snapshot:
         """Dispatch a chunk of steps, with pages for all that may be written since the last look."""
         self.unseen += 1
-        needed = np.where(self.occupant >= 0, self._prompt_lengths() + self.known + self.unseen * LOOK, 0)
+        needed = np.where(self.occupant >= 0, self._prompt_lengths() + self.known + self.unseen * STEPS_PER_CHUNK, 0)
         needed = np.minimum(needed, self._prompt_lengths() + self._limits())
         self._reserve(needed)
         self.state, look = self.sampler.decode(
@@ -236,12 +236,12 @@ class _Engine:
         return look
 
     def _ended_by_text(
-        self, look: Look, active: np.ndarray, before: np.ndarray, ends: Ends
+        self, look: Snapshot, active: np.ndarray, before: np.ndarray, stop_fn: StopFn
     ) -> dict[tuple[int, int], int]:
-        """The slots whose text ends their response, and how many tokens they keep; they are idle from here on."""
+        """The slots whose text stop_fn their response, and how many tokens they keep; they are idle from here on."""
         tokens, found = np.asarray(look.tokens), {}
         for slot in zip(*np.nonzero(self.occupant >= 0), strict=True):
-            kept = ends(tokens[slot][: self.known[slot]], int(before[slot]))
+            kept = stop_fn(tokens[slot][: self.known[slot]], int(before[slot]))
             if kept is not None:
                 found[slot] = kept
         mask = np.zeros_like(active)
@@ -251,7 +251,7 @@ class _Engine:
             self.state = self.sampler.cancel(self.state, self._split(mask))
         return found
 
-    def _collect(self, look: Look, active: np.ndarray, ended: Mapping[tuple[int, int], int]) -> dict[int, Response]:
+    def _collect(self, look: Snapshot, active: np.ndarray, ended: Mapping[tuple[int, int], int]) -> dict[int, Response]:
         tokens, log_probs = np.asarray(look.tokens), np.asarray(look.log_probs)
         done: dict[int, Response] = {}
         for slot in zip(*np.nonzero(self.occupant >= 0), strict=True):
@@ -271,7 +271,7 @@ class _Engine:
         filled = {r: (0, 0) for r in range(shards) if waiting[r] < self.row}  # tokens and prompts
         placed: list[tuple[int, int, int, int]] = []
         passed_over: list[int] = []
-        while self.unstaged and len(passed_over) < PASSED_OVER:
+        while self.unstaged and len(passed_over) < MAX_SKIPPED:
             i = self.unstaged.popleft()
             prompt = self.prompts.prompt_tokens[i]
             room = (r for r, (there, n) in filled.items() if n < most and there + len(prompt) <= self.row)
@@ -296,9 +296,9 @@ class _Engine:
         shards, slots = self.occupant.shape
         batch = next(queue[0].staged for queue, f in zip(self.staged, free, strict=True) if len(f))
         of_prompt = math.ceil(self.longest / PAGE)
-        slot = np.full((shards, ADMITTED_AT_ONCE), slots, np.int32)
-        prompt, length, request, sample, limit = np.zeros((5, shards, ADMITTED_AT_ONCE), np.int32)
-        starts = np.zeros((shards, ADMITTED_AT_ONCE, of_prompt), np.int32)
+        slot = np.full((shards, ADMISSIONS_PER_CALL), slots, np.int32)
+        prompt, length, request, sample, limit = np.zeros((5, shards, ADMISSIONS_PER_CALL), np.int32)
+        starts = np.zeros((shards, ADMISSIONS_PER_CALL, of_prompt), np.int32)
         lengths = np.zeros((shards, slots), int)
         entered: list[tuple[int, int, int]] = []
         sharing: dict[tuple[int, int], tuple[int, int]] = {}  # another slot with the prompt, and how many of its pages
@@ -324,7 +324,7 @@ class _Engine:
         for (r, s), (other, count) in sharing.items():
             self.pages.share(r, s, other, count)
         self._reserve(lengths)
-        pages = np.full((shards, ADMITTED_AT_ONCE, of_prompt), self.pages.pages, np.int32)
+        pages = np.full((shards, ADMISSIONS_PER_CALL, of_prompt), self.pages.pages, np.int32)
         for r, a, s in entered:
             _, there = sharing.get((r, s), (None, 0))
             held = self.pages.of_slot(r, s)[: math.ceil(length[r, a] / PAGE)]
@@ -333,13 +333,13 @@ class _Engine:
         admission = Admission(slot, prompt, length, request, sample, limit, flat(starts), flat(pages))
         self.state = self.sampler.admit(self.state, batch, self._split(admission), self.key)
 
-    def _give_up_slots(self) -> None:
+    def _drop_empty_slots(self) -> None:
         """Halve the slots, again and again, while half of them are enough and not fewer than are worth a program."""
         shards, slots = self.occupant.shape
         used = int((self.occupant >= 0).sum(axis=1).max())
         fewer = slots
         on_cpu = self.sampler.mesh.devices.flat[0].platform == "cpu"
-        fewest = FEWEST_SLOTS if on_cpu else shards * FEWEST_SLOTS_OF_A_DEVICE
+        fewest = MIN_SLOTS_CPU if on_cpu else shards * MIN_SLOTS_PER_DEVICE
         while fewer % 2 == 0 and used <= fewer // 2 and shards * fewer // 2 >= fewest:
             fewer //= 2
         if fewer < slots:

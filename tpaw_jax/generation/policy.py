@@ -30,7 +30,7 @@ class Policy(NamedTuple):
     params: PyTree[Array]
     template: dataset.Template
     sampler: slots.Sampler
-    ends: engine.Ends | None  # where a text ends a response; None: no text does
+    stop_fn: engine.StopFn | None  # where a text ends a response; None: no text does
     sampler_with: Callable[[SamplingConfig], slots.Sampler]  # another sampler of the model
 
 

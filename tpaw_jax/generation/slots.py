@@ -26,7 +26,7 @@ from tpaw_jax.generation.decoder import Decoder
 from tpaw_jax.runtime import sharding
 from tpaw_jax.types import AnyArray, PackedPrompts
 
-LOOK = 8
+STEPS_PER_CHUNK = 8
 """Decoding steps between looks from the host, which a chunk of them always waits for behind the one that runs."""
 
 
@@ -47,7 +47,7 @@ class DecodeState(struct.PyTreeNode):
     busy: Int[Array, "R"]  # slots active in them
 
 
-class Look(NamedTuple):
+class Snapshot(NamedTuple):
     """What the host sees of the slots after a chunk of steps; every process, of all slots that it decodes."""
 
     active: Bool[Array, "R S"]
@@ -56,7 +56,7 @@ class Look(NamedTuple):
     log_probs: Float[Array, "R S M"]
 
 
-class Staged(NamedTuple):
+class Prefilled(NamedTuple):
     """Prompts that are computed and wait for a slot of their shard."""
 
     logits: Float[Array, "R N V"]  # after their last token
@@ -88,9 +88,9 @@ class Sampler(NamedTuple):
 
     init: Callable[[int, int], DecodeState]  # (slots a shard, pages a shard)
     prepare: Callable[[PyTree[Array]], Weights]  # of params
-    prefill: Callable[[PyTree[Array], PackedPrompts], Staged]
-    admit: Callable[[DecodeState, Staged, Admission, Array], DecodeState]  # the last is the round's key
-    decode: Callable[..., tuple[DecodeState, Look]]  # (weights, state, table, key, until_active [R])
+    prefill: Callable[[PyTree[Array], PackedPrompts], Prefilled]
+    admit: Callable[[DecodeState, Prefilled, Admission, Array], DecodeState]  # the last is the round's key
+    decode: Callable[..., tuple[DecodeState, Snapshot]]  # (weights, state, table, key, until_active [R])
     cancel: Callable[[DecodeState, AnyArray], DecodeState]  # slots [R, S] that become idle
     resize: Callable[[DecodeState, AnyArray, AnyArray], DecodeState]  # (state, slots [R, S'], pages [R, U']) that stay
     config: SamplingConfig
@@ -150,10 +150,10 @@ def make_sampler(
     def prepare(params):
         return decoder.prepare(params)
 
-    def prefill(params_or_weights, prompts: PackedPrompts) -> Staged:
-        return Staged(*decoder.prefill(params_or_weights, prompts))
+    def prefill(params_or_weights, prompts: PackedPrompts) -> Prefilled:
+        return Prefilled(*decoder.prefill(params_or_weights, prompts))
 
-    def admit(state: DecodeState, staged: Staged, new: Admission, key) -> DecodeState:
+    def admit(state: DecodeState, staged: Prefilled, new: Admission, key) -> DecodeState:
         logits_RAV = jnp.take_along_axis(staged.logits, new.prompt[..., None], axis=1)
         first, log_probs = drawn(logits_RAV, key, new.request, new.sample, jnp.zeros_like(new.request))
         put = lambda old, values: jax.vmap(lambda o, s, v: o.at[s].set(v, mode="drop"))(old, new.slot, values)
@@ -172,8 +172,8 @@ def make_sampler(
             log_probs=put_first(state.log_probs, log_probs),
         )
 
-    def decode(weights, state: DecodeState, table: PageTable, key, until_active) -> tuple[DecodeState, Look]:
-        """`LOOK` steps; where no devices share a model, fewer once at most `until_active` slots are still active."""
+    def decode(weights, state: DecodeState, table: PageTable, key, until_active) -> tuple[DecodeState, Snapshot]:
+        """Up to `STEPS_PER_CHUNK` steps; stops early at `until_active` active slots unless devices share a model."""
 
         def one_token(state: DecodeState) -> DecodeState:
             logits, cache = decoder.decode(weights, state.cache, state.last_token, state.position, table)
@@ -196,9 +196,9 @@ def make_sampler(
 
         begun = state.steps
         alike = mesh.shape["tensor"] > 1  # devices that exchange something in every step all take as many
-        goes_on = lambda s: ((alike | (jnp.sum(s.active) > until_active)) & (s.steps - begun < LOOK))[0]
+        goes_on = lambda s: ((alike | (jnp.sum(s.active) > until_active)) & (s.steps - begun < STEPS_PER_CHUNK))[0]
         state = jax.lax.while_loop(goes_on, one_token, state)
-        look = Look(state.active, state.generated, state.tokens, state.log_probs)
+        look = Snapshot(state.active, state.generated, state.tokens, state.log_probs)
         return state, jax.tree.map(of_all, look) if mesh.is_multi_process else look
 
     def cancel(state: DecodeState, slots) -> DecodeState:
@@ -218,7 +218,7 @@ def make_sampler(
     weights = P("tensor") if mesh.shape["tensor"] > 1 else everywhere
     others = (field.name for field in dataclasses.fields(DecodeState) if field.name != "cache")
     state: Any = DecodeState(cache=of_device, **dict.fromkeys(others, by_shard))
-    staged: Any = Staged(by_shard, of_device)
+    staged: Any = Prefilled(by_shard, of_device)
 
     def program(function, in_specs, out_specs, donate=()):
         on_mesh = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -30,9 +30,9 @@ class MetricsLog:
 
     def write(self, **record: Any) -> None:
         """Append one record; numbers also become TensorBoard scalars over the round's steps."""
-        if not processes.writes():
+        if not processes.is_main():
             return
-        with files.told(self.path), self.path.open("a") as file:
+        with files.explain_os_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         if self.tensorboard is not None and "step" in record:
             for name, value in record.items():
@@ -52,7 +52,7 @@ def open_metrics(directory: Path, round_number: int, step: int, tensorboard: boo
     if path.exists():
         kept = [r for r in _records(path) if r["round"] != round_number or r.get("step", -1) < step]
         files.write_bytes(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
-    if not tensorboard or not processes.writes():
+    if not tensorboard or not processes.is_main():
         return MetricsLog(path)
     try:
         from tensorboardX import SummaryWriter
@@ -82,7 +82,7 @@ def step_record(metrics: dict[str, Any], players: Sequence[int]) -> dict[str, fl
 @contextlib.contextmanager
 def progress(description: str, total: int, unit: str) -> Iterator[Any]:
     """A progress bar with rate and time left; silent where the output is not a terminal, and on all hosts but one."""
-    disable = None if processes.writes() else True
+    disable = None if processes.is_main() else True
     with tqdm(total=total, desc=description, unit=unit, disable=disable, leave=False, dynamic_ncols=True) as bar:
         yield bar
 

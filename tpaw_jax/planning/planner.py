@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from tpaw_jax.config import RunConfig
 from tpaw_jax.data import packing
-from tpaw_jax.generation.slots import LOOK
+from tpaw_jax.generation.slots import STEPS_PER_CHUNK
 from tpaw_jax.models.hub import param_shapes
 from tpaw_jax.models.transformer import KEEPS_LOGITS, REMAT_POLICIES
 from tpaw_jax.observe import monitoring
@@ -124,7 +124,9 @@ def by_hand(target: Target, stage: str, remat: str = "layer", micro_batches: int
     if sampled:
         slots = lowering.slots_a_shard(target)
         row = lowering.prefill_row(config)
-        tokens, logits, size, times = (slots, slots, 4, LOOK) if stage == "decode" else (row, row // 16, compute, 1)
+        tokens, logits, size, times = (
+            (slots, slots, 4, STEPS_PER_CHUNK) if stage == "decode" else (row, row // 16, compute, 1)
+        )
         if tensor > 1:
             found["all-reduce"] = 2 * _others(tensor) * times * (2 * c.num_layers + 1) * tokens * c.hidden_size * size
             found["all-gather"] = _others(tensor) * times * logits * c.vocab_size * 4
@@ -218,7 +220,7 @@ def hours(target: Target, load: Workload, stages: dict[str, Stage]) -> dict[str,
     shards = sharding.row_shards(target.sampling_mesh) * (chips // target.sampling_mesh.size)  # of all processes
     decode_steps = load.new_tokens / (shards * lowering.slots_a_shard(target) * SLOTS_BUSY)
     prefills = load.prompt_tokens / (shards * lowering.prefill_row(config))
-    sampling = decode_steps * stages["decode"].seconds / LOOK + prefills * stages["prefill"].seconds
+    sampling = decode_steps * stages["decode"].seconds / STEPS_PER_CHUNK + prefills * stages["prefill"].seconds
     rows, step = config.packing.rows_per_batch, stages["step"]
     per_step = _micro_batches(config, load)
     rate = step.flops.useful / step.seconds * chips
@@ -290,12 +292,12 @@ def _step(target: Target, load: Workload) -> tuple[str, Stage]:
 
 
 def decode_bytes(target: Target, typical_tokens: int) -> float:
-    """Bytes that a device has to read for `LOOK` steps: every weight and all pages of the cache, once a step."""
+    """Bytes a device must read for `STEPS_PER_CHUNK` steps: every weight and every page of the cache, once a step."""
     model = target.model.config
     weights = _bytes_held(lowering.sampling_params(target))
     if not model.tie_embeddings:  # of whose table a few rows are read
         weights -= _bytes_held(lowering.sampling_params(target)["embed"])
-    return LOOK * (weights + _cache_bytes(target, typical_tokens))
+    return STEPS_PER_CHUNK * (weights + _cache_bytes(target, typical_tokens))
 
 
 def _cache_bytes(target: Target, typical_tokens: int) -> float:
@@ -326,10 +328,10 @@ def _other_stage(target: Target, load: Workload, name: str) -> Stage:
         resident = policy + sampled + _cache_bytes(target, typical)
         return roofline.compile_stage(lowering.prefill(target), mesh, chip, flops, [], resident)
     slots = lowering.slots_a_shard(target) * sharding.row_shards(mesh)
-    work = Work(slots, slots, slots * typical) * LOOK
+    work = Work(slots, slots, slots * typical) * STEPS_PER_CHUNK
     flops = _of_device(target, work, work * SLOTS_BUSY, mesh.size)
     lowered = lowering.decode(target, typical)
-    return roofline.compile_stage(lowered, mesh, chip, flops, [LOOK], policy + sampled)
+    return roofline.compile_stage(lowered, mesh, chip, flops, [STEPS_PER_CHUNK], policy + sampled)
 
 
 def _record(target: Target, load: Workload, name: str, stage: Stage, remat: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def restart_with_huge_pages() -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "GLIBC_TUNABLES": HUGE_PAGES})
 
 
-class Ahead(Iterator[Made], Generic[Item, Made]):
+class Prefetch(Iterator[Made], Generic[Item, Made]):
     """`make(item)` of each item in order, made by a thread up to `depth` items before it is asked for.
 
     What `make` raises is raised where its item is asked for. `waited` is the time the consumer stood still, seconds.
@@ -44,7 +44,7 @@ class Ahead(Iterator[Made], Generic[Item, Made]):
         self._pending: deque[Future[Made]] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tpaw-ahead")
 
-    def __enter__(self) -> Ahead[Item, Made]:
+    def __enter__(self) -> Prefetch[Item, Made]:
         return self
 
     def __exit__(self, *error: object) -> None:

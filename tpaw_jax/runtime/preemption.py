@@ -19,7 +19,7 @@ class Preempted(Exception):
     """The run was told to stop and has stopped; the message says where, and how to go on."""
 
 
-class Notice:
+class PreemptionNotice:
     """Whether the run was told to stop. As a context it listens to SIGTERM and SIGINT, on a pod JAX's service does.
 
     The first signal is noted, and the run stops at the next place from which it can go on without loss. The second
@@ -27,10 +27,10 @@ class Notice:
     """
 
     def __init__(self) -> None:
-        self.told = False
+        self.received = False
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Notice:
+    def __enter__(self) -> PreemptionNotice:
         alone = jax.process_count() == 1  # on a pod JAX's service must hear SIGTERM, and one process cannot stop alone
         if alone and threading.current_thread() is threading.main_thread():  # no other thread may set handlers
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -42,14 +42,14 @@ class Notice:
             signal.signal(number, handler)
         self._before.clear()
 
-    def told_at(self, step: int) -> bool:
+    def received_at(self, step: int) -> bool:
         """Whether to stop after this step, which all processes of a pod ask alike, each step once and in order.
 
         There JAX's own service hears SIGTERM on any host and has all of them stop at the same step.
         """
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self.told
+        return self.received
 
     def check(self, where: str) -> None:
         """End a stage whose finished work is on disk already; on a pod only training stops before it is killed.
@@ -57,13 +57,13 @@ class Notice:
         Raises:
             Preempted: this process was told to stop.
         """
-        if self.told:
+        if self.received:
             raise Preempted(f"{where}; the same command goes on from there.")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.told:
+        if self.received:
             os._exit(128 + number)
-        self.told = True
+        self.received = True
         sentence = (
             f"tpaw: {signal.Signals(number).name}: the run stops when it has saved what it is at; twice: at once.\n"
         )

@@ -38,18 +38,18 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         raise ValueError(f"The processes of the pod cannot find each other ({error}).") from error
 
 
-def writes() -> bool:
+def is_main() -> bool:
     """Whether this process writes the run's small files and speaks for all."""
     return jax.process_index() == 0
 
 
-def meet(where: str) -> None:
+def barrier(where: str) -> None:
     """Wait until all processes are here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
-def exchange(**arrays: np.ndarray) -> list[dict[str, np.ndarray]]:
+def all_gather(**arrays: np.ndarray) -> list[dict[str, np.ndarray]]:
     """What each process has given, in their order, on every process. Shapes may differ."""
     if jax.process_count() == 1:
         return [arrays]
@@ -71,7 +71,7 @@ def check_same(facts: Mapping[str, str]) -> None:
         ValueError: one does not; names its host, the fact and both values.
     """
     own = json.dumps({"host": socket.gethostname(), "facts": dict(facts)})
-    gathered = exchange(stated=np.frombuffer(own.encode(), np.uint8))
+    gathered = all_gather(stated=np.frombuffer(own.encode(), np.uint8))
     stated = [json.loads(one["stated"].tobytes()) for one in gathered]
     first = stated[0]
     for process, other in enumerate(stated):
@@ -108,12 +108,12 @@ def check_shared_directory(directory: Path) -> None:
         return
     directory.mkdir(parents=True, exist_ok=True)
     mark = directory / ".seen_by_all"
-    if writes():
+    if is_main():
         mark.write_text(str(jax.process_count()))
-    meet("mark written")
-    seen = exchange(seen=np.array([mark.exists()]))
-    meet("mark read")
-    if writes():
+    barrier("mark written")
+    seen = all_gather(seen=np.array([mark.exists()]))
+    barrier("mark read")
+    if is_main():
         mark.unlink()
     blind = [str(process) for process, one in enumerate(seen) if not one["seen"][0]]
     if blind:

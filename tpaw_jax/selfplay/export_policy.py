@@ -32,7 +32,7 @@ def write(run: Path, round_number: int | None, out: Path) -> str:
         policy.path, jnp.dtype(policy.param_dtype), sharding.param_sharder(mesh)
     )
     kept = ring.open_ring(opened, settings.objective.n_max)
-    wanted = ring.chosen(kept, round_number)
+    wanted = ring.select_policy(kept, round_number)
     params = ring.restore_policy(kept, wanted, theta_0)
     template = dataset.make_template(hub.load_tokenizer(policy.tokenizer or policy.path), settings.data)
     if template.chat is not None:

@@ -23,13 +23,13 @@ from tpaw_jax.generation import engine, generation_file
 from tpaw_jax.observe import monitoring
 from tpaw_jax.observe.health import Diverged
 from tpaw_jax.runtime import processes
-from tpaw_jax.runtime.host import Ahead
-from tpaw_jax.runtime.preemption import Notice, Preempted
+from tpaw_jax.runtime.host import Prefetch
+from tpaw_jax.runtime.preemption import Preempted, PreemptionNotice
 from tpaw_jax.selfplay import recovery, reporting, round_training, sft, triplets
 from tpaw_jax.selfplay.session import Say, Session, open_session
 from tpaw_jax.storage import files, ring
-from tpaw_jax.storage.files import Damaged
-from tpaw_jax.storage.journal import Changed
+from tpaw_jax.storage.files import CorruptedFile
+from tpaw_jax.storage.journal import RegeneratedDifferently
 from tpaw_jax.training import cost, scoring
 from tpaw_jax.types import Generations
 
@@ -42,7 +42,7 @@ def run(
     say: Say = print,
     generations: Path | None = None,
     profiled: range = range(0),
-    notice: Notice | None = None,
+    notice: PreemptionNotice | None = None,
     strict: bool = False,
 ) -> list[dict[str, Any]]:
     """Play all rounds, or what is left of them, and return the table of rounds.
@@ -56,33 +56,33 @@ def run(
         FloatingPointError: too many steps in a row were not finite; the batch is saved.
         Preempted: `notice` told the run to stop; all that is finished is on disk.
         Diverged: the run is strict, and the last round shows a sign of divergence (`health.warnings`).
-        Damaged: what is read back from the disk is damaged again and again.
+        CorruptedFile: what is read back from the disk is damaged again and again.
     """
-    directory, notice = Path(config.directory), notice or Notice()
-    of_all = say if processes.writes() else lambda text: None
-    with files.held(directory) if processes.writes() else contextlib.nullcontext():
+    directory, notice = Path(config.directory), notice or PreemptionNotice()
+    of_all = say if processes.is_main() else lambda text: None
+    with files.locked(directory) if processes.is_main() else contextlib.nullcontext():
         for attempt in itertools.count(1):
             try:
                 return _play(config, say, profiled, notice, generations, strict)
-            except Damaged as damage:
+            except CorruptedFile as damage:
                 if attempt == MOST_DAMAGES or directory.absolute() not in damage.path.absolute().parents:
                     raise
-                recovery.set_aside(directory, damage, of_all)
-            except Changed as change:
+                recovery.quarantine(directory, damage, of_all)
+            except RegeneratedDifferently as change:
                 of_all(str(change))
     raise AssertionError("unreachable")
 
 
 def _play(
-    config: RunConfig, say: Say, profiled: range, notice: Notice, generations: Path | None, strict: bool
+    config: RunConfig, say: Say, profiled: range, notice: PreemptionNotice, generations: Path | None, strict: bool
 ) -> list[dict[str, Any]]:
     session, *policy = open_session(config, say, profiled, notice)
     try:
         if config.objective.loss == "sft":
             return sft.train(session, policy.pop(), strict)
         return _rounds(session, policy.pop(), generations, strict)  # which keeps no second name for it
-    except (Preempted, Damaged, Diverged):
-        ring.settle(session.ring)
+    except (Preempted, CorruptedFile, Diverged):
+        ring.finish_saves(session.ring)
         raise
 
 
@@ -99,7 +99,7 @@ def _rounds(
         )
     for t in range(first, config.rounds if generations is None else min(first + 1, config.rounds)):
         if t + 1 in kept.policies and t in store.generations:  # an earlier round, of which nothing is lost
-            ring.settle(kept)
+            ring.finish_saves(kept)
             policy = None
             continue
         policy = policy or ring.restore_policy(kept, t, session.like)
@@ -116,7 +116,7 @@ def _rounds(
             reporting.save_texts(session, store, t)
         store = sample(session, store, policy, t, watch)
         if t + 1 in kept.policies:  # only its responses were lost
-            ring.settle(kept)
+            ring.finish_saves(kept)
             policy = None
             continue
         with watch.time("packing"):
@@ -137,8 +137,8 @@ def _rounds(
         if strict and wrong:
             raise Diverged(f"{' '.join(wrong)} The run is strict and stops here; theta_{t + 1} is in the ring.")
         files.write_json(triplets.round_directory(session.directory, t) / "timings.json", watch.report())
-    ring.settle(kept)
-    processes.meet("all rounds are played")
+    ring.finish_saves(kept)
+    processes.barrier("all rounds are played")
     table = reporting.rounds_table(session.directory, config.rounds)
     session.say(monitoring.table(table))
     return table
@@ -152,7 +152,7 @@ def sample(
         session.say(f"Round {t}: the {len(session.prompts)} responses are there.")
         return store
     directory, prompts = triplets.round_directory(session.directory, t), session.prompts
-    mine, together = engine.share_of_this_process(session.sampler, len(prompts))
+    mine, together = engine.local_share(session.sampler, len(prompts))
     with watch.time("sampling"), monitoring.progress(f"round {t} sampling", len(mine), "response") as bar:
         tokens = 0
 
@@ -164,10 +164,10 @@ def sample(
             bar.update(requests)
             bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
 
-        path, writes = directory / f"sampled_{jax.process_index():04d}.jsonl", processes.writes() or not together
+        path, writes = directory / f"sampled_{jax.process_index():04d}.jsonl", processes.is_main() or not together
         if writes:
             generation_file.resume(path, prompts, session.say)
-        processes.meet("what was sampled before is whole")
+        processes.barrier("what was sampled before is whole")
         before = generation_file.of_all(sorted(directory.glob("sampled_*.jsonl")), prompts)
         finished = {n: before[i] for n, i in enumerate(mine) if i in before}
         if together:
@@ -180,17 +180,17 @@ def sample(
                 prompts.take(mine),
                 seed=session.config.seed,
                 round_number=t,
-                ends=session.ends,
+                stop_fn=session.stop_fn,
                 finished=finished,
-                keep=lambda responses: keep({int(mine[n]): r for n, r in responses.items()}) if writes else None,
+                on_finished=lambda responses: keep({int(mine[n]): r for n, r in responses.items()}) if writes else None,
                 progress=show,
             )
-        generations = made if together else engine.of_all_processes(made, mine, t)
+        generations = made if together else engine.gather_from_processes(made, mine, t)
     with watch.time("ring"):  # the policy that sampled must be whole on disk before anything that follows from it
-        ring.settle(session.ring)
+        ring.finish_saves(session.ring)
     with watch.time("other"):
         store = triplets.append(store, generations)
-        for sampled in directory.glob("sampled_*.jsonl") if processes.writes() else ():
+        for sampled in directory.glob("sampled_*.jsonl") if processes.is_main() else ():
             sampled.unlink()
         reporting.save_texts(session, store, t)
     return store
@@ -232,7 +232,7 @@ def score(
     for player in sorted(set(players) - set(busy)):
         session.say(f"Round {t}: player {player} has scored everything before.")
     load = lambda player: policy if player == t else ring.restore_policy(session.ring, player, session.like)
-    with Ahead(load, busy, depth=1 if jax.process_count() == 1 else 0) as loaded:
+    with Prefetch(load, busy, depth=1 if jax.process_count() == 1 else 0) as loaded:
         for player in busy:
             params = next(loaded)
             own = rows if player == t else packing.pack(unscored[player], config)

@@ -15,30 +15,30 @@ from tpaw_jax.config import ObjectiveConfig
 from tpaw_jax.runtime import processes
 from tpaw_jax.selfplay import triplets
 from tpaw_jax.storage import journal, ring
-from tpaw_jax.storage.files import Damaged
+from tpaw_jax.storage.files import CorruptedFile
 from tpaw_jax.storage.journal import Journal
 from tpaw_jax.storage.ring import Ring
 
 
-def set_damage_aside(opened: Journal, say: Callable[[str], None]) -> None:
+def quarantine_corruption(opened: Journal, say: Callable[[str], None]) -> None:
     """Check all files and checkpoints of a run against its journal, and set aside what is not as it was written."""
     if opened.found:
         say(f"{opened.directory / 'journal.json'} is damaged or missing; the run goes on by {opened.found}.")
     for name, what in journal.check(opened).items():
         say(f"{opened.directory / name}: {what}. {_what_follows(opened, name)}")
-        journal.set_aside(opened, name)
+        journal.quarantine(opened, name)
 
 
-def set_aside(directory: Path, damage: Damaged, say: Callable[[str], None]) -> None:
+def quarantine(directory: Path, damage: CorruptedFile, say: Callable[[str], None]) -> None:
     """Set aside what was found damaged when it was read; without it where it is a player that the ring no longer has,
     so that the run begins again.
     """
     opened = journal.open_journal(directory)
     name = damage.path.absolute().relative_to(directory.absolute()).as_posix()
-    processes.meet("the journal is read")
+    processes.barrier("the journal is read")
     if damage.path.exists() or name in opened.facts:
         say(f"{damage} {_what_follows(opened, name)}")
-        journal.set_aside(opened, name)
+        journal.quarantine(opened, name)
     else:
         say(f"{damage} Without it the run cannot go on.")
         _begin_again(opened, say)
@@ -52,7 +52,7 @@ def first_round(kept: Ring, objective: ObjectiveConfig, say: Callable[[str], Non
     """
     newest = max(kept.policies, default=0)
     start = next((s for s in sorted({*kept.policies, 0}, reverse=True) if _playable(kept, objective, s, newest)), None)
-    processes.meet("the round to go on from is chosen")
+    processes.barrier("the round to go on from is chosen")
     if start is None:
         _begin_again(kept.journal, say)
         return 0
@@ -70,7 +70,7 @@ def lost_policies(opened: Journal, first: int) -> list[int]:
 def _begin_again(opened: Journal, say: Callable[[str], None]) -> None:
     """Remove all policies, training states and rounds."""
     say("What is lost can no longer be made from what the ring holds: the run begins again with theta_0.")
-    if processes.writes():
+    if processes.is_main():
         for path in [*opened.directory.glob("ring/*/[0-9]*")]:
             shutil.rmtree(path.rename(path.with_name(path.name + ".removed")))
         for name in opened.facts:
@@ -78,25 +78,25 @@ def _begin_again(opened: Journal, say: Callable[[str], None]) -> None:
         journal.remove_sampled(opened, 0)
     opened.facts.clear()
     journal.save(opened)
-    processes.meet("the run begins again")
+    processes.barrier("the run begins again")
 
 
 def _playable(kept: Ring, objective: ObjectiveConfig, start: int, newest: int) -> bool:
     """Whether all rounds from `start` to the one after the newest policy's find their players and opponents."""
-    whole, policies = kept.journal.whole, set(kept.policies)
+    complete, policies = kept.journal.is_complete, set(kept.policies)
     have = policies | {t for t in (start,) if t > newest - kept.n_max}  # an older one that is made again does not stay
     for t in range(start, newest + 2):
         answers = f"{triplets.round_name(t)}/generations.npz"
         if t + 1 in policies:  # of a finished round only its responses can be missing
-            if not whole(answers) and t not in have | {start}:
+            if not complete(answers) and t not in have | {start}:
                 return False
             continue
         window = objective.opponents(t)
-        if not all(whole(f"{triplets.round_name(r)}/generations.npz") for r in window if r < start):
+        if not all(complete(f"{triplets.round_name(r)}/generations.npz") for r in window if r < start):
             return False
         for player in ring.players(kept, t):
             scored = [f"{triplets.round_name(r)}/scores_of_player_{player:04d}.npz" for r in window if r >= player]
-            if player not in have | {t} and not all(map(whole, scored)):
+            if player not in have | {t} and not all(map(complete, scored)):
                 return False
         if t + 1 > newest - kept.n_max:
             have.add(t + 1)

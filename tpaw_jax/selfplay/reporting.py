@@ -66,7 +66,7 @@ def finish_round(
         "skipped": int(last["skipped"]),
         "response tokens": float(np.mean(lengths)),
         "at limit": float(np.mean(np.array(lengths) >= longest)),
-        "echoes": store.echoes(t),
+        "echoes": store.copies_of_target(t),
         **_sampler_gap(store, t),
         "held-out before": trained["held-out before"],
         "held-out after": trained["held-out after"],
@@ -89,7 +89,7 @@ def finish_round(
 
 def last_epoch(session: Session, t: int) -> tuple[Callable[[str], float], dict[str, float]]:
     """The mean of a metric over the triplets of a round's last epoch, and the last step's record."""
-    processes.meet("the round's steps are logged")
+    processes.barrier("the round's steps are logged")
     records = [r for r in monitoring.read_metrics(session.directory, t) if "loss" in r]
     if not records:
         raise ValueError(f"{session.directory / 'metrics.jsonl'}: it has no step of round {t}, which was trained.")

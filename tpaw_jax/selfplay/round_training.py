@@ -15,7 +15,7 @@ from tpaw_jax.config import RunConfig, of_round
 from tpaw_jax.data import packing
 from tpaw_jax.observe import monitoring
 from tpaw_jax.runtime import processes, sharding
-from tpaw_jax.runtime.host import Ahead
+from tpaw_jax.runtime.host import Prefetch
 from tpaw_jax.runtime.preemption import Preempted
 from tpaw_jax.selfplay import triplets
 from tpaw_jax.selfplay.session import Session
@@ -82,7 +82,7 @@ def train(
     with (
         watch.time("training"),
         monitoring.progress(f"round {t} training", len(plan), "step") as bar,
-        Ahead(lambda step: inputs(step, tolerance), range(first, len(plan)), depth=2) as ahead,
+        Prefetch(lambda step: inputs(step, tolerance), range(first, len(plan)), depth=2) as ahead,
     ):
         bar.update(first)
         for step in range(first, len(plan)):
@@ -92,7 +92,7 @@ def train(
             record.push(step, made, metrics, waited)
             bar.update()
             bar.set_postfix_str(record.speed, refresh=False)
-            told = session.notice.told_at(STEPS_OF_A_ROUND * t + step)
+            told = session.notice.received_at(STEPS_OF_A_ROUND * t + step)
             if c.train.validate_each_epoch and (step + 1) % an_epoch == 0 and step + 1 < len(plan):
                 record.validate(step, state.params)
             if told or (saves.due(step) and step + 1 < len(plan)):
@@ -170,7 +170,7 @@ class SaveTimes:
             self.since = time.perf_counter()
         if self.seen == MEASURED_TO:
             seconds = (time.perf_counter() - self.since) / (MEASURED_TO - MEASURED_FROM)
-            of_all = processes.exchange(seconds=np.array([seconds]))[0]["seconds"]
+            of_all = processes.all_gather(seconds=np.array([seconds]))[0]["seconds"]
             self.steps = max(1, int(min(self.steps, 60 * self.minutes / float(of_all[0]))))
         return (step + 1) % self.steps == 0
 
@@ -225,6 +225,6 @@ class StepRecorder:
             files.write_arrays(path, log_probs=scores.log_probs, **dataclasses.asdict(batch))
             raise FloatingPointError(
                 f"Round {self.round}, step {step}: the loss or gradient was not finite in {limit} steps in a row. The "
-                f"last batch is saved in {path}. Look at the data of that batch, or begin again in another directory "
+                f"last batch is saved in {path}. Look at that batch, or start over in another directory "
                 "with a lower train.learning_rate."
             )

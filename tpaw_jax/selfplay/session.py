@@ -24,7 +24,7 @@ from tpaw_jax.generation import engine, slots
 from tpaw_jax.generation.policy import SPEED_ONLY_KEYS, Policy, open_policy
 from tpaw_jax.observe import monitoring
 from tpaw_jax.runtime import processes, sharding, tpu
-from tpaw_jax.runtime.preemption import Notice
+from tpaw_jax.runtime.preemption import PreemptionNotice
 from tpaw_jax.selfplay import recovery
 from tpaw_jax.storage import files, journal, ring
 from tpaw_jax.storage.journal import Journal
@@ -47,7 +47,7 @@ class Session:
     prompts: Prompts
     held_out: packing.Rows
     sampler: slots.Sampler
-    ends: engine.Ends | None
+    stop_fn: engine.StopFn | None
     evaluator: exact_match.Evaluator | None  # of every round
     scorer: scoring.Scorer
     optimizer: optax.GradientTransformation
@@ -57,11 +57,13 @@ class Session:
     first: int  # the round to play first
     like: PyTree[jax.ShapeDtypeStruct]
     profiler: monitoring.Profiler
-    notice: Notice
+    notice: PreemptionNotice
     say: Say
 
 
-def open_session(config: RunConfig, say: Say, profiled: range, notice: Notice) -> tuple[Session, PyTree[Array]]:
+def open_session(
+    config: RunConfig, say: Say, profiled: range, notice: PreemptionNotice
+) -> tuple[Session, PyTree[Array]]:
     """Open or create the run directory, load model and data, build the programs; also the policy to go on from.
 
     What of the run is damaged is set aside; `Session.first` is the round from which it is made again, or goes on.
@@ -71,13 +73,13 @@ def open_session(config: RunConfig, say: Say, profiled: range, notice: Notice) -
             differs from the others or sees another directory.
     """
     directory = Path(config.directory)
-    say = say if processes.writes() else lambda text: None
+    say = say if processes.is_main() else lambda text: None
     processes.check_same({"the configuration": json.dumps(to_dict(config)), **processes.facts_of_this_host()})
     processes.check_shared_directory(directory)
     mesh, opened = sharding.make_mesh(config.mesh), journal.open_journal(directory)
     config = _settled(config, opened.config, mesh)
     _check_unchanged(opened, config)
-    recovery.set_damage_aside(opened, say)
+    recovery.quarantine_corruption(opened, say)
     packing.check_rows(config.packing, sharding.row_shards(mesh), batch_shapes.needed_alignment(config))
     player = open_policy(config, mesh)
     template, policy = player.template, player.params
@@ -96,7 +98,7 @@ def open_session(config: RunConfig, say: Say, profiled: range, notice: Notice) -
         prompts=prompts,
         held_out=packing.pack(_target_trees(held_out), config.packing),
         sampler=player.sampler,
-        ends=player.ends,
+        stop_fn=player.stop_fn,
         evaluator=exact_match.make_evaluator(config, player, config.evaluation.tasks)
         if config.evaluation.each_round
         else None,
@@ -137,7 +139,7 @@ def _programs(
         return with_remat(config.policy.remat)
     state = train_step.abstract_state(player.params, optimizer, mesh)
     inputs = packing.empty_step(config.packing, config.objective.n_max, batch_shapes.most_micro_batches(config))
-    limits = processes.exchange(limit=np.array([memory.available_bytes()]))
+    limits = processes.all_gather(limit=np.array([memory.available_bytes()]))
     limit = min(int(one["limit"][0]) for one in limits)  # all processes take the same program
     compile_with = lambda remat: with_remat(remat)[1].lower(state, *inputs, train_step.NO_SCALARS).compile()
     fit = memory.choose_remat(compile_with, limit)
@@ -219,7 +221,7 @@ def _first_policy(session: Session, theta_0: PyTree[Array]) -> PyTree[Array]:
         session.say(f"The run goes on with theta_{first}.")
         return ring.restore_policy(session.ring, first, session.like)
     ring.push(session.ring, theta_0, first)
-    ring.settle(session.ring)
+    ring.finish_saves(session.ring)
     return theta_0
 
 

@@ -46,8 +46,8 @@ def train(session: Session, policy: PyTree[Array], strict: bool) -> list[dict[st
         ring.push(session.ring, policy, 1)
         if strict and wrong:
             raise Diverged(f"{' '.join(wrong)} The run is strict and stops here; theta_1 is in the ring.")
-    ring.settle(session.ring)
-    processes.meet("the targets are learnt")
+    ring.finish_saves(session.ring)
+    processes.barrier("the targets are learnt")
     table = reporting.rounds_table(session.directory, 1)
     session.say(monitoring.table(table))
     return table

@@ -31,7 +31,7 @@ class Store:
     sources: dict[int, np.ndarray]  # the source that first gave each prompt's response of a round
     scores: dict[int, dict[int, np.ndarray]]
 
-    def echoes(self, round_number: int) -> int:
+    def copies_of_target(self, round_number: int) -> int:
         """Generations of a round that equal their target: they show the policy reproducing its data."""
         return int((self.sources[round_number] == TARGET).sum())
 
@@ -40,7 +40,7 @@ def open_store(opened: Journal, prompts: Prompts) -> Store:
     """The store of a run, with all that its journal calls whole.
 
     Raises:
-        Damaged: a file cannot be read.
+        CorruptedFile: a file cannot be read.
         ValueError: a file belongs to other prompts; names it.
     """
     generations = {}
@@ -60,7 +60,7 @@ def append(store: Store, generations: Generations) -> Store:
     """The store with a round's generations, on disk before it returns.
 
     Raises:
-        Changed: they were lost before and are not what they were.
+        RegeneratedDifferently: they were lost before and are not what they were.
     """
     lengths = np.array([len(tokens) for tokens in generations.tokens], np.int32)
     tokens = np.concatenate(generations.tokens).astype(np.int32)
@@ -102,7 +102,9 @@ def add_scores(store: Store, round_number: int, player: int, rows: Rows, log_pro
         "log_probs": log_probs[real].astype(np.float32),
     }
     _merge(store, player, **found)
-    if store.journal.whole(name):  # scores of an earlier round were lost, and are made again beside those of this one
+    if store.journal.is_complete(
+        name
+    ):  # scores of an earlier round were lost, and are made again beside those of this one
         before = files.read_arrays(store.journal.directory / name)
         found = {key: np.concatenate([before[key], values]) for key, values in found.items()}
     journal.write(store.journal, name, "scoring", round_number, files.npz(**found))

@@ -31,7 +31,7 @@ _OUT_OF = {
 }
 
 
-class Damaged(ValueError):
+class CorruptedFile(ValueError):
     """A file or checkpoint that is not what was written; `path` is the one."""
 
     def __init__(self, path: Path, what: str) -> None:
@@ -40,7 +40,7 @@ class Damaged(ValueError):
 
 
 @contextlib.contextmanager
-def told(path: Path) -> Iterator[None]:
+def explain_os_errors(path: Path) -> Iterator[None]:
     """Say in a sentence what of the system keeps `path` from being written.
 
     Raises:
@@ -60,7 +60,7 @@ def told(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held(directory: Path) -> Iterator[None]:
+def locked(directory: Path) -> Iterator[None]:
     """Keep other runs out of a directory while the block runs; a process that ends in any way lets go of it.
 
     File systems that know no locks, as mounted buckets, are left unguarded.
@@ -69,7 +69,7 @@ def held(directory: Path) -> Iterator[None]:
         ValueError: another process holds it; names its host and number.
         OSError: it cannot be written.
     """
-    with told(directory):
+    with explain_os_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         opened = (directory / ".held").open("a+")
     with opened as file:
@@ -89,7 +89,7 @@ def held(directory: Path) -> Iterator[None]:
         yield
 
 
-def is_damage(error: Exception) -> bool:
+def is_corruption(error: Exception) -> bool:
     """Whether an error in reading says something of the file, rather than of memory, permissions or the network."""
     system = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EIO)
     if isinstance(error, MemoryError) or getattr(error, "errno", None) in system:
@@ -99,22 +99,22 @@ def is_damage(error: Exception) -> bool:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """`replace` by the process that writes; the others leave it to that one."""
-    if processes.writes():
+    if processes.is_main():
         replace(path, content)
 
 
 def replace(path: Path, content: bytes) -> None:
     """Write aside, flush to the disk, rename."""
-    write_aside(path, content)
-    with told(path):
-        os.replace(aside_of(path), path)
+    write_partial(path, content)
+    with explain_os_errors(path):
+        os.replace(partial_path(path), path)
 
 
-def write_aside(path: Path, content: bytes) -> None:
+def write_partial(path: Path, content: bytes) -> None:
     """The first half of `replace`: the content beside its place, on the disk. Nothing half-written stays there."""
-    aside = aside_of(path)
+    aside = partial_path(path)
     try:
-        with told(path):
+        with explain_os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with aside.open("wb") as file:
                 file.write(content)
@@ -126,14 +126,14 @@ def write_aside(path: Path, content: bytes) -> None:
         raise
 
 
-def aside_of(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     """Where a file is written before it is renamed."""
     return path.with_name(path.name + ".partial")
 
 
 def append_lines(path: Path, lines: Sequence[str]) -> None:
     """Add whole lines to a process's own text file, flushed to the disk; a kill can cut the last one short."""
-    with told(path):
+    with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
             file.write("".join(line + "\n" for line in lines).encode())
@@ -179,12 +179,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file; pickled content is refused.
 
     Raises:
-        Damaged: its content cannot be read back.
+        CorruptedFile: its content cannot be read back.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except Exception as error:  # of zipfile, struct, numpy and the system
-        if not is_damage(error):
+        if not is_corruption(error):
             raise
-        raise Damaged(path, f"the file is damaged ({type(error).__name__}: {error})") from error
+        raise CorruptedFile(path, f"the file is damaged ({type(error).__name__}: {error})") from error

@@ -25,7 +25,7 @@ STAGES = ("sampling", "scoring", "training", "summary", "policy")
 _VERSION = 1
 
 
-class Changed(Exception):
+class RegeneratedDifferently(Exception):
     """Something that was lost was made again and came out otherwise: what followed from it is to be made again too."""
 
 
@@ -44,14 +44,14 @@ class Journal:
     reading: bool = False  # of a run that another process may be playing: nothing is written
     found: str = ""  # the file it was read from where journal.json was damaged or missing
 
-    def whole(self, name: str) -> bool:
+    def is_complete(self, name: str) -> bool:
         """Whether something is finished and was not found damaged."""
         facts = self.facts.get(name, {"lost": True})
         return not facts.get("lost") and not facts.get("begun")
 
     def names(self, stage: str) -> list[str]:
         """What a stage has left that is whole, in order of rounds."""
-        of_stage = [name for name, f in self.facts.items() if f["stage"] == stage and self.whole(name)]
+        of_stage = [name for name, f in self.facts.items() if f["stage"] == stage and self.is_complete(name)]
         return sorted(of_stage, key=lambda name: (self.facts[name]["round"], name))
 
 
@@ -62,7 +62,7 @@ def open_journal(directory: Path, reading: bool = False) -> Journal:
         ValueError: a run is there and no whole journal of it.
     """
     paths = [directory / "journal.json", directory / "journal.before.json"]
-    between = files.aside_of(paths[0])  # where a kill came between the two renames of `save`
+    between = files.partial_path(paths[0])  # where a kill came between the two renames of `save`
     for path in [between, *paths] if between.exists() and not paths[0].exists() else paths:
         content = _checked(path)
         if content is not None:
@@ -78,38 +78,38 @@ def open_journal(directory: Path, reading: bool = False) -> Journal:
 
 def save(journal: Journal) -> None:
     """Write the journal, by the process that writes; the one before stays beside it."""
-    if journal.reading or not processes.writes():
+    if journal.reading or not processes.is_main():
         return
     content = {"version": _VERSION, "config": journal.config, "data": journal.data, "facts": journal.facts}
     path = journal.directory / "journal.json"
     text = json.dumps({"checksum": _checksum(content), **content}, indent=1) + "\n"
-    files.write_aside(path, text.encode())
-    with files.told(path):
+    files.write_partial(path, text.encode())
+    with files.explain_os_errors(path):
         if _checked(path) is not None:
             os.replace(path, path.with_name("journal.before.json"))
-        os.replace(files.aside_of(path), path)
+        os.replace(files.partial_path(path), path)
 
 
 def write(journal: Journal, name: str, stage: str, round_number: int, content: bytes, same: str | None = None) -> None:
     """A file of a stage, known to the journal before it is at its place, so that it is never there unknown.
 
     Raises:
-        Changed: it was lost before and `same` is not what it was.
+        RegeneratedDifferently: it was lost before and `same` is not what it was.
     """
     path = journal.directory / name
-    if processes.writes():
-        files.write_aside(path, content)
+    if processes.is_main():
+        files.write_partial(path, content)
     facts = {"round": round_number, "stage": stage, "bytes": len(content), "sha256": _sha256(content), "same": same}
     later = record(journal, name, facts)
-    if processes.writes():
-        with files.told(path):
-            os.replace(files.aside_of(path), path)
-    raise_changed(journal, name, later)
+    if processes.is_main():
+        with files.explain_os_errors(path):
+            os.replace(files.partial_path(path), path)
+    raise_if_different(journal, name, later)
 
 
 def record(journal: Journal, name: str, facts: dict[str, Any]) -> list[str] | None:
     """Put something finished into the journal. Where it was lost before and is not what it was, all that was made after
-    it is removed, and its names are returned; `raise_changed` is to follow.
+    it is removed, and its names are returned; `raise_if_different` is to follow.
     """
     before, later = journal.facts.get(name, {}), None
     if before.get("lost") and before.get("same") not in (None, facts["same"]):
@@ -119,14 +119,14 @@ def record(journal: Journal, name: str, facts: dict[str, Any]) -> list[str] | No
     return later
 
 
-def raise_changed(journal: Journal, name: str, later: list[str] | None) -> None:
+def raise_if_different(journal: Journal, name: str, later: list[str] | None) -> None:
     """Tell that something came out otherwise, if it did.
 
     Raises:
-        Changed: it did; the run is to be opened again.
+        RegeneratedDifferently: it did; the run is to be opened again.
     """
     if later is not None:
-        raise Changed(
+        raise RegeneratedDifferently(
             f"{journal.directory / name} was lost, and made again it is not what it was, as on another machine; "
             f"what was made after it is made again: {', '.join(sorted(later)) or 'nothing was'}."
         )
@@ -151,35 +151,35 @@ def check(journal: Journal) -> dict[str, str]:
     checked when they are read (see `ring`).
     """
     found = {}
-    for name, facts in journal.facts.items() if processes.writes() else ():
+    for name, facts in journal.facts.items() if processes.is_main() else ():
         path = journal.directory / name
         if facts.get("lost") and not facts.get("begun") and path.exists():
             found[name] = "it was found damaged before, and a kill left it where it was"
-        if not journal.whole(name):
+        if not journal.is_complete(name):
             continue
         what = _checkpoint_fault(path, facts) if "files" in facts else _file_fault(path, facts)
-        aside = files.aside_of(path)
+        aside = files.partial_path(path)
         if what and not journal.reading and aside.exists() and not _file_fault(aside, facts):
             os.replace(aside, path)  # a kill came before it was renamed
             continue
         if what:
             found[name] = what
-    stated = processes.exchange(found=np.frombuffer(json.dumps(found).encode(), np.uint8))[0]
+    stated = processes.all_gather(found=np.frombuffer(json.dumps(found).encode(), np.uint8))[0]
     return json.loads(stated["found"].tobytes())
 
 
-def set_aside(journal: Journal, name: str) -> None:
+def quarantine(journal: Journal, name: str) -> None:
     """Move something damaged out of the way and count it as lost."""
     if name in journal.facts:
         journal.facts[name]["lost"] = True
     save(journal)
     path = journal.directory / name
-    if processes.writes() and path.exists():
+    if processes.is_main() and path.exists():
         aside, number = path.with_name(path.name + ".damaged"), 1
         while aside.exists():
             aside, number = path.with_name(f"{path.name}.damaged{number}"), number + 1
         path.rename(aside)
-    processes.meet("what is damaged is set aside")
+    processes.barrier("what is damaged is set aside")
 
 
 def _remove_after(journal: Journal, name: str) -> list[str]:
@@ -191,8 +191,8 @@ def _remove_after(journal: Journal, name: str) -> list[str]:
     later.sort(key=lambda other: _order(journal, other), reverse=True)
     for other in later:
         del journal.facts[other]
-    processes.meet("what was made after it is known")
-    if processes.writes():
+    processes.barrier("what was made after it is known")
+    if processes.is_main():
         for other in later:
             path = journal.directory / other
             if path.is_dir():  # a file that the journal does not have is not read
@@ -200,7 +200,7 @@ def _remove_after(journal: Journal, name: str) -> list[str]:
             else:
                 path.unlink(missing_ok=True)
         remove_sampled(journal, journal.facts[name]["round"] + 1)
-    processes.meet("what was made after it is removed")
+    processes.barrier("what was made after it is removed")
     return later
 
 

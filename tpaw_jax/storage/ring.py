@@ -24,7 +24,7 @@ from jaxtyping import Array, PyTree, UInt32
 
 from tpaw_jax.runtime import processes, sharding
 from tpaw_jax.storage import files, journal
-from tpaw_jax.storage.files import Damaged
+from tpaw_jax.storage.files import CorruptedFile
 from tpaw_jax.storage.journal import Journal
 from tpaw_jax.types import TrainState
 
@@ -61,7 +61,7 @@ def open_ring(opened: Journal, n_max: int) -> Ring:
     """The ring of a run whose journal is open."""
     directory = opened.directory.absolute() / "ring"
     for kind in ("policies", "training"):
-        with files.told(directory / kind):
+        with files.explain_os_errors(directory / kind):
             (directory / kind).mkdir(parents=True, exist_ok=True)
     return Ring(directory, n_max, ocp.StandardCheckpointer(), opened)
 
@@ -71,54 +71,54 @@ def remove_unfinished(ring: Ring) -> None:
 
     For those that play the run, all of them at once.
     """
-    processes.meet("before removal")
-    for kind in ("policies", "training") if processes.writes() else ():
+    processes.barrier("before removal")
+    for kind in ("policies", "training") if processes.is_main() else ():
         for path in (ring.directory / kind).iterdir():
             if path.is_dir() and ".damaged" not in path.name and _name(ring, path) not in ring.journal.facts:
                 shutil.rmtree(path)
-    processes.meet("after removal")
+    processes.barrier("after removal")
 
 
 def push(ring: Ring, params: PyTree[Array], round_number: int) -> None:
-    """Begin to save the policy that starts `round_number`; `settle` makes sure of it."""
+    """Begin to save the policy that starts `round_number`; `finish_saves` makes sure of it."""
     _begin(ring, ring.directory / "policies" / f"{round_number:05d}", params)
 
 
 def save_training(ring: Ring, state: TrainState, round_number: int, step: int) -> None:
     """Begin to save the training state, after the one before is whole."""
-    settle(ring)
+    finish_saves(ring)
     _begin(ring, ring.directory / "training" / f"{round_number:05d}_{step:08d}", state)
 
 
-def settle(ring: Ring) -> None:
+def finish_saves(ring: Ring) -> None:
     """Wait until what was begun is whole, put it into the journal, then remove what is no longer needed.
 
     Raises:
         OSError: it could not be written; what was there before is whole.
-        Changed: a policy that was lost came out otherwise.
+        RegeneratedDifferently: a policy that was lost came out otherwise.
     """
-    with files.told(ring.directory):
+    with files.explain_os_errors(ring.directory):
         ring.checkpointer.wait_until_finished()
-    processes.meet("checkpoints are whole")
+    processes.barrier("checkpoints are whole")
     changed = {_name(ring, path): _record(ring, path, digests) for path, digests in ring.pending.items()}
     ring.pending.clear()
-    if processes.writes():
+    if processes.is_main():
         policies, states = ring.policies, ring.training_states
         for old in policies[: -ring.n_max]:
             _remove(ring, ring.directory / "policies" / f"{old:05d}")
         for round_number, step in states:
             if step != max(s for r, s in states if r == round_number) or round_number + 1 in policies:
                 _remove(ring, ring.directory / "training" / f"{round_number:05d}_{step:08d}")
-    processes.meet("old checkpoints are removed")
+    processes.barrier("old checkpoints are removed")
     for name, later in changed.items():
-        journal.raise_changed(ring.journal, name, later)
+        journal.raise_if_different(ring.journal, name, later)
 
 
 def restore_policy(ring: Ring, round_number: int, like: PyTree[Array]) -> PyTree[Array]:
     """The policy of a round, in the shapes, dtypes and shardings of `like`: any mesh will do.
 
     Raises:
-        Damaged: it cannot be read back as it was written; names the checkpoint.
+        CorruptedFile: it cannot be read back as it was written; names the checkpoint.
         ValueError: it is of another model.
         OSError: memory, permissions or the network are in the way.
     """
@@ -129,12 +129,12 @@ def restore_training(ring: Ring, round_number: int, step: int, like: TrainState)
     """The training state of (round, step), in the shapes and shardings of `like`.
 
     Raises:
-        Damaged: it cannot be read back as it was written; names the checkpoint.
+        CorruptedFile: it cannot be read back as it was written; names the checkpoint.
     """
     return _restore(ring, ring.directory / "training" / f"{round_number:05d}_{step:08d}", like)
 
 
-def chosen(ring: Ring, round_number: int | None) -> int:
+def select_policy(ring: Ring, round_number: int | None) -> int:
     """The round of a policy that the ring holds: the one asked for, or the newest.
 
     Raises:
@@ -176,7 +176,7 @@ def _begin(ring: Ring, path: Path, tree: PyTree[Array]) -> None:
     if not path.exists():
         journal.begin(ring.journal, _name(ring, path), *_place(path))
         ring.pending[path] = digests_of(tree)
-        with files.told(path):
+        with files.explain_os_errors(path):
             ring.checkpointer.save(path, {"values": tree, "digests": ring.pending[path]})
 
 
@@ -221,7 +221,7 @@ def _restore(ring: Ring, path: Path, like: PyTree[Array]) -> PyTree[Any]:
     try:
         read = ring.checkpointer.restore(path, {"values": abstract, "digests": scalars})
     except Exception as error:  # orbax and tensorstore raise many types; the user needs one sentence
-        if not files.is_damage(error):
+        if not files.is_corruption(error):
             raise OSError(
                 f"{path} could not be read and is left as it is ({type(error).__name__}: {error})."
             ) from error
@@ -230,7 +230,7 @@ def _restore(ring: Ring, path: Path, like: PyTree[Array]) -> PyTree[Any]:
         reason = str(error).strip().splitlines()[:1]
         fault = f"the checkpoint cannot be read back ({type(error).__name__}: {' '.join(reason)[:200]})"
     faults = [
-        one["fault"].tobytes().decode() for one in processes.exchange(fault=np.array(list(fault.encode()), np.uint8))
+        one["fault"].tobytes().decode() for one in processes.all_gather(fault=np.array(list(fault.encode()), np.uint8))
     ]
     if not any(faults):  # on no host
         assert read is not None
@@ -238,11 +238,11 @@ def _restore(ring: Ring, path: Path, like: PyTree[Array]) -> PyTree[Any]:
         same = jax.tree.leaves_with_path(jax.tree.map(lambda a, b: int(a) == int(b), now, then))
         wrong = [jax.tree_util.keystr(leaf, simple=True, separator="/") for leaf, equal in same if not equal]
         if not wrong:
-            if not ring.journal.whole(_name(ring, path)):  # a kill came before it was known to be whole
-                journal.raise_changed(ring.journal, _name(ring, path), _record(ring, path, read["digests"]))
+            if not ring.journal.is_complete(_name(ring, path)):  # a kill came before it was known to be whole
+                journal.raise_if_different(ring.journal, _name(ring, path), _record(ring, path, read["digests"]))
             return read["values"]
         faults = [f"the checkpoint is damaged: {len(wrong)} arrays are not what was written, {wrong[0]} first"]
-    raise Damaged(path, next(filter(None, faults)))
+    raise CorruptedFile(path, next(filter(None, faults)))
 
 
 def _whole(directory: Path, pattern: str) -> list[Path]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from tpaw_jax.data import packing
 from tpaw_jax.data.packing import Rows
 from tpaw_jax.runtime import sharding
-from tpaw_jax.runtime.host import Ahead
+from tpaw_jax.runtime.host import Prefetch
 from tpaw_jax.training.logprobs import LogProbFn
 from tpaw_jax.types import TreeBatch
 
@@ -62,7 +62,7 @@ def score(
     cuts = _cuts(len(rows), rows_per_batch, rows_per_batch * batches_at_once)
     batch_of = lambda cut: packing.take(rows, np.arange(cut[0], min(sum(cut), len(rows))), cut[1])
     pending, scored = [], []
-    with Ahead(batch_of, cuts) as batches:
+    with Prefetch(batch_of, cuts) as batches:
         for batch in batches:
             pending.append(scorer(params, batch.batch))
             if len(pending) > 1:  # the device works on one batch while the host fetches the one before

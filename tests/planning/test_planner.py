@@ -245,7 +245,7 @@ def test_hours_are_those_of_steps_passes_and_tokens():
     assert found["training h"] * 3600 == pytest.approx(steps, rel=0.01)
     passes = sum(-(-r.scored_rows // 4) for r in load.rounds)
     assert found["scoring h"] * 3600 == pytest.approx(passes, rel=0.01)
-    decoded = load.new_tokens / (16 * planner.SLOTS_BUSY) / planner.LOOK  # chunks of steps of 16 slots
+    decoded = load.new_tokens / (16 * planner.SLOTS_BUSY) / planner.STEPS_PER_CHUNK  # chunks of steps of 16 slots
     prefilled = load.prompt_tokens / (4 * 2048)
     assert found["sampling h"] * 3600 == pytest.approx(4 * (decoded + prefilled), rel=0.01)
 

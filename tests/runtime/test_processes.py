@@ -4,18 +4,17 @@ import json
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import STORIES
+from conftest import ROOT, STORIES
 
 from tpaw_jax import models
 from tpaw_jax.config import MeshConfig
 from tpaw_jax.runtime import processes, sharding
 from tpaw_jax.storage import files, journal, ring
 
-SCRIPT = Path(__file__).parent / "pod_run.py"
+SCRIPT = ROOT / "tests" / "pod_run.py"
 
 
 def start(directory, processes, devices, *overrides, of_process=lambda process: ()):
@@ -105,7 +104,7 @@ def test_processes_that_differ_are_told_where(tmp_path):
 
 def test_alone_there_is_nobody_to_differ_from():
     processes.check_same({"anything": "at all", **processes.facts_of_this_host()})
-    processes.meet("nobody else")
-    given = processes.exchange(values=np.arange(3))
+    processes.barrier("nobody else")
+    given = processes.all_gather(values=np.arange(3))
     assert len(given) == 1
     np.testing.assert_array_equal(given[0]["values"], [0, 1, 2])

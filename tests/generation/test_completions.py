@@ -102,12 +102,12 @@ def test_a_stopped_call_goes_on_and_ends_as_the_undisturbed_one(tmp_path, monkey
     answer(tmp_path / "whole.jsonl")
     assert len((tmp_path / "whole.jsonl").read_text().splitlines()) == 12 * num_generations
 
-    def stops(*arguments, keep, **more):
+    def stops(*arguments, on_finished, **more):
         def keep_and_stop(responses):
-            keep(responses)
+            on_finished(responses)
             raise KeyboardInterrupt
 
-        return real(*arguments, keep=keep_and_stop, **more)
+        return real(*arguments, on_finished=keep_and_stop, **more)
 
     begun = {}
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from tpaw_jax.runtime import host
-from tpaw_jax.runtime.host import HUGE_PAGES, Ahead
+from tpaw_jax.runtime.host import HUGE_PAGES, Prefetch
 
 SHOW = """
 import os
@@ -27,7 +27,7 @@ def test_items_come_in_order_and_are_made_by_another_thread():
         made_by.append(threading.current_thread())
         return item * item
 
-    with Ahead(make, range(7), depth=2) as ahead:
+    with Prefetch(make, range(7), depth=2) as ahead:
         assert list(ahead) == [0, 1, 4, 9, 16, 25, 36]
         assert ahead.waited >= 0
     assert threading.main_thread() not in made_by
@@ -40,7 +40,7 @@ def test_no_more_than_depth_items_are_made_ahead():
         started.append(item)
         return item
 
-    with Ahead(make, range(100), depth=2) as ahead:
+    with Prefetch(make, range(100), depth=2) as ahead:
         assert next(ahead) == 0
         ahead._pool.submit(go_on.set).result()  # what was submitted is done
         assert started == [0, 1, 2]
@@ -52,7 +52,7 @@ def test_an_item_that_cannot_be_made_raises_where_it_is_asked_for():
             raise ValueError("no such checkpoint")
         return item
 
-    with Ahead(make, range(5), depth=3) as ahead:
+    with Prefetch(make, range(5), depth=3) as ahead:
         assert [next(ahead), next(ahead)] == [0, 1]
         with pytest.raises(ValueError, match="no such checkpoint"):
             next(ahead)
@@ -60,7 +60,7 @@ def test_an_item_that_cannot_be_made_raises_where_it_is_asked_for():
 
 def test_waiting_is_counted():
     gate = threading.Event()
-    with Ahead(lambda item: gate.wait(0.2), [0]) as ahead:
+    with Prefetch(lambda item: gate.wait(0.2), [0]) as ahead:
         next(ahead)
         assert ahead.waited > 0.1
 

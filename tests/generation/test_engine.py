@@ -30,12 +30,14 @@ def prompts():
     return random_prompts(np.random.default_rng(5), 11)[0]
 
 
-def generate(stories, prompts, decoder=None, mesh=None, params=None, num_generations=1, ends=None, **config):
+def generate(stories, prompts, decoder=None, mesh=None, params=None, num_generations=1, stop_fn=None, **config):
     settings = SamplingConfig(**{"max_new_tokens": 12, "slots": 4, **config})
     decoder = decoder or engine.decoder_of(Transformer(stories[0]))
     sampler = engine.make_sampler(decoder, settings, STOPS, mesh)
     params = stories[1] if params is None else params
-    return engine.generate(sampler, params, prompts, seed=3, round_number=2, num_generations=num_generations, ends=ends)
+    return engine.generate(
+        sampler, params, prompts, seed=3, round_number=2, num_generations=num_generations, stop_fn=stop_fn
+    )
 
 
 def assert_same_tokens(a, b):
@@ -198,7 +200,7 @@ def test_a_text_ends_with_the_token_that_completes_a_stop_string(stories, storie
     whole = generate(stories, prompts, slots=slots, max_new_tokens=150)
     strings = (" happy", "ing", "Once")  # some late, in the third page of their sequence
     ends = engine.stop_at(stories_tokenizer.decode, strings)
-    cut = generate(stories, prompts, slots=slots, max_new_tokens=150, ends=ends)
+    cut = generate(stories, prompts, slots=slots, max_new_tokens=150, stop_fn=ends)
     shorter = 0
     for all_tokens, tokens in zip(whole.tokens, cut.tokens, strict=True):
         np.testing.assert_array_equal(tokens, all_tokens[: len(tokens)])

@@ -135,7 +135,7 @@ def test_a_run_that_is_stopped_while_it_is_evaluated_has_its_training(stories_ta
     settings, *_ = stories_task
     run = lambda name: small_run(tmp_path / name, **settings, **{"evaluation.each_round": True})
     whole = loop.run(run("whole"), lambda _: None)
-    notice, said = preemption.Notice(), []
+    notice, said = preemption.PreemptionNotice(), []
 
     def check(what):
         if what.startswith("Evaluation") and (tmp_path / "stopped" / "metrics.jsonl").exists():

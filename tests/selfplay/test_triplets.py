@@ -63,7 +63,7 @@ def test_nothing_is_scored_twice(world):
 def test_echoes_are_counted(world):
     store, _, _, rounds = world
     equal = sum(np.array_equal(g, y) for g, y in zip(rounds[1].tokens, store.prompts.target_tokens, strict=True))
-    assert store.echoes(1) == equal >= 1
+    assert store.copies_of_target(1) == equal >= 1
 
 
 def test_missing_scores_are_told(world):

@@ -164,10 +164,10 @@ def test_sampling_goes_on_with_what_is_missing(stories):
     sampler = engine.make_sampler(engine.decoder_of(Transformer(stories[0])), settings, (1,))
     generate = lambda **more: engine.generate(sampler, stories[1], prompts, seed=1, round_number=0, **more)
     kept = {}
-    whole = generate(keep=kept.update)
+    whole = generate(on_finished=kept.update)
     assert sorted(kept) == list(range(6))
     again, sampled = {i: kept[i] for i in (5, 0, 3)}, {}
-    resumed = generate(finished=again, keep=sampled.update)
+    resumed = generate(finished=again, on_finished=sampled.update)
     assert sorted(sampled) == [1, 2, 4]
     for a, b in zip(resumed.tokens + resumed.log_probs, whole.tokens + whole.log_probs, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -101,7 +101,7 @@ def test_what_is_damaged_is_found_and_made_again_as_it_was(runs, tmp_path, name,
 
 def test_a_damaged_training_state_is_left_and_the_round_trained_from_its_beginning(runs, tmp_path, monkeypatch):
     directory, said = tmp_path / "run", []
-    notice = preemption.Notice()
+    notice = preemption.PreemptionNotice()
     monkeypatch.setattr(notice, "told_at", lambda step: step % (1 << 24) == 2)
     with pytest.raises(preemption.Preempted, match="Round 0: training stopped after step 3"):
         loop.run(small_run(directory, rounds=4), said.append, notice=notice)
@@ -114,7 +114,7 @@ def test_a_damaged_training_state_is_left_and_the_round_trained_from_its_beginni
 JOURNALS = {  # what happens to journal.json, and the journal that the run goes on by
     "flipped": (flip, "journal.before.json"),
     "removed": (remove, "journal.before.json"),
-    "being replaced": (lambda path: path.rename(files.aside_of(path)), "journal.json.partial"),
+    "being replaced": (lambda path: path.rename(files.partial_path(path)), "journal.json.partial"),
 }
 
 
@@ -163,7 +163,7 @@ def test_a_policy_that_comes_out_otherwise_leaves_its_rounds_line_of_the_table(t
     journal.record(opened, "ring/policies/00001", facts | {"lost": True})
     later = journal.record(opened, "ring/policies/00001", facts | {"same": "otherwise"})
     assert later == ["round_0001/generations.npz"]
-    assert opened.whole("round_0000/summary.json")
+    assert opened.is_complete("round_0000/summary.json")
     assert not (tmp_path / "round_0001" / "generations.npz").exists()
 
 
@@ -180,7 +180,7 @@ class Killed(BaseException):
     """As SIGKILL: nothing catches it."""
 
 
-OPERATIONS = [(os, "replace"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree"), (files, "write_aside")]
+OPERATIONS = [(os, "replace"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree"), (files, "write_partial")]
 """What changes the disk while a run recovers."""
 
 
@@ -207,7 +207,7 @@ def killed_before(number):
 def recover(directory):
     """What opening a run does about its damage."""
     opened = journal.open_journal(directory)
-    recovery.set_damage_aside(opened, lambda _: None)
+    recovery.quarantine_corruption(opened, lambda _: None)
     kept = ring.open_ring(opened, 3)
     ring.remove_unfinished(kept)
     return recovery.first_round(kept, ObjectiveConfig(), lambda _: None)
@@ -217,8 +217,8 @@ def remake_otherwise(directory):
     """Responses that were lost are made again and are others: what followed goes with them."""
     recover(directory)
     opened, name = journal.open_journal(directory), "round_0001/generations.npz"
-    if not opened.whole(name):
-        with contextlib.suppress(journal.Changed):
+    if not opened.is_complete(name):
+        with contextlib.suppress(journal.RegeneratedDifferently):
             journal.write(opened, name, "sampling", 1, b"others", "of another machine")
     return recover(directory)
 
@@ -226,7 +226,7 @@ def remake_otherwise(directory):
 def what_is_there(directory):
     """What the journal says, and the content of all files that it calls whole."""
     opened = journal.open_journal(directory, reading=True)
-    paths = [directory / name for name in opened.facts if opened.whole(name)]
+    paths = [directory / name for name in opened.facts if opened.is_complete(name)]
     files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if not file.is_dir()]
     return opened.facts, {str(file.relative_to(directory)): file.read_bytes() for file in files}
 

@@ -21,7 +21,7 @@ def test_the_newest_players_are_kept_in_order(tmp_path):
     kept = ring.open_ring(journal.open_journal(tmp_path), 3)
     for t in range(5):
         ring.push(kept, policy(float(t)), t)
-        ring.settle(kept)
+        ring.finish_saves(kept)
         assert kept.policies == list(range(max(0, t - 2), t + 1))
         assert ring.players(kept, t) == kept.policies[::-1]
     restored = ring.restore_policy(kept, 3, policy(0.0))
@@ -31,10 +31,10 @@ def test_the_newest_players_are_kept_in_order(tmp_path):
 def test_what_falls_out_stays_until_the_next_is_whole(tmp_path):
     kept = ring.open_ring(journal.open_journal(tmp_path), 1)
     ring.push(kept, policy(0.0), 0)
-    ring.settle(kept)
+    ring.finish_saves(kept)
     ring.push(kept, policy(1.0), 1)
     assert 0 in kept.policies  # pushed is not yet settled
-    ring.settle(kept)
+    ring.finish_saves(kept)
     assert kept.policies == [1]
 
 
@@ -42,7 +42,7 @@ def test_a_policy_comes_back_on_another_mesh(tmp_path):
     kept = ring.open_ring(journal.open_journal(tmp_path), 3)
     eight = sharding.make_mesh(MeshConfig(fsdp=8))
     ring.push(kept, policy(7.0, eight), 0)
-    ring.settle(kept)
+    ring.finish_saves(kept)
     for mesh in (sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]), eight):
         like = policy(0.0, mesh)
         restored = ring.restore_policy(kept, 0, like)
@@ -57,18 +57,18 @@ def test_training_states_replace_each_other_and_go_with_their_round(tmp_path):
     ring.push(kept, policy(0.0), 0)
     for step in (2, 4):
         ring.save_training(kept, state.replace(step=jnp.int32(step)), 0, step)
-    ring.settle(kept)
+    ring.finish_saves(kept)
     assert kept.training_states == [(0, 4)]
     assert int(ring.restore_training(kept, 0, 4, state).step) == 4
     ring.push(kept, policy(1.0), 1)
-    ring.settle(kept)
+    ring.finish_saves(kept)
     assert kept.training_states == []
 
 
 def test_half_written_checkpoints_are_removed_and_damaged_ones_told(tmp_path):
     kept = ring.open_ring(journal.open_journal(tmp_path), 3)
     ring.push(kept, policy(0.0), 0)
-    ring.settle(kept)
+    ring.finish_saves(kept)
     (tmp_path / "ring" / "policies" / "00001.orbax-checkpoint-tmp-7").mkdir()
     (tmp_path / "ring" / "policies" / "00000.removed").mkdir()
     assert ring.open_ring(journal.open_journal(tmp_path), 3).policies == [0]

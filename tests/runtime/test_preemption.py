@@ -7,17 +7,17 @@ import sys
 
 import pytest
 
-from tpaw_jax.runtime.preemption import Notice, Preempted
+from tpaw_jax.runtime.preemption import Preempted, PreemptionNotice
 from tpaw_jax.storage import files
 
 
 def test_the_first_signal_is_noted_and_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
-    with Notice() as notice:
+    with PreemptionNotice() as notice:
         notice.check("Nothing is told yet")
-        assert not notice.told_at(0)
+        assert not notice.received_at(0)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert notice.told_at(1)
+        assert notice.received_at(1)
         with pytest.raises(Preempted, match="Round 3: sampling stopped; the same command goes on from there"):
             notice.check("Round 3: sampling stopped")
     assert signal.getsignal(signal.SIGTERM) == before
@@ -26,8 +26,8 @@ def test_the_first_signal_is_noted_and_handlers_are_put_back():
 def test_the_second_signal_ends_the_process_at_once():
     code = """if True:
         import os, signal
-        from tpaw_jax.runtime.preemption import Notice
-        with Notice():
+        from tpaw_jax.runtime.preemption import PreemptionNotice
+        with PreemptionNotice():
             os.kill(os.getpid(), signal.SIGINT)
             print("noted", flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -41,12 +41,12 @@ def test_the_second_signal_ends_the_process_at_once():
 
 def test_a_directory_is_held_by_one_process(tmp_path):
     with (
-        files.held(tmp_path / "run"),
+        files.locked(tmp_path / "run"),
         pytest.raises(ValueError, match=rf"another process is playing this run: process {os.getpid()} on "),
-        files.held(tmp_path / "run"),
+        files.locked(tmp_path / "run"),
     ):
         pass
-    with files.held(tmp_path / "run"):  # free again
+    with files.locked(tmp_path / "run"):  # free again
         pass
 
 
@@ -55,10 +55,10 @@ def test_a_process_that_is_killed_lets_go(tmp_path):
         import os, signal, sys
         from pathlib import Path
         from tpaw_jax.storage import files
-        with files.held(Path(sys.argv[1])):
+        with files.locked(Path(sys.argv[1])):
             os.kill(os.getpid(), signal.SIGKILL)
     """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL
-    with files.held(tmp_path):
+    with files.locked(tmp_path):
         pass

@@ -102,7 +102,7 @@ def test_a_supervised_run_is_reported(trained, tmp_path):
 
 def test_a_stopped_supervised_run_ends_as_the_undisturbed_one(trained, tmp_path, monkeypatch):
     same = {"train.validate_each_epoch": True, "train.learning_rate": 1e-3}
-    notice = preemption.Notice()
+    notice = preemption.PreemptionNotice()
     monkeypatch.setattr(notice, "told_at", lambda step: step == 1)
     with pytest.raises(preemption.Preempted, match="training stopped after step 2"):
         run(tmp_path, notice, **same)
