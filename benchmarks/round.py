@@ -18,9 +18,9 @@ import common
 
 from tpaw_jax.cli import _overrides
 from tpaw_jax.config import config_file
-from tpaw_jax.observe.monitoring import compile_log
+from tpaw_jax.observe.profiling import compile_log
 from tpaw_jax.runtime.host import restart_with_huge_pages
-from tpaw_jax.selfplay import loop, triplets
+from tpaw_jax.selfplay import loop, round_store
 
 
 def main() -> None:
@@ -36,10 +36,10 @@ def main() -> None:
             compiled_before.append((text, len(compiled)))
             print(text, file=sys.stderr)
 
-        table = loop.run(run, say)
+        table = loop.play(run, say)
         for row in table:
             t = row["round"]
-            timings = json.loads((triplets.round_directory(Path(directory), t) / "timings.json").read_text())
+            timings = json.loads((round_store.round_directory(Path(directory), t) / "timings.json").read_text())
             report(options.config, row, timings, compile_seconds(compiled, compiled_before, t))
 
 

@@ -22,7 +22,7 @@ from tpaw_jax.data import dataset, packing
 from tpaw_jax.generation.policy import open_policy
 from tpaw_jax.models import Transformer
 from tpaw_jax.runtime import sharding
-from tpaw_jax.selfplay import triplets
+from tpaw_jax.selfplay import round_store
 from tpaw_jax.storage import journal
 from tpaw_jax.training import scoring, train_step
 from tpaw_jax.training.logprobs import make_log_prob_fn
@@ -39,7 +39,7 @@ def main() -> None:
     mesh = sharding.make_mesh(run.mesh)
     player = open_policy(run, mesh)
     prompts, *_ = dataset.load(run.data, player.template, run.seed)
-    store = triplets.open_store(journal.open_journal(options.run, reading=True), prompts)
+    store = round_store.open_store(journal.open_journal(options.run, reading=True), prompts)
     window = [store.generations[r] for r in run.objective.opponents(max(store.generations))]
     rows = packing.pack(packing.trees_of_window(prompts, window, store.sources), run.packing)
     optimizer = train_step.make_optimizer(run.train)

@@ -3,6 +3,8 @@
 import inspect
 from importlib import metadata
 
+import latex2mathml.converter
+from docutils import nodes
 from sphinx.util import logging
 
 import tpaw_jax
@@ -14,13 +16,14 @@ html_title = f"tpaw_jax {release}"
 html_theme = "furo"
 html_copy_source = False
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx_copybutton"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build", "examples"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 python_maximum_signature_line_length = 88
+html_math_renderer = "mathml"  # browsers render it themselves: no script, and it works offline
 copybutton_prompt_text = r"\$ |>>> "
 copybutton_prompt_is_regexp = True
 
@@ -42,6 +45,13 @@ def _require_all_public_names(app, env):
             _log.warning("tpaw_jax.%s is public and is not on the API page", name)
 
 
+def _math(translator, node):
+    display = "inline" if isinstance(node, nodes.math) else "block"
+    translator.body.append(latex2mathml.converter.convert(node.astext(), display=display))
+    raise nodes.SkipNode
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", (_math, None), (_math, None))
     app.connect("autodoc-process-docstring", _require_docstring)
     app.connect("env-check-consistency", _require_all_public_names)

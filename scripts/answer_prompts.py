@@ -1,12 +1,13 @@
-"""Answer prompts with another engine than the project's sampler, for `tpaw play --generations`.
+"""Answer a run's prompts with vLLM or transformers, for `tpaw play --generations`.
 
     tpaw export --run runs/mine --out theta                      # the newest policy, round t's
     tpaw prompts --config run.yaml --out prompts.jsonl
     python scripts/answer_prompts.py --model theta --prompts prompts.jsonl --out answers.jsonl --engine vllm
-    tpaw play --config run.yaml --generations answers.jsonl      # plays round t, and says what it took
+    tpaw play --config run.yaml --generations answers.jsonl      # plays round t with these responses
 
-`transformers` needs torch; `vllm` needs vLLM, and a machine that it runs on. Token ids and log-probs are passed on as
-the engine sampled them, so nothing is tokenised twice. Before round 0 the model is the configuration's policy.path.
+`--engine transformers` needs torch; `--engine vllm` needs vLLM. The engine's own token ids and log-probs are written,
+so nothing is tokenized twice. Before round 0 there is nothing to export: pass the configuration's policy.path as
+--model.
 """
 
 import argparse
@@ -24,40 +25,40 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--engine", choices=ENGINES, default="vllm")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="the run's sampling.max_new_tokens")
-    parser.add_argument("--seed", type=int, default=0, help="another one for each round")
+    parser.add_argument("--seed", type=int, default=0, help="use another seed for each round")
     options = parser.parse_args()
-    asked = [json.loads(line) for line in options.prompts.read_text().splitlines()]
-    tokens = [prompt["prompt_token_ids"] for prompt in asked]
+    prompts = [json.loads(line) for line in options.prompts.read_text().splitlines()]
+    tokens = [prompt["prompt_token_ids"] for prompt in prompts]
     answers = ENGINES[options.engine](options.model, tokens, options.max_new_tokens, options.seed)
     with options.out.open("w") as file:
-        for prompt, (token_ids, log_probs) in zip(asked, answers, strict=True):
+        for prompt, (token_ids, log_probs) in zip(prompts, answers, strict=True):
             file.write(json.dumps(prompt | {"token_ids": token_ids, "log_probs": log_probs}) + "\n")
 
 
-def with_vllm(model: str, prompts: list[list[int]], most: int, seed: int) -> Iterator[Answer]:
-    """At temperature 1, unfiltered, as the project samples by default."""
+def with_vllm(model: str, prompts: list[list[int]], max_new_tokens: int, seed: int) -> Iterator[Answer]:
+    """Sample with vLLM at temperature 1 without filters, like the default configuration."""
     from vllm import LLM, SamplingParams
 
-    settings = SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=most, logprobs=0)
-    made = LLM(model=model, seed=seed).generate([{"prompt_token_ids": tokens} for tokens in prompts], settings)
-    for output in (request.outputs[0] for request in made):
+    settings = SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=max_new_tokens, logprobs=0)
+    requests = LLM(model=model, seed=seed).generate([{"prompt_token_ids": tokens} for tokens in prompts], settings)
+    for output in (request.outputs[0] for request in requests):
         ids = list(output.token_ids)
         yield ids, [at[token].logprob for at, token in zip(output.logprobs, ids, strict=True)]
 
 
-def with_transformers(model: str, prompts: list[list[int]], most: int, seed: int) -> Iterator[Answer]:
-    """One prompt after the other; slow, but everywhere."""
+def with_transformers(model: str, prompts: list[list[int]], max_new_tokens: int, seed: int) -> Iterator[Answer]:
+    """Sample with transformers, one prompt at a time: slow, but runs on any machine."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     torch.manual_seed(seed)
     policy = AutoModelForCausalLM.from_pretrained(model)
-    plain = GenerationConfig(  # without penalties that the model's own settings may have
+    plain = GenerationConfig(  # without the penalties that the model's own generation config may have
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=most,
+        max_new_tokens=max_new_tokens,
         eos_token_id=policy.generation_config.eos_token_id,
         pad_token_id=policy.generation_config.pad_token_id,
         output_logits=True,
@@ -65,13 +66,13 @@ def with_transformers(model: str, prompts: list[list[int]], most: int, seed: int
     )
     policy.generation_config = plain
     for tokens in prompts:
-        made = policy.generate(
+        output = policy.generate(
             torch.tensor([tokens]),
             attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
             generation_config=plain,
         )
-        ids = made.sequences[0, len(tokens) :]
-        log_probs = torch.log_softmax(torch.cat(made.logits).float(), dim=-1).gather(1, ids[:, None])[:, 0]
+        ids = output.sequences[0, len(tokens) :]
+        log_probs = torch.log_softmax(torch.cat(output.logits).float(), dim=-1).gather(1, ids[:, None])[:, 0]
         yield ids.tolist(), log_probs.clamp(max=0).tolist()
 
 

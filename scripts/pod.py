@@ -1,4 +1,4 @@
-"""Launch a run on Cloud TPU: prints the commands, and with --run executes them.
+"""Launch a run on Cloud TPU: print the commands, and with --run also execute them.
 
     python scripts/pod.py create  --name tpaw --type v5litepod-16 --zone us-west4-a [--slices 2] [--run]
     python scripts/pod.py install --name tpaw --zone us-west4-a --source gs://BUCKET/tpaw_jax.tar.gz [--run]
@@ -11,8 +11,8 @@
     python scripts/pod.py manifest --name tpaw --type v5litepod-256 --slices 2 --image IMAGE --config FILE \\
                                   --bucket BUCKET > job.yaml        # a JobSet for kubectl apply
 
-Capacity is asked for as a queued resource, which waits until there is some. Every host mounts the bucket and runs
-scripts/on_each_host.sh, which starts the run again after a preemption and keeps a log of its own.
+`create` requests a queued resource, which waits until capacity is available. Every host mounts the bucket and runs
+scripts/on_each_host.sh, which restarts the run after a preemption or a crash and keeps a log per host.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ RUNTIMES = {
     "v5p": "v2-alpha-tpuv5",
     "v6e": "v2-alpha-tpuv6e",
 }
-GKE = {  # accelerator type: (what GKE calls the chip, cores that its size counts for each chip)
+GKE = {  # accelerator type: (GKE's name of the chip, cores per chip in the type's size)
     "v4": ("tpu-v4-podslice", 2),
     "v5litepod": ("tpu-v5-lite-podslice", 1),
     "v5p": ("tpu-v5p-slice", 2),
     "v6e": ("tpu-v6e-slice", 1),
 }
-TOPOLOGIES = {  # chips of a slice: its shape, for generations of two dimensions and of three
+TOPOLOGIES = {  # torus dimensions: {chips of a slice: its shape}
     2: {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
     3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"},
 }
@@ -53,13 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
     for command in COMMANDS[options.action](options, overrides):
         print(shlex.join(command))
         if options.run and (code := subprocess.run(command, check=False).returncode):
-            print(f"The command failed with code {code}.", file=sys.stderr)
+            print(f"The command failed with exit code {code}.", file=sys.stderr)
             return code
     return 0
 
 
 def create(options: argparse.Namespace, overrides: list[str]) -> list[list[str]]:
-    """A queued resource of one slice or several, preemptible if asked."""
+    """Create a queued resource of one or several slices; with --spot they are preemptible."""
     command = ["gcloud", "compute", "tpus", "queued-resources", "create", options.name]
     command += [
         f"--zone={options.zone}",
@@ -72,7 +72,7 @@ def create(options: argparse.Namespace, overrides: list[str]) -> list[list[str]]
 
 
 def install(options: argparse.Namespace, overrides: list[str]) -> list[list[str]]:
-    """The package and its TPU packages on every host of every slice."""
+    """Install the package with its TPU dependencies on every host of every slice."""
     script = (
         f"set -e; mkdir -p tpaw_jax; gcloud storage cat {shlex.quote(options.source)} | tar xz -C tpaw_jax; "
         "python3.11 -m venv venv; venv/bin/pip install -q -c tpaw_jax/requirements.lock -e 'tpaw_jax[tpu]'"
@@ -81,25 +81,25 @@ def install(options: argparse.Namespace, overrides: list[str]) -> list[list[str]
 
 
 def play(options: argparse.Namespace, overrides: list[str]) -> list[list[str]]:
-    """The run on every host, each under scripts/on_each_host.sh."""
+    """Start the run on every host, each under scripts/on_each_host.sh."""
     run = shlex.join(_host_command(options, overrides))
     script = f"cd tpaw_jax && nohup {run} >/dev/null 2>&1 </dev/null &"
     return _on_all_hosts(options, script)
 
 
 def logs(options: argparse.Namespace, overrides: list[str]) -> list[list[str]]:
-    """The last lines of each host's log."""
+    """Show the last lines of each host's log."""
     return _on_all_hosts(options, f"tail -n 20 {MOUNT}/{options.name}/logs/$(hostname).log")
 
 
 def delete(options: argparse.Namespace, overrides: list[str]) -> list[list[str]]:
-    """The queued resource and its machines."""
-    place = [f"--zone={options.zone}", "--force", "--quiet"]
-    return [["gcloud", "compute", "tpus", "queued-resources", "delete", options.name, *place]]
+    """Delete the queued resource and its machines."""
+    flags = [f"--zone={options.zone}", "--force", "--quiet"]
+    return [["gcloud", "compute", "tpus", "queued-resources", "delete", options.name, *flags]]
 
 
 def xpk(options: argparse.Namespace, overrides: list[str]) -> list[list[str]]:
-    """A workload of XPK on a GKE cluster."""
+    """Create an XPK workload on a GKE cluster."""
     command = ["xpk", "workload", "create", f"--cluster={options.cluster}", f"--zone={options.zone}"]
     command += [f"--workload={options.name}", f"--tpu-type={options.type}", f"--num-slices={options.slices}"]
     command += [f"--docker-image={options.image}", f"--max-restarts={options.max_restarts}"]
@@ -107,13 +107,13 @@ def xpk(options: argparse.Namespace, overrides: list[str]) -> list[list[str]]:
 
 
 def manifest(options: argparse.Namespace, overrides: list[str]) -> dict:
-    """A JobSet: one job a slice, one pod a host; a preempted slice restarts all of them."""
+    """A JobSet with one job per slice and one pod per host; if one slice is preempted, all restart."""
     generation, size = options.type.rsplit("-", 1)
     accelerator, cores = GKE[generation]
     chips = int(size) // cores
     shape = TOPOLOGIES[3 if generation in ("v4", "v5p") else 2].get(chips)
     if shape is None:
-        raise SystemExit(f"--type {options.type}: no shape of {chips} chips is known; see TOPOLOGIES in this file.")
+        raise SystemExit(f"--type {options.type}: unknown shape for {chips} chips; add it to TOPOLOGIES in this file.")
     hosts = max(1, chips // CHIPS_A_HOST)
     container = {
         "name": "tpaw",
@@ -155,8 +155,8 @@ COMMANDS = {"create": create, "install": install, "play": play, "logs": logs, "d
 
 
 def _host_command(options: argparse.Namespace, overrides: list[str], restarts: int | None = None) -> list[str]:
-    most = options.max_restarts if restarts is None else restarts
-    script = ["bash", "scripts/on_each_host.sh", options.name, options.bucket, MOUNT, str(most)]
+    restarts = options.max_restarts if restarts is None else restarts
+    script = ["bash", "scripts/on_each_host.sh", options.name, options.bucket, MOUNT, str(restarts)]
     return [*script, options.config, f"--directory={MOUNT}/{options.name}/run", *overrides]
 
 
@@ -169,7 +169,7 @@ def _on_all_hosts(options: argparse.Namespace, script: str) -> list[list[str]]:
 def _runtime(options: argparse.Namespace) -> str:
     generation = options.type.rsplit("-", 1)[0]
     if generation not in RUNTIMES:
-        raise SystemExit(f"--type {options.type}: its generation is none of {', '.join(RUNTIMES)}.")
+        raise SystemExit(f"--type {options.type}: the generation must be one of {', '.join(RUNTIMES)}.")
     return RUNTIMES[generation]
 
 
@@ -183,20 +183,18 @@ def _split(words: list[str]) -> tuple[list[str], str, list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=[*COMMANDS, "manifest"])
-    parser.add_argument("--name", required=True, help="of the resource, and of the run in the bucket")
-    parser.add_argument("--zone", default="", help="as in us-west4-a")
+    parser.add_argument("--name", required=True, help="name of the resource, and of the run's directory in the bucket")
+    parser.add_argument("--zone", default="", help="for example us-west4-a")
     parser.add_argument("--type", default="v5litepod-16", help="the accelerator type of a slice")
     parser.add_argument("--slices", type=int, default=1)
-    parser.add_argument("--spot", action="store_true", help="cheaper machines that can be taken away")
-    parser.add_argument(
-        "--source", default="", help="gs:// path of the package, as `git archive --format tar.gz` makes it"
-    )
-    parser.add_argument("--config", default="run.yaml", help="in the package")
-    parser.add_argument("--bucket", default="", help="the bucket that holds the run, without gs://")
+    parser.add_argument("--spot", action="store_true", help="cheaper machines that can be preempted")
+    parser.add_argument("--source", default="", help="gs:// path of the package, made by `git archive --format tar.gz`")
+    parser.add_argument("--config", default="run.yaml", help="configuration file, relative to the package")
+    parser.add_argument("--bucket", default="", help="bucket for the run, without gs://")
     parser.add_argument("--max-restarts", type=int, default=20)
-    parser.add_argument("--cluster", default="", help="the GKE cluster of xpk")
-    parser.add_argument("--image", default="", help="a container image with the package at its working directory")
-    parser.add_argument("--run", action="store_true", help="execute the commands instead of printing them only")
+    parser.add_argument("--cluster", default="", help="GKE cluster, for xpk")
+    parser.add_argument("--image", default="", help="container image with the package in its working directory")
+    parser.add_argument("--run", action="store_true", help="execute the commands, not only print them")
     return parser
 
 

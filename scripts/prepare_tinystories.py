@@ -1,8 +1,8 @@
-"""TinyStories text -> JSONL of prompt (the start of a story) and completion (how it goes on).
+"""Turn TinyStories text into JSONL with the start of each story as prompt and the rest as completion.
 
     python scripts/prepare_tinystories.py tinystories.txt configs/demo/tinystories.jsonl --stories 400
 
-The text holds one story after the other, with <|endoftext|> between them.
+Stories in the text are separated by <|endoftext|>.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--stories", type=int, default=400)
     options = parser.parse_args()
-    stories = options.text.read_text(errors="ignore").split("<|endoftext|>")[:-1]  # the last one is cut off
+    stories = options.text.read_text(errors="ignore").split("<|endoftext|>")[:-1]  # the last story is truncated
     records = []
     for story in stories:
         words = " ".join(story.split()).split(" ")

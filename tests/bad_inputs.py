@@ -16,7 +16,7 @@ import readers
 import yaml
 
 from tpaw_jax.config import DataConfig
-from tpaw_jax.data import dataset
+from tpaw_jax.data import templates
 from tpaw_jax.models import hub
 
 USER = {"role": "user", "content": "Why?"}
@@ -193,7 +193,7 @@ BAD_INPUTS = [
     BadInput(ARRAY, "a record of text", _put(b'[{"prompt": "a", "completion": "b"}, "c"]'), ("record 2", "str")),
     BadInput(PARQUET, "another format", _put(b"prompt,completion\n"), ("records.parquet", "could not be read")),
     BadInput(PARQUET, "cut in half", _half, ("records.parquet", "could not be read")),
-    BadInput(PARQUET, "no column of answers", _parquet_without_answers, ("record 1", "'prompt'", "known shape")),
+    BadInput(PARQUET, "no answers", _parquet_without_answers, ("record 1", "'prompt'", "known record format")),
     BadInput(GIVEN, "a line that is not JSON", _second_line(b"5, 6, 2"), ("line 2", "not valid JSON")),
     BadInput(GIVEN, "an array, no object", _second_line([5, 6, 2]), ("line 2", "object", "list")),
     BadInput(GIVEN, "an unknown prompt", _given(prompt_id=7), ("line 2", "prompt_id", "7")),
@@ -248,7 +248,7 @@ def bad_templates():
 def tell_of_template(template: str) -> str:
     """What is said of a chat template; nothing where it was taken."""
     try:
-        dataset.make_template(hub.load_tokenizer(conftest.STORIES), DataConfig(chat_template=template))
+        templates.make_template(hub.load_tokenizer(conftest.STORIES), DataConfig(chat_template=template))
     except readers.TOLD as error:
         return str(error)
     return ""

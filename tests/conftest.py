@@ -33,7 +33,7 @@ from tpaw_jax.types import Generations, Prompts
 
 ROOT = Path(__file__).parent.parent
 STORIES = ROOT / "configs" / "demo" / "stories260K"
-DATA = ROOT / "tests" / "fixtures"
+FIXTURES = ROOT / "tests" / "fixtures"
 
 
 needs_compiler = pytest.mark.skipif(not kernels.available(), reason="there is no AVX-512 or no C++ compiler")

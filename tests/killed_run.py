@@ -12,7 +12,7 @@ import conftest
 
 from tpaw_jax.generation import engine, generation_file
 from tpaw_jax.runtime import preemption
-from tpaw_jax.selfplay import loop, round_training, triplets
+from tpaw_jax.selfplay import loop, round_store, round_training
 from tpaw_jax.storage import ring
 from tpaw_jax.training import scoring
 
@@ -43,16 +43,16 @@ def while_training(steps):
     """Die after so many steps of a round have been dispatched."""
     original = round_training.train
 
-    def train(session, *arguments):
+    def train(this, *arguments):
         calls = []
 
         def step(*inputs):
             calls.append(1)
             if len(calls) == steps:
                 die()
-            return session.step(*inputs)
+            return this.session.step(*inputs)
 
-        return original(dataclasses.replace(session, step=step), *arguments)
+        return original(this._replace(session=dataclasses.replace(this.session, step=step)), *arguments)
 
     round_training.train = train
 
@@ -60,9 +60,9 @@ def while_training(steps):
 PLACES = {
     "sampling": lambda: at_call(engine._Engine, "_collect", 2),
     "keeping": lambda: at_call(generation_file, "append", 1, after=True),
-    "sampled": lambda: at_call(triplets, "append", 1, after=True),
+    "sampled": lambda: at_call(round_store, "append", 1, after=True),
     "scoring": lambda: at_call(scoring, "score", 1, after=True),
-    "scored": lambda: at_call(triplets, "add_scores", 2, after=True),
+    "scored": lambda: at_call(round_store, "add_scores", 2, after=True),
     "training": lambda: while_training(6),
     "saving": lambda: at_call(ring, "save_training", 1, after=True),
     "pushing": lambda: at_call(ring, "push", 1, after=True),
@@ -74,7 +74,7 @@ if __name__ == "__main__":
     with preemption.PreemptionNotice() as notice:
         try:
             # One device: the eight that the tests see would only slow this down.
-            loop.run(conftest.small_run(DIRECTORY, **{"mesh.fsdp": -1}), notice=notice)
+            loop.play(conftest.small_run(DIRECTORY, **{"mesh.fsdp": -1}), notice=notice)
         except preemption.Preempted as stopped:
             print(stopped)
             sys.exit(preemption.EXIT_CODE)

@@ -21,7 +21,7 @@ def main() -> None:
     if int(PROCESSES) > 1:
         processes.join(f"127.0.0.1:{PORT}", int(PROCESSES), int(PROCESS))
     settings = dict(override.split("=", 1) for override in OVERRIDES)
-    table = loop.run(small_run(DIRECTORY, **{"mesh.fsdp": -1, "packing.rows_per_batch": 8, **settings}))
+    table = loop.play(small_run(DIRECTORY, **{"mesh.fsdp": -1, "packing.rows_per_batch": 8, **settings}))
     if processes.is_main():
         Path(DIRECTORY, "table.json").write_text(json.dumps(table))
 

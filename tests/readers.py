@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from tpaw_jax.config import DataConfig, SourceConfig, config_file
-from tpaw_jax.data import dataset
+from tpaw_jax.data import dataset, templates
 from tpaw_jax.generation import generation_file
 from tpaw_jax.models import hub
 from tpaw_jax.storage import files, journal
@@ -26,7 +26,7 @@ TOLD = (ValueError, OSError)
 
 @functools.cache
 def template():
-    return dataset.make_template(hub.load_tokenizer(conftest.STORIES), DataConfig(chat_template="none"))
+    return templates.make_template(hub.load_tokenizer(conftest.STORIES), DataConfig(chat_template="none"))
 
 
 def read_records(path):

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DATA
+from conftest import FIXTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpaw_jax.objective import dpo_loss, spin_loss, team_loss
 
-CASES = json.loads((DATA / "team_loss.json").read_text())
+CASES = json.loads((FIXTURES / "team_loss.json").read_text())
 PAPER = {"lam": 0.1, "eta": 6.0, "gamma": 0.5}
 ARRAYS = ("policy_target", "policy_generated", "player_target", "player_generated")
 

@@ -1,4 +1,4 @@
-"""The command line: tpaw sft | play | eval | report | generate | prompts | export | plan."""
+"""The commands: tpaw sft | play | eval | report | generate | prompts | export | plan."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tpaw_jax.runtime.host import restart_with_huge_pages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 with a sentence on standard error where the input cannot be used.
+    """Run one command. Returns the exit code: 0 on success, 2 if the input cannot be used, 130 after Ctrl-C.
 
-    75 where a run was told to stop and the same command goes on (`preemption.EXIT_CODE`).
+    A run that was asked to stop exits with 75 (`preemption.EXIT_CODE`); the same command resumes it.
     """
     if arguments is None:
         restart_with_huge_pages()
@@ -28,11 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options, _overrides(rest))
     except KeyboardInterrupt:
-        goes_on = "the same command goes on from "
-        of_command = {"generate": goes_on + "the responses it has"}
-        of_command |= dict.fromkeys(("play", "sft"), goes_on + "the last finished stage")
-        after = of_command.get(options.command.__name__, "nothing was written")
-        print(f"tpaw: interrupted; {after}.", file=sys.stderr)
+        resumes = {
+            "generate": "the same command resumes from the finished responses",
+            "play": "the same command resumes from the last finished stage",
+            "sft": "the same command resumes from the last saved step",
+        }
+        print(f"tpaw: interrupted; {resumes.get(options.command.__name__, 'nothing was written')}.", file=sys.stderr)
         return 130
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
         if options.traceback:
@@ -43,79 +44,91 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def play(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Run the rounds of self-play of a configuration, or what is left of them."""
+    """Play the rounds of self-play of a configuration, or resume them."""
     from tpaw_jax.config import config_file
 
     run = config_file.load(options.config, overrides)
     if run.objective.loss == "sft":
-        raise ValueError(f"{' '.join(options.config)}: objective.loss is 'sft'; `tpaw sft` is for that.")
+        raise ValueError(f"{' '.join(options.config)}: objective.loss is 'sft'. Use `tpaw sft` for that.")
     _train(options, run, options.generations)
 
 
 def sft(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Fine-tune a model on the targets of a configuration: theta_0 of self-play."""
+    """Fine-tune a model on the targets of a configuration, as theta_0 of self-play."""
     from tpaw_jax.config import config_file
 
     run = config_file.load(options.config, overrides, config_file.SFT)
     if run.objective.loss != "sft":
         raise ValueError(
-            f"{' '.join(options.config)}: objective.loss is {run.objective.loss!r}; `tpaw play` is for that."
+            f"{' '.join(options.config)}: objective.loss is {run.objective.loss!r}. Use `tpaw play` for that."
         )
     _train(options, run, None)
 
 
 def _train(options: argparse.Namespace, run: Any, given: str | None) -> None:
     from tpaw_jax.models import hub
-    from tpaw_jax.observe.monitoring import compile_log, parse_steps
+    from tpaw_jax.observe.profiling import compile_log, parse_steps
     from tpaw_jax.runtime import preemption, processes
     from tpaw_jax.selfplay import loop
 
     profiled = parse_steps(options.profile) if options.profile else range(0)
     if options.pod or options.coordinator:
         if options.export:
-            raise ValueError("--export is for one process; when the pod is done, run `tpaw export` on one host.")
+            raise ValueError(
+                "--export works in one process only. When the pod has finished, run `tpaw export` on one host."
+            )
         processes.join(options.coordinator, options.num_processes, options.process_id)
     if options.export:
         hub.check_export(options.export)
     generations = Path(given) if given else None
     with compile_log() as compiled, preemption.PreemptionNotice() as notice:
         try:
-            loop.run(run, generations=generations, profiled=profiled, notice=notice, strict=options.strict)
+            loop.play(
+                run,
+                generations=generations,
+                profiled=profiled,
+                notice=notice,
+                strict=options.strict,
+                verbose=options.verbose,
+            )
         except preemption.Preempted as stopped:
             print(f"tpaw: {stopped}", file=sys.stderr)
             sys.exit(preemption.EXIT_CODE)
-    if not processes.is_main():
-        return
-    print(f"Compiled {len(compiled)} programs in {sum(s for _, s in compiled):.0f} s:")
-    for name in dict.fromkeys(name for name, _ in compiled):
-        seconds = [s for n, s in compiled if n == name]
-        print(f"  {len(seconds)} x {name}, {sum(seconds):.1f} s")
-    where = Path(run.directory)
-    texts = "" if run.objective.loss == "sft" else "round_*/samples.jsonl, "
-    print(f"The run is in {where}: metrics.jsonl, {texts}round_*/summary.json, ring/policies.")
-    if options.export:
-        from tpaw_jax.selfplay import export_policy
+    if processes.is_main():
+        _report_run(options, run, compiled)
 
-        print(export_policy.write(where, None, Path(options.export)))
+
+def _report_run(options: argparse.Namespace, run: Any, compiled: list[tuple[str, float]]) -> None:
+    from tpaw_jax.selfplay import export as exporting
+
+    print(f"Compiled {len(compiled)} programs in {sum(s for _, s in compiled):.0f} s.")
+    if options.verbose:
+        for name in dict.fromkeys(name for name, _ in compiled):
+            seconds = [s for n, s in compiled if n == name]
+            print(f"  {len(seconds)} x {name}, {sum(seconds):.1f} s")
+    texts = "" if run.objective.loss == "sft" else "round_*/samples.jsonl, "
+    print(f"Results are in {run.directory}: metrics.jsonl, {texts}round_*/summary.json, ring/policies.")
+    if options.export:
+        print(exporting.write(Path(run.directory), None, Path(options.export)))
 
 
 def export(options: argparse.Namespace, overrides: list[str]) -> None:
     """Write a policy of a run as a Hugging Face directory."""
-    from tpaw_jax.selfplay import export_policy
+    from tpaw_jax.selfplay import export as exporting
 
     _no_overrides(overrides)
-    print(export_policy.write(Path(options.run), options.round, Path(options.out)))
+    print(exporting.write(Path(options.run), options.round, Path(options.out)))
 
 
 def prompts(options: argparse.Namespace, overrides: list[str]) -> None:
-    """The prompts of a configuration as token ids, for another engine to answer; one JSON line a prompt."""
+    """Write the prompts of a configuration as token ids, one JSON line per prompt, for another engine to answer."""
     from tpaw_jax.config import config_file
-    from tpaw_jax.data import dataset
+    from tpaw_jax.data import dataset, templates
     from tpaw_jax.models import hub
     from tpaw_jax.storage import files
 
     run = config_file.load(options.config, overrides)
-    template = dataset.make_template(hub.load_tokenizer(run.policy.tokenizer or run.policy.path), run.data)
+    template = templates.make_template(hub.load_tokenizer(run.policy.tokenizer or run.policy.path), run.data)
     asked, _, report = dataset.load(run.data, template, run.seed)
     records = [
         {"prompt_id": int(i), "prompt": template.tokenizer.decode(tokens), "prompt_token_ids": tokens.tolist()}
@@ -126,7 +139,7 @@ def prompts(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def generate(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Answer the prompts of a configuration or of a file with a model; one JSON line a response."""
+    """Sample responses to the prompts of a configuration or of a file, one JSON line per response."""
     from tpaw_jax.config import config_file
     from tpaw_jax.generation import completions
     from tpaw_jax.runtime import sharding
@@ -140,7 +153,7 @@ def generate(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Answer the tasks of a configuration greedily and say which share is right."""
+    """Answer the tasks of a configuration greedily and print the accuracy."""
     from tpaw_jax.config import config_file
     from tpaw_jax.evaluation import exact_match
     from tpaw_jax.generation.policy import open_policy
@@ -174,7 +187,7 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def report(options: argparse.Namespace, overrides: list[str]) -> None:
-    """One HTML page on finished rounds of a run, or of several beside each other."""
+    """Write an HTML page that shows a run, or compares several."""
     _no_overrides(overrides)
     try:
         from tpaw_jax.report import run_report
@@ -183,8 +196,8 @@ def report(options: argparse.Namespace, overrides: list[str]) -> None:
 
     pictures = Path(options.png) if options.png else None
     plots = run_report.write(options.runs, Path(options.out), pictures)
-    where = f"; pictures are in {pictures}" if pictures else ""
-    print(f"{options.out} has {len(options.runs)} runs in {plots} plots{where}.")
+    where = f" The plots are in {pictures} too." if pictures else ""
+    print(f"{options.out} shows {len(options.runs)} runs in {plots} plots.{where}")
 
 
 def _harness(options: argparse.Namespace, run: Any, player: Any, params: Any) -> None:
@@ -214,7 +227,7 @@ def _harness(options: argparse.Namespace, run: Any, player: Any, params: Any) ->
 
 
 def plan(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Compile a configuration for TPU topologies, without a TPU, and say what fits and how long the run would take."""
+    """Compile a run for TPU topologies, without a TPU, and predict memory, time and cost."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
@@ -227,101 +240,111 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> None:
     os.environ.update({name: value for name, value in tpu.QUIET.items() if name not in os.environ})
     run = config_file.load(options.config, overrides)
     if run.objective.loss == "sft" or run.data.responses == "rejected":
-        raise ValueError(f"{' '.join(options.config)}: rounds of self-play are planned, not supervised runs or DPO.")
+        raise ValueError(
+            f"{' '.join(options.config)}: `tpaw plan` plans rounds of self-play, not supervised runs or DPO."
+        )
     architecture = hub.load_architecture(options.architecture or run.policy.path)
     stages = tuple(options.stages.split(",")) if options.stages else planner.STAGES
     if unknown := [name for name in stages if name not in planner.STAGES]:
-        raise ValueError(f"--stages: there is no stage '{unknown[0]}'; known are {', '.join(planner.STAGES)}.")
+        raise ValueError(f"--stages: there is no stage '{unknown[0]}'. The stages are {', '.join(planner.STAGES)}.")
     topologies = [tpu.parse_topology(text.strip(), options.slices or 1) for text in options.topology.split(",")]
     prompts, reports = options.prompts or run.data.max_prompts or planner.PROMPTS, []
     if prompts < 1:
-        raise ValueError(f"--prompts is {prompts}; a round plays on one at least.")
-    jax.config.update("jax_enable_compilation_cache", False)  # from which nothing for absent devices can be read back
+        raise ValueError(f"--prompts is {prompts}; it must be at least 1.")
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot be read back for devices that are not there
     for topology in topologies:
         target = lowering.target_of(run, architecture, topology)
         say = lambda line: print(line, file=sys.stderr, flush=True)
         reports.append(planner.plan(target, prompts, stages, options.search, say))
         print(planner.text(reports[-1]) + "\n", flush=True)
-        if options.json:  # after each, since the next may take minutes
+        if options.json:  # after each topology: the next may take minutes
             files.write_bytes(Path(options.json), json.dumps(reports, indent=1).encode())
     if len(reports) > 1:
         print(planner.comparison(reports))
 
 
-_CONFIGURATION = (True, "a YAML file; further ones are read over it; any key can follow as --key.subkey value", list)
+_CONFIGURATION = (True, "YAML files, each overriding the ones before; set any key with --key.subkey value", list)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tpaw", description="Team-based self-play fine-tuning of language models.")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(required=True, metavar="command")
-
     command = functools.partial(_command, commands)
     _training_commands(command)
-    command(
-        evaluate,
-        "eval",
-        config=_CONFIGURATION,
-        checkpoint=(False, "a run directory, a model or a .gguf file; by default the configuration's policy.path", str),
-        round=(False, "of a run directory: the round that the policy starts; the newest by default", int),
-        tasks=(False, "names of evaluation.tasks with commas between; by default all", str),
-        out=(False, "also write every response to this file, JSONL; of --harness all results, JSON", str),
-        harness=(False, "instead, lm-eval's tasks of these names, with commas between", str),
-        harness_path=(False, "of --harness: a directory of task YAML files, instead of lm-eval's own", str),
-        chat_template=(False, "of --harness: put the chat template around contexts", None),
-        num_fewshot=(False, "of --harness: examples before each question", int),
-        limit=(False, "of --harness: the first so many documents of each task", int),
-    )
-    command(
-        report,
-        runs=(True, "run directories; NAME=DIRECTORY puts runs of one name together", tuple),
-        out=(True, "the HTML file to write", str),
-        png=(False, "also write every plot as a picture to this directory", str),
-    )
-    command(prompts, config=_CONFIGURATION, out=(True, "the JSONL file to write", str))
-    command(
-        generate,
-        config=_CONFIGURATION,
-        prompts=(False, "a JSONL file of prompts, or what tpaw prompts writes; by default the configuration's", str),
-        model=(False, "a model other than the configuration's policy.path", str),
-        round=(False, "the round whose random stream is used; 0 by default", int),
-        num_generations=(False, "responses to each prompt; 1 by default", int),
-        out=(True, "the JSONL file to write", str),
-    )
-    command(
-        export,
-        run=(True, "a run directory", str),
-        round=(False, "the round that the policy starts; the newest by default", int),
-        out=(True, "the directory to write", str),
-    )
-    command(
-        plan,
-        config=_CONFIGURATION,
-        topology=(True, "v5e:16x16, '2 x v5e:16x16' for two slices; several with commas between", str),
-        slices=(False, "slices of each topology; 1 by default", int),
-        architecture=(False, "where config.json is, if not at the configuration's policy.path; no weights", str),
-        prompts=(False, "prompts of a round; by default data.max_prompts, or 50,000", int),
-        stages=(False, "only some of step,scoring,prefill,decode", str),
-        search=(False, "also find the most rows a device, and the longest row, that fit", None),
-        json=(False, "also write the figures to this file", str),
-    )
+    _model_commands(command)
+    _reading_commands(command)
     return parser
 
 
 def _training_commands(command: Callable[..., None]) -> None:
     training: dict[str, Any] = dict(
         config=_CONFIGURATION,
-        export=(False, "also write the last policy to this directory", str),
-        profile=(False, "trace these steps of every stage of the first round: steps=10:13", str),
+        export=(False, "also export the last policy to this directory, for transformers and vLLM", str),
+        profile=(False, "trace these steps of each stage of the first round, as steps=10:13", str),
         strict=(False, "stop at the end of a round that shows a sign of divergence", None),
-        pod=(False, "one of several processes, as the pod's metadata tell", None),
-        coordinator=(False, "one of several processes: HOST:PORT of the first of them", str),
-        num_processes=(False, "how many they are", int),
-        process_id=(False, "which of them this is, from 0", int),
+        verbose=(False, "print all metrics of each round, and compile times by program", None),
+        pod=(False, "run as one process of a TPU pod", None),
+        coordinator=(False, "run as one of several processes: HOST:PORT of process 0", str),
+        num_processes=(False, "with --coordinator: the number of processes", int),
+        process_id=(False, "with --coordinator: the index of this process, from 0", int),
     )
     command(sft, **training)
-    given = (False, "a JSONL file of another engine's responses; plays the one round they answer", str)
+    given = (False, "responses of another engine, JSONL; plays the one round that they answer", str)
     command(play, **training, generations=given)
+
+
+def _model_commands(command: Callable[..., None]) -> None:
+    command(
+        evaluate,
+        "eval",
+        config=_CONFIGURATION,
+        checkpoint=(False, "a run directory, a model or a .gguf file; default: the configuration's policy.path", str),
+        round=(False, "with a run directory: the policy of this round; default: the newest", int),
+        tasks=(False, "names of evaluation.tasks, separated by commas; default: all", str),
+        out=(False, "write every response to this file, JSONL; with --harness, the results as JSON", str),
+        harness=(False, "run these lm-eval tasks instead, separated by commas", str),
+        harness_path=(False, "with --harness: a directory of task YAML files instead of lm-eval's own tasks", str),
+        chat_template=(False, "with --harness: apply the chat template to the contexts", None),
+        num_fewshot=(False, "with --harness: number of few-shot examples", int),
+        limit=(False, "with --harness: use only the first documents of each task, so many", int),
+    )
+    command(
+        generate,
+        config=_CONFIGURATION,
+        prompts=(False, "prompts, JSONL, such as `tpaw prompts` writes; default: the configuration's data", str),
+        model=(False, "use this model instead of the configuration's policy.path", str),
+        round=(False, "use the random stream of this round; default: 0", int),
+        num_generations=(False, "responses per prompt; default: 1", int),
+        out=(True, "the JSONL file to write", str),
+    )
+    command(
+        export,
+        run=(True, "a run directory", str),
+        round=(False, "the policy of this round; default: the newest", int),
+        out=(True, "the directory to write", str),
+    )
+
+
+def _reading_commands(command: Callable[..., None]) -> None:
+    command(
+        report,
+        runs=(True, "run directories; NAME=DIRECTORY groups runs under one name", tuple),
+        out=(True, "the HTML file to write", str),
+        png=(False, "also write each plot as a PNG to this directory", str),
+    )
+    command(prompts, config=_CONFIGURATION, out=(True, "the JSONL file to write", str))
+    command(
+        plan,
+        config=_CONFIGURATION,
+        topology=(True, "such as v5e:16x16, or '2 x v5e:16x16' for two slices; several separated by commas", str),
+        slices=(False, "number of slices of each topology; default: 1", int),
+        architecture=(False, "where config.json is, if not at policy.path; weights are not needed", str),
+        prompts=(False, "prompts per round; default: data.max_prompts, or 50,000", int),
+        stages=(False, "plan only some of step,scoring,prefill,decode", str),
+        search=(False, "also search for the most rows per device and the longest row that fit", None),
+        json=(False, "also write the numbers to this file", str),
+    )
 
 
 def _command(
@@ -355,7 +378,7 @@ def _overrides(rest: list[str]) -> list[str]:
         elif word.startswith("--"):
             waiting = word[2:]
         else:
-            raise ValueError(f"'{word}' was not expected; overrides are written --key value.")
+            raise ValueError(f"Unexpected argument '{word}'. Write overrides as --key value.")
     if waiting is not None:
         raise ValueError(f"The override '--{waiting}' has no value.")
     return found

@@ -1,4 +1,4 @@
-"""Strict YAML, overrides, and a reference that cannot go stale."""
+"""Strict YAML, overrides, the shipped configurations, and the reference made from the dataclasses."""
 
 import dataclasses
 import runpy
@@ -37,7 +37,7 @@ def test_overrides_win_and_lists_repeat_their_last_value(tmp_path):
     assert (run.rounds, run.data.max_prompts) == (7, 3)
 
 
-def test_a_configuration_survives_its_own_yaml(tmp_path):
+def test_a_configuration_can_be_read_back_from_its_yaml(tmp_path):
     run = small_run(tmp_path)
     assert config_file.parse(config.RunConfig, config_file.to_dict(run), "again") == run
 
@@ -67,23 +67,23 @@ def test_bad_configurations_name_the_key(tmp_path, text, overrides, sentence):
         load(tmp_path, text, *overrides)
 
 
-def test_a_missing_file_is_told(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no.yaml: there is no such configuration file"):
         config_file.load(tmp_path / "no.yaml")
 
 
-def test_every_knob_is_documented_and_every_shipped_config_loads():
-    def knobs(cls):
+def test_every_option_is_documented_and_every_shipped_config_loads():
+    def options(cls):
         for f in dataclasses.fields(cls):
             if f.metadata:
                 yield f
         for f in dataclasses.fields(cls):
             if dataclasses.is_dataclass(f.default_factory):
-                yield from knobs(f.default_factory)
+                yield from options(f.default_factory)
 
-    found = list(knobs(config.RunConfig))
-    assert len(found) > 40
-    assert all(f.metadata["doc"] for f in found)
+    all_options = list(options(config.RunConfig))
+    assert len(all_options) > 40
+    assert all(f.metadata["doc"] for f in all_options)
     for path in (ROOT / "configs").glob("*.yaml"):
         assert path.read_text().startswith("#"), f"{path.name} needs a header: command, hardware, time, expected result"
         config_file.load(path, ["policy.path=given"])
@@ -111,7 +111,7 @@ def test_a_baseline_differs_from_tpaw_in_the_lines_that_matter(name, changed):
     assert {key: theirs[key] for key in ours if theirs[key] != ours[key]} == changed
 
 
-def test_of_several_files_the_later_counts_and_the_wrong_one_is_named(tmp_path):
+def test_later_files_override_earlier_ones_and_errors_name_the_file(tmp_path):
     one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
     one.write_text("policy: {path: m, head_chunk: 8}\ndata: {sources: [{path: d}]}\nrounds: 2\n")
     other.write_text("policy: {head_chunk: 9}\n")
@@ -125,5 +125,5 @@ def test_of_several_files_the_later_counts_and_the_wrong_one_is_named(tmp_path):
 
 
 def test_the_readmes_reference_is_the_dataclasses():
-    reference = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))["reference"]
-    assert reference().strip() in (ROOT / "README.md").read_text(), "run `make config-reference`"
+    reference = runpy.run_path(str(ROOT / "scripts" / "config_reference.py"))["reference"]
+    assert reference().strip() in (ROOT / "docs" / "configuration.md").read_text(), "run `make config-reference`"

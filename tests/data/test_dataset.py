@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT, STORIES
 
 from tpaw_jax.config import DataConfig, SourceConfig
-from tpaw_jax.data import dataset
+from tpaw_jax.data import dataset, templates
+from tpaw_jax.data.records import Record, parse_record
 from tpaw_jax.models import hub
 
 CHATML = (
@@ -17,7 +18,7 @@ CHATML = (
 )
 USER = {"role": "user", "content": "Why?"}
 ASSISTANT = {"role": "assistant", "content": "Because."}
-EXPECTED = dataset.Record((USER,), "Because.")
+EXPECTED = Record((USER,), "Because.")
 
 
 @pytest.fixture
@@ -39,40 +40,40 @@ def smollm2_tokenizer(smollm2_path):
     ],
 )
 def test_record_shapes_that_people_have(record):
-    assert dataset.parse_record(record, "here") == EXPECTED
+    assert parse_record(record, "here") == EXPECTED
 
 
 def test_multi_turn_conversations_and_inputs_become_the_prompt():
     more = [USER, ASSISTANT, {"role": "user", "content": "Really?"}, {"role": "assistant", "content": "Yes."}]
-    record = dataset.parse_record({"messages": more}, "here")
-    assert record == dataset.Record(tuple(more[:3]), "Yes.")
-    record = dataset.parse_record({"instruction": "Add.", "input": "1 2", "output": "3"}, "here")
+    record = parse_record({"messages": more}, "here")
+    assert record == Record(tuple(more[:3]), "Yes.")
+    record = parse_record({"instruction": "Add.", "input": "1 2", "output": "3"}, "here")
     assert record.messages[0]["content"] == "Add.\n\n1 2"
 
 
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [
-        (3, "f, line 7: a record of named fields was expected, not int"),
-        ({"text": "hm"}, "f, line 7: the fields 'text' fit no known shape"),
+        (3, "f, line 7: expected a record with named fields, got int"),
+        ({"text": "hm"}, "f, line 7: the fields 'text' match no known record format"),
         ({"prompt": "Why?", "completion": ""}, "f, line 7: the field 'completion' is empty"),
-        ({"prompt": 3, "completion": "x"}, "f, line 7: the field 'prompt' is int, text was expected"),
+        ({"prompt": 3, "completion": "x"}, "f, line 7: the field 'prompt' must be a string, got int"),
         ({"question": "Why?"}, "f, line 7: the field 'answer' is missing"),
-        ({"messages": [USER]}, "f, line 7, field 'messages': there is no assistant turn"),
-        ({"messages": [ASSISTANT]}, "f, line 7, field 'messages': nothing comes before the target"),
-        ({"messages": "Why?"}, "f, line 7, field 'messages': a list of turns was expected, not str"),
+        ({"messages": [USER]}, "f, line 7, field 'messages': the conversation has no assistant turn"),
+        ({"messages": [ASSISTANT]}, "f, line 7, field 'messages': the conversation has no turn before the target"),
+        ({"messages": "Why?"}, "f, line 7, field 'messages': expected a list of turns, got str"),
         ({"messages": [{"content": "x"}]}, "f, line 7, field 'messages', turn 0: a turn needs"),
         ({"real": [USER, {"role": "assistant"}]}, "f, line 7, field 'real', turn 1: the field 'content' is missing"),
     ],
 )
 def test_malformed_records_name_file_line_and_field(record, sentence):
     with pytest.raises(ValueError, match=sentence):
-        dataset.parse_record(record, "f, line 7")
+        parse_record(record, "f, line 7")
 
 
 def load(sources, tokenizer, seed=0, **config):
     settings = DataConfig(sources=tuple(SourceConfig(*s) for s in sources), **{"chat_template": "none", **config})
-    return dataset.load(settings, dataset.make_template(tokenizer, settings), seed)
+    return dataset.load(settings, templates.make_template(tokenizer, settings), seed)
 
 
 def write_lines(path, records):
@@ -109,12 +110,12 @@ def test_bad_lines_stop_the_load_or_are_counted_and_listed(tmp_path, stories_tok
 
 def test_what_cannot_be_read_is_told(tmp_path, stories_tokenizer):
     (tmp_path / "a.txt").write_text("hello")
-    with pytest.raises(ValueError, match=r"a.txt.*the file's ending is none of .jsonl, .json, .parquet"):
+    with pytest.raises(ValueError, match=r"a.txt.*the file extension is not .jsonl, .json or .parquet"):
         load([(str(tmp_path / "a.txt"),)], stories_tokenizer)
     with pytest.raises(ValueError, match=r"data source 'nobody/nothing' .* could not be read"):
         load([("nobody/nothing",)], stories_tokenizer)
     (tmp_path / "a.json").write_text('{"prompt": 1}')
-    with pytest.raises(ValueError, match="a JSON array of records was expected, not dict"):
+    with pytest.raises(ValueError, match="expected a JSON array of records, got dict"):
         load([(str(tmp_path / "a.json"),)], stories_tokenizer)
     with pytest.raises(ValueError, match="leave no prompt to train on"):
         load([(write_lines(tmp_path / "b.jsonl", records(2)),)], stories_tokenizer, holdout_prompts=2)
@@ -154,7 +155,7 @@ def test_prompts_lose_their_beginning_and_targets_their_end(tmp_path, stories_to
 
 
 def test_the_template_that_generates_is_the_one_that_trains(smollm2_tokenizer):
-    template = dataset.make_template(smollm2_tokenizer, DataConfig())
+    template = templates.make_template(smollm2_tokenizer, DataConfig())
     prompt, target = template.prompt_tokens([USER]), template.target_tokens("Because.")
     whole = smollm2_tokenizer.apply_chat_template([USER, ASSISTANT], tokenize=False)
     assert smollm2_tokenizer.decode(prompt + target) + "\n" == whole
@@ -165,7 +166,9 @@ def test_a_given_template_and_a_system_prompt_are_used(tmp_path, smollm2_tokeniz
     file = tmp_path / "chatml.jinja"
     file.write_text(CHATML)
     for given in (CHATML, str(file)):
-        template = dataset.make_template(smollm2_tokenizer, DataConfig(chat_template=given, system_prompt="Be brief."))
+        template = templates.make_template(
+            smollm2_tokenizer, DataConfig(chat_template=given, system_prompt="Be brief.")
+        )
         text = smollm2_tokenizer.decode(template.prompt_tokens([USER]))
         assert (
             text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
@@ -174,15 +177,15 @@ def test_a_given_template_and_a_system_prompt_are_used(tmp_path, smollm2_tokeniz
 
 def test_a_template_that_writes_its_own_bos_gets_no_second_one(stories_tokenizer):
     chat = "<s>{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-    template = dataset.make_template(stories_tokenizer, DataConfig(chat_template=chat))
+    template = templates.make_template(stories_tokenizer, DataConfig(chat_template=chat))
     assert template.prompt_tokens([USER]).count(1) == 1
     assert template.end_of_turn == 2
 
 
 def test_unusable_templates_are_told(stories_tokenizer):
     cases = {
-        "auto": "has no chat template of its own",
-        "no/such/file": "is neither auto, none, a Jinja template, nor a file",
+        "auto": "has no chat template, or several",
+        "no/such/file": "is not 'auto', 'none', a Jinja template or a file",
         "{{ messages[0].content }}{% if not add_generation_prompt %}{{ messages[1].content }}{% endif %}{{ x.y.z }}": (
             "The chat template rejects a conversation"
         ),
@@ -192,7 +195,7 @@ def test_unusable_templates_are_told(stories_tokenizer):
     }
     for given, sentence in cases.items():
         with pytest.raises(ValueError, match=sentence):
-            dataset.make_template(stories_tokenizer, DataConfig(chat_template=given))
+            templates.make_template(stories_tokenizer, DataConfig(chat_template=given))
 
 
 def test_the_embedded_demo_data_reads(stories_tokenizer):
@@ -207,7 +210,7 @@ def test_what_a_template_leads_in_with_ends_the_prompt(smollm2_tokenizer):
     thinking = CHATML.replace(
         "{{ m.content }}", "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
     )
-    template = dataset.make_template(smollm2_tokenizer, DataConfig(chat_template=thinking))
+    template = templates.make_template(smollm2_tokenizer, DataConfig(chat_template=thinking))
     whole = smollm2_tokenizer.apply_chat_template([USER, ASSISTANT], chat_template=thinking, tokenize=False)
     ids = template.prompt_tokens([USER]) + template.target_tokens("Because.")
     assert smollm2_tokenizer.decode(ids) + "\n" == whole
@@ -229,4 +232,4 @@ def test_held_out_prompts_are_not_played(tmp_path, stories_tokenizer):
     played, held, _ = load([(path, "train", 3.0)], stories_tokenizer, holdout_prompts=2)
     assert not {p.tobytes() for p in played.prompt_tokens} & {p.tobytes() for p in held.prompt_tokens}
     with pytest.raises(ValueError, match="is not valid Unicode"):
-        dataset.parse_record({"prompt": "\ud83d", "completion": "x"}, "here")
+        parse_record({"prompt": "\ud83d", "completion": "x"}, "here")

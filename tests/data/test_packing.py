@@ -18,6 +18,22 @@ def pack_window(seed, count, n_max=3, **config):
     return prompts, rounds, trees, packing.pack(trees, PackingConfig(**{"row_length": 160, **config}))
 
 
+def test_sources_default_to_those_of_the_window():
+    prompts, rounds, *_ = pack_window(0, 4)
+    expected = packing.trees_of_window(prompts, rounds, packing.first_sources(prompts, rounds))
+    for tree, other in zip(packing.trees_of_window(prompts, rounds), expected, strict=True):
+        assert (tree.sources, tree.triplets) == (other.sources, other.triplets)
+
+
+def test_automatic_alignment_and_rows_per_batch_count_as_one():
+    _, _, trees, rows = pack_window(0, 4, alignment=1)
+    for name, array in vars(packing.pack(trees, PackingConfig(row_length=160)).batch).items():
+        np.testing.assert_array_equal(array, getattr(rows.batch, name))
+    one, automatic = (PackingConfig(row_length=160, rows_per_batch=n) for n in (1, 0))
+    assert packing.most_micro_batches(8, 40, automatic) == packing.most_micro_batches(8, 40, one)
+    assert packing.empty_step(automatic, 3, 2)[0].tokens.shape == (2, 1, 160)
+
+
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10**6), count=st.integers(2, 12), row_length=st.sampled_from([96, 160, 300]))
 def test_rows_hold_every_triplet_once_and_nothing_else(seed, count, row_length):
@@ -27,12 +43,12 @@ def test_rows_hold_every_triplet_once_and_nothing_else(seed, count, row_length):
         b = {name: np.asarray(getattr(rows.batch, name)[row]) for name in rows.batch.__dataclass_fields__}
         texts = {}
         for response in np.unique(b["responses"][b["responses"] < rows.prompt_index.shape[1]]):
-            mine = b["responses"] == response
-            texts[response] = b["labels"][mine].tolist()
+            of_response = b["responses"] == response
+            texts[response] = b["labels"][of_response].tolist()
             prompt = prompts.prompt_tokens[rows.prompt_index[row, response]]
-            sources = b["sources"][mine]
+            sources = b["sources"][of_response]
             # The first prediction comes from the prompt's end, the others from the response's own tokens, in order.
-            assert b["positions"][sources].tolist() == list(range(len(prompt) - 1, len(prompt) - 1 + mine.sum()))
+            assert b["positions"][sources].tolist() == list(range(len(prompt) - 1, len(prompt) - 1 + of_response.sum()))
             assert b["branch_ids"][sources[0]] == 0
             assert b["tokens"][sources[0]] == prompt[-1]
             assert b["tokens"][sources[1:]].tolist() == texts[response][:-1]
@@ -60,17 +76,17 @@ def test_equal_responses_are_computed_once_and_counted():
     assert sum(n for _, _, n in trees[1].triplets) == 3
 
 
-def test_the_last_token_of_a_response_takes_no_place():
+def test_the_last_token_of_a_response_takes_no_space():
     prompts, _, trees, rows = pack_window(3, 5)
-    assert sum(t.places() for t in trees) == (np.asarray(rows.batch.segment_ids) > 0).sum()
+    assert sum(t.length() for t in trees) == (np.asarray(rows.batch.segment_ids) > 0).sum()
     one = packing.tree_of_responses(prompts, 0, {TARGET: prompts.target_tokens[0]})
-    assert one.places() == len(prompts.prompt_tokens[0]) + len(prompts.target_tokens[0]) - 1
+    assert one.length() == len(prompts.prompt_tokens[0]) + len(prompts.target_tokens[0]) - 1
 
 
-def test_a_tree_longer_than_a_row_is_split_and_one_that_cannot_be_is_told():
+def test_a_tree_longer_than_a_row_is_split_and_one_that_cannot_be_is_an_error():
     _, _, trees, _ = pack_window(1, 6)
-    longest = max(trees, key=lambda t: t.places())
-    parts = packing.pack([longest], PackingConfig(row_length=longest.places() - 1))
+    longest = max(trees, key=lambda t: t.length())
+    parts = packing.pack([longest], PackingConfig(row_length=longest.length() - 1))
     assert len(parts) >= 2
     assert parts.triplets.sum() == sum(n for *_, n in longest.triplets)
     with pytest.raises(ValueError, match=f"Prompt {longest.prompt}: .* exceed a row of 8 tokens"):
@@ -137,6 +153,6 @@ def test_a_small_set_is_packed_full_in_rows_of_the_right_length(seed):
     assert packing.pack(trees, PackingConfig(row_length=length)).fill >= 0.92
 
 
-def test_no_row_length_that_holds_the_longest_tree_is_told():
-    with pytest.raises(ValueError, match=r"longest tree has \d+ tokens; none of the row lengths \[64\] holds it"):
+def test_row_lengths_below_the_longest_tree_are_an_error():
+    with pytest.raises(ValueError, match=r"longest tree has \d+ tokens, more than every row length in \[64\]"):
         packing.fullest_row_length(ultrachat_like(3, 0.25, 0), PackingConfig(), [64])

@@ -10,7 +10,7 @@ from conftest import ROOT, STORIES, small_run
 
 from tpaw_jax import cli
 from tpaw_jax.config import DataConfig, EvaluationConfig, TaskConfig
-from tpaw_jax.data import dataset
+from tpaw_jax.data import templates
 from tpaw_jax.evaluation import exact_match
 from tpaw_jax.models import hub
 from tpaw_jax.runtime import preemption
@@ -57,8 +57,8 @@ def test_the_interval_is_wilsons(correct, problems):
 def test_a_problem_without_an_answer_is_told(tmp_path, stories_tokenizer):
     path = tmp_path / "problems.jsonl"
     path.write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"question": "2 + 2?", "answer": "four"}\n')
-    template = dataset.make_template(stories_tokenizer, DataConfig(chat_template="none"))
-    with pytest.raises(ValueError, match=r"problems\.jsonl, line 2: the target holds no answer"):
+    template = templates.make_template(stories_tokenizer, DataConfig(chat_template="none"))
+    with pytest.raises(ValueError, match=r"problems\.jsonl, line 2: the target contains no answer"):
         exact_match.load_task(TaskConfig("sums", str(path)), template)
     task = exact_match.load_task(TaskConfig("sums", str(path), limit=1), template)
     assert task.answers == ("2",)
@@ -109,7 +109,7 @@ def test_eval_answers_greedily_and_counts_exact_matches(stories_task, tmp_path, 
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [record["correct"] for record in records] == [False, True] * 3
     model = transformers.LlamaForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
-    template = dataset.make_template(hub.load_tokenizer(STORIES), DataConfig(chat_template="none"))
+    template = templates.make_template(hub.load_tokenizer(STORIES), DataConfig(chat_template="none"))
     for record in said:
         ids = template.prompt_tokens([{"role": "user", "content": record["prompt"].removeprefix("<s>").strip()}])
         made = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, pad_token_id=0)
@@ -120,7 +120,7 @@ def test_a_run_is_evaluated_each_round_and_its_ring_by_eval(stories_task, tmp_pa
     settings, _, arguments = stories_task
     run = small_run(tmp_path / "run", **settings, **{"evaluation.each_round": True})
     said = []
-    (line,) = loop.run(run, said.append)
+    (line,) = loop.play(run, said.append)
     assert line["eval/words before"] == 0.5
     assert 0 <= line["eval/words"] <= 1
     assert sum(text.startswith("words: ") for text in said) == 2
@@ -134,7 +134,7 @@ def test_a_run_is_evaluated_each_round_and_its_ring_by_eval(stories_task, tmp_pa
 def test_a_run_that_is_stopped_while_it_is_evaluated_has_its_training(stories_task, tmp_path, monkeypatch):
     settings, *_ = stories_task
     run = lambda name: small_run(tmp_path / name, **settings, **{"evaluation.each_round": True})
-    whole = loop.run(run("whole"), lambda _: None)
+    whole = loop.play(run("whole"), lambda _: None)
     notice, said = preemption.PreemptionNotice(), []
 
     def check(what):
@@ -142,9 +142,9 @@ def test_a_run_that_is_stopped_while_it_is_evaluated_has_its_training(stories_ta
             raise preemption.Preempted(what)
 
     monkeypatch.setattr(notice, "check", check)
-    with pytest.raises(preemption.Preempted, match="what the round has trained is kept"):
-        loop.run(run("stopped"), lambda _: None, notice=notice)
-    ended = loop.run(run("stopped"), said.append)
-    assert f"training goes on after step {whole[0]['steps']}." in "\n".join(said)
+    with pytest.raises(preemption.Preempted, match="the training of the round is saved"):
+        loop.play(run("stopped"), lambda _: None, notice=notice)
+    ended = loop.play(run("stopped"), said.append)
+    assert f"training resumes after step {whole[0]['steps']}." in "\n".join(said)
     for key in ("loss", "margin", "held-out after", "eval/words", "eval/words before"):
         assert ended[0][key] == whole[0][key]

@@ -165,7 +165,7 @@ def test_conversations_become_the_tokens_that_the_policy_was_trained_on():
     assert policy.tok_encode(policy.apply_chat_template(history)) == player.template.prompt_tokens(history)
     assert policy.chat_template(True) == player.template.chat
     request = type("Request", (), {"args": ("The dog", {"max_gen_toks": 600})})()
-    with pytest.raises(ValueError, match="a task asks for 600 new tokens, and the model has 512 positions"):
+    with pytest.raises(ValueError, match="a task asks for 600 new tokens, but the model has 512 positions"):
         policy.generate_until([request])
     plain = config_file.load(ROOT / "configs" / "demo.yaml", settings())
     policy = harness.PolicyLM(open_policy(plain, mesh), player.params, plain, mesh)
@@ -181,4 +181,4 @@ def test_the_command_prints_lm_evals_table(tasks, tmp_path, capsys):
     assert "acc_norm" in capsys.readouterr().out
     assert json.loads(out.read_text())["n-samples"]["choice"]["effective"] == 3
     assert cli.main([*words, "--harness", "nothing"]) == 2
-    assert "lm-eval knows no task 'nothing'" in capsys.readouterr().err
+    assert "lm-eval has no task 'nothing'" in capsys.readouterr().err

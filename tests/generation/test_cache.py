@@ -1,4 +1,4 @@
-"""The pages of keys and values: attention over them, writing into them, and whose they are."""
+"""The paged cache: attention over pages, writing into them, and their allocation."""
 
 import chex
 import jax
@@ -10,27 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpaw_jax.generation import cache
+from tpaw_jax.generation.cache import Pages
 from tpaw_jax.generation.cpu import kernels
-from tpaw_jax.generation.pages import Pages
 from tpaw_jax.models.attention import attend, rope_angles, rotate
 
 
-def pages_of(rng, positions, shards=1, heads=2, size=8):
-    """A pool whose pages lie in random order, the table of it, and each slot's sequence [S, K, C, H]."""
+def make_pages(rng, positions, shards=1, heads=2, size=8):
+    """An allocation whose pages are in random order, and a pool of random numbers."""
     slots, blocks = len(positions) // shards, 3
-    account = Pages(shards, slots, slots * blocks + 2, blocks)
+    allocation = Pages(shards, slots, slots * blocks + 2, blocks)
     for s in rng.permutation(slots):  # pages are not in the order of slots
         needed = np.zeros((shards, slots), int)
         needed[:, s] = np.asarray(positions).reshape(shards, slots)[:, s] + 1
-        assert account.reserve(needed) == 0
-    pool = lambda: jnp.asarray(rng.normal(size=(shards, account.pages, cache.PAGE, heads * size)), jnp.float32)
-    return account, cache.LayerPages(pool(), pool())
+        assert allocation.reserve(needed) == 0
+    pool = lambda: jnp.asarray(rng.normal(size=(shards, allocation.pages, cache.PAGE, heads * size)), jnp.float32)
+    return allocation, cache.LayerPages(pool(), pool())
 
 
 def with_own(attend, queries, keys, values, layer, table, positions, angles=None):
-    """What attention finds and the pool with the own tokens, by the kernel of CPUs or without it.
+    """Attention output and the pool with the new tokens, by the CPU kernel or by XLA.
 
-    Queries and keys are turned by `angles`; by default they stay.
+    Queries and keys are rotated by `angles`, by default not at all.
     """
     if angles is None:
         angles = rope_angles(jnp.zeros_like(positions), np.zeros(queries.shape[-1] // 2))
@@ -55,17 +55,17 @@ def both(test):
 def test_attention_over_pages_is_attention_over_sequences(shards, heads, group, size, attend_by):
     rng = np.random.default_rng(0)
     positions = np.array([0, 63, 64, 130])
-    account, layer = pages_of(rng, positions, shards, heads, size)
+    allocation, layer = make_pages(rng, positions, shards, heads, size)
     by_shard = lambda x: x.reshape(shards, 4 // shards, *x.shape[1:])
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     queries, own_keys, own_values = draw(4, group * heads, size), draw(4, heads, size), draw(4, heads, size)
     found, _ = with_own(
-        attend_by, *map(by_shard, (queries, own_keys, own_values)), layer, account.table(), by_shard(positions)
+        attend_by, *map(by_shard, (queries, own_keys, own_values)), layer, allocation.table(), by_shard(positions)
     )
     found = found.reshape(queries.shape)
     for i, position in enumerate(positions):
         r, s = divmod(i, 4 // shards)
-        held = account.of_slot(r, s)
+        held = allocation.of_slot(r, s)
         of_heads = lambda x, r=r, held=held: x[r, np.array(held)].reshape(-1, heads, size).swapaxes(0, 1)
         keys = of_heads(layer.keys).at[:, position].set(own_keys[i])
         values = of_heads(layer.values).at[:, position].set(own_values[i])
@@ -75,14 +75,14 @@ def test_attention_over_pages_is_attention_over_sequences(shards, heads, group, 
 
 
 @both
-def test_an_idle_slot_attends_to_its_own_token_alone(attend_by):
+def test_an_idle_slot_attends_to_its_own_token_only(attend_by):
     rng = np.random.default_rng(3)
-    account, layer = pages_of(rng, np.array([5, 64, 130]))
-    account.release(0, 1)
+    allocation, layer = make_pages(rng, np.array([5, 64, 130]))
+    allocation.release(0, 1)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     values = draw(1, 3, 2, 8)
     positions = jnp.array([[5, 64, 130]])
-    found, _ = with_own(attend_by, draw(1, 3, 6, 8), draw(1, 3, 2, 8), values, layer, account.table(), positions)
+    found, _ = with_own(attend_by, draw(1, 3, 6, 8), draw(1, 3, 2, 8), values, layer, allocation.table(), positions)
     np.testing.assert_allclose(
         found[0, 1].reshape(2, 3, 8), np.broadcast_to(values[0, 1][:, None], (2, 3, 8)), rtol=1e-6
     )
@@ -90,16 +90,16 @@ def test_an_idle_slot_attends_to_its_own_token_alone(attend_by):
 
 @both
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_token_is_written_into_its_slots_page_alone(attend_by, dtype):
+def test_a_token_is_written_only_into_its_slots_page(attend_by, dtype):
     positions = np.array([[5, 64, 130]])
-    account, layer = pages_of(np.random.default_rng(1), positions[0])
+    allocation, layer = make_pages(np.random.default_rng(1), positions[0])
     layer = jax.tree.map(lambda x: x.astype(dtype), layer)
-    account.release(0, 1)  # an idle slot writes nowhere
+    allocation.release(0, 1)  # an idle slot writes nowhere
     new = jnp.arange(48.0).reshape(1, 3, 2, 8) / 7
-    _, written = with_own(attend_by, jnp.ones((1, 3, 6, 8)), new, -new, layer, account.table(), positions)
+    _, written = with_own(attend_by, jnp.ones((1, 3, 6, 8)), new, -new, layer, allocation.table(), positions)
     keys, values = layer.keys, layer.values
     for slot in (0, 2):
-        page, offset = account.of_slot(0, slot)[positions[0, slot] // cache.PAGE], positions[0, slot] % cache.PAGE
+        page, offset = allocation.of_slot(0, slot)[positions[0, slot] // cache.PAGE], positions[0, slot] % cache.PAGE
         keys = keys.at[0, page, offset].set(new[0, slot].reshape(16).astype(dtype))
         values = values.at[0, page, offset].set(-new[0, slot].reshape(16).astype(dtype))
     chex.assert_trees_all_equal(written, cache.LayerPages(keys, values))
@@ -107,16 +107,16 @@ def test_a_token_is_written_into_its_slots_page_alone(attend_by, dtype):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_kernel_of_cpus_finds_what_xla_finds_in_either_dtype(dtype):
+def test_the_cpu_kernel_equals_xla_in_both_dtypes(dtype):
     rng = np.random.default_rng(4)
     positions = np.array([[180, 3, 77, 129]])
-    account, layer = pages_of(rng, positions[0], heads=3, size=40)
+    allocation, layer = make_pages(rng, positions[0], heads=3, size=40)
     layer = jax.tree.map(lambda x: (3 * x).astype(dtype), layer)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     of = draw(1, 4, 6, 40), draw(1, 4, 3, 40), draw(1, 4, 3, 40)
     angles = rope_angles(jnp.asarray(positions), 0.5 ** np.arange(20))
-    found = {kind: with_own(kind, *of, layer, account.table(), positions, angles) for kind in ("xla", "kernel")}
-    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2  # XLA's rounds the weights of values to the cache's dtype
+    found = {kind: with_own(kind, *of, layer, allocation.table(), positions, angles) for kind in ("xla", "kernel")}
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2  # XLA rounds the softmax weights to the cache's dtype
     chex.assert_trees_all_close(found["kernel"], found["xla"], rtol=tolerance, atol=tolerance)
 
 
@@ -135,7 +135,7 @@ def test_prompts_are_written_page_by_page():
 
 @both
 @pytest.mark.parametrize(("heads", "size"), [(2, 8), (3, 64), (2, 128)])
-def test_slots_that_share_pages_find_what_they_would_in_copies(attend_by, heads, size):
+def test_shared_pages_give_the_same_attention_as_copies(attend_by, heads, size):
     rng = np.random.default_rng(6)
     shared, apart = Pages(2, 4, 12, 3, sharers=3), Pages(2, 4, 12, 3)
     positions = np.array([[130, 150, 64, 129], [70, 20, 140, 141]])
@@ -148,7 +148,7 @@ def test_slots_that_share_pages_find_what_they_would_in_copies(attend_by, heads,
     assert (shared.most_used, apart.most_used) == (2 + 1 + 3 + 2, 3 + 3 + 2 + 3)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     pool = cache.LayerPages(draw(2, 12, cache.PAGE, heads * size), draw(2, 12, cache.PAGE, heads * size))
-    pages = lambda account, r: np.concatenate([account.of_slot(r, s) for s in range(4)])
+    pages = lambda allocation, r: np.concatenate([allocation.of_slot(r, s) for s in range(4)])
     copied = pool
     for r in range(2):
         copy = lambda x, old, r=r: x.at[r, pages(apart, r)].set(old[r, pages(shared, r)])
@@ -163,11 +163,11 @@ def test_slots_that_share_pages_find_what_they_would_in_copies(attend_by, heads,
 
 @settings(deadline=None, max_examples=80)
 @given(st.data())
-def test_a_page_belongs_to_those_who_hold_it(data):
+def test_the_table_matches_the_allocation(data):
     shards, slots, blocks = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 4)))
-    account = Pages(shards, slots, data.draw(st.integers(blocks, slots * blocks)), blocks, sharers=slots)
+    allocation = Pages(shards, slots, data.draw(st.integers(blocks, slots * blocks)), blocks, sharers=slots)
     held = np.zeros((shards, slots), int)  # tokens
-    of = lambda r, s: account.of_slot(r, s)
+    of = lambda r, s: allocation.of_slot(r, s)
     for _ in range(data.draw(st.integers(1, 12))):
         shard, slot, other = (data.draw(st.integers(0, n - 1)) for n in (shards, slots, slots))
         action = data.draw(st.sampled_from(["reserve", "release", "share", "reorder"]))
@@ -175,42 +175,42 @@ def test_a_page_belongs_to_those_who_hold_it(data):
         if action == "reserve":
             wanted = held.copy()
             wanted[shard, slot] = data.draw(st.integers(0, blocks * cache.PAGE))
-            lacking = account.reserve(wanted)
+            lacking = allocation.reserve(wanted)
             if lacking:
-                order = account.resize(np.tile(np.arange(slots), (shards, 1)), account.pages + lacking)
-                assert order.shape == (shards, account.pages)
+                order = allocation.resize(np.tile(np.arange(slots), (shards, 1)), allocation.pages + lacking)
+                assert order.shape == (shards, allocation.pages)
                 for (r, s), pages in before.items():
                     np.testing.assert_array_equal(order[r, np.array(of(r, s), int)], pages)
-                assert account.reserve(wanted) == 0
+                assert allocation.reserve(wanted) == 0
             held = np.maximum(held, wanted)
         elif action == "release":
-            account.release(shard, slot)
+            allocation.release(shard, slot)
             held[shard, slot] = 0
         elif action == "reorder":  # of slots, with no more pages than are held
             order = np.array([data.draw(st.permutations(range(slots))) for _ in range(shards)])
-            old = account.resize(order, max(1, account.most_used))
+            old = allocation.resize(order, max(1, allocation.most_used))
             held = np.take_along_axis(held, order, axis=1)
             for r in range(shards):
                 for s in range(slots):
                     np.testing.assert_array_equal(old[r, np.array(of(r, s), int)], before[r, order[r, s]])
         elif not of(shard, slot):
             count = data.draw(st.integers(0, len(of(shard, other))))
-            account.share(shard, slot, other, count)
+            allocation.share(shard, slot, other, count)
             held[shard, slot] = cache.PAGE * count
             assert of(shard, slot) == of(shard, other)[:count]
-        table = account.table()
+        table = allocation.table()
         for r in range(shards):
             parts = [part for s in range(slots) for part in table.part[r, s, : len(of(r, s))]]
             assert len(set(parts)) == len(parts)
             for s in range(slots):
-                mine, count = of(r, s), len(of(r, s))
+                own, count = of(r, s), len(of(r, s))
                 assert count * cache.PAGE >= held[r, s]
-                np.testing.assert_array_equal(table.of_slot[r, s][:count], mine)
-                assert (table.of_slot[r, s][count:] == account.pages).all()
+                np.testing.assert_array_equal(table.of_slot[r, s][:count], own)
+                assert (table.of_slot[r, s][count:] == allocation.pages).all()
                 page, place = np.divmod(table.part[r, s][:count], slots)
-                np.testing.assert_array_equal(page, mine)
+                np.testing.assert_array_equal(page, own)
                 assert (table.owner[r, page, place] == s).all()
                 np.testing.assert_array_equal(table.first[r, page, place], cache.PAGE * np.arange(count))
-            nobodys = np.setdiff1d(np.arange(account.pages * slots), parts)
-            assert (table.first[r].reshape(-1)[nobodys] > 1 << 20).all()
-        assert account.most_used == max(len({p for s in range(slots) for p in of(r, s)}) for r in range(shards))
+            unowned = np.setdiff1d(np.arange(allocation.pages * slots), parts)
+            assert (table.first[r].reshape(-1)[unowned] > 1 << 20).all()
+        assert allocation.most_used == max(len({p for s in range(slots) for p in of(r, s)}) for r in range(shards))

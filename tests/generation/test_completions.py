@@ -1,4 +1,4 @@
-"""`tpaw generate`: prompts of a configuration or a file, and responses that are kept when it is stopped."""
+"""`tpaw generate`: prompts from a configuration or a file, and resuming after a stop."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tpaw_jax import cli
 from tpaw_jax.config import DataConfig
 from tpaw_jax.config.config_file import to_dict
-from tpaw_jax.data import dataset
+from tpaw_jax.data import templates
 from tpaw_jax.generation import completions, engine
 from tpaw_jax.models import hub
 from tpaw_jax.runtime import sharding
@@ -19,7 +19,7 @@ from tpaw_jax.runtime import sharding
 
 @pytest.fixture(scope="module")
 def template():
-    return dataset.make_template(hub.load_tokenizer(STORIES), DataConfig(chat_template="none"))
+    return templates.make_template(hub.load_tokenizer(STORIES), DataConfig(chat_template="none"))
 
 
 def written(path, *records):
@@ -42,7 +42,7 @@ def test_prompts_are_ids_texts_or_conversations(tmp_path, template):
         {"prompt_id": 5, "messages": [*turns, again]},
     )
     found = read(path, template)
-    assert found.ids.tolist() == [70, 2, 5]  # a line without an id has its number
+    assert found.ids.tolist() == [70, 2, 5]  # the default id is the line number
     of_text = template.prompt_tokens([{"role": "user", "content": "Once upon"}])
     expected = [[1, 9, 4], of_text, template.prompt_tokens([*turns, again])]
     assert [tokens.tolist() for tokens in found.prompt_tokens] == expected
@@ -53,32 +53,35 @@ def test_prompts_are_ids_texts_or_conversations(tmp_path, template):
     ("lines", "sentence"),
     [
         (['{"prompt": "a"'], "line 1: "),
-        (["[1]"], "line 1: an object with prompt or prompt_token_ids was expected"),
-        ([{"prompt": "a"}, {"prompt_id": -1, "prompt": "a"}], "line 2: prompt_id is -1; it must be a whole number"),
+        (["[1]"], "line 1: expected an object with prompt or prompt_token_ids, got list"),
+        ([{"prompt": "a"}, {"prompt_id": -1, "prompt": "a"}], "line 2: prompt_id is -1; it must be an integer"),
         ([{"prompt_id": True, "prompt": "a"}], "line 1: prompt_id is True"),
         (
             [{"prompt_id": 1, "prompt": "a"}, {"prompt": "b"}],
-            "line 2: prompt_id 1, the number of this line, is that of line 1 already",
+            "line 2: prompt_id 1, the default for this line, is already used in line 1",
         ),
-        ([{"prompt_id": 1, "prompt": "a"}, {"prompt_id": 1, "prompt": "b"}], "line 2: prompt_id 1 is that of line 1"),
-        ([{"text": "a"}], "line 1: there is neither prompt_token_ids nor messages nor prompt"),
-        ([{"prompt": 3}], "line 1: a list of turns was expected, not int"),
+        (
+            [{"prompt_id": 1, "prompt": "a"}, {"prompt_id": 1, "prompt": "b"}],
+            "line 2: prompt_id 1 is already used in line 1",
+        ),
+        ([{"text": "a"}], "line 1: one of the fields prompt_token_ids, messages or prompt is required"),
+        ([{"prompt": 3}], "line 1: expected a list of turns, got int"),
         ([{"prompt": ""}], "line 1, turn 0: the field 'content' is empty"),
-        ([{"messages": []}], "line 1: the conversation must end with a turn that the assistant answers"),
+        ([{"messages": []}], "line 1: the conversation must end with a turn that is not the assistant's"),
         ([{"messages": [{"role": "assistant", "content": "a"}]}], "line 1: the conversation must end with a turn"),
-        ([{"prompt_token_ids": []}], "line 1: prompt_token_ids must be a list of at least one id from 0 to 511"),
+        ([{"prompt_token_ids": []}], "line 1: prompt_token_ids must be a non-empty list of ids from 0 to 511"),
         ([{"prompt_token_ids": [512]}], "line 1: prompt_token_ids must be"),
         ([{"prompt_token_ids": [3] * 10}], "line 1: the prompt has 10 tokens; data.max_prompt_length is 9"),
-        ([""], "there are no prompts in it"),
+        ([""], "the file has no prompts"),
     ],
 )
-def test_prompts_that_cannot_be_used_are_told(tmp_path, template, lines, sentence):
+def test_unusable_prompts_are_reported(tmp_path, template, lines, sentence):
     with pytest.raises(ValueError, match=r"prompts\.jsonl") as error:
         read(written(tmp_path / "prompts.jsonl", *lines), template)
     assert sentence in str(error.value)
 
 
-def test_a_file_that_is_not_there_is_told_before_the_model_is_read(tmp_path):
+def test_a_missing_file_is_reported_before_the_model_is_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no such file of prompts"):
         completions.answer(small_run(tmp_path, **{"policy.path": "nowhere"}), None, tmp_path / "out", tmp_path / "none")
 
@@ -93,7 +96,7 @@ def changed_model(directory):
 
 
 @pytest.mark.parametrize("num_generations", [1, 2])
-def test_a_stopped_call_goes_on_and_ends_as_the_undisturbed_one(tmp_path, monkeypatch, num_generations):
+def test_a_stopped_call_resumes_and_gives_the_same_result(tmp_path, monkeypatch, num_generations):
     run, real = small_run(tmp_path / "run"), engine.generate
     mesh = sharding.make_mesh(run.mesh, jax.local_devices()[:1])
     answer = lambda out, run=run: completions.answer(
@@ -109,10 +112,10 @@ def test_a_stopped_call_goes_on_and_ends_as_the_undisturbed_one(tmp_path, monkey
 
         return real(*arguments, on_finished=keep_and_stop, **more)
 
-    begun = {}
+    resumed = {}
 
     def watched(*arguments, finished, **more):
-        begun.update(finished)
+        resumed.update(finished)
         return real(*arguments, finished=finished, **more)
 
     out = tmp_path / "stopped.jsonl"
@@ -124,14 +127,14 @@ def test_a_stopped_call_goes_on_and_ends_as_the_undisturbed_one(tmp_path, monkey
     monkeypatch.setattr(engine, "generate", watched)
     for other in ({"seed": 1}, {"sampling.temperature": 0.5}, {"policy.path": changed_model(tmp_path / "model")}):
         answer(out, small_run(tmp_path / "run", **other))
-        assert not begun  # what is kept is of another random stream, other settings or other weights
+        assert not resumed  # the kept responses are from another random stream, other settings or other weights
     answer(out, small_run(tmp_path / "run", **{"sampling.slots": 4}))
-    assert 0 < len(begun) < 12 * num_generations
+    assert 0 < len(resumed) < 12 * num_generations
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_prompts_of_a_file_are_answered_as_those_of_the_configuration(tmp_path, monkeypatch, capsys):
+def test_prompts_from_a_file_get_the_same_responses_as_those_from_the_configuration(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
     configuration = written(tmp_path / "run.yaml", to_dict(small_run(tmp_path / "run")))
     of = lambda command, out, *more: cli.main([command, "--config", str(configuration), "--out", str(out), *more])
@@ -148,4 +151,4 @@ def test_prompts_of_a_file_are_answered_as_those_of_the_configuration(tmp_path, 
 
     monkeypatch.setattr(completions, "answer", interrupted)
     assert of("generate", given) == 130
-    assert "the same command goes on from the responses it has" in capsys.readouterr().err
+    assert "the same command resumes from the finished responses" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Text that depends on the request alone, slots that refill, and draws from the right distribution."""
+"""Responses depend only on their request, slots refill, and tokens follow the right distribution."""
 
 import os
 import signal
@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from tpaw_jax.config import MeshConfig, SamplingConfig
 from tpaw_jax.generation import engine, token_sampling
-from tpaw_jax.generation.pages import Pages
+from tpaw_jax.generation.cache import Pages
 from tpaw_jax.models import Transformer
 from tpaw_jax.models.transformer import split
-from tpaw_jax.observe.monitoring import compile_log
+from tpaw_jax.observe.profiling import compile_log
 from tpaw_jax.runtime import sharding
 from tpaw_jax.types import Prompts
 
@@ -66,7 +66,7 @@ def test_responses_of_a_prompt_share_its_pages(stories, monkeypatch):
     ids = tuple(rng.integers(3, 512, n).astype(np.int32) for n in (130, 70))
     prompts = Prompts(np.arange(2, dtype=np.int32), ids, ids)
     together = generate(stories, prompts, num_generations=4, slots=8)
-    assert max(used) == (2 + 4) + (1 + 4)  # whole pages of a prompt once, what is written into by each
+    assert max(used) == (2 + 4) + (1 + 4)  # full pages of a prompt once, the last page for each response
     used.clear()
     assert_same_tokens(generate(stories, prompts, num_generations=4, slots=1), together)
     assert max(used) == 3
@@ -76,7 +76,7 @@ def test_responses_of_a_prompt_share_its_pages(stories, monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_text_does_not_depend_on_slots_order_or_company(stories, prompts, temperature):
+def test_responses_do_not_depend_on_slots_order_or_other_prompts(stories, prompts, temperature):
     reference = generate(stories, prompts, temperature=temperature, slots=11)
     one_at_a_time = generate(stories, prompts, temperature=temperature, slots=1)
     assert_same_tokens(one_at_a_time, reference)
@@ -142,7 +142,7 @@ def counting_prefills(sampler):
     return sampler._replace(prefill=prefill), computed
 
 
-def test_several_responses_share_a_prompt_that_is_computed_once(stories, prompts):
+def test_a_prompt_with_several_responses_is_prefilled_once(stories, prompts):
     settings = SamplingConfig(max_new_tokens=12, slots=4)
     sampler, computed = counting_prefills(
         engine.make_sampler(engine.decoder_of(Transformer(stories[0])), settings, STOPS)
@@ -152,7 +152,7 @@ def test_several_responses_share_a_prompt_that_is_computed_once(stories, prompts
 
 
 def test_shards_share_their_prefills(stories):
-    """A prefill computes a row on every shard: 120 prompts of 16 tokens at the mean are two rows of 128 for each."""
+    """A prefill computes one row per shard: 120 prompts of 16 tokens on average are two rows of 128 for each shard."""
     many = random_prompts(np.random.default_rng(6), 120)[0]
     tokens = sum(map(len, many.prompt_tokens))
     settings = SamplingConfig(max_new_tokens=12, slots=16, prefill_tokens=128)
@@ -164,7 +164,7 @@ def test_shards_share_their_prefills(stories):
     assert len(computed) <= 2 * -(-tokens // (8 * 128))
 
 
-def test_what_is_left_of_a_row_takes_a_later_prompt_that_fits(stories):
+def test_the_rest_of_a_row_takes_a_later_prompt_that_fits(stories):
     rng = np.random.default_rng(7)
     ids = tuple(rng.integers(3, 512, n).astype(np.int32) for n in (100, 100, 28, 28))
     settings = SamplingConfig(max_new_tokens=4, slots=4, prefill_tokens=128)
@@ -176,19 +176,19 @@ def test_what_is_left_of_a_row_takes_a_later_prompt_that_fits(stories):
     assert computed == [2, 2]
 
 
-def test_several_responses_share_a_prompt_and_differ(stories, prompts):
+def test_several_responses_to_a_prompt_differ(stories, prompts):
     one = generate(stories, prompts)
     three = generate(stories, prompts, num_generations=3)
     assert len(three.tokens) == 33
     for i, tokens in enumerate(one.tokens):
-        np.testing.assert_array_equal(three.tokens[3 * i], tokens)  # the first is the one that stands alone
+        np.testing.assert_array_equal(three.tokens[3 * i], tokens)  # sample 0 is the same
     texts = [tuple(tokens.tolist()) for tokens in three.tokens]
     assert sum(len({*texts[3 * i : 3 * i + 3]}) == 3 for i in range(11)) >= 9
     for a, b in zip(three.tokens, generate(stories, prompts, num_generations=3, slots=2).tokens, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_no_stop_token_comes_before_the_fewest_tokens(stories, prompts):
+def test_no_stop_token_comes_before_min_new_tokens(stories, prompts):
     free, held = generate(stories, prompts), generate(stories, prompts, min_new_tokens=6)
     assert min(map(len, free.tokens)) < 6 <= min(map(len, held.tokens))
     for a, b in zip(free.tokens, held.tokens, strict=True):
@@ -196,7 +196,7 @@ def test_no_stop_token_comes_before_the_fewest_tokens(stories, prompts):
 
 
 @pytest.mark.parametrize("slots", [2, 11])
-def test_a_text_ends_with_the_token_that_completes_a_stop_string(stories, stories_tokenizer, prompts, slots):
+def test_a_response_ends_with_the_token_that_completes_a_stop_string(stories, stories_tokenizer, prompts, slots):
     whole = generate(stories, prompts, slots=slots, max_new_tokens=150)
     strings = (" happy", "ing", "Once")  # some late, in the third page of their sequence
     ends = engine.stop_at(stories_tokenizer.decode, strings)
@@ -225,8 +225,8 @@ def test_a_bfloat16_cache_changes_log_probs_a_little(stories, prompts):
     assert np.mean(gaps) < 0.01
 
 
-def test_the_last_response_ends_where_more_leave_at_once_than_are_left(stories):
-    """41 slots are never halved, and two of them leave at once."""
+def test_the_last_response_is_finished_when_more_slots_must_finish_than_are_left(stories):
+    """41 slots cannot be halved, and the engine waits for two finished slots at a time."""
     prompts, limits = random_prompts(np.random.default_rng(1), 41)[0], [12] + 40 * [1]
     settings = SamplingConfig(max_new_tokens=12, slots=41)
     sampler = engine.make_sampler(engine.decoder_of(Transformer(stories[0])), settings, STOPS)
@@ -245,14 +245,15 @@ def test_every_request_has_its_own_limit(stories, prompts):
         np.testing.assert_array_equal(found, expected[:limit])
     for wrong in (limits[1:], [0, *limits[1:]], [13, *limits[1:]]):
         with pytest.raises(
-            ValueError, match="limits: there must be 11, one a prompt, each from 1 to max_new_tokens, 12"
+            ValueError,
+            match=r"limits has 1\d entries; it must have 11, one per prompt, each from 1 to max_new_tokens \(12\)",
         ):
             answer(wrong)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_sixty_four_prompts_are_answered_alike_everywhere(stories, temperature, tmp_path):
-    """With 4, 16 and 64 slots, on one device and on eight, and by a run that is killed and goes on."""
+def test_sixty_four_prompts_get_the_same_responses_everywhere(stories, temperature, tmp_path):
+    """With 4, 16 and 64 slots, on one device and on eight, and in a run that is killed and resumed."""
     import killed_sampling
 
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
@@ -302,11 +303,11 @@ def test_programs_are_compiled_once_for_each_number_of_slots_and_pages(stories, 
     assert names.count("jit(admit)") <= len(shapes["decode"])
     assert names.count("jit(resize)") == len(shapes["resize"])
     assert names.count("jit(prepare)") == 1
-    assert {slots for (_, slots), _ in shapes["decode"]} == {16, 8}  # half the slots are given up at the end
+    assert {slots for (_, slots), _ in shapes["decode"]} == {16, 8}  # half of the slots are dropped at the end
 
 
 def drawn(logits, **config):
-    """How often the sampler draws each token, of 20,000, from a model that always has these logits."""
+    """Counts of each token among 20,000 sampled ones, for a model that always has these logits."""
     always = jnp.asarray(logits, jnp.float32)
     decoder = engine.decoder_from_apply_fn(lambda _, tokens: jnp.broadcast_to(always, (*tokens.shape, len(logits))))
     sampler = engine.make_sampler(decoder, SamplingConfig(max_new_tokens=100, slots=50, **config), ())
@@ -353,13 +354,13 @@ def test_inverse_cdf_finds_the_index_where_the_sum_passes(weights, uniform):
     logits=st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=200, unique=True),
     top_p=st.floats(0.01, 0.99),
 )
-def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p(logits, top_p):
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(logits, top_p):
     kept = np.asarray(token_sampling._nucleus(jnp.asarray([logits], jnp.float32), top_p)[0])
     weights = np.exp(np.asarray(logits, np.float64) - max(logits))
     probabilities = weights / weights.sum()
     assert probabilities[kept].sum() >= top_p - 1e-5
     least = probabilities[kept].min()
-    assert probabilities[probabilities > least * (1 + 1e-5)].sum() < top_p + 1e-5  # without the least, too few
+    assert probabilities[probabilities > least * (1 + 1e-5)].sum() < top_p + 1e-5  # without the smallest, too few
     assert (probabilities[~kept] < least * (1 + 1e-5)).all()
 
 

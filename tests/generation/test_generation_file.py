@@ -1,4 +1,4 @@
-"""Responses as JSON lines: another engine's, checked line by line, and those of a round that is not finished."""
+"""Responses as JSON lines: another engine's, checked line by line, and those of an unfinished round."""
 
 import json
 import subprocess
@@ -12,16 +12,16 @@ from conftest import ROOT, STORIES, small_run
 from tpaw_jax import cli
 from tpaw_jax.config import DataConfig, SamplingConfig
 from tpaw_jax.config.config_file import to_dict
-from tpaw_jax.data import dataset
+from tpaw_jax.data import templates
 from tpaw_jax.generation import engine, generation_file
 from tpaw_jax.models import Transformer, hub
-from tpaw_jax.selfplay import loop, reporting
+from tpaw_jax.selfplay import loop, round_summary
 from tpaw_jax.types import Prompts
 
 
 @pytest.fixture(scope="module")
 def template():
-    return dataset.make_template(hub.load_tokenizer(STORIES), DataConfig(chat_template="none"))
+    return templates.make_template(hub.load_tokenizer(STORIES), DataConfig(chat_template="none"))
 
 
 @pytest.fixture
@@ -61,38 +61,44 @@ def test_responses_come_in_the_order_of_the_prompts(tmp_path, prompts, template)
     ("line", "message"),
     [
         ("{", "line 3: not valid JSON"),
-        ("[1]", "line 3: an object with prompt_id and token_ids was expected, not list"),
-        ({"token_ids": [1]}, "line 3: prompt_id is None; it must be the id of one of the 3 prompts"),
+        ("[1]", "line 3: expected an object with prompt_id and token_ids, got list"),
+        ({"token_ids": [1]}, "line 3: prompt_id is None; it must be the id of one of 3 prompts"),
         ({"prompt_id": 5, "token_ids": [1]}, "line 3: prompt_id is 5; it must be the id"),
         ({"prompt_id": True, "token_ids": [1]}, "line 3: prompt_id is True"),
-        ({"prompt_id": 9, "token_ids": [1]}, "line 3: prompt_id 9 is answered in line 1 already"),
-        ({"prompt_id": 7}, "line 3: token_ids is missing, and response is no text either"),
-        ({"prompt_id": 7, "token_ids": []}, "line 3: token_ids must be a list of at least one id from 0 to 511"),
-        ({"prompt_id": 7, "token_ids": [512]}, "line 3: token_ids must be a list of at least one id from 0 to 511"),
+        ({"prompt_id": 9, "token_ids": [1]}, "line 3: prompt_id 9 was already answered in line 1"),
+        ({"prompt_id": 7}, "line 3: token_ids is missing, and response is not a string"),
+        ({"prompt_id": 7, "token_ids": []}, "line 3: token_ids must be a non-empty list of ids from 0 to 511"),
+        ({"prompt_id": 7, "token_ids": [512]}, "line 3: token_ids must be a non-empty list of ids from 0 to 511"),
         ({"prompt_id": 7, "token_ids": [-1]}, "line 3: token_ids must be"),
         ({"prompt_id": 7, "token_ids": [1.5]}, "line 3: token_ids must be"),
         ({"prompt_id": 7, "token_ids": "12"}, "line 3: token_ids must be"),
-        ({"prompt_id": 7, "token_ids": [1] * 17}, "line 3: 17 token_ids exceed sampling.max_new_tokens, 16"),
-        ({"prompt_id": 7, "token_ids": [1, 2], "log_probs": [-1]}, "line 3: log_probs must be 2 numbers of at most 0"),
-        ({"prompt_id": 7, "token_ids": [1], "log_probs": [2.0]}, "line 3: log_probs must be 1 numbers of at most 0"),
+        ({"prompt_id": 7, "token_ids": [1] * 17}, "line 3: token_ids has 17 tokens; sampling.max_new_tokens allows 16"),
+        (
+            {"prompt_id": 7, "token_ids": [1, 2], "log_probs": [-1]},
+            "line 3: log_probs must be a list of 2 numbers of at most 0",
+        ),
+        (
+            {"prompt_id": 7, "token_ids": [1], "log_probs": [2.0]},
+            "line 3: log_probs must be a list of 1 numbers of at most 0",
+        ),
         ({"prompt_id": 7, "token_ids": [1], "log_probs": ["a"]}, "line 3: log_probs must be"),
         ({"prompt_id": 7, "token_ids": [1], "prompt_token_ids": [1, 6]}, "line 3: prompt_token_ids are not those"),
     ],
 )
-def test_a_line_that_cannot_be_used_is_named(tmp_path, prompts, template, line, message):
+def test_an_unusable_line_is_reported(tmp_path, prompts, template, line, message):
     with pytest.raises(ValueError, match=r"g\.jsonl, line 3") as caught:
         read(write(tmp_path / "g.jsonl", [*GOOD[:2], line]), prompts, template)
     assert message in str(caught.value)
 
 
-def test_unanswered_prompts_and_a_missing_file_are_told(tmp_path, prompts, template):
-    with pytest.raises(ValueError, match=r"2 of 3 prompts are not answered; prompt_id 4, 7"):
+def test_unanswered_prompts_and_a_missing_file_are_reported(tmp_path, prompts, template):
+    with pytest.raises(ValueError, match=r"2 of 3 prompts are not answered: prompt_id 4, 7\."):
         read(write(tmp_path / "g.jsonl", GOOD[:1]), prompts, template)
     with pytest.raises(FileNotFoundError, match="there is no such file of generations"):
         read(tmp_path / "none.jsonl", prompts, template)
 
 
-def test_what_was_kept_is_read_back_and_a_cut_line_removed(tmp_path, prompts):
+def test_appended_responses_are_read_back_and_a_truncated_line_is_removed(tmp_path, prompts):
     path = tmp_path / "sampled.jsonl"
     assert generation_file.resume(path, prompts) == {}
     made = {i: (np.arange(i + 1, dtype=np.int32), np.float32([-1 / 3] * (i + 1))) for i in range(3)}
@@ -109,7 +115,7 @@ def test_what_was_kept_is_read_back_and_a_cut_line_removed(tmp_path, prompts):
     assert path.read_bytes() == whole
 
 
-def test_appends_are_few_and_none_is_left_out(tmp_path, prompts, monkeypatch):
+def test_appends_are_rate_limited_and_lose_nothing(tmp_path, prompts, monkeypatch):
     path, now = tmp_path / "sampled.jsonl", iter([0.0, 0.0, 1.0, 3.0, 3.0, 3.5, 9.0])
     monkeypatch.setattr(generation_file.time, "monotonic", lambda: next(now))
     made = {i: (np.arange(1, dtype=np.int32), np.zeros(1, np.float32)) for i in range(3)}
@@ -130,7 +136,7 @@ def test_appends_are_few_and_none_is_left_out(tmp_path, prompts, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         sample()
-    assert there() == [0]  # a stop sees to the last
+    assert there() == [0]  # the rest is written on exit
 
 
 def test_another_engine_answers_the_prompts_of_an_exported_policy(tmp_path, capsys):
@@ -152,12 +158,12 @@ def test_another_engine_answers_the_prompts_of_an_exported_policy(tmp_path, caps
         given = ["--generations", path("answers.jsonl")]
         assert cli.main(["play", "--config", str(configuration), *given]) == 0
     assert "4 responses from" in capsys.readouterr().out
-    table = reporting.rounds_table(tmp_path / "run", 2)
+    table = round_summary.read_all(tmp_path / "run", 2)
     assert len(table) == 2
     assert table[1]["largest gap"] < 1e-4  # the other engine's log-probs are the scorer's
 
 
-def test_sampling_goes_on_with_what_is_missing(stories):
+def test_sampling_resumes_with_the_missing_responses(stories):
     ids = lambda n: np.arange(1, n + 1, dtype=np.int32)
     prompts = Prompts(np.arange(6, dtype=np.int32), tuple(ids(n) for n in range(2, 8)), tuple(ids(1) for _ in range(6)))
     settings = SamplingConfig(max_new_tokens=10, slots=2)
@@ -173,18 +179,18 @@ def test_sampling_goes_on_with_what_is_missing(stories):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_round_played_on_the_samplers_own_file_is_the_round_it_would_have_played(tmp_path, monkeypatch, capsys):
+def test_a_round_played_on_the_samplers_own_file_gives_the_same_result(tmp_path, monkeypatch, capsys):
     """`tpaw generate` writes D_0, `tpaw play --generations` plays round 0 with it, and stops before round 1."""
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
     run = small_run(tmp_path / "own", rounds=1)
-    own = loop.run(run, lambda _: None)
+    own = loop.play(run, lambda _: None)
     configuration = tmp_path / "run.yaml"
     configuration.write_text(json.dumps(to_dict(run) | {"directory": str(tmp_path / "given"), "rounds": 3}))
     made = str(tmp_path / "made.jsonl")
     assert cli.main(["generate", "--config", str(configuration), "--out", made]) == 0
     assert cli.main(["play", "--config", str(configuration), "--generations", made]) == 0
     assert "12 responses from" in capsys.readouterr().out
-    table = reporting.rounds_table(tmp_path / "given", 3)
+    table = round_summary.read_all(tmp_path / "given", 3)
     assert len(table) == 1
     for name in ("loss", "margin", "held-out after", "response tokens", "echoes"):
         assert table[0][name] == own[0][name], name

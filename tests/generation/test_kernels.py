@@ -1,4 +1,4 @@
-"""The kernels of CPUs: products rounded alike whatever stands beside a row, and sampling with them."""
+"""The CPU kernels: products whose rounding does not depend on the batch, and sampling with them."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def some(rng, shape, dtype):
 @needs_compiler
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 80), DTYPES, st.booleans())
-def test_it_is_the_product(rows, depth, count, dtype, normed):
+def test_dot_is_the_product(rows, depth, count, dtype, normed):
     rng = np.random.default_rng(1)
     matrix, x = some(rng, (rows, depth), dtype), some(rng, (count, depth), jnp.float32)
     scale = some(rng, depth, jnp.float32) if normed else None
@@ -35,13 +35,13 @@ def test_it_is_the_product(rows, depth, count, dtype, normed):
     assert found.dtype == jnp.float32
     factor = (rms_norm(x, scale, 1e-5) if normed else x).astype(dtype)
     expected = np.asarray(factor, np.float64) @ np.asarray(matrix, np.float64).T
-    atol = 1e-5 if dtype == jnp.float32 or not normed else 0.1  # a norm's last bit may round the other way
+    atol = 1e-5 if dtype == jnp.float32 or not normed else 0.1  # the last bit of a norm may round differently
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=atol)
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_row_is_rounded_alike_in_any_company(dtype):
+def test_rounding_of_a_row_does_not_depend_on_the_batch(dtype):
     rng = np.random.default_rng(2)
     matrix, x = kernels.pack(some(rng, (579, 700), dtype)), some(rng, (300, 579), jnp.float32)
     scale = some(rng, 579, jnp.float32)
@@ -53,7 +53,7 @@ def test_a_row_is_rounded_alike_in_any_company(dtype):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_layer_of_a_stack_is_a_matrix_of_its_own(dtype):
+def test_a_layer_of_a_stack_equals_a_matrix_of_its_own(dtype):
     rng = np.random.default_rng(4)
     stack, x, scales = some(rng, (3, 21, 40), dtype), some(rng, (5, 21), jnp.float32), some(rng, (3, 21), jnp.float32)
     packed = kernels.pack(stack)
@@ -64,13 +64,13 @@ def test_a_layer_of_a_stack_is_a_matrix_of_its_own(dtype):
         np.testing.assert_array_equal(of_all[i], alone)
         np.testing.assert_array_equal(of_layer(i), alone)
     for beyond in (3, -1):
-        with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="one of the matrices"):
+        with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="there is no such layer"):
             of_layer(beyond).block_until_ready()
 
 
 @given(st.integers(1, 40), st.integers(1, 9), DTYPES)
 @settings(deadline=None, max_examples=20)
-def test_rows_are_taken_as_they_were(rows, depth, dtype):
+def test_take_returns_the_rows_unchanged(rows, depth, dtype):
     matrix = some(np.random.default_rng(3), (rows, depth), dtype)
     wanted = jnp.array([rows - 1, 0, rows // 2])
     np.testing.assert_array_equal(kernels.take(kernels.pack(matrix.T), wanted), matrix[wanted])
@@ -78,16 +78,19 @@ def test_rows_are_taken_as_they_were(rows, depth, dtype):
 
 @needs_compiler
 @pytest.mark.parametrize(("width", "scales"), [(24, 24), (16, 15)])
-def test_rows_or_scales_of_another_width_are_an_error(width, scales):
+def test_rows_or_scales_of_the_wrong_width_are_an_error(width, scales):
     matrix, x = kernels.pack(jnp.ones((16, 32))), jnp.ones((8, width))
-    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="rows of their width, scales for them"):
+    with pytest.raises(
+        (ValueError, jax.errors.JaxRuntimeError),
+        match="the shapes or dtypes of the packed matrices, x, scale and the results",
+    ):
         kernels.dot(x, matrix, jnp.ones(scales)).block_until_ready()
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_stays_in_its_row(dtype, bad):
+def test_non_finite_values_stay_in_their_row(dtype, bad):
     matrix, x = kernels.pack(jnp.ones((17, 20), dtype)), jnp.ones((9, 17)).at[4, 3].set(bad)
     found = kernels.dot(x, matrix)
     np.testing.assert_array_equal(np.isfinite(found).all(axis=1), np.arange(9) != 4)
@@ -95,8 +98,8 @@ def test_what_is_not_finite_stays_in_its_row(dtype, bad):
 
 
 @needs_compiler
-def test_prompts_in_several_rows_with_padding(stories):
-    """Also fewer prompts than there is room for: their place is the first token."""
+def test_prefill_of_several_rows_with_padding(stories):
+    """Rows also have fewer prompts than they have room for; the unused entries point at the first token."""
     model, params = Transformer(stories[0]), stories[1]
     rng, rows = np.random.default_rng(7), ([9, 40, 3], [30])
     tokens, positions, segments = np.zeros((3, 2, 64), np.int32)
@@ -121,7 +124,7 @@ def test_prompts_in_several_rows_with_padding(stories):
 
 
 @needs_compiler
-def test_no_second_copy_of_the_policy_is_held_while_it_samples(stories):
+def test_sampling_holds_no_second_copy_of_the_policy(stories):
     prompts = random_prompts(np.random.default_rng(8), 4)[0]
     decoder = engine.decoder_of(Transformer(stories[0], dtype=jnp.bfloat16), cache_dtype="float32")
     sampler = engine.make_sampler(decoder, SamplingConfig(max_new_tokens=3, slots=2), ())
@@ -143,8 +146,8 @@ def test_no_second_copy_of_the_policy_is_held_while_it_samples(stories):
 
 @needs_compiler
 @pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.3)])
-def test_the_sampler_does_without(stories, monkeypatch, dtype, most):
-    """Up to where bfloat16's responses part; XLA's attention rounds queries and weights to it, the kernel does not."""
+def test_the_sampler_works_without_kernels(stories, monkeypatch, dtype, most):
+    """Compared up to the first token that differs: only XLA rounds queries and softmax weights to bfloat16."""
     prompts = random_prompts(np.random.default_rng(5), 6, longest=150)[0]
     model, found = Transformer(stories[0], dtype=dtype), []
     for there in (True, False):
@@ -163,18 +166,18 @@ def test_the_sampler_does_without(stories, monkeypatch, dtype, most):
     assert max(gaps) < most
 
 
-def test_a_compiler_and_registers_of_64_bytes_are_enough():
+def test_kernels_are_available_with_a_compiler_and_avx512():
     compiler, flags = kernels._compiler(), Path("/proc/cpuinfo").read_text()
     assert kernels.available() == (compiler is not None and "avx512f" in flags)
 
 
 @needs_compiler
-def test_registers_of_less_are_not(monkeypatch):
+def test_kernels_are_not_available_without_avx512(monkeypatch):
     monkeypatch.setattr(kernels, "OPTIONS", [o.replace("native", "x86-64-v3") for o in kernels.OPTIONS])
     assert not kernels.available.__wrapped__()
 
 
-def test_no_compiler_is_no_error(monkeypatch, tmp_path, recwarn):
+def test_a_missing_compiler_is_not_an_error(monkeypatch, tmp_path, recwarn):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not kernels.available.__wrapped__()
@@ -186,12 +189,12 @@ def test_a_compiler_that_fails_is_reported(monkeypatch, tmp_path):
     compiler.write_text("#!/bin/sh\necho no such option >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.warns(UserWarning, match=r"cpu_kernels.cc cannot be compiled .* no such option"):
+    with pytest.warns(UserWarning, match=r"kernels.cc could not be compiled .* no such option"):
         assert not kernels.available.__wrapped__()
 
 
 @needs_compiler
-def test_it_is_compiled_once_for_a_machine(monkeypatch, tmp_path):
+def test_the_library_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiler = kernels._compiler()
     made = kernels._library(compiler)

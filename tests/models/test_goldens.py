@@ -4,7 +4,7 @@ import json
 
 import jax
 import numpy as np
-from conftest import DATA
+from conftest import FIXTURES
 
 from tpaw_jax import models
 from tpaw_jax.config import PackingConfig, SamplingConfig
@@ -13,8 +13,8 @@ from tpaw_jax.generation import engine
 from tpaw_jax.training.logprobs import make_log_prob_fn
 from tpaw_jax.types import TARGET, Prompts
 
-STORIES_GOLDEN = json.loads((DATA / "stories260K_golden.json").read_text())
-SMOLLM2_GOLDEN = json.loads((DATA / "smollm2_golden.json").read_text())
+STORIES_GOLDEN = json.loads((FIXTURES / "stories260K_golden.json").read_text())
+SMOLLM2_GOLDEN = json.loads((FIXTURES / "smollm2_golden.json").read_text())
 
 
 def prompts_of(prompt_ids, targets):
@@ -68,10 +68,10 @@ def test_smollm2_from_gguf_greedy_tokens_and_gsm8k_log_probs(smollm2_path):
 
 def test_smollm2_tokenizer_and_template_make_the_golden_prompt(smollm2_path):
     from tpaw_jax.config import DataConfig
-    from tpaw_jax.data import dataset
+    from tpaw_jax.data import templates
     from tpaw_jax.models import hub
 
-    template = dataset.make_template(hub.load_tokenizer(smollm2_path), DataConfig())
+    template = templates.make_template(hub.load_tokenizer(smollm2_path), DataConfig())
     case = SMOLLM2_GOLDEN["greedy"][0]
     assert template.prompt_tokens([{"role": "user", "content": case["prompt"]}]) == case["prompt_ids"]
     assert template.end_of_turn == 2

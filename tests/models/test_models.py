@@ -1,4 +1,4 @@
-"""Parity with transformers, layer stacks in and out, and sentences for checkpoints that cannot be used."""
+"""Parity with transformers, loading and export, and error messages for unusable checkpoints."""
 
 import json
 
@@ -182,16 +182,16 @@ def broken(tmp_path, change_config=None, change_tensors=None):
         ({"rope_parameters": {"rope_type": "yarn"}}, None, "rope type 'yarn' is not supported"),
         ({"hidden_size": None}, None, "the field 'hidden_size' is missing"),
         (None, lambda t: t.pop("model.norm.weight"), "1 tensors are missing: model.norm.weight"),
-        (None, lambda t: t.update(extra=np.zeros(2)), "1 tensors have no place in a llama model: extra"),
+        (None, lambda t: t.update(extra=np.zeros(2)), "1 tensors do not belong to a llama model: extra"),
         ({"vocab_size": 500}, None, r"'model.embed_tokens.weight' is \(512, 64\) and should be \(500, 64\)"),
     ],
 )
-def test_unusable_checkpoints_are_told(tmp_path, change_config, change_tensors, sentence):
+def test_unusable_checkpoints_are_named_errors(tmp_path, change_config, change_tensors, sentence):
     with pytest.raises(ValueError, match=sentence):
         models.load_pretrained(broken(tmp_path, change_config, change_tensors))
 
 
-def test_a_truncated_file_is_told(tmp_path):
+def test_a_truncated_file_is_a_named_error(tmp_path):
     directory = broken(tmp_path)
     content = (directory / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(content[: len(content) // 2])
@@ -199,8 +199,8 @@ def test_a_truncated_file_is_told(tmp_path):
         models.load_pretrained(directory)
 
 
-def test_what_is_not_there_is_told(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such directory or file, and the hub did not deliver it"):
+def test_missing_files_are_named_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such file or directory, and the download .* failed"):
         models.load_pretrained("nobody/no-such-model")
     with pytest.raises(FileNotFoundError, match=r"config.json: the file is missing"):
         models.load_pretrained(tmp_path)
@@ -253,9 +253,11 @@ class WithoutTorch(PathFinder):
         return None if name.split(".")[0] == "torch" else PathFinder.find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTorch
-from tpaw_jax import cli, config, dataset, self_play
+from tpaw_jax import cli, config
+from tpaw_jax.data import templates
 from tpaw_jax.models import hub
-template = dataset.make_template(hub.load_tokenizer({str(smollm2_path)!r}), config.DataConfig())
+from tpaw_jax.selfplay import loop
+template = templates.make_template(hub.load_tokenizer({str(smollm2_path)!r}), config.DataConfig())
 assert len(template.prompt_tokens([dict(role="user", content="What is the capital of France?")])) == 37
 assert "torch" not in sys.modules
 """
@@ -280,6 +282,6 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path, stories):
     (tmp_path / "run" / "ring").mkdir(parents=True)
     (tmp_path / "file").write_text("mine")
     for name in ("run", "file", "."):
-        with pytest.raises(ValueError, match="something other than an exported model is there"):
+        with pytest.raises(ValueError, match="something other than an exported model exists here"):
             models.save_pretrained(tmp_path / name, *stories)
     assert (tmp_path / "run" / "ring").exists()

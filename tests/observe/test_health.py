@@ -39,8 +39,8 @@ def test_a_round_that_goes_well_is_not_warned_of():
         ({"echoes": 100}, "every response equals its target"),
         ({"margin": -0.2}, r"the mean margin is -0\.2"),
         ({"sampler gap": 0.5}, "the log-probs that came with the responses are 0.5 nats a token from the scorer's"),
-        ({"held-out after": -3.0}, "held-out targets went from -1.5 to -3 nats a token"),
-        ({"held-out after": math.nan}, "held-out targets went from -1.5 to nan nats a token"),
+        ({"held-out after": -3.0}, "the held-out log-prob fell from -1.5 to -3 nats per token"),
+        ({"held-out after": math.nan}, "the held-out log-prob fell from -1.5 to nan nats per token"),
     ],
 )
 def test_each_sign_is_told_with_its_figure_and_round(changed, sentence):
@@ -55,7 +55,7 @@ def test_saves_are_as_far_apart_as_steps_or_minutes_allow(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(round_training.time, "perf_counter", lambda: clock[0])
     for minutes, expected in ((1.0, [*range(29, 50, 30)]), (100.0, [39])):
-        saves, found = round_training.SaveTimes(40, minutes), []
+        saves, found = round_training.SaveSchedule(40, minutes), []
         for step in range(50):
             clock[0] += 2.0
             if saves.due(step):
@@ -68,10 +68,10 @@ def test_a_strict_run_stops_after_the_round_and_can_go_on(tmp_path, monkeypatch)
     from conftest import small_run
 
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-    monkeypatch.setattr(health, "AT_LIMIT", 0.0)
+    monkeypatch.setattr(health, "MAX_TRUNCATED", 0.0)
     run = small_run(tmp_path, rounds=1)
     with pytest.raises(Diverged, match=r"Round 0: .* theta_1 is in the ring"):
-        loop.run(run, lambda _: None, strict=True)
+        loop.play(run, lambda _: None, strict=True)
     said = []
-    assert len(loop.run(run, said.append)) == 1
-    assert "goes on with theta_1" in "\n".join(said)
+    assert len(loop.play(run, said.append)) == 1
+    assert "resumes with theta_1" in "\n".join(said)

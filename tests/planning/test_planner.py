@@ -14,9 +14,9 @@ from conftest import ROOT, STORIES
 from jax.experimental.compilation_cache import compilation_cache
 
 from tpaw_jax.config import config_file
-from tpaw_jax.generation.pages import Pages
+from tpaw_jax.generation.cache import Pages
 from tpaw_jax.models import ModelConfig, config_json, hub
-from tpaw_jax.planning import lowering, planner, roofline, workload
+from tpaw_jax.planning import expected, lowering, planner, roofline, workload
 from tpaw_jax.planning.roofline import Flops
 from tpaw_jax.runtime import tpu
 
@@ -142,7 +142,7 @@ def test_a_whole_plan_is_json_with_hours_and_tables():
     assert run["chip-hours"] == pytest.approx(4 * run["hours"])
     assert run["padded pairs, hours"] > run["hours"]
     text = planner.text(plan)
-    for words in ("predicted MFU", "all-gather GiB sent, by hand", "fsdp 4", "padded pairs"):
+    for words in ("predicted MFU", "all-gather GiB sent, expected", "fsdp 4", "padded pairs"):
         assert words in text
     assert "v5e:2x2" in planner.comparison([plan, plan])
 
@@ -190,9 +190,9 @@ def test_steps_of_many_more_triplets_than_asked_for_are_warned_of():
 
 
 def test_slices_that_the_compiler_does_not_know_are_told():
-    with pytest.raises(ValueError, match="v5e:3x5: the TPU compiler knows no such slice"):
+    with pytest.raises(ValueError, match="v5e:3x5: the TPU compiler does not support this slice"):
         tpu.parse_topology("v5e:3x5").devices()
-    with pytest.raises(ValueError, match="v4:2x2x1: the compiler sees 8 devices in 4 chips"):
+    with pytest.raises(ValueError, match="v4:2x2x1: the compiler reports 8 devices for 4 chips"):
         tpu.parse_topology("v4:2x2x1").devices()
 
 
@@ -216,7 +216,7 @@ def test_flops_of_a_step_count_what_is_computed_again(remat, layers, attention, 
     computed = load.computed
     by_hand = layers * per_token * 2048 + attention * 4 * 512 * 2 * computed.pairs
     by_hand += head * 2 * 512 * 2048 * computed.predictions
-    found = planner.step_flops(small, load, remat, 1)
+    found = expected.step_flops(small, load, remat, 1)
     assert found.executed == pytest.approx(by_hand)  # of a row, since a device has one
     useful = 3 * (per_token * load.row.tokens + 4 * 512 * 2 * load.row.pairs + 2 * 512 * 2048 * load.row.predictions)
     assert found.useful == pytest.approx(useful)
@@ -226,12 +226,12 @@ def test_a_stage_takes_as_long_as_the_longest_of_what_overlaps_and_what_is_alone
     chip = tpu.CHIPS["v5e"]
     over = roofline.Exchange("all-gather", True, 1, 0.5, 4), roofline.Exchange("all-reduce", False, 1, 0.25, 4)
     stage = roofline.Stage(0, True, 0, 0, Flops(2 * chip.flops, chip.flops), 1.5 * chip.hbm, over, chip)
-    assert (stage.compute, stage.memory, stage.beside, stage.alone) == pytest.approx((2, 1.5, 0.5, 0.25))
+    assert (stage.compute, stage.memory, stage.overlapped, stage.exposed) == pytest.approx((2, 1.5, 0.5, 0.25))
     assert stage.seconds == pytest.approx(2.25)
     assert stage.mfu == pytest.approx(1 / 2.25)
-    assert stage.binds == "compute"
-    assert stage._replace(traffic=3 * chip.hbm).binds == "memory"
-    assert stage._replace(flops=Flops(0.1 * chip.flops, 0), traffic=0).binds == "interconnect"
+    assert stage.bottleneck == "compute"
+    assert stage._replace(traffic=3 * chip.hbm).bottleneck == "memory"
+    assert stage._replace(flops=Flops(0.1 * chip.flops, 0), traffic=0).bottleneck == "interconnect"
 
 
 def test_hours_are_those_of_steps_passes_and_tokens():

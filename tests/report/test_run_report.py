@@ -22,7 +22,7 @@ def runs(tmp_path_factory):
     place = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-        loop.run(small_run(place / "one", rounds=2), lambda _: None)
+        loop.play(small_run(place / "one", rounds=2), lambda _: None)
     for name, changes in (("two", {"seed": 7}), ("three", {"seed": 7, "objective": {"eta": 1.0}})):
         shutil.copytree(place / "one", place / name)
         opened = run_report.journal.open_journal(place / name)
@@ -104,7 +104,15 @@ def test_the_page_has_every_part_and_asks_for_nothing(runs, tmp_path, capsys):
     assert not re.search(r"url\((?!#)", text)
     assert "<script" not in text
     assert "&lt;script&gt;" in text
-    for part in ("Rounds", "Curves", "Answers", "Configuration", "the version of jax", "eta 6, seed 42", "round 1"):
+    for part in (
+        "Rounds",
+        "Curves",
+        "Sample responses",
+        "Configuration",
+        "the version of jax",
+        "eta 6, seed 42",
+        "round 1",
+    ):
         assert part in text
     line = json.loads((runs / "one" / "round_0001" / "summary.json").read_text())
     assert f"<td>{line['margin']:.4g}</td>" in text
@@ -129,15 +137,15 @@ def test_rounds_keep_their_numbers_where_an_earlier_one_is_lost(runs, tmp_path):
     run = run_report.read(str(lost))
     assert list(run.samples) == list(run.seconds) == [1]
     assert {step["round"] for step in run.steps} == {1}
-    margins = dict(run_report._of_rounds({"lost": [run]}))["rounds_margin"]
+    margins = dict(run_report._round_plots({"lost": [run]}))["rounds_margin"]
     np.testing.assert_array_equal(margins.axes[0].lines[0].get_xdata(), [2])
-    lengths = dict(run_report._of_rounds({"lost": [run]}))["rounds_response_tokens"]
+    lengths = dict(run_report._round_plots({"lost": [run]}))["rounds_response_tokens"]
     np.testing.assert_array_equal(lengths.axes[0].lines[0].get_xdata(), [1])
 
 
 def test_responses_stand_at_the_policy_that_gave_them(runs):
     run = run_report.read(str(runs / "one"))
-    plots = dict(run_report._of_rounds({"one": [run]}))
+    plots = dict(run_report._round_plots({"one": [run]}))
     drawn = lambda name: plots[name].axes[0].lines[0].get_xydata().tolist()
     assert drawn("rounds_response_tokens")[:2] == [[t, line["response tokens"]] for t, line in enumerate(run.summaries)]
     assert [x for x, y in drawn("rounds_held_out_after") if np.isfinite(y)] == [0, 1, 2]
@@ -147,13 +155,13 @@ def test_a_directory_may_have_an_equals_sign_in_its_name(runs, tmp_path):
     shutil.copytree(runs / "one", place := tmp_path / "rate=1e-5")
     assert [run_report.read(str(place)).name, run_report.read(f"a={place}").name] == ["", "a"]
     assert run_report.read(f"a={place}").directory == place
-    assert run_report.read(f"a={place}").called == "a, rate=1e-5"
+    assert run_report.read(f"a={place}").label == "a, rate=1e-5"
 
 
 def test_a_directory_without_a_run_is_told(tmp_path, capsys):
     (tmp_path / "none").mkdir()
     assert cli.main(["report", str(tmp_path / "none"), "--out", str(tmp_path / "r.html")]) == 2
-    assert "no run is there" in capsys.readouterr().err
+    assert "this is not a run directory" in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()
 
 

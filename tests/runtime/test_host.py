@@ -1,4 +1,4 @@
-"""Work made ahead by a thread, and the restart that keeps buffers in huge pages."""
+"""Prefetching in a thread, and the restart that keeps buffers in huge pages."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ print(os.environ["GLIBC_TUNABLES"])
 """
 
 
-def test_items_come_in_order_and_are_made_by_another_thread():
+def test_items_come_in_order_and_are_computed_in_another_thread():
     made_by = []
 
     def make(item):
@@ -33,7 +33,7 @@ def test_items_come_in_order_and_are_made_by_another_thread():
     assert threading.main_thread() not in made_by
 
 
-def test_no_more_than_depth_items_are_made_ahead():
+def test_no_more_than_depth_items_are_computed_ahead():
     started, go_on = [], threading.Event()
 
     def make(item):
@@ -42,11 +42,11 @@ def test_no_more_than_depth_items_are_made_ahead():
 
     with Prefetch(make, range(100), depth=2) as ahead:
         assert next(ahead) == 0
-        ahead._pool.submit(go_on.set).result()  # what was submitted is done
+        ahead._pool.submit(go_on.set).result()  # everything submitted before has finished
         assert started == [0, 1, 2]
 
 
-def test_an_item_that_cannot_be_made_raises_where_it_is_asked_for():
+def test_an_exception_is_raised_when_its_item_is_requested():
     def make(item):
         if item == 2:
             raise ValueError("no such checkpoint")
@@ -73,10 +73,10 @@ def restarted(**variables):
 
 
 @pytest.mark.skipif(not host._has_glibc(), reason="only glibc reads GLIBC_TUNABLES")
-def test_a_process_on_the_cpu_begins_again_with_huge_pages():
+def test_a_process_on_the_cpu_restarts_with_huge_pages():
     assert restarted(JAX_PLATFORMS="cpu").stdout == HUGE_PAGES + "\n"
 
 
-def test_a_stated_allocator_and_an_accelerator_are_left_alone():
+def test_no_restart_if_glibc_tunables_is_set_or_there_is_an_accelerator():
     assert restarted(JAX_PLATFORMS="cpu", GLIBC_TUNABLES="").stdout == "\n"
     assert "KeyError" in restarted(JAX_PLATFORMS="tpu").stderr

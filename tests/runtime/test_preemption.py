@@ -1,4 +1,4 @@
-"""Being told to stop, and keeping other processes out of a run."""
+"""Stopping on a signal, and the lock that keeps other processes out of a run."""
 
 import os
 import signal
@@ -11,14 +11,14 @@ from tpaw_jax.runtime.preemption import Preempted, PreemptionNotice
 from tpaw_jax.storage import files
 
 
-def test_the_first_signal_is_noted_and_handlers_are_put_back():
+def test_the_first_signal_is_noted_and_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM)
     with PreemptionNotice() as notice:
-        notice.check("Nothing is told yet")
+        notice.check("No signal yet")
         assert not notice.received_at(0)
         os.kill(os.getpid(), signal.SIGTERM)
         assert notice.received_at(1)
-        with pytest.raises(Preempted, match="Round 3: sampling stopped; the same command goes on from there"):
+        with pytest.raises(Preempted, match="Round 3: sampling stopped; run the same command to resume there"):
             notice.check("Round 3: sampling stopped")
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -36,13 +36,13 @@ def test_the_second_signal_ends_the_process_at_once():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stdout == "noted\n"
-    assert "SIGINT: the run stops when it has saved what it is at" in done.stderr
+    assert "SIGINT: the run stops once its current work is saved" in done.stderr
 
 
-def test_a_directory_is_held_by_one_process(tmp_path):
+def test_only_one_process_gets_the_lock_of_a_directory(tmp_path):
     with (
         files.locked(tmp_path / "run"),
-        pytest.raises(ValueError, match=rf"another process is playing this run: process {os.getpid()} on "),
+        pytest.raises(ValueError, match=rf"another process is using this directory: process {os.getpid()} on "),
         files.locked(tmp_path / "run"),
     ):
         pass
@@ -50,7 +50,7 @@ def test_a_directory_is_held_by_one_process(tmp_path):
         pass
 
 
-def test_a_process_that_is_killed_lets_go(tmp_path):
+def test_a_killed_process_releases_its_lock(tmp_path):
     code = """if True:
         import os, signal, sys
         from pathlib import Path

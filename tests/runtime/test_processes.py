@@ -1,4 +1,4 @@
-"""Runs of several processes on one machine: the same as one process's, and going on elsewhere."""
+"""Runs of several processes on one machine: equal to a run of one process, and resumed on other devices."""
 
 import json
 import socket
@@ -18,7 +18,7 @@ SCRIPT = ROOT / "tests" / "pod_run.py"
 
 
 def start(directory, processes, devices, *overrides, of_process=lambda process: ()):
-    """Play a run in so many processes of so many devices each; their outputs."""
+    """Play a run in several processes with `devices` devices each; return their outputs and exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -81,7 +81,7 @@ def test_two_processes_of_four_devices_play_the_rounds_of_one_device(alone, tmp_
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
 
 
-def test_a_run_goes_on_with_other_devices_and_processes(alone, tmp_path):
+def test_a_run_resumes_with_other_devices_and_processes(alone, tmp_path):
     """Round 0 on eight devices, round 1 in two processes of two, round 2 on one device."""
     for rounds, (count, devices) in enumerate([(1, 8), (2, 2), (1, 1)], start=1):
         play(tmp_path, count, devices, f"rounds={rounds}")
@@ -89,22 +89,22 @@ def test_a_run_goes_on_with_other_devices_and_processes(alone, tmp_path):
 
 
 def test_processes_sample_together_where_devices_share_a_model(alone, tmp_path):
-    """Two processes of four devices, a model in every two: one program for all, and the same tokens."""
+    """Two processes of four devices, a copy of the model per two devices: one program for all, and the same tokens."""
     play(tmp_path, 2, 4, "sampling.tensor=2", "sampling.slots=4", "rounds=1")
     for a, b in zip(tokens(tmp_path, 0), tokens(alone[0], 0), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_processes_that_differ_are_told_where(tmp_path):
+def test_processes_that_differ_are_named(tmp_path):
     differing = lambda process: (f"train.b1={0.9 - process / 10}",)
     outputs, codes = start(tmp_path, 2, 1, of_process=differing)
     assert 0 not in codes
     assert all("the configuration is" in output and "on process 1" in output for output in outputs), outputs
 
 
-def test_alone_there_is_nobody_to_differ_from():
+def test_one_process_needs_no_others():
     processes.check_same({"anything": "at all", **processes.facts_of_this_host()})
-    processes.barrier("nobody else")
+    processes.barrier("one process")
     given = processes.all_gather(values=np.arange(3))
     assert len(given) == 1
     np.testing.assert_array_equal(given[0]["values"], [0, 1, 2])

@@ -1,4 +1,4 @@
-"""Meshes: presets, topologies and what is refused."""
+"""Meshes: presets, topologies, reduce-scatter in stages, and the errors."""
 
 from types import SimpleNamespace
 
@@ -13,12 +13,12 @@ from tpaw_jax.models import parallel
 from tpaw_jax.runtime import sharding, tpu
 
 
-def test_topologies_are_read_and_refused():
+def test_topologies_are_parsed_or_rejected():
     assert tpu.parse_topology("v5e:16x16").chips == 256
     assert tpu.parse_topology("2 x v5e:16x16").chips == 512
     assert tpu.parse_topology("v5p:4x4x4", slices=3).name == "3 x v5p:4x4x4"
     for wrong in ("v5e", "v5e-16", "v9:4x4", "v5e:4by4"):
-        with pytest.raises(ValueError, match="is no topology"):
+        with pytest.raises(ValueError, match="is not a topology"):
             tpu.parse_topology(wrong)
 
 
@@ -28,11 +28,11 @@ def test_presets_split_parameters_over_a_slice_and_rows_over_slices():
     assert sharding.PRESETS["2 x v5e-256"] == MeshConfig(data=32, fsdp=16)
     assert sharding.PRESETS["v5p-64"] == MeshConfig(data=1, fsdp=64)
     assert dict(sharding.make_mesh(MeshConfig(preset="host")).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
-    with pytest.raises(ValueError, match="known are"):
+    with pytest.raises(ValueError, match="it must be auto or one of chip"):
         sharding.make_mesh(MeshConfig(preset="v5e-17"))
 
 
-def test_meshes_that_do_not_fit_are_refused():
+def test_meshes_that_do_not_fit_the_devices_are_rejected():
     with pytest.raises(ValueError, match="does not cover the 8 devices"):
         sharding.make_mesh(MeshConfig(data=3, fsdp=2))
     with pytest.raises(ValueError, match=r"sampling\.tensor is 3"):
@@ -41,7 +41,7 @@ def test_meshes_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("stages", [(2, 4), (4, 2), (2, 2, 2)])
 @pytest.mark.parametrize(("axis", "parts"), [(0, "of rows"), (1, "of whole tiles"), (1, "of less than a tile")])
-def test_a_sum_scattered_in_stages_is_the_sum_scattered_at_once(stages, axis, parts):
+def test_a_reduce_scatter_in_stages_equals_a_single_one(stages, axis, parts):
     columns = 8 * (parallel.LANES if parts == "of whole tiles" else 3)
     x = np.random.default_rng(0).integers(-9, 9, (8, 16, columns)).astype(np.float32)
     mesh = sharding.make_mesh(MeshConfig(fsdp=-1))
@@ -66,15 +66,15 @@ def test_an_axis_of_devices_fills_lines_of_the_torus():
     assert tpu.lines(places(*sorted(by_row, key=lambda c: c[1]))) == (3, 2)
     assert tpu.lines(places(*by_row[:3])) == (3,)
     assert tpu.lines(places((1, 1, 0))) == (1,)
-    wound = [(0, 0, 0), (0, 1, 0), (1, 1, 0), (1, 0, 0)]  # a ring, of which no part is a line of two
-    assert tpu.lines(places(*wound)) == (4,)
+    ring = [(0, 0, 0), (0, 1, 0), (1, 1, 0), (1, 0, 0)]  # no two of its neighbours fill a line in order
+    assert tpu.lines(places(*ring)) == (4,)
 
 
-def test_a_slice_that_one_axis_covers_is_in_the_order_of_its_places():
-    of_a_slice = lambda s: [
+def test_an_axis_over_a_whole_slice_is_in_the_order_of_coordinates():
+    devices_of_slice = lambda s: [
         SimpleNamespace(slice_index=s, coords=(x, y, 0), device_kind="TPU v5 lite") for y in range(4) for x in range(4)
     ]
-    mesh = tpu.arrange(of_a_slice(1) + of_a_slice(0), (2, 16, 1), slices=2)
+    mesh = tpu.arrange(devices_of_slice(1) + devices_of_slice(0), (2, 16, 1), slices=2)
     assert [d.slice_index for d in mesh[:, 0, 0]] == [0, 1]
     for row in mesh:
         assert tpu.lines(row[:, 0]) == (4, 4)

@@ -51,7 +51,7 @@ def test_the_manifest_has_a_pod_for_every_host(capsys):
 
 
 def test_an_unknown_generation_is_refused():
-    with pytest.raises(SystemExit, match="none of v4"):
+    with pytest.raises(SystemExit, match="must be one of v4"):
         launch.main(["create", "--name", "n", "--zone", "z", "--type", "v1-8"])
 
 

@@ -9,14 +9,14 @@ import pytest
 from conftest import ROOT, STORIES, small_run
 
 from tpaw_jax import objective
-from tpaw_jax.data import dataset
+from tpaw_jax.data import records, templates
 from tpaw_jax.models import hub
 from tpaw_jax.selfplay import loop
 
 USER = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "Because."}
 WORSE = {"role": "assistant", "content": "No idea."}
-EXPECTED = dataset.Record((USER,), "Because.", "No idea.")
+EXPECTED = records.Record((USER,), "Because.", "No idea.")
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +42,8 @@ def records_of(directory, t=0):
     ],
 )
 def test_preference_records_that_people_have(record):
-    assert dataset.parse_record(record, "here", rejected=True) == EXPECTED
-    assert dataset.parse_record(record, "here") == dataset.Record((USER,), "Because.")
+    assert records.parse_record(record, "here", rejected=True) == EXPECTED
+    assert records.parse_record(record, "here") == records.Record((USER,), "Because.")
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,10 @@ def test_preference_records_that_people_have(record):
     [
         ({"prompt": "Why?", "chosen": "Because."}, "f, line 7: the field 'rejected' is missing"),
         ({"prompt": "Why?", "completion": "Because."}, "f, line 7: the field 'chosen' is missing"),
-        ({"chosen": "Because.", "rejected": "x"}, "f, line 7, field 'chosen': the fields 'answer' fit no known shape"),
+        (
+            {"chosen": "Because.", "rejected": "x"},
+            "f, line 7, field 'chosen': the fields 'answer' match no known record format",
+        ),
         (
             {"chosen": [USER, ANSWER], "rejected": [WORSE, USER, WORSE]},
             "f, line 7: 'chosen' and 'rejected' answer diff",
@@ -61,7 +64,7 @@ def test_preference_records_that_people_have(record):
 )
 def test_preferences_that_cannot_be_used_are_told(record, sentence):
     with pytest.raises(ValueError, match=sentence):
-        dataset.parse_record(record, "f, line 7", rejected=True)
+        records.parse_record(record, "f, line 7", rejected=True)
 
 
 def test_dpo_tells_the_targets_from_the_rejected_responses_of_the_records(tmp_path):
@@ -83,7 +86,7 @@ def test_dpo_tells_the_targets_from_the_rejected_responses_of_the_records(tmp_pa
         },
     )
     said = []
-    (line,) = loop.run(run, said.append)
+    (line,) = loop.play(run, said.append)
     steps, directory = records_of(tmp_path / "run"), tmp_path / "run"
     assert line["triplets"] == 8
     assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
@@ -91,7 +94,7 @@ def test_dpo_tells_the_targets_from_the_rejected_responses_of_the_records(tmp_pa
     (sample,) = map(json.loads, (directory / "round_0000" / "samples.jsonl").read_text().splitlines())
     assert "No." in sample["response"]
     kept = np.load(directory / "round_0000" / "generations.npz")
-    template = dataset.make_template(hub.load_tokenizer(STORIES), run.data)
+    template = templates.make_template(hub.load_tokenizer(STORIES), run.data)
     assert kept["tokens"].tolist() == 8 * template.target_tokens("No.")
     for step in steps:  # of one triplet each
         assert step["triplets"] == 1
@@ -102,7 +105,7 @@ def test_dpo_tells_the_targets_from_the_rejected_responses_of_the_records(tmp_pa
 
 def test_spin_plays_two_rounds_of_responses_against_one_player(tmp_path):
     said = []
-    table = loop.run(small_run(tmp_path, ROOT / "configs" / "baselines" / "spin.yaml"), said.append)
+    table = loop.play(small_run(tmp_path, ROOT / "configs" / "baselines" / "spin.yaml"), said.append)
     assert [line["players"] for line in table] == [1, 1, 1]
     assert [line["triplets"] for line in table] == [12, 24, 24]
     assert "opponents" in "\n".join(said)

@@ -18,10 +18,10 @@ from conftest import ROOT, small_run
 from tpaw_jax import cli
 from tpaw_jax.config import MeshConfig
 from tpaw_jax.generation.policy import open_policy
-from tpaw_jax.observe import monitoring
-from tpaw_jax.observe.monitoring import compile_log
+from tpaw_jax.observe import metrics
+from tpaw_jax.observe.profiling import compile_log
 from tpaw_jax.runtime import preemption, sharding
-from tpaw_jax.selfplay import loop, reporting, session, triplets
+from tpaw_jax.selfplay import loop, round_summary, session
 from tpaw_jax.storage import journal, ring
 
 # Each (program, times, why) of a three-round run; anything else is a leak.
@@ -42,7 +42,7 @@ def played(tmp_path_factory):
     directory, said = tmp_path_factory.mktemp("run"), []
     with pytest.MonkeyPatch.context() as patch, compile_log() as compiled:
         patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-        table = loop.run(small_run(directory), said.append)
+        table = loop.play(small_run(directory), said.append)
     return directory, table, "\n".join(said), compiled
 
 
@@ -62,7 +62,7 @@ def test_each_round_has_its_players_opponents_and_data(played):
 def test_the_newest_players_reward_is_zero_at_a_rounds_first_step(played):
     directory, table, _, _ = played
     for t, row in enumerate(table):
-        first = monitoring.read_metrics(directory, t)[0]
+        first = metrics.read_metrics(directory, t)[0]
         assert first["newest_max_abs_reward"] <= 2 * row["P_t at step 0"] + 1e-6
         assert first[f"player_{t}/alpha_is_eta"] == 1.0
 
@@ -88,19 +88,19 @@ def test_a_run_that_chooses_its_rematerialisation_and_rows(tmp_path, monkeypatch
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
     settings = {"policy.remat": "auto", "packing.rows_per_batch": 0, "rounds": 1}
     with compile_log() as compiled:
-        loop.run(small_run(tmp_path, **settings), said.append)
+        loop.play(small_run(tmp_path, **settings), said.append)
     assert [name for name, _ in compiled].count("jit(step)") == 1
     assert "Rematerialisation: none; a step needs " in "\n".join(said)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["packing"]["rows_per_batch"] == 1
     two = sharding.make_mesh(MeshConfig(fsdp=2), jax.local_devices()[:2])
-    kept = session._settled(small_run(tmp_path, **settings), journal.open_journal(tmp_path).config, two)
+    kept = session._with_settled_packing(small_run(tmp_path, **settings), journal.open_journal(tmp_path).config, two)
     assert kept.packing.rows_per_batch == 1
-    new = session._settled(small_run(tmp_path, **settings), {}, two)
+    new = session._with_settled_packing(small_run(tmp_path, **settings), {}, two)
     assert new.packing.rows_per_batch == 2
 
 
 def test_metrics_carry_the_names_people_know(played):
-    records = monitoring.read_metrics(played[0], 2)
+    records = metrics.read_metrics(played[0], 2)
     assert {
         "loss",
         "rewards/chosen",
@@ -123,7 +123,7 @@ def test_metrics_carry_the_names_people_know(played):
         "player_2/alpha_is_eta",
     } <= records[0].keys()
     assert [r["step"] for r in records] == list(range(len(records)))
-    assert not any(name.startswith("player_1") for name in monitoring.read_metrics(played[0], 0)[0])
+    assert not any(name.startswith("player_1") for name in metrics.read_metrics(played[0], 0)[0])
     for r in records:
         np.testing.assert_allclose(sum(r[f"player_{j}/beta"] for j in range(3)), 1, rtol=1e-5)
 
@@ -153,16 +153,16 @@ def test_a_finished_run_is_left_alone_and_can_be_prolonged(played, tmp_path):
     said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-        assert loop.run(small_run(directory), said.append) == played[1]
+        assert loop.play(small_run(directory), said.append) == played[1]
         assert not any("sampling" in line for line in said[:-1])
         with pytest.raises(ValueError, match=r"objective.eta was 6.0, is 1.0"):
-            loop.run(small_run(directory, **{"objective.eta": 1}), said.append)
+            loop.play(small_run(directory, **{"objective.eta": 1}), said.append)
         opened = journal.open_journal(directory)
         journal.save(dataclasses.replace(opened, data="of other data"))
         with pytest.raises(ValueError, match="the run began with other prompts and targets"):
-            loop.run(small_run(directory), said.append)
+            loop.play(small_run(directory), said.append)
         journal.save(opened)
-        longer = loop.run(small_run(directory, rounds=4), said.append)
+        longer = loop.play(small_run(directory, rounds=4), said.append)
     assert [row["players"] for row in longer] == [1, 2, 3, 3]
     assert ring.open_ring(journal.open_journal(directory), 3).policies == [2, 3, 4]
 
@@ -195,7 +195,7 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeypat
     settings = {"train.max_skipped_in_a_row": 3, "mesh.fsdp": 1, "objective.tolerance": 0}
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
     with pytest.raises(FloatingPointError, match="not finite in 3 steps in a row") as caught:
-        loop.run(small_run(tmp_path, **settings), lambda _: None)
+        loop.play(small_run(tmp_path, **settings), lambda _: None)
     saved = str(caught.value).split("saved in ")[1].split(". ")[0]
     assert {"tokens", "labels", "log_probs"} <= set(np.load(saved).files)
 
@@ -218,7 +218,7 @@ def results(directory):
         found[str(path.relative_to(directory))] = {name: arrays[name].tolist() for name in arrays.files}
     found["table"] = [
         {name: value for name, value in row.items() if not name.endswith((" s", "/s", "goodput"))}
-        for row in reporting.rounds_table(directory, 3)
+        for row in round_summary.read_all(directory, 3)
     ]
     return found
 
@@ -239,7 +239,7 @@ def test_a_run_told_to_stop_goes_on_to_the_same_end(tmp_path):
         code, output = play(tmp_path / "stopped", place, "SIGTERM")
         assert code == preemption.EXIT_CODE, (place, output[-2000:])
         assert where in output
-        assert "the same command goes on" in output
+        assert "run the same command to resume there" in output
     assert_same_as_whole(tmp_path, "stopped")
 
 
@@ -264,5 +264,5 @@ def assert_same_as_whole(tmp_path, disturbed):
 def test_a_configuration_that_cannot_be_opened_binds_nobody(tmp_path):
     settings = {"policy.path": "no/model", "mesh.fsdp": 8, "packing.rows_per_batch": 8}
     with pytest.raises(FileNotFoundError, match="no such directory or file"):
-        loop.run(small_run(tmp_path, **settings), lambda _: None)
+        loop.play(small_run(tmp_path, **settings), lambda _: None)
     assert not (tmp_path / "config.yaml").exists()

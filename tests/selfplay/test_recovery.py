@@ -14,8 +14,8 @@ from conftest import small_run
 from tpaw_jax.config import ObjectiveConfig, config_file
 from tpaw_jax.generation.policy import open_policy
 from tpaw_jax.runtime import preemption, sharding
-from tpaw_jax.selfplay import loop, recovery, session
-from tpaw_jax.storage import files, journal, ring
+from tpaw_jax.selfplay import loop, plan, session
+from tpaw_jax.storage import files, journal, recovery, ring
 
 
 def flip(path):
@@ -48,9 +48,9 @@ def runs(tmp_path_factory):
     three, four = tmp_path_factory.mktemp("three"), tmp_path_factory.mktemp("four") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-        loop.run(small_run(three), lambda _: None)
+        loop.play(small_run(three), lambda _: None)
         shutil.copytree(three, four)
-        loop.run(small_run(four, rounds=4), lambda _: None)
+        loop.play(small_run(four, rounds=4), lambda _: None)
     return three, four
 
 
@@ -73,10 +73,10 @@ def assert_same(directory, whole):
     ("name", "damage", "found", "made_again"),
     [
         ("ring/policies/00003", flip, "the checkpoint", ""),  # round 2 is the newest then
-        ("ring/policies/00002", truncate, "files where", "from round 1 on"),
+        ("ring/policies/00002", truncate, "instead of", "from round 1 on"),
         ("ring/policies/00001", flip, "the checkpoint", "from round 0 on"),
-        ("round_0001/generations.npz", flip, "its checksum is not", "from round 1 on"),
-        ("round_0002/scores_of_player_0002.npz", truncate, "bytes where", ""),
+        ("round_0001/generations.npz", flip, "its checksum differs", "from round 1 on"),
+        ("round_0002/scores_of_player_0002.npz", truncate, "bytes instead of", ""),
     ],
 )
 def test_what_is_damaged_is_found_and_made_again_as_it_was(runs, tmp_path, name, damage, found, made_again):
@@ -85,7 +85,7 @@ def test_what_is_damaged_is_found_and_made_again_as_it_was(runs, tmp_path, name,
     shutil.copytree(three, directory)
     path = directory / name
     damage(largest_file(path) if path.is_dir() else path)
-    loop.run(small_run(directory, rounds=4), said.append)
+    loop.play(small_run(directory, rounds=4), said.append)
     text = "\n".join(said)
     assert f"{path}: " in text
     assert found in text
@@ -102,16 +102,16 @@ def test_what_is_damaged_is_found_and_made_again_as_it_was(runs, tmp_path, name,
 def test_a_damaged_training_state_is_left_and_the_round_trained_from_its_beginning(runs, tmp_path, monkeypatch):
     directory, said = tmp_path / "run", []
     notice = preemption.PreemptionNotice()
-    monkeypatch.setattr(notice, "told_at", lambda step: step % (1 << 24) == 2)
+    monkeypatch.setattr(notice, "received_at", lambda step: step % (1 << 24) == 2)
     with pytest.raises(preemption.Preempted, match="Round 0: training stopped after step 3"):
-        loop.run(small_run(directory, rounds=4), said.append, notice=notice)
+        loop.play(small_run(directory, rounds=4), said.append, notice=notice)
     flip(largest_file(next((directory / "ring" / "training").iterdir())))
-    loop.run(small_run(directory, rounds=4), said.append)
+    loop.play(small_run(directory, rounds=4), said.append)
     assert "training/00000_00000003: the checkpoint" in "\n".join(said)
     assert_same(directory, runs[1])
 
 
-JOURNALS = {  # what happens to journal.json, and the journal that the run goes on by
+JOURNALS = {  # what happens to journal.json, and the journal that the run then uses
     "flipped": (flip, "journal.before.json"),
     "removed": (remove, "journal.before.json"),
     "being replaced": (lambda path: path.rename(files.partial_path(path)), "journal.json.partial"),
@@ -123,8 +123,8 @@ def test_a_damaged_journal_is_replaced_by_another_and_told(runs, tmp_path, what)
     (damage, other), directory, said = JOURNALS[what], tmp_path / "run", []
     shutil.copytree(runs[0], directory)
     damage(directory / "journal.json")
-    loop.run(small_run(directory, rounds=4), said.append)
-    assert f"journal.json is damaged or missing; the run goes on by {other}." in "\n".join(said)
+    loop.play(small_run(directory, rounds=4), said.append)
+    assert f"journal.json is corrupted or missing; the run uses {other} instead." in "\n".join(said)
     assert_same(directory, runs[1])
 
 
@@ -133,8 +133,8 @@ def test_a_run_without_any_whole_journal_is_refused(runs, tmp_path):
     shutil.copytree(runs[0], directory)
     for path in directory.glob("journal*.json"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"a run is there, but journal\.json is missing or damaged"):
-        loop.run(small_run(directory), lambda _: None)
+    with pytest.raises(ValueError, match=r"its journal\.json and journal\.before\.json are missing or damaged"):
+        loop.play(small_run(directory), lambda _: None)
 
 
 def test_what_cannot_be_made_as_it_was_takes_what_followed_with_it(runs, tmp_path):
@@ -147,9 +147,9 @@ def test_what_cannot_be_made_as_it_was_takes_what_followed_with_it(runs, tmp_pat
     journal.save(opened)
     assert json.loads(path.read_text())["facts"]["round_0001/generations.npz"]["same"] == "of another machine"
     (directory / "round_0001" / "generations.npz").unlink()
-    loop.run(small_run(directory, rounds=4), said.append)
+    loop.play(small_run(directory, rounds=4), said.append)
     text = "\n".join(said)
-    assert "made again it is not what it was" in text
+    assert "the regenerated one differs from it" in text
     assert "ring/policies/00003" in text
     assert_same(directory, runs[1])
 
@@ -210,7 +210,7 @@ def recover(directory):
     recovery.quarantine_corruption(opened, lambda _: None)
     kept = ring.open_ring(opened, 3)
     ring.remove_unfinished(kept)
-    return recovery.first_round(kept, ObjectiveConfig(), lambda _: None)
+    return plan.first_round(kept, ObjectiveConfig(), lambda _: None)
 
 
 def remake_otherwise(directory):

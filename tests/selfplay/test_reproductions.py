@@ -50,7 +50,7 @@ def test_a_reproduction_plays_its_first_steps(name, tmp_path, monkeypatch):
         shrunk["evaluation.tasks"] = f"[{{name: gsm8k, path: {problems}, max_new_tokens: 8}}]"
     run = config_file.load(ROOT / "configs" / f"{name}.yaml", [f"{key}={value}" for key, value in shrunk.items()])
     assert (run.objective, run.train) == (given.objective, given.train)
-    (line,) = loop.run(run, lambda _: None)
+    (line,) = loop.play(run, lambda _: None)
     assert line["triplets"] == 8
     assert line["steps"] >= 1
     assert line["skipped"] == 0
@@ -75,5 +75,5 @@ def test_the_subset_is_of_first_exchanges_and_does_not_depend_on_its_size(tmp_pa
     assert all(r["prompt"].removeprefix("question ") == r["completion"].removeprefix("answer ") for r in more)
     assert len({r["prompt"] for r in more}) == 12
     path.write_text(json.dumps({"messages": turns(0)[1:]}) + "\n")
-    with pytest.raises(ValueError, match="line 1, field 'messages': its first two turns"):
+    with pytest.raises(ValueError, match="line 1, field 'messages': the first two turns"):
         subset(source, 5, 42)

@@ -12,7 +12,7 @@ from conftest import ROOT, STORIES, small_run
 
 from tpaw_jax import cli
 from tpaw_jax.config import PackingConfig, config_file
-from tpaw_jax.data import dataset, packing
+from tpaw_jax.data import dataset, packing, templates
 from tpaw_jax.generation.policy import open_policy
 from tpaw_jax.report import run_report
 from tpaw_jax.runtime import preemption, sharding
@@ -29,7 +29,7 @@ def one_device(monkeypatch):
 
 def run(directory, notice=None, **overrides):
     said = []
-    table = loop.run(small_run(directory, **SETTINGS, **overrides), said.append, notice=notice)
+    table = loop.play(small_run(directory, **SETTINGS, **overrides), said.append, notice=notice)
     return table, "\n".join(said)
 
 
@@ -56,7 +56,7 @@ def test_the_loss_of_the_first_step_is_that_of_transformers(trained):
     """All eight targets of one step: the mean over their tokens, prompts left out."""
     directory, *_ = trained
     c = small_run(directory)
-    template = dataset.make_template(transformers.AutoTokenizer.from_pretrained(STORIES), c.data)
+    template = templates.make_template(transformers.AutoTokenizer.from_pretrained(STORIES), c.data)
     prompts, _, _ = dataset.load(c.data, template, c.seed)
     rows = packing.pack(sft.trees_of_targets(prompts), PackingConfig(128, 2, 64, 1))
     first = records(directory)[0]
@@ -88,7 +88,7 @@ def test_a_supervised_run_learns_its_targets_and_says_so(trained):
     assert np.isfinite([between, line["held-out before"], line["held-out after"]]).all()
     again, said = run(directory, **{"train.validate_each_epoch": True, "train.learning_rate": 1e-3})
     assert again == [line]
-    assert "The run goes on with theta_1." in said
+    assert "The run resumes with theta_1." in said
 
 
 def test_a_supervised_run_is_reported(trained, tmp_path):
@@ -103,11 +103,11 @@ def test_a_supervised_run_is_reported(trained, tmp_path):
 def test_a_stopped_supervised_run_ends_as_the_undisturbed_one(trained, tmp_path, monkeypatch):
     same = {"train.validate_each_epoch": True, "train.learning_rate": 1e-3}
     notice = preemption.PreemptionNotice()
-    monkeypatch.setattr(notice, "told_at", lambda step: step == 1)
+    monkeypatch.setattr(notice, "received_at", lambda step: step == 1)
     with pytest.raises(preemption.Preempted, match="training stopped after step 2"):
         run(tmp_path, notice, **same)
     _, said = run(tmp_path, **same)
-    assert "training goes on after step 2" in said
+    assert "training resumes after step 2" in said
     jax.tree.map(np.testing.assert_array_equal, policy_of(tmp_path), policy_of(trained[0]))
 
 

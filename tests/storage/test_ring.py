@@ -1,4 +1,4 @@
-"""The ring: newest N_max policies, any mesh, nothing removed before its successor is whole."""
+"""The ring: the newest N_max policies, on any mesh, none removed before its successor is complete."""
 
 import jax
 import jax.numpy as jnp
@@ -28,17 +28,17 @@ def test_the_newest_players_are_kept_in_order(tmp_path):
     assert (np.asarray(restored["layers"]["q"]["kernel"]) == 3).all()
 
 
-def test_what_falls_out_stays_until_the_next_is_whole(tmp_path):
+def test_an_old_policy_stays_until_its_successor_is_complete(tmp_path):
     kept = ring.open_ring(journal.open_journal(tmp_path), 1)
     ring.push(kept, policy(0.0), 0)
     ring.finish_saves(kept)
     ring.push(kept, policy(1.0), 1)
-    assert 0 in kept.policies  # pushed is not yet settled
+    assert 0 in kept.policies  # the save of policy 1 is not finished
     ring.finish_saves(kept)
     assert kept.policies == [1]
 
 
-def test_a_policy_comes_back_on_another_mesh(tmp_path):
+def test_a_policy_is_restored_on_another_mesh(tmp_path):
     kept = ring.open_ring(journal.open_journal(tmp_path), 3)
     eight = sharding.make_mesh(MeshConfig(fsdp=8))
     ring.push(kept, policy(7.0, eight), 0)
@@ -50,7 +50,7 @@ def test_a_policy_comes_back_on_another_mesh(tmp_path):
         assert restored["layers"]["q"]["kernel"].sharding == like["layers"]["q"]["kernel"].sharding
 
 
-def test_training_states_replace_each_other_and_go_with_their_round(tmp_path):
+def test_training_states_replace_each_other_and_are_removed_with_their_round(tmp_path):
     kept = ring.open_ring(journal.open_journal(tmp_path), 3)
     mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     state = train_step.init_state(policy(1.0), train_step.make_optimizer(TrainConfig()), mesh)
@@ -65,7 +65,7 @@ def test_training_states_replace_each_other_and_go_with_their_round(tmp_path):
     assert kept.training_states == []
 
 
-def test_half_written_checkpoints_are_removed_and_damaged_ones_told(tmp_path):
+def test_incomplete_checkpoints_are_removed_and_corrupted_ones_reported(tmp_path):
     kept = ring.open_ring(journal.open_journal(tmp_path), 3)
     ring.push(kept, policy(0.0), 0)
     ring.finish_saves(kept)
@@ -77,5 +77,5 @@ def test_half_written_checkpoints_are_removed_and_damaged_ones_told(tmp_path):
     for file in (tmp_path / "ring" / "policies" / "00000").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    with pytest.raises(ValueError, match="policies/00000: the checkpoint cannot be read back"):
+    with pytest.raises(ValueError, match="policies/00000: the checkpoint cannot be read"):
         ring.restore_policy(kept, 0, policy(0.0))

@@ -109,7 +109,7 @@ def full_head(hidden, table, labels, live):
 def test_the_blockwise_head_and_its_gradients_equal_full_logits(vocabulary, chunk, keep):
     hidden, table, labels, live = head_inputs(vocabulary)
     weight = jnp.sin(jnp.arange(live.size)).reshape(live.shape)
-    ours = lambda h, t: jnp.sum(weight * logprobs.token_log_probs(h, t, labels, live, chunk, keep))
+    ours = lambda h, t: jnp.sum(weight * logprobs.token_log_probs(h, t, labels, live, chunk, keep=keep))
     plain = lambda h, t: jnp.sum(weight * full_head(h, t, labels, live))
     found, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, table) for f in (ours, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
@@ -126,12 +126,12 @@ def test_the_blockwise_head_never_holds_the_logits_of_a_row():
 
     logits = 2 * predictions * vocabulary * 4
     assert peak(lambda h, t: logprobs.token_log_probs(h, t, labels, live, 64)) < logits / 16
-    assert logits < peak(lambda h, t: logprobs.token_log_probs(h, t, labels, live, 64, True)) < 1.25 * logits
+    assert logits < peak(lambda h, t: logprobs.token_log_probs(h, t, labels, live, 64, keep=True)) < 1.25 * logits
     assert peak(lambda h, t: full_head(h, t, labels, live)) > 1.25 * logits
 
 
 def random_trees(rng, rows, length):
-    """Segment and branch ids of rows packed with trees of up to four branches, with padding at the end."""
+    """Segment and branch ids of rows packed with trees of up to four responses, with padding at the end."""
     segments, branches = np.zeros((2, rows, length), np.int32)
     for row in range(rows):
         place, segment = 0, 0
@@ -153,7 +153,7 @@ def test_tiles_and_their_gradients_equal_the_dense_mask(seed, length, grouped):
     visibility = Visibility(segments, branches)
     arrays = [rng.normal(size=(rows, length, n, size)) for n in (heads, kv_heads, kv_heads, heads)]
     q, k, v, weight = (jnp.asarray(a, jnp.float32) for a in arrays)
-    weight *= (segments > 0)[..., None, None]  # what padding sees is nobody's business
+    weight *= (segments > 0)[..., None, None]  # the output at padding does not matter
 
     def value_and_gradients(attention):
         context = attention.prepare(visibility)

@@ -11,9 +11,7 @@ from conftest import random_prompts
 
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainConfig
 from tpaw_jax.data import packing
-from tpaw_jax.models import Transformer
-from tpaw_jax.models.tile_attention import TILES
-from tpaw_jax.models.transformer import split
+from tpaw_jax.models import EINSUM, TILES, Transformer, split
 from tpaw_jax.runtime import sharding
 from tpaw_jax.training import logprobs, scoring, train_step
 from tpaw_jax.training.train_step import StepScalars
@@ -87,7 +85,7 @@ def test_metrics_at_the_first_step_are_those_of_theta_t(stories):
 
 @pytest.mark.parametrize(("compute", "remat"), [("float32", "layer"), ("float32", "none"), ("bfloat16", "layer")])
 def test_scores_and_step_agree_within_the_noise_that_a_dry_run_measures(stories, compute, remat):
-    """The step-0 hazard: whatever the programs' rounding, a dry run sees it, and the tolerance covers all triplets."""
+    """The step-0 hazard: a dry run measures the rounding noise, and a tolerance of twice that covers all triplets."""
     step, state, inputs, _ = setup(stories, compute=jnp.dtype(compute), remat=remat)
     before = host(state)
     state, metrics = step(state, *inputs[:2], np.int32(1), scalars(dry_run=True))
@@ -115,7 +113,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(stories, poison):
 
 
 def test_rounds_with_fewer_players_run_the_same_program(stories):
-    from tpaw_jax.observe.monitoring import compile_log
+    from tpaw_jax.observe.profiling import compile_log
 
     step, state, (batch, scores, used), _ = setup(stories)
     with compile_log() as compiled:
@@ -192,7 +190,7 @@ def test_bfloat16_parameters_keep_float32_moments(stories):
 
 
 def test_bfloat16_parameters_follow_a_float32_master_copy(stories):
-    """Updates far below bfloat16's resolution: one changes next to no parameter, and yet they add up."""
+    """Updates far below bfloat16's resolution: one alone changes almost no parameter, but they add up."""
     half = stories[0], jax.tree.map(lambda p: p.astype(jnp.bfloat16), stories[1])
     step, state, inputs, _ = setup(half, optimizer="sgd", b1=0.0)
     flat = lambda tree: np.concatenate([np.float32(x).ravel() for x in jax.tree.leaves(host(tree))])
@@ -211,7 +209,7 @@ def test_bfloat16_parameters_follow_a_float32_master_copy(stories):
 
 
 def test_scoring_in_larger_batches_gives_the_same_scores(stories):
-    from tpaw_jax.observe.monitoring import compile_log
+    from tpaw_jax.observe.profiling import compile_log
     from tpaw_jax.training.logprobs import make_log_prob_fn
 
     prompts, rounds = random_prompts(np.random.default_rng(5), 27)
@@ -224,7 +222,28 @@ def test_scoring_in_larger_batches_gives_the_same_scores(stories):
         many = scoring.score(scorer, stories[1], rows, 2, batches_at_once=4)
     assert len(rows) % 8  # some rows are left for the small batches
     np.testing.assert_allclose(many, one, rtol=1e-6, atol=1e-5)
-    assert len(compiled) == 1  # the large shape; the small one is there
+    assert len(compiled) == 1  # the large shape; the small one is compiled already
+
+
+def test_a_users_model_trains_on_one_device_without_a_mesh(stories):
+    expected_step, state, inputs, scores = setup(stories)
+    expected, metrics = expected_step(state, *inputs, scalars())
+
+    def apply_fn(params, tokens, positions, mask):
+        dense = Transformer(stories[0], attention=EINSUM._replace(prepare=lambda _: mask))
+        return dense.apply({"params": params}, tokens, positions)
+
+    log_prob_fn = logprobs.from_apply_fn(apply_fn)
+    prompts, rounds = random_prompts(np.random.default_rng(0), 10)
+    rows = packing.pack(packing.trees_of_window(prompts, rounds[::-1]), PackingConfig(128, 2, 12))
+    scored = scoring.score(scoring.make_scorer(log_prob_fn), stories[1], rows, 2)
+    np.testing.assert_allclose(scored, scores.log_probs[0], rtol=1e-5, atol=1e-4)
+    optimizer = train_step.make_optimizer(TrainConfig(optimizer="adamw", epsilon=1e-4))
+    step = train_step.make_train_step(log_prob_fn, optimizer, ObjectiveConfig())
+    state = train_step.init_state(jax.tree.map(jnp.copy, stories[1]), optimizer)
+    found, found_metrics = step(state, *inputs, scalars())
+    assert_close(found_metrics["loss"], metrics["loss"], rtol=1e-4)
+    assert_close(host(found.params), host(expected.params), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,10 @@
-"""The run's configuration: `schema` has the dataclasses, `config_file` reads them from YAML."""
+"""The run's configuration.
 
+Read in this order: `schema` (the dataclasses: every option with its default, doc and source), `config_file` (reading
+them from YAML and overrides, and checking them).
+"""
+
+from tpaw_jax.config.config_file import load as load
 from tpaw_jax.config.schema import DataConfig as DataConfig
 from tpaw_jax.config.schema import EvaluationConfig as EvaluationConfig
 from tpaw_jax.config.schema import MeshConfig as MeshConfig
@@ -11,6 +16,6 @@ from tpaw_jax.config.schema import SamplingConfig as SamplingConfig
 from tpaw_jax.config.schema import SourceConfig as SourceConfig
 from tpaw_jax.config.schema import TaskConfig as TaskConfig
 from tpaw_jax.config.schema import TrainConfig as TrainConfig
-from tpaw_jax.config.schema import knob as knob
 from tpaw_jax.config.schema import of_round as of_round
+from tpaw_jax.config.schema import option as option
 from tpaw_jax.config.schema import section as section

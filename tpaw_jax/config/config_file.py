@@ -1,4 +1,4 @@
-"""Configurations from strict YAML and command-line overrides, checked key by key, and back to plain values."""
+"""Read a configuration from YAML files and command-line overrides, check it, and turn it back into plain values."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from tpaw_jax.config.schema import RunConfig
+from tpaw_jax.config.schema import (
+    DataConfig,
+    EvaluationConfig,
+    ObjectiveConfig,
+    PackingConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 
 SFT: dict[str, Any] = {
     "directory": "runs/sft",
@@ -21,26 +29,26 @@ SFT: dict[str, Any] = {
     "data": {"max_length": 2048, "max_prompt_length": 1024},
     "train": {"optimizer": "adamw", "learning_rate": 2e-5, "schedule": "cosine", "epochs": 1, "batch_triplets": 128},
 }
-"""What `tpaw sft` has for defaults where they differ: the recipe of zephyr-7b-sft-full."""
+"""The defaults of `tpaw sft` that differ from those of `tpaw play`: the recipe of zephyr-7b-sft-full."""
 
 
 def load(
     paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    """The configuration of a YAML file, or of several, each over those before it, all over `defaults`.
+    """Read a configuration. Later files override earlier ones, which override `defaults`.
 
-    Overrides `key.subkey=value` are applied last.
+    Overrides of the form `key.subkey=value` are applied last.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not YAML, an unknown key, a value of the wrong type or out of range; names the file and the key.
+        FileNotFoundError: a file does not exist.
+        ValueError: not YAML, an unknown key, or a value of the wrong type or out of range; names the file and the key.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     fields = dict(defaults or {})
     for path in map(Path, paths):
-        read = _read(path)
-        parse(RunConfig, read, str(path))
-        fields = _over(read, fields)
+        in_file = _read(path)
+        parse(RunConfig, in_file, str(path))
+        fields = _merge(in_file, fields)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -71,7 +79,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def parse(cls: type, fields: Any, where: str, prefix: str = "") -> Any:
-    """A dataclass from a mapping; unknown keys and wrong types are errors that name the key."""
+    """Make the dataclass `cls` from a mapping; `where` and `prefix` name the place in errors.
+
+    Raises:
+        ValueError: an unknown key, or a value of the wrong type; names the key.
+    """
     if not isinstance(fields, Mapping):
         raise ValueError(f"{where}: '{prefix.rstrip('.')}' must be a mapping of keys, not {fields!r}.")
     hints = typing.get_type_hints(cls)
@@ -84,106 +96,123 @@ def parse(cls: type, fields: Any, where: str, prefix: str = "") -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain YAML-able values; `parse` reads it back."""
+    """The configuration as dictionaries and lists that YAML can hold; `parse` reads it back."""
     return plain(dataclasses.asdict(config))
 
 
+class Check(NamedTuple):
+    """A condition on the configuration; if it does not hold, the error is `{key} {problem}`."""
+
+    holds: bool
+    key: str
+    problem: str
+
+
 def validate(config: RunConfig, where: str) -> None:
-    """Raise a ValueError that names the first key whose value cannot work."""
-    data, sampling, packing, train = config.data, config.sampling, config.packing, config.train
-    supervised = config.objective.loss == "sft"
+    """Check the values of a configuration; `where` names its files in the error.
+
+    Raises:
+        ValueError: a value is out of range or does not fit another one; names the first such key.
+    """
     checks = [
-        (config.rounds == 1 or not supervised, "rounds", "must be 1 where objective.loss is sft"),
-        (
-            config.rounds == 1 or data.responses == "sampled",
-            "rounds",
-            "must be 1 where data.responses is rejected: no round would answer anew",
-        ),
-        (bool(config.policy.path), "policy.path", "names no model"),
-        (config.rounds >= 1, "rounds", "must be at least 1"),
-        (config.policy.head_chunk >= 1, "policy.head_chunk", "must be at least 1"),
-        (len(data.sources) >= 1, "data.sources", "names no data"),
-        (all(s.path and s.weight > 0 for s in data.sources), "data.sources", "needs a path and a weight above 0 each"),
-        (data.max_prompt_length >= 1, "data.max_prompt_length", "must be at least 1"),
-        (data.max_length > data.max_prompt_length, "data.max_length", "must exceed data.max_prompt_length"),
-        (
-            data.max_prompts >= 0 and data.holdout_prompts >= 0,
-            "data.max_prompts",
-            "and holdout_prompts cannot be negative",
-        ),
-        (sampling.max_new_tokens >= 1, "sampling.max_new_tokens", "must be at least 1"),
-        (sampling.temperature >= 0, "sampling.temperature", "cannot be negative"),
-        (0 < sampling.top_p <= 1, "sampling.top_p", "must be above 0 and at most 1"),
-        (sampling.top_k >= 0, "sampling.top_k", "cannot be negative"),
-        (
-            sampling.slots >= 1 and sampling.prefill_tokens >= 1,
-            "sampling.slots",
-            "and prefill_tokens must be at least 1",
-        ),
-        (
-            0 <= sampling.min_new_tokens <= sampling.max_new_tokens,
-            "sampling.min_new_tokens",
-            "must be from 0 to sampling.max_new_tokens",
-        ),
-        (sampling.tensor >= 1, "sampling.tensor", "must be at least 1"),
-        (all(sampling.stop_strings), "sampling.stop_strings", "cannot have an empty text"),
-        (
-            sampling.cache_dtype in ("", "float32", "bfloat16"),
-            "sampling.cache_dtype",
-            "must be float32, bfloat16 or empty",
-        ),
-        (config.objective.n_max >= 1, "objective.n_max", "must be at least 1"),
-        (config.objective.opponent_rounds >= 0, "objective.opponent_rounds", "cannot be negative"),
-        (len(config.objective.lam) >= 1, "objective.lam", "needs at least one value"),
-        (min(config.objective.lam, default=1) > 0, "objective.lam", "must be above 0"),
-        (
-            config.objective.tolerance >= 0 or config.objective.tolerance == -1,
-            "objective.tolerance",
-            "must be -1 or above",
-        ),
-        (packing.alignment >= 0, "packing.alignment", "cannot be negative"),
-        (packing.rows_per_batch >= 0, "packing.rows_per_batch", "cannot be negative"),
-        (packing.scoring_batches >= 1, "packing.scoring_batches", "must be at least 1"),
-        (packing.max_responses_per_row >= 2, "packing.max_responses_per_row", "must be at least 2"),
-        (
-            packing.row_length >= config.longest_triplet,
-            "packing.row_length",
-            "must hold data.max_length + sampling.max_new_tokens tokens; of rejected responses, 2 data.max_length",
-        ),
-        (len(train.learning_rate) >= 1, "train.learning_rate", "needs at least one value"),
-        (0 <= train.warmup_ratio < 1, "train.warmup_ratio", "must be at least 0 and below 1"),
-        (train.epochs >= 1, "train.epochs", "must be at least 1"),
-        (train.batch_triplets >= 1, "train.batch_triplets", "must be at least 1"),
-        (train.max_grad_norm > 0, "train.max_grad_norm", "must be above 0"),
-        (train.max_skipped_in_a_row >= 1, "train.max_skipped_in_a_row", "must be at least 1"),
-        (train.save_every_steps >= 1, "train.save_every_steps", "must be at least 1"),
-        (train.save_every_minutes > 0, "train.save_every_minutes", "must be above 0"),
+        *_check_run(config),
+        *_check_data(config.data),
+        *_check_sampling(config.sampling),
+        *_check_objective(config.objective),
+        *_check_packing(config.packing, config.longest_triplet),
+        *_check_train(config.train),
+        *_check_evaluation(config.evaluation),
     ]
-    checks += [
-        (
-            not config.evaluation.each_round or bool(config.evaluation.tasks),
-            "evaluation.each_round",
-            "needs evaluation.tasks",
-        )
+    for check in checks:
+        if not check.holds:
+            raise ValueError(f"{where}: {check.key} {check.problem}.")
+
+
+def _check_run(c: RunConfig) -> list[Check]:
+    one_round, anew = c.rounds == 1, c.data.responses == "sampled"
+    return [
+        Check(one_round or c.objective.loss != "sft", "rounds", "must be 1 where objective.loss is sft"),
+        Check(one_round or anew, "rounds", "must be 1 where data.responses is rejected: no round would answer anew"),
+        Check(bool(c.policy.path), "policy.path", "names no model"),
+        Check(c.rounds >= 1, "rounds", "must be at least 1"),
+        Check(c.policy.head_chunk >= 1, "policy.head_chunk", "must be at least 1"),
     ]
-    for task in config.evaluation.tasks:
-        where_of = f"evaluation.tasks, '{task.name}'"
-        named = (
-            bool(re.fullmatch(r"[\w.-]+", task.name) and task.path)
-            and [t.name for t in config.evaluation.tasks].count(task.name) == 1
-        )
+
+
+def _check_data(c: DataConfig) -> list[Check]:
+    usable, counts = all(s.path and s.weight > 0 for s in c.sources), (c.max_prompts, c.holdout_prompts)
+    return [
+        Check(len(c.sources) >= 1, "data.sources", "names no data"),
+        Check(usable, "data.sources", "needs a path and a weight above 0 each"),
+        Check(c.max_prompt_length >= 1, "data.max_prompt_length", "must be at least 1"),
+        Check(c.max_length > c.max_prompt_length, "data.max_length", "must exceed data.max_prompt_length"),
+        Check(min(counts) >= 0, "data.max_prompts", "and holdout_prompts cannot be negative"),
+    ]
+
+
+def _check_sampling(c: SamplingConfig) -> list[Check]:
+    sizes, least, dtypes = (c.slots, c.prefill_tokens), c.min_new_tokens, ("", "float32", "bfloat16")
+    return [
+        Check(c.max_new_tokens >= 1, "sampling.max_new_tokens", "must be at least 1"),
+        Check(c.temperature >= 0, "sampling.temperature", "cannot be negative"),
+        Check(0 < c.top_p <= 1, "sampling.top_p", "must be above 0 and at most 1"),
+        Check(c.top_k >= 0, "sampling.top_k", "cannot be negative"),
+        Check(min(sizes) >= 1, "sampling.slots", "and prefill_tokens must be at least 1"),
+        Check(0 <= least <= c.max_new_tokens, "sampling.min_new_tokens", "must be from 0 to sampling.max_new_tokens"),
+        Check(c.tensor >= 1, "sampling.tensor", "must be at least 1"),
+        Check(all(c.stop_strings), "sampling.stop_strings", "cannot have an empty text"),
+        Check(c.cache_dtype in dtypes, "sampling.cache_dtype", "must be float32, bfloat16 or empty"),
+    ]
+
+
+def _check_objective(c: ObjectiveConfig) -> list[Check]:
+    return [
+        Check(c.n_max >= 1, "objective.n_max", "must be at least 1"),
+        Check(c.opponent_rounds >= 0, "objective.opponent_rounds", "cannot be negative"),
+        Check(len(c.lam) >= 1, "objective.lam", "needs at least one value"),
+        Check(min(c.lam, default=1) > 0, "objective.lam", "must be above 0"),
+        Check(c.tolerance >= 0 or c.tolerance == -1, "objective.tolerance", "must be -1 or above"),
+    ]
+
+
+def _check_packing(c: PackingConfig, longest: int) -> list[Check]:
+    needed = "must hold data.max_length + sampling.max_new_tokens tokens; of rejected responses, 2 data.max_length"
+    return [
+        Check(c.alignment >= 0, "packing.alignment", "cannot be negative"),
+        Check(c.rows_per_batch >= 0, "packing.rows_per_batch", "cannot be negative"),
+        Check(c.scoring_batches >= 1, "packing.scoring_batches", "must be at least 1"),
+        Check(c.max_responses_per_row >= 2, "packing.max_responses_per_row", "must be at least 2"),
+        Check(c.row_length >= longest, "packing.row_length", needed),
+    ]
+
+
+def _check_train(c: TrainConfig) -> list[Check]:
+    return [
+        Check(len(c.learning_rate) >= 1, "train.learning_rate", "needs at least one value"),
+        Check(0 <= c.warmup_ratio < 1, "train.warmup_ratio", "must be at least 0 and below 1"),
+        Check(c.epochs >= 1, "train.epochs", "must be at least 1"),
+        Check(c.batch_triplets >= 1, "train.batch_triplets", "must be at least 1"),
+        Check(c.max_grad_norm > 0, "train.max_grad_norm", "must be above 0"),
+        Check(c.max_skipped_in_a_row >= 1, "train.max_skipped_in_a_row", "must be at least 1"),
+        Check(c.save_every_steps >= 1, "train.save_every_steps", "must be at least 1"),
+        Check(c.save_every_minutes > 0, "train.save_every_minutes", "must be above 0"),
+    ]
+
+
+def _check_evaluation(c: EvaluationConfig) -> list[Check]:
+    checks = [Check(not c.each_round or bool(c.tasks), "evaluation.each_round", "needs evaluation.tasks")]
+    names = [task.name for task in c.tasks]
+    for task in c.tasks:
+        key = f"evaluation.tasks, '{task.name}'"
+        named = bool(re.fullmatch(r"[\w.-]+", task.name) and task.path) and names.count(task.name) == 1
+        large_enough = task.max_new_tokens >= 1 and task.limit >= 0
+        compiles = _compiles(task.answer) and _compiles(task.response)
         checks += [
-            (named, "evaluation.tasks", "need a name of their own, of letters, digits, _ . and -, and a path"),
-            (task.max_new_tokens >= 1 and task.limit >= 0, where_of, "has a max_new_tokens or limit that is too small"),
-            (
-                _compiles(task.answer) and _compiles(task.response),
-                where_of,
-                "has no regular expression in answer or response",
-            ),
+            Check(named, "evaluation.tasks", "need a name of their own, of letters, digits, _ . and -, and a path"),
+            Check(large_enough, key, "has a max_new_tokens or limit that is too small"),
+            Check(compiles, key, "has no regular expression in answer or response"),
         ]
-    for holds, key, problem in checks:
-        if not holds:
-            raise ValueError(f"{where}: {key} {problem}.")
+    return checks
 
 
 def _compiles(pattern: str) -> bool:
@@ -194,7 +223,7 @@ def _compiles(pattern: str) -> bool:
 
 
 def _coerce(hint: Any, value: Any, where: str, key: str) -> Any:
-    """`value` as the type a field declares; a lone value stands for a list of one."""
+    """Convert `value` to the type of its field; a single value counts as a list of one."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return parse(typing.cast(type, hint), value, where, key + ".")
@@ -207,7 +236,7 @@ def _coerce(hint: Any, value: Any, where: str, key: str) -> Any:
         return value
     if hint is float and isinstance(value, str):
         try:
-            return float(value)  # YAML 1.1 reads 5e-7 as text
+            return float(value)  # YAML 1.1 reads 5e-7 as a string
         except ValueError:
             pass
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -217,11 +246,11 @@ def _coerce(hint: Any, value: Any, where: str, key: str) -> Any:
     return value
 
 
-def _over(fields: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """`fields` with what they leave out taken from `others`, section by section."""
-    both = {key: (fields[key], others[key]) for key in fields if key in others}
-    sections = {key: _over(*two) for key, two in both.items() if all(isinstance(one, Mapping) for one in two)}
-    return {**others, **fields, **sections}
+def _merge(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields`, with missing keys taken from `defaults`, section by section."""
+    both = {key: (fields[key], defaults[key]) for key in fields if key in defaults}
+    sections = {key: _merge(*pair) for key, pair in both.items() if all(isinstance(one, Mapping) for one in pair)}
+    return {**defaults, **fields, **sections}
 
 
 def _set(fields: dict[str, Any], key: str, value: Any) -> None:
@@ -234,15 +263,15 @@ def _set(fields: dict[str, Any], key: str, value: Any) -> None:
 
 
 def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested sections by their whole keys, as `train.epochs`."""
-    found: dict[str, Any] = {}
+    """The values of nested sections by their full keys, such as `train.epochs`."""
+    values: dict[str, Any] = {}
     for key, value in fields.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return found
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return values
 
 
 def plain(value: Any) -> Any:
-    """Dictionaries and lists in place of mappings and tuples."""
+    """Replace tuples by lists, at any depth."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):

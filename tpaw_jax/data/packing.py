@@ -1,7 +1,7 @@
-"""Prompts with their responses -> rows of prefix trees `[x | y | g ...]` in one fixed shape.
+"""Pack prompts and their responses into rows of fixed shape, as prefix trees `[x | y | g ...]`.
 
-All triplets of a prompt share x and y, so a tree computes them once. Responses that are equal token for token are one
-response, counted by multiplicity. Trees are put into rows first-fit-decreasing.
+All triplets of a prompt share x and y, so a tree computes them once. Responses with identical tokens are stored once
+and counted by multiplicity. Trees are assigned to rows by first-fit-decreasing bin packing.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ from tpaw_jax.types import TARGET, Generations, Prompts, TeamScores, TreeBatch
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """One prompt, the distinct responses to it, and the triplets among them."""
+    """One prompt, its distinct responses, and the triplets that they form."""
 
     prompt: int  # index into Prompts
     prompt_tokens: np.ndarray
-    sources: tuple[int, ...]  # TARGET or the round that first sampled the response, one a response
+    sources: tuple[int, ...]  # for each response: TARGET, or the round that first sampled it
     responses: tuple[np.ndarray, ...]
-    triplets: tuple[tuple[int, int, int], ...]  # (response that is y, response that is y_gen, multiplicity)
+    triplets: tuple[tuple[int, int, int], ...]  # (index of y, index of y_gen, multiplicity)
 
-    def places(self, alignment: int = 1) -> int:
-        """Places that the tree takes in a row: the last token of a response is a label only.
+    def length(self, alignment: int = 1) -> int:
+        """Count the row tokens that the tree occupies.
 
-        Prompt and responses take a multiple of `alignment` places each.
+        The prompt and each response are padded to a multiple of `alignment`. A response's last token is only a label
+        and takes no space.
         """
-        return sum(_aligned(n, alignment) for n in (len(self.prompt_tokens), *(len(r) - 1 for r in self.responses)))
+        return sum(_align(n, alignment) for n in (len(self.prompt_tokens), *(len(r) - 1 for r in self.responses)))
 
     @property
     def predictions(self) -> int:
-        """Tokens that are predicted."""
+        """Number of predicted tokens, i.e. all tokens of all responses."""
         return sum(len(r) for r in self.responses)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Packed rows on the host, and which (prompt, source) each response of a row is."""
+    """Packed rows on the host, with the prompt and source of each response."""
 
-    batch: TreeBatch  # numpy arrays with a leading axis over rows
+    batch: TreeBatch  # numpy arrays, rows on the leading axis
     prompt_index: np.ndarray  # [rows, R] int32, -1 is padding
     source: np.ndarray  # [rows, R] int32
 
@@ -52,19 +53,22 @@ class Rows:
 
     @property
     def triplets(self) -> np.ndarray:
-        """Triplets of each row, multiplicity counted, [rows]."""
+        """Number of triplets in each row, counted with multiplicity, [rows]."""
         return np.asarray(self.batch.triplet_weight).sum(axis=-1)
 
     @property
     def fill(self) -> float:
-        """Share of token places that hold a token."""
+        """Fraction of the rows' tokens that are not padding."""
         return float((np.asarray(self.batch.segment_ids) > 0).mean()) if len(self) else 0.0
 
 
 def first_sources(prompts: Prompts, generations: Sequence[Generations]) -> dict[int, np.ndarray]:
-    """For every round, the source that first gave each prompt's response: TARGET, an earlier round, or itself.
+    """Map each round to the source where each of its responses first appeared: TARGET, an earlier round, or itself.
 
-    Equal responses share a source, so that each is computed and scored once.
+    Identical responses to a prompt share a source, so each is computed and scored once.
+
+    Returns:
+        round -> int32 sources, [prompts].
     """
     seen = [{target.tobytes(): TARGET} for target in prompts.target_tokens]
     return {
@@ -75,8 +79,14 @@ def first_sources(prompts: Prompts, generations: Sequence[Generations]) -> dict[
     }
 
 
-def trees_of_window(prompts: Prompts, window: Sequence[Generations], sources: dict[int, np.ndarray]) -> list[Tree]:
-    """D_O as trees: the triplets of the rounds in `window`, one tree a prompt."""
+def trees_of_window(
+    prompts: Prompts, window: Sequence[Generations], sources: dict[int, np.ndarray] | None = None
+) -> list[Tree]:
+    """Build one tree per prompt from the triplets of the rounds in `window` (D_O).
+
+    `sources` is the result of `first_sources` over all rounds so far. By default it is computed from the window alone.
+    """
+    sources = first_sources(prompts, window) if sources is None else sources
     trees = []
     for i in range(len(prompts)):
         counts: dict[int, int] = {}
@@ -92,31 +102,32 @@ def trees_of_window(prompts: Prompts, window: Sequence[Generations], sources: di
 
 
 def tree_of_responses(prompts: Prompts, prompt: int, responses: dict[int, np.ndarray]) -> Tree:
-    """A tree without triplets, for scoring alone: `responses` by source."""
+    """Build a tree without triplets, for scoring only; `responses` maps source to tokens."""
     return Tree(prompt, prompts.prompt_tokens[prompt], tuple(responses), tuple(responses.values()), ())
 
 
 def pack(trees: Sequence[Tree], config: PackingConfig) -> Rows:
-    """Trees into rows of `row_length` tokens and at most `max_responses_per_row` responses, first-fit-decreasing.
+    """Pack trees into rows of `row_length` tokens and at most `max_responses_per_row` responses.
 
-    A tree that is longer than a row is split into several that repeat x and y.
+    A tree that does not fit into a row is split into several trees, each with its own copy of x and y. An `alignment`
+    or `rows_per_batch` of 0 (automatic) counts as 1 throughout this module.
 
     Raises:
-        ValueError: x, y and one generation together exceed a row; names the prompt and the lengths.
+        ValueError: x, y and one generation do not fit into a row. Names the prompt and the lengths.
     """
-    return _rows(_grouped(trees, config), config)
+    return _write_rows(_assign_to_rows(trees, config), config)
 
 
 def check_rows(config: PackingConfig, shards: int, alignment: int) -> None:
-    """Check that rows can be split over `shards` devices and be computed where attention wants `alignment`.
+    """Check that batches split evenly over `shards` devices and that rows have the `alignment` attention needs.
 
     Raises:
-        ValueError: they cannot; names the key.
+        ValueError: they do not. Names the configuration key.
     """
     if config.alignment % alignment:
         raise ValueError(
-            f"packing.alignment is {config.alignment}; rows of {config.row_length} tokens need a multiple of "
-            f"{alignment} on TPU."
+            f"packing.alignment is {config.alignment}; with rows of {config.row_length} tokens, attention on TPU needs "
+            f"a multiple of {alignment}. It cannot change in a run that has begun: set it to {alignment} in a new one."
         )
     if config.rows_per_batch % shards:
         raise ValueError(
@@ -126,19 +137,16 @@ def check_rows(config: PackingConfig, shards: int, alignment: int) -> None:
 
 
 def row_count(trees: Sequence[Tree], config: PackingConfig) -> int:
-    """The rows that `pack` makes of `trees`, without making them."""
-    return len(_grouped(trees, config))
+    """Count the rows that `pack` would produce, without building them."""
+    return len(_assign_to_rows(trees, config))
 
 
-def _grouped(trees: Sequence[Tree], config: PackingConfig) -> list[list[Tree]]:
-    """The trees of each row."""
+def _assign_to_rows(trees: Sequence[Tree], config: PackingConfig) -> list[list[Tree]]:
+    """The trees of each row, by first-fit-decreasing over (tokens, predictions, responses)."""
     pieces = [piece for tree in trees for piece in _split(tree, config)]
-    places = [piece.places(config.alignment) for piece in pieces]
-    order = sorted(range(len(pieces)), key=lambda i: (-places[i], i))
-    # A row has as many places for predictions as for tokens; the third capacity is its number of responses.
-    needs = np.array([[n, t.predictions, len(t.responses)] for n, t in zip(places, pieces, strict=True)], int).reshape(
-        -1, 3
-    )
+    needs = np.array([(t.length(config.alignment), t.predictions, len(t.responses)) for t in pieces], int)
+    needs = needs.reshape(-1, 3)
+    order = np.argsort(-needs[:, 0], kind="stable")
     free = np.empty((len(pieces), 3), int)
     free[:] = config.row_length, config.row_length, config.max_responses_per_row
     members: list[list[Tree]] = []
@@ -152,23 +160,25 @@ def _grouped(trees: Sequence[Tree], config: PackingConfig) -> list[list[Tree]]:
 
 
 def fullest_row_length(trees: Sequence[Tree], config: PackingConfig, lengths: Sequence[int]) -> int:
-    """The row length of `lengths` whose rows take the fewest tokens; the shortest of equal ones.
+    """Choose the row length of `lengths` that needs the fewest tokens in total; the shortest of several best.
 
-    For a set of trees that will not change. Where each round brings others, long rows are full whatever comes.
+    Use it for a fixed set of trees. Where each round brings new trees, choose long rows: they fill well for any trees.
 
     Raises:
-        ValueError: none of them holds every tree.
+        ValueError: the longest tree exceeds all `lengths`.
     """
-    longest = max(tree.places(config.alignment) for tree in trees)
+    longest = max(tree.length(config.alignment) for tree in trees)
     fitting = [length for length in sorted(lengths) if length >= longest]
     if not fitting:
-        raise ValueError(f"The longest tree has {longest} tokens; none of the row lengths {list(lengths)} holds it.")
-    slots = lambda length: length * row_count(trees, dataclasses.replace(config, row_length=length))
-    return min(fitting, key=slots)
+        raise ValueError(
+            f"The longest tree has {longest} tokens, more than every row length in {list(lengths)}; add a longer one."
+        )
+    total_tokens = lambda length: length * row_count(trees, dataclasses.replace(config, row_length=length))
+    return min(fitting, key=total_tokens)
 
 
 def empty_like(rows: Rows, count: int) -> Rows:
-    """`count` rows of padding in the shape of `rows`."""
+    """Build `count` padding rows with the shapes of `rows`."""
     shape = lambda x: np.zeros((count, *x.shape[1:]), x.dtype)
     batch = jax.tree.map(shape, rows.batch)
     batch = batch.replace(responses=np.full_like(batch.responses, rows.prompt_index.shape[1]))
@@ -176,42 +186,56 @@ def empty_like(rows: Rows, count: int) -> Rows:
 
 
 def take(rows: Rows, indices: np.ndarray, size: int) -> Rows:
-    """The rows at `indices` as a batch of `size` rows, filled up with padding rows."""
-    return _fill(_take(rows, indices), size)
+    """Select the rows at `indices` as a batch of `size` rows, padded with empty rows at the end."""
+    return _pad(_select(rows, indices), size)
 
 
 def micro_batches_a_step(rows: Rows, batch_triplets: int, rows_per_batch: int) -> int:
-    """Full micro-batches whose triplets come closest to `batch_triplets`, at least one."""
+    """Choose the micro-batches per step, at least one, so that a step has about `batch_triplets` triplets."""
     return micro_batches_of(float(rows.triplets.mean()), batch_triplets, rows_per_batch)
 
 
 def micro_batches_of(triplets_a_row: float, batch_triplets: int, rows_per_batch: int) -> int:
-    """The same of rows with so many triplets on average."""
-    return max(1, round(batch_triplets / (max(triplets_a_row, 1.0) * rows_per_batch)))
+    """Like `micro_batches_a_step`, for rows with a mean of `triplets_a_row` triplets."""
+    return max(1, round(batch_triplets / (max(triplets_a_row, 1.0) * max(1, rows_per_batch))))
 
 
 def most_micro_batches(batch_triplets: int, longest_triplet: int, config: PackingConfig) -> int:
-    """Micro-batches that a step has room for: those that `micro_batches_a_step` asks for where rows hold the least.
+    """Return an upper bound of `micro_batches_a_step` for any data, which fixes the shape of a step.
 
-    First-fit leaves rows half full or fuller, all but one of them, so a row of many holds `row_length` / (2
-    `longest_triplet`) triplets, x, y and y_gen of `longest_triplet` tokens each, or half of the responses it may.
+    A full row holds at least `row_length / longest_triplet` triplets, or `max_responses_per_row / 2` if that is less.
+    First-fit leaves at most one row less than half full, so the mean is at least half of that. `longest_triplet` is the
+    largest number of tokens that x, y and y_gen can have together.
     """
-    least = min(config.row_length / longest_triplet, config.max_responses_per_row / 2) / 2
-    return max(1, round(batch_triplets / (max(1.0, least) * config.rows_per_batch)))
+    fewest = min(config.row_length / longest_triplet, config.max_responses_per_row / 2) / 2
+    return micro_batches_of(fewest, batch_triplets, config.rows_per_batch)
 
 
 def epoch_order(rows: Rows, seed: int, round_number: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch visits the rows; a function of its arguments alone."""
+    """Return the order in which an epoch visits the rows. It depends only on the arguments."""
     return np.random.default_rng((seed, round_number, epoch)).permutation(len(rows))
 
 
 def step_batch(
     rows: Rows, scores: TeamScores, indices: np.ndarray, rows_per_batch: int, most_micro_batches: int
 ) -> tuple[TreeBatch, TeamScores, np.int32]:
-    """The rows of one step as micro-batches [A, B, ...] with scores [A, J, B, R], and how many of the A are used."""
+    """Build the inputs of one train step from the rows at `indices`.
+
+    Args:
+        rows: all rows of the round.
+        scores: their scores, log-probs [J, rows, R] and mask [J].
+        indices: the rows of the step.
+        rows_per_batch: rows B of a micro-batch.
+        most_micro_batches: micro-batches A of the step's fixed shape.
+
+    Returns:
+        The batch [A, B, ...], its scores (log-probs [A, J, B, R], mask [A, J]), and how many of the A micro-batches
+        contain rows.
+    """
+    rows_per_batch = max(1, rows_per_batch)
     used = -(-len(indices) // rows_per_batch)
     total = most_micro_batches * rows_per_batch
-    batch = _fill(_take(rows, indices), total).batch
+    batch = _pad(_select(rows, indices), total).batch
     split = lambda x: x.reshape(most_micro_batches, rows_per_batch, *x.shape[1:])
     players, _, responses = scores.log_probs.shape
     padded = np.zeros((players, total, responses), np.float32)
@@ -222,18 +246,18 @@ def step_batch(
 
 
 def empty_step(config: PackingConfig, players: int, micro_batches: int) -> tuple[TreeBatch, TeamScores, np.int32]:
-    """What `step_batch` gives for no rows at all: the shapes of a step."""
+    """Build step inputs without any rows, as `step_batch` would: they have a step's shapes and dtypes."""
     rows = pack([], config)
     scores = TeamScores(np.zeros((players, *rows.prompt_index.shape), np.float32), np.ones(players, bool))
     return step_batch(rows, scores, np.arange(0), config.rows_per_batch, micro_batches)
 
 
-def _take(rows: Rows, indices: np.ndarray) -> Rows:
+def _select(rows: Rows, indices: np.ndarray) -> Rows:
     batch = jax.tree.map(lambda x: x[indices], rows.batch)
     return Rows(batch, rows.prompt_index[indices], rows.source[indices])
 
 
-def _fill(rows: Rows, size: int) -> Rows:
+def _pad(rows: Rows, size: int) -> Rows:
     if len(rows) == size:
         return rows
     padding = empty_like(rows, size - len(rows))
@@ -243,26 +267,26 @@ def _fill(rows: Rows, size: int) -> Rows:
 
 
 def _split(tree: Tree, config: PackingConfig) -> list[Tree]:
-    """The tree itself, or trees of as many generations as fit a row, each with x and y."""
+    """The tree itself, or several trees with x, y and as many of the generations as fit into a row."""
     if _fits(tree, config):
         return [tree]
     parts: list[Tree] = []
     if not tree.triplets:
         parts = [_subtree(tree, [k], ()) for k in range(len(tree.responses))]
-    held: list[tuple[int, int, int]] = []
+    current: list[tuple[int, int, int]] = []
     for triplet in tree.triplets:
-        if held and not _fits(_with_triplets(tree, [*held, triplet]), config):
-            parts.append(_with_triplets(tree, held))
-            held = []
-        held.append(triplet)
-    if held:
-        parts.append(_with_triplets(tree, held))
+        if current and not _fits(_with_triplets(tree, [*current, triplet]), config):
+            parts.append(_with_triplets(tree, current))
+            current = []
+        current.append(triplet)
+    if current:
+        parts.append(_with_triplets(tree, current))
     for part in parts:
         if not _fits(part, config):
             raise ValueError(
                 f"Prompt {tree.prompt}: {len(part.prompt_tokens)} prompt tokens with responses of "
                 f"{', '.join(str(len(r)) for r in part.responses)} tokens exceed a row of {config.row_length} tokens "
-                f"and {config.max_responses_per_row} responses; raise packing.row_length or lower the length limits."
+                f"and {config.max_responses_per_row} responses. Raise packing.row_length or lower the length limits."
             )
     return parts
 
@@ -279,11 +303,11 @@ def _subtree(tree: Tree, keep: Sequence[int], triplets: tuple[tuple[int, int, in
 
 
 def _fits(tree: Tree, config: PackingConfig) -> bool:
-    long = max(tree.places(config.alignment), tree.predictions) > config.row_length
-    return not long and len(tree.responses) <= config.max_responses_per_row
+    too_long = max(tree.length(config.alignment), tree.predictions) > config.row_length
+    return not too_long and len(tree.responses) <= config.max_responses_per_row
 
 
-def _rows(members: Sequence[Sequence[Tree]], config: PackingConfig) -> Rows:
+def _write_rows(members: Sequence[Sequence[Tree]], config: PackingConfig) -> Rows:
     count, length, most = len(members), config.row_length, config.max_responses_per_row
     ints = lambda n, value=0: np.full((count, n), value, np.int32)
     batch = TreeBatch(
@@ -305,31 +329,31 @@ def _rows(members: Sequence[Sequence[Tree]], config: PackingConfig) -> Rows:
 
 
 def _write_row(rows: Rows, row: int, trees: Sequence[Tree], alignment: int) -> None:
-    """Lay the trees of one row out, one after the other, into the arrays of `rows`."""
-    b = jax.tree.map(lambda x: x[row], rows.batch)  # views
+    """Write the trees of one row, one after the other, into the arrays of `rows`."""
+    b = jax.tree.map(lambda x: x[row], rows.batch)  # views, so that writing to them changes `rows`
     token, prediction, response, triplet = 0, 0, 0, 0
     for segment, tree in enumerate(trees, start=1):
         first_response, prompt_length = response, len(tree.prompt_tokens)
-        trunk = slice(token, token + prompt_length)
-        b.tokens[trunk] = tree.prompt_tokens
-        b.positions[trunk] = np.arange(prompt_length)
-        b.segment_ids[trunk] = segment
+        prompt_span = slice(token, token + prompt_length)
+        b.tokens[prompt_span] = tree.prompt_tokens
+        b.positions[prompt_span] = np.arange(prompt_length)
+        b.segment_ids[prompt_span] = segment
         last_of_prompt = token + prompt_length - 1
-        token += _aligned(prompt_length, alignment)
+        token += _align(prompt_length, alignment)
         for branch, tokens in enumerate(tree.responses, start=1):
             read = len(tokens) - 1
-            place = slice(token, token + read)
-            b.tokens[place] = tokens[:-1]
-            b.positions[place] = prompt_length + np.arange(read)
-            b.segment_ids[place] = segment
-            b.branch_ids[place] = branch
+            span = slice(token, token + read)
+            b.tokens[span] = tokens[:-1]
+            b.positions[span] = prompt_length + np.arange(read)
+            b.segment_ids[span] = segment
+            b.branch_ids[span] = branch
             predicted = slice(prediction, prediction + len(tokens))
             b.sources[predicted] = np.concatenate([[last_of_prompt], np.arange(token, token + read)])
             b.labels[predicted] = tokens
             b.responses[predicted] = response
             rows.prompt_index[row, response] = tree.prompt
             rows.source[row, response] = tree.sources[branch - 1]
-            token += _aligned(read, alignment)
+            token += _align(read, alignment)
             prediction, response = prediction + len(tokens), response + 1
         for target, generated, weight in tree.triplets:
             b.triplet_target[triplet] = first_response + target
@@ -338,5 +362,7 @@ def _write_row(rows: Rows, row: int, trees: Sequence[Tree], alignment: int) -> N
             triplet += 1
 
 
-def _aligned(places: int, alignment: int) -> int:
-    return -(-places // max(1, alignment)) * max(1, alignment)
+def _align(tokens: int, alignment: int) -> int:
+    """`tokens` rounded up to a multiple of `alignment`."""
+    step = max(1, alignment)
+    return -(-tokens // step) * step

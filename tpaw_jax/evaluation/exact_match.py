@@ -1,6 +1,6 @@
-"""Tasks with exact answers: greedy responses by the sampler, the answer extracted, its share right with an interval.
+"""Tasks with exact answers: sample greedily, extract the answers, and report accuracy with a 95 % interval.
 
-A task's problems are records of any shape that training takes; the target text holds the right answer.
+A task's problems are records in any format that training reads; the right answer is extracted from the target text.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from tpaw_jax.config import EvaluationConfig, RunConfig, SamplingConfig, SourceConfig, TaskConfig
-from tpaw_jax.data import dataset
-from tpaw_jax.data.dataset import Template
+from tpaw_jax.data.records import parse_record, read_source
+from tpaw_jax.data.templates import Template
 from tpaw_jax.generation import engine
 from tpaw_jax.generation.policy import Policy
 from tpaw_jax.generation.slots import Sampler
 from tpaw_jax.types import Prompts
 
 CONFIDENCE = 1.959963984540054
-"""Standard deviations of a normal distribution that 95 % lie within."""
+"""95 % of a normal distribution lies within this many standard deviations of its mean."""
 
 
 class Task(NamedTuple):
@@ -36,20 +36,20 @@ class Task(NamedTuple):
 
 
 class Result(NamedTuple):
-    """How a policy did on a task."""
+    """A policy's result on a task."""
 
     name: str
     correct: int
     problems: int
-    low: float  # of the share that is right, 95 % interval
+    low: float  # lower end of the accuracy's 95 % interval
     high: float
     tokens: int  # of all responses
     seconds: float
-    records: list[dict[str, Any]]  # one a problem: prompt, answer, response, extracted, correct, token_ids
+    records: list[dict[str, Any]]  # one per problem: prompt, answer, response, extracted, correct, token_ids
 
     @property
     def accuracy(self) -> float:
-        """The share that is right."""
+        """Share of the problems that are answered correctly."""
         return self.correct / self.problems
 
     def __str__(self) -> str:
@@ -60,33 +60,32 @@ class Result(NamedTuple):
 
 
 def load_task(config: TaskConfig, template: Template) -> Task:
-    """The problems of a task, in their order.
+    """Read and tokenize the problems of a task, in file order.
 
     Raises:
-        ValueError: a record is malformed, or its target holds no answer; names file, line and field.
+        ValueError: a record is malformed, its target contains no answer (names file and line), or there are none.
     """
     source = SourceConfig(config.path, config.split, subset=config.subset)
     prompts, targets = [], []
     answers: list[str] = []
-    for where, raw in dataset.read_source(source):
+    for where, raw in read_source(source):
         if config.limit and len(answers) == config.limit:
             break
         if isinstance(raw, ValueError):
             raise raw
-        record = dataset.parse_record(raw, where)
+        record = parse_record(raw, where)
         answer = extract(config.answer, record.target)
         if answer is None:
             raise ValueError(
-                f"{where}: the target holds no answer; the answer of '{config.name}' is {config.answer!r}."
+                f"{where}: the target contains no answer; task '{config.name}' extracts it with {config.answer!r}."
             )
         prompts.append(np.asarray(template.prompt_tokens(record.messages), np.int32))
         targets.append(np.asarray(template.target_tokens(record.target), np.int32))
         answers.append(answer)
     if not answers:
-        raise ValueError(f"evaluation.tasks, '{config.name}': {config.path} has no problems.")
-    return Task(
-        config, Prompts(np.arange(len(prompts), dtype=np.int32), tuple(prompts), tuple(targets)), tuple(answers)
-    )
+        raise ValueError(f"evaluation.tasks, '{config.name}': {config.path} contains no problems.")
+    ids = np.arange(len(prompts), dtype=np.int32)
+    return Task(config, Prompts(ids, tuple(prompts), tuple(targets)), tuple(answers))
 
 
 def evaluate(
@@ -97,24 +96,27 @@ def evaluate(
     stop_fn: engine.StopFn | None = None,
     progress: Callable[[int, int], None] = lambda requests, tokens: None,
 ) -> Result:
-    """Answer a task's problems and count the right ones. All processes call it alike, each answers its share.
+    """Answer a task's problems and count the correct answers.
 
-    `sampler` is greedy and gives at least the task's `max_new_tokens`.
+    All processes must call this together; each answers its share of the problems. `sampler` must be greedy and allow
+    at least the task's `max_new_tokens`.
     """
-    prompts, begun = task.prompts, time.perf_counter()
-    mine, together = engine.local_share(sampler, len(prompts))
-    made = engine.generate(
+    prompts, start = task.prompts, time.perf_counter()
+    indices, together = engine.local_share(sampler, len(prompts))
+    generations = engine.generate(
         sampler,
         params,
-        prompts.take(mine),
+        prompts.take(indices),
         seed=0,
         round_number=0,
-        limits=[task.config.max_new_tokens] * len(mine),
+        limits=[task.config.max_new_tokens] * len(indices),
         stop_fn=stop_fn,
         progress=progress,
     )
-    tokens = (made if together else engine.gather_from_processes(made, mine, 0)).tokens
-    seconds = time.perf_counter() - begun
+    if not together:
+        generations = engine.gather_from_processes(generations, indices, 0)
+    tokens = generations.tokens
+    seconds = time.perf_counter() - start
     decode = lambda ids: template.tokenizer.decode(ids, skip_special_tokens=True)
     records = []
     for i, (response, answer) in enumerate(zip(map(decode, tokens), task.answers, strict=True)):
@@ -128,15 +130,18 @@ def evaluate(
 
 
 def extract(pattern: str, text: str) -> str | None:
-    """The last match of a regular expression, its first group where it has one; all of the text without a pattern."""
+    """The last match of `pattern` in `text` (its first group, if it has one); None if nothing matches.
+
+    An empty pattern gives the whole text, stripped.
+    """
     if not pattern:
         return text.strip()
-    found = [match.group(1) if match.re.groups else match.group() for match in re.finditer(pattern, text)]
-    return found[-1].strip() if found and found[-1] is not None else None
+    matches = [match.group(1) if match.re.groups else match.group() for match in re.finditer(pattern, text)]
+    return matches[-1].strip() if matches and matches[-1] is not None else None
 
 
 def same_answer(one: str, other: str) -> bool:
-    """Whether two answers are the same number, thousands marked or not, or else the same text."""
+    """Whether two answers are the same number, with or without thousands separators, or else the same text."""
     numbers = [_number(text) for text in (one, other)]
     if None not in numbers:
         return numbers[0] == numbers[1]
@@ -144,7 +149,7 @@ def same_answer(one: str, other: str) -> bool:
 
 
 def interval(correct: int, problems: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
+    """Wilson's 95 % score interval of the accuracy."""
     share, z = correct / problems, CONFIDENCE**2
     middle = (share + z / (2 * problems)) / (1 + z / problems)
     half = CONFIDENCE * math.sqrt(share * (1 - share) / problems + z / (4 * problems**2)) / (1 + z / problems)
@@ -152,19 +157,19 @@ def interval(correct: int, problems: int) -> tuple[float, float]:
 
 
 def greedy(sampling: SamplingConfig, tasks: Sequence[TaskConfig]) -> SamplingConfig:
-    """How all of the tasks are answered: as the run samples, but greedily and as long as the tasks allow."""
+    """The run's sampling settings, but greedy, and with the largest `max_new_tokens` of the tasks."""
     longest = max(task.max_new_tokens for task in tasks)
     return dataclasses.replace(sampling, temperature=0.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=longest)
 
 
 def chosen(config: EvaluationConfig, names: Sequence[str]) -> list[TaskConfig]:
-    """The tasks of these names, or all of them where there are none.
+    """The configured tasks with these names, or all of them if `names` is empty.
 
     Raises:
-        ValueError: there is no such task, or none at all.
+        ValueError: no task is configured, or a name is not among them.
     """
     if not config.tasks:
-        raise ValueError("evaluation.tasks: the configuration has no task to evaluate on.")
+        raise ValueError("evaluation.tasks is empty; the configuration has no task to evaluate on.")
     known = {task.name: task for task in config.tasks}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"--tasks: there is no task '{unknown[0]}'; evaluation.tasks has {', '.join(known)}.")
@@ -179,7 +184,7 @@ def _number(text: str) -> float | None:
 
 
 class Evaluator(NamedTuple):
-    """Tasks, and the sampler that answers them greedily."""
+    """Loaded tasks and a greedy sampler."""
 
     tasks: list[Task]
     sampler: Sampler
@@ -191,16 +196,15 @@ class Evaluator(NamedTuple):
         params: PyTree[Array],
         progress: Callable[[int, int], None] = lambda requests, tokens: None,
     ) -> list[Result]:
-        """How a policy does on each task; `progress` as in `sampling.generate`."""
-        answer = lambda task: evaluate(self.sampler, params, task, self.template, self.stop_fn, progress)
-        return [answer(task) for task in self.tasks]
+        """A policy's result on each task; `progress` is called as in `engine.generate`."""
+        return [evaluate(self.sampler, params, task, self.template, self.stop_fn, progress) for task in self.tasks]
 
 
 def make_evaluator(config: RunConfig, policy: Policy, tasks: Sequence[TaskConfig]) -> Evaluator:
-    """Load the problems of some tasks and build the sampler for them.
+    """Load the problems of `tasks` and build a greedy sampler for them.
 
     Raises:
-        ValueError: a problem cannot be used.
+        ValueError: a problem is malformed or has no answer.
     """
     loaded = [load_task(task, policy.template) for task in tasks]
     return Evaluator(loaded, policy.sampler_with(greedy(config.sampling, tasks)), policy.template, policy.stop_fn)

@@ -1,7 +1,7 @@
-"""lm-eval's interface to a policy: log-likelihoods in packed trees, generation by the sampler.
+"""lm-eval's model interface for a policy: log-likelihoods in packed trees, generation with the sampler.
 
-Continuations of one context share it, as the responses of a prompt do; so a multiple-choice question is computed once.
-Tokens, truncation and stop texts are as in lm-eval's own `hf` model.
+Continuations of one context are packed as responses of one prompt, so the context of a multiple-choice question is
+computed once. Tokenization, truncation and stop strings follow lm-eval's own `hf` model.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from tpaw_jax.training import logprobs, scoring
 from tpaw_jax.training.batch_shapes import settled_packing
 from tpaw_jax.types import Prompts
 
-MOST_NEW_TOKENS = 256
-"""Where a task states no limit, as in lm-eval's `hf` model."""
+DEFAULT_NEW_TOKENS = 256
+"""The limit for tasks that state none, as in lm-eval's `hf` model."""
 
 
 class PolicyLM(TemplateLM):
-    """A policy as lm-eval sees it.
+    """A policy as an lm-eval model.
 
-    Contexts and continuations are at most as long as a row, `packing.row_length`, and as the model's positions.
+    A context and its continuation together are truncated to `packing.row_length` and to the model's positions.
     """
 
     def __init__(self, player: Policy, params: PyTree[Array], config: RunConfig, mesh: jax.sharding.Mesh) -> None:
@@ -45,8 +45,8 @@ class PolicyLM(TemplateLM):
         self.tokenizer = player.template.tokenizer
         self.packing = settled_packing(config, mesh)
         self.positions = player.model.config.max_position_embeddings
-        fitting = self.packing.row_length - 2 * (self.packing.alignment - 1)  # a context and a continuation, aligned
-        self.max_length = min(self.positions, fitting)
+        padding = 2 * (self.packing.alignment - 1)  # of context and continuation, each padded to the alignment
+        self.max_length = min(self.positions, self.packing.row_length - padding)
         greedy_fn = logprobs.make_greedy_fn(player.model, config.policy.head_chunk)
         self._program = scoring.score_program(greedy_fn, mesh, tpu.options_of(mesh))
         self._rows = sharding.rows(mesh)
@@ -54,54 +54,48 @@ class PolicyLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """The end-of-text token."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context is: the BOS token, where there is one."""
+        """The token that stands for an empty context: BOS, or EOS if there is no BOS."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        """Of the tokenizer, for lm-eval's caches."""
+        """Name of the tokenizer, for lm-eval's caches."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokens of a text, with the special ones that the tokenizer adds, but no second BOS."""
+        """Tokens of a text, with the special tokens that the tokenizer adds but without a second BOS."""
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
             options = {"add_special_tokens": False}
         return self.tokenizer.encode(string, **options)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text, by the template that the policy was trained with.
+        """A conversation as text, with the chat template that the policy was trained with.
 
         Raises:
-            ValueError: it was trained without one.
+            ValueError: the policy was trained without a chat template.
         """
         template = self.player.template
         if template.chat is None:
-            raise ValueError("--chat-template: data.chat_template is 'none'; the policy was trained without one.")
-        if template.system_prompt and chat_history[0]["role"] != "system":
-            chat_history = [{"role": "system", "content": template.system_prompt}, *chat_history]
-        text = self.tokenizer.apply_chat_template(
-            chat_history,
-            chat_template=template.chat,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return text + template.lead if add_generation_prompt else text
+            raise ValueError(
+                "--chat-template: data.chat_template is 'none', so the policy was trained without a chat template; "
+                "omit the option."
+            )
+        return template.render(chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """What lm-eval notes as the template."""
+        """The chat template, for lm-eval's records."""
         return self.player.template.chat if chat_template else None
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-prob of whole texts, nats, in windows of `max_length` tokens that do not overlap."""
-        asked, owners = [], []
+        """Log-prob of each text in nats, computed in windows of `max_length` tokens that do not overlap."""
+        scored, owners = [], []
         for number, (text,) in enumerate(request.args for request in requests):
             windows = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(text),
@@ -110,17 +104,17 @@ class PolicyLM(TemplateLM):
                 context_len=1,
             )
             for window in map(utils.make_disjoint_window, windows):
-                asked.append((("", ""), *window))
+                scored.append((("", ""), *window))
                 owners.append(number)
         totals = np.zeros(len(requests))
-        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(asked, disable_tqdm), strict=True):
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(scored, disable_tqdm), strict=True):
             totals[owner] += value
         return totals.tolist()
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Log-prob of each continuation after its context, nats, and whether it is the greedy one."""
+        """Log-prob of each continuation given its context, in nats, and whether greedy decoding would give it."""
         by_context: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
         for number, ((_, text), context, continuation) in enumerate(requests):
             if not continuation:
@@ -129,20 +123,20 @@ class PolicyLM(TemplateLM):
             cut = max(1, len(tokens) - len(continuation))
             by_context.setdefault(tuple(tokens[:cut]), {})[number] = np.asarray(tokens[cut:], np.int32)
         trees = [
-            packing.Tree(i, np.asarray(context, np.int32), tuple(asked), tuple(asked.values()), ())
-            for i, (context, asked) in enumerate(by_context.items())
+            packing.Tree(i, np.asarray(context, np.int32), tuple(continuations), tuple(continuations.values()), ())
+            for i, (context, continuations) in enumerate(by_context.items())
         ]
-        rows, found = packing.pack(trees, self.packing), {}
+        rows, results = packing.pack(trees, self.packing), {}
         size = self.packing.rows_per_batch
         for first in tqdm(range(0, len(rows), size), desc="scoring", disable=disable_tqdm):
             batch = packing.take(rows, np.arange(first, min(first + size, len(rows))), size)
             values = np.asarray(self._program(self.params, sharding.place(batch.batch, self._rows)))
             for row, response in np.argwhere(batch.prompt_index >= 0):
-                found[int(batch.source[row, response])] = values[row, response]
-        return [(float(found[n][0]), bool(found[n][1])) for n in range(len(requests))]
+                results[int(batch.source[row, response])] = values[row, response]
+        return [(float(results[n][0]), bool(results[n][1])) for n in range(len(requests))]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the policy says after each context, up to the first of its stop texts."""
+        """A response to each context, truncated at the first of its stop strings."""
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
@@ -153,12 +147,12 @@ class PolicyLM(TemplateLM):
         return [texts[n] for n in range(len(requests))]
 
     def _generate(self, contexts: Sequence[str], stated: Mapping[str, Any]) -> list[str]:
-        settings = normalize_gen_kwargs(dict(stated), MOST_NEW_TOKENS)
+        settings = normalize_gen_kwargs(dict(stated), DEFAULT_NEW_TOKENS)
         longest = settings["max_gen_toks"]
         if longest >= self.positions:
             raise ValueError(
-                f"--harness: a task asks for {longest} new tokens, and the model has {self.positions} positions for "
-                "them and the context together; evaluate a model with more, or a task that asks for fewer."
+                f"--harness: a task asks for {longest} new tokens, but the model has {self.positions} positions for "
+                "context and response together; choose a model with more positions or a task with shorter responses."
             )
         decode = lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True)
         eos = self.tokenizer.decode(self.eot_token_id)
@@ -167,9 +161,11 @@ class PolicyLM(TemplateLM):
         prompts = Prompts(np.arange(len(tokens), dtype=np.int32), tokens, (np.zeros(1, np.int32),) * len(tokens))
         temperature = float(settings.get("temperature") or 0.0)
         sampler = self._sampler(longest, temperature, float(settings.get("top_p", 1.0)), int(settings.get("top_k", 0)))
-        ends = engine.stop_at(decode, until) if until else None
-        made = engine.generate(sampler, self.params, prompts, seed=self.config.seed, round_number=0, stop_fn=ends)
-        texts = [decode(response) for response in made.tokens]
+        stop_fn = engine.stop_at(decode, until) if until else None
+        generations = engine.generate(
+            sampler, self.params, prompts, seed=self.config.seed, round_number=0, stop_fn=stop_fn
+        )
+        texts = [decode(response) for response in generations.tokens]
         for stop in until:
             texts = [text.split(stop)[0] for text in texts]
         return texts
@@ -198,16 +194,16 @@ def run(
     num_fewshot: int | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """lm-eval's results on some of its tasks, or, with `directory`, on tasks of local YAML files alone.
+    """lm-eval's results on `tasks`, which are its own, or with `directory` those of the YAML files there.
 
     Raises:
-        ValueError: a task is not known, or its data cannot be had.
+        ValueError: a task is unknown, or there are several processes.
     """
     if jax.process_count() > 1:
-        raise ValueError("--harness is for one process; export the policy and evaluate it on one host.")
+        raise ValueError("--harness runs in one process only; export the policy and evaluate it on one host.")
     manager = TaskManager(include_path=directory, include_defaults=directory is None)
     if unknown := [name for name in tasks if not manager.match_tasks([name])]:
-        raise ValueError(f"--harness: lm-eval knows no task '{unknown[0]}'{f' in {directory}' if directory else ''}.")
+        raise ValueError(f"--harness: lm-eval has no task '{unknown[0]}'{f' in {directory}' if directory else ''}.")
     results = lm_eval.simple_evaluate(
         model=policy,
         tasks=list(tasks),
@@ -218,5 +214,5 @@ def run(
         limit=limit,
         log_samples=True,
     )
-    assert results is not None  # it is for ranks above 0 alone
+    assert results is not None  # it is None only on ranks above 0
     return results

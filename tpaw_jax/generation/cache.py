@@ -1,19 +1,27 @@
-"""The key-value cache of the sampler: a pool of pages, each with some consecutive tokens of one slot's sequence.
+"""The paged key-value cache: the allocator of pages on the host, and the pool of pages on the device.
 
-A sequence holds as many pages as it has tokens for, so short ones do not pay for long ones, and shares a prompt's with
-other responses to it. Attention reads the pool in the order it lies in, each page for the slots that own it, and then
-joins the pages of a slot by their softmax sums: no key or value is gathered. (CPUs have kernels for that,
-`cpu_kernels`.) Slots and pages are split into R shards that know nothing of each other.
+A page holds the keys and values of `PAGE` consecutive tokens of one sequence. A sequence holds only the pages that its
+length requires, so short sequences do not pay for long ones, and the responses to one prompt share the prompt's full
+pages. `Pages` (NumPy, on the host) decides which slot holds which page. The functions below it (JAX, on the device)
+read and write the pool by the table that `Pages.table` returns. Attention reads the pool in place, then combines the
+pages of each slot by their softmax sums, so keys and values are never gathered; CPUs have a kernel for this in
+`cpu.kernels`. Slots and pages are split into R shards that are independent of each other.
+
+Dimensions of this file: U pages of a shard, P tokens of a page, W owners of a page at most, J pages of a slot, E = K H
+numbers of a token, G queries of a key head, M = R S slots, Z = R U W pairs of a page and an owner.
 """
 
 from __future__ import annotations
 
 import functools
+import heapq
 import math
+from collections import Counter
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -22,15 +30,117 @@ from tpaw_jax.types import AnyArray
 PAGE = 64
 """Tokens of a page."""
 
-UNSEEN = -1e30
-"""The score of a token that a query does not see; finite, so that a page without any is no special case."""
+LANES = 128
+"""Numbers in a row of a TPU's vector registers; it pads a smaller last dimension to this size."""
+
+MASKED = -1e30
+"""Score of a token that a query must not see. It is finite, so a page without visible tokens needs no special case."""
+
+_NO_TOKEN = 1 << 30  # a position that no sequence reaches
+
+
+class PageTable(NamedTuple):
+    """Which slots hold which pages, as the device reads it."""
+
+    of_slot: Int[AnyArray, "R S J"]  # the pages of each slot in the order of its sequence; U where there is none
+    part: Int[AnyArray, "R S J"]  # W * page + the slot's index among the page's owners; U * W where there is no page
+    owner: Int[AnyArray, "R U W"]  # the slots that hold each page; arbitrary where there are fewer than W
+    first: Int[AnyArray, "R U W"]  # the position of the page's first token; `_NO_TOKEN` where there is no owner
+
+
+class Pages:
+    """Allocates the pages of R shards with S slots each, on the host.
+
+    A slot holds at most `longest_table` pages, and at most `sharers` slots hold the same page.
+    """
+
+    def __init__(self, shards: int, slots: int, pages: int, longest_table: int, sharers: int = 1):
+        self.pages, self.longest_table, self.sharers = pages, longest_table, sharers
+        self._held: list[list[list[int]]] = [[[] for _ in range(slots)] for _ in range(shards)]
+        self._holders: list[Counter[int]] = [Counter() for _ in range(shards)]
+        self._free = [list(range(pages)) for _ in range(shards)]
+
+    @property
+    def most_used(self) -> int:
+        """The number of pages in use in the shard that uses most."""
+        return max(self.pages - len(free) for free in self._free)
+
+    def of_slot(self, shard: int, slot: int) -> list[int]:
+        """The pages of a slot in the order of its sequence."""
+        return self._held[shard][slot]
+
+    def reserve(self, tokens: np.ndarray) -> int:
+        """Extend every slot to the pages that `tokens` [R, S] tokens need, lowest free pages first.
+
+        Returns 0, or the number of pages that a shard is short of; then no slot gets a page.
+        """
+        missing = [
+            [max(0, -(-int(n) // PAGE) - len(held)) for n, held in zip(row, slots, strict=True)]
+            for row, slots in zip(tokens, self._held, strict=True)
+        ]
+        shortfall = max(sum(row) - len(free) for row, free in zip(missing, self._free, strict=True))
+        if shortfall > 0:
+            return shortfall
+        for row, slots, free, holders in zip(missing, self._held, self._free, self._holders, strict=True):
+            for count, held in zip(row, slots, strict=True):
+                new = [heapq.heappop(free) for _ in range(count)]
+                held.extend(new)
+                holders.update(new)
+        return 0
+
+    def share(self, shard: int, slot: int, other: int, count: int) -> None:
+        """Give a slot without pages the first `count` pages of slot `other`; those must not be written any more."""
+        shared = self._held[shard][other][:count]
+        self._held[shard][slot] = shared
+        self._holders[shard].update(shared)
+
+    def release(self, shard: int, slot: int) -> None:
+        """Take all pages from a slot, and free those that no other slot holds."""
+        holders = self._holders[shard]
+        for page in self._held[shard][slot]:
+            holders[page] -= 1
+            if not holders[page]:
+                heapq.heappush(self._free[shard], page)
+        self._held[shard][slot] = []
+
+    def table(self) -> PageTable:
+        """The current allocation as the device reads it."""
+        shards, slots = len(self._held), len(self._held[0])
+        of_slot = np.full((shards, slots, self.longest_table), self.pages, np.int32)
+        part, owner = of_slot * self.sharers, np.zeros((shards, self.pages, self.sharers), np.int32)
+        first = np.full_like(owner, _NO_TOKEN)
+        for r, row in enumerate(self._held):
+            owners = np.zeros(self.pages, int)  # of each page, so far
+            for s, held in enumerate(row):
+                index = owners[held]
+                of_slot[r, s, : len(held)], part[r, s, : len(held)] = held, self.sharers * np.array(held) + index
+                owner[r, held, index], first[r, held, index] = s, PAGE * np.arange(len(held))
+                owners[held] += 1
+        return PageTable(of_slot, part, owner, first)
+
+    def resize(self, slots: np.ndarray, pages: int) -> np.ndarray:
+        """Keep `slots` [R, S'] in this order, and change the number of pages; pages in use come first.
+
+        Returns the old number of every page, [R, `pages`]. A free page gets a number beyond the old ones.
+        """
+        order = np.full((len(self._held), pages), self.pages)
+        for r, row in enumerate(self._held):
+            kept = [row[s] for s in slots[r]]
+            holders = Counter(page for held in kept for page in held)
+            order[r, : len(holders)] = list(holders)
+            number = {page: i for i, page in enumerate(holders)}
+            self._held[r] = [[number[page] for page in held] for held in kept]
+            self._holders[r] = Counter({number[page]: n for page, n in holders.items()})
+            self._free[r] = list(range(len(holders), pages))
+        self.pages = pages
+        return order
 
 
 class LayerPages(struct.PyTreeNode):
-    """Keys and values of all pages in one layer. Layers are apart, so that each is updated where it lies.
+    """Keys and values of all pages in one layer. Each layer has its own arrays, so that XLA updates them in place.
 
-    A token's heads are one row of E = K H numbers: a TPU pads it to a multiple of 128 at most, writes a row of it where
-    it lies, and reads it once a step.
+    The heads of a token are one row of E numbers. A TPU pads such a row to a multiple of 128 at most, writes it in
+    place, and reads it once a step.
     """
 
     keys: Float[Array, "R U P E"]
@@ -40,17 +150,8 @@ class LayerPages(struct.PyTreeNode):
 KVCache = tuple[LayerPages, ...]
 
 
-class PageTable(NamedTuple):
-    """Whose the pages of each shard are."""
-
-    of_slot: Int[AnyArray, "R S J"]  # the pages of a slot's sequence in order; U where there is none
-    part: Int[AnyArray, "R S J"]  # W times the page and the slot's place among its owners; U W where there is none
-    owner: Int[AnyArray, "R U W"]  # the slots that a page belongs to, at most W; any, where there are fewer
-    first: Int[AnyArray, "R U W"]  # the position of its first token; beyond every position, where there is no slot
-
-
 def empty(layers: int, shards: int, pages: int, heads: int, size: int, dtype: jnp.dtype) -> KVCache:
-    """A zeroed pool of `pages` pages a shard; 2 L R U P E elements of `dtype`."""
+    """A zeroed pool with `pages` pages a shard: 2 L R U P E elements of `dtype`."""
     zeros = lambda: jnp.zeros((shards, pages, PAGE, heads * size), dtype)
     return tuple(LayerPages(zeros(), zeros()) for _ in range(layers))
 
@@ -62,16 +163,16 @@ def write_prompts(
     starts: Int[Array, "R C"],
     pages: Int[Array, "R C"],
 ) -> KVCache:
-    """The cache with a page's worth of tokens, from each of `starts` in the rows of its shard, in each of `pages`.
+    """The cache with `PAGE` tokens of the shard's row, from each of `starts` on, written into each of `pages`.
 
-    A page beyond the pool is dropped. What stands behind the last token of a prompt is written and never seen.
+    Page numbers beyond the pool are ignored. Tokens after the end of a prompt are written too, but no query sees them.
     """
     places_RCP = jnp.minimum(starts[..., None] + jnp.arange(PAGE), keys.shape[2] - 1)
-    of_pages = jax.vmap(lambda row_TKH, places_CP: row_TKH[places_CP])  # [R C P K H]
+    take = jax.vmap(lambda row_TKH, places_CP: row_TKH[places_CP])  # [R C P K H]
     put = jax.vmap(lambda old, page_C, new: old.at[page_C].set(new.astype(old.dtype), mode="drop"))
     written = []
     for layer, row_keys, row_values in zip(cache, keys, values, strict=True):
-        new_keys, new_values = (_heads_in_a_row(of_pages(x, places_RCP)) for x in (row_keys, row_values))
+        new_keys, new_values = (_merge_heads(take(x, places_RCP)) for x in (row_keys, row_values))
         written.append(LayerPages(put(layer.keys, pages, new_keys), put(layer.values, pages, new_values)))
     return tuple(written)
 
@@ -83,15 +184,15 @@ def write_token(
     keys: Float[Array, "R S K H"],
     values: Float[Array, "R S K H"],
 ) -> LayerPages:
-    """A layer with one further token in every slot that has a page for it."""
+    """One layer with a new token in every slot that has a page for its position."""
     page, offset = page_of(table, positions), positions % PAGE
     put = jax.vmap(lambda old, u, p, new: old.at[u, p].set(new.astype(old.dtype), mode="drop"))
-    keys, values = _heads_in_a_row(keys), _heads_in_a_row(values)
+    keys, values = _merge_heads(keys), _merge_heads(values)
     return LayerPages(put(layer.keys, page, offset, keys), put(layer.values, page, offset, values))
 
 
 def page_of(table: PageTable, positions: Int[Array, "R S"]) -> Int[Array, "R S"]:
-    """The page that a slot's token at a position lies in."""
+    """The page that holds each slot's token at a position; U where the slot has none."""
     return jnp.take_along_axis(jnp.asarray(table.of_slot), positions[..., None] // PAGE, axis=2)[..., 0]
 
 
@@ -103,87 +204,105 @@ def attend_pages(
     table: PageTable,
     positions: Int[Array, "R S"],
 ) -> Float[Array, "R S N H"]:
-    """Grouped-query attention of one query a slot over the tokens of its pages before `positions`, and its own token.
+    """Grouped-query attention of one query token a slot over its pages before `positions`, and over its own token.
 
-    `keys` and `values` are those of the own token, which need not be in its page yet: a pool that is read before it is
-    written into stays where it is. Each page has its own softmax, joined over the pages of a slot (arXiv 1805.02867);
-    scores and sums are float32. A page is read once for all its slots; the pages of a slot are summed in their order.
+    `keys` and `values` are those of the query's own token. They need not be in the pool yet: XLA updates a pool in
+    place only if it is read before it is written. Each page gets its own softmax, and the pages of a slot are then
+    combined in their order (online softmax, arXiv 1805.02867). Scores and sums are float32. A page is read once for
+    all slots that hold it.
     """
     shards, slots, heads, size = queries.shape
-    pages, kv_heads = layer.keys.shape[1], keys.shape[2]
-    of = jax.vmap(lambda x, index: x[index])  # within a shard
-    all_pages = lambda x: x.reshape(shards * pages, *x.shape[2:])
-    pool_keys, pool_values = all_pages(layer.keys), all_pages(layer.values)  # plain batches: XLA is slow with nested
-    q_RSKGH = queries.reshape(shards, slots, kv_heads, heads // kv_heads, size)
-    joined = _joined_heads(kv_heads, size)
+    pages, kv_heads, dtype = layer.keys.shape[1], keys.shape[2], layer.keys.dtype
+    q_RSKGH = queries.reshape(shards, slots, kv_heads, heads // kv_heads, size).astype(dtype)
+    partial = _attend_within_pages(q_RSKGH, layer, table, positions)
 
-    q_RSKGH = q_RSKGH.astype(pool_keys.dtype)
-    sharers = table.owner.shape[2]
-    q_UWKGH = all_pages(of(_in_joined_heads(q_RSKGH, joined), table.owner))
-    before_UW = all_pages(of(positions, table.owner) - table.first)
-    of_all = lambda x_UWKG: x_UWKG.swapaxes(1, 2).reshape(len(x_UWKG), x_UWKG.shape[2], -1, *x_UWKG.shape[4:])
-    scores = _of_each_run("uph,ugh->ugp", pool_keys, of_all(q_UWKGH)) * size**-0.5
-    seen_UWP = jnp.arange(PAGE) < before_UW[..., None]
-    seen = jnp.repeat(seen_UWP, q_UWKGH.shape[3], axis=1)[:, None]
-    scores = jnp.where(seen, scores, UNSEEN)
-    top = jnp.max(scores, axis=-1)
-    weights = jnp.exp(scores - top[..., None])
-    total = jnp.sum(weights, axis=-1)
-    found = _of_each_run("uph,ugp->ugh", pool_values, weights.astype(pool_values.dtype))
-
-    parts = shards * pages * sharers  # a part is what a page is to one of its slots
-    of_each = lambda x: x.reshape(*x.shape[:2], sharers, -1, *x.shape[3:]).swapaxes(1, 2)
-    found_VKGH = _of_each_head(of_each(found).reshape(parts, *q_UWKGH.shape[2:]), joined)
-    top_VKG, total_VKG = (of_each(x).reshape(found_VKGH.shape[:-1]) for x in (top, total))
-
-    as_kept = lambda x: x.astype(pool_keys.dtype).astype(jnp.float32).reshape(shards * slots, kv_heads, -1, size)
-    own_MKG = jnp.sum(as_kept(q_RSKGH) * as_kept(keys), axis=-1) * size**-0.5
-    there_MJ = jnp.reshape(table.of_slot, (shards * slots, -1)) < pages
-    part_RSJ = jnp.minimum(table.part, pages * sharers - 1)
-    by_shard = lambda x: x.reshape(shards, pages * sharers, *x.shape[1:])
-    of_slot = lambda x: of(by_shard(x), part_RSJ).reshape(*there_MJ.shape, *x.shape[1:])
-    top_MJKG = jnp.where(there_MJ[..., None, None], of_slot(top_VKG), UNSEEN)
-    most_MKG = jnp.maximum(jnp.max(top_MJKG, axis=1), own_MKG)
-    share_MJKG, weight_MKG = jnp.exp(top_MJKG - most_MKG[:, None]), jnp.exp(own_MKG - most_MKG)
-    total_MKG = jnp.sum(share_MJKG * of_slot(total_VKG), axis=1) + weight_MKG
-    sum_MKGH = jnp.sum(share_MJKG[..., None] * of_slot(found_VKGH), axis=1) + weight_MKG[..., None] * as_kept(values)
+    as_cached = lambda x: x.astype(dtype).astype(jnp.float32).reshape(shards * slots, kv_heads, -1, size)
+    own_score_MKG = jnp.sum(as_cached(q_RSKGH) * as_cached(keys), axis=-1) * size**-0.5
+    has_page_MJ = jnp.reshape(table.of_slot, (shards * slots, -1)) < pages
+    parts = table.owner[0].size
+    part_RSJ = jnp.minimum(table.part, parts - 1)
+    by_shard = lambda x_Z: x_Z.reshape(shards, parts, *x_Z.shape[1:])
+    of_slot = lambda x_Z: _take(by_shard(x_Z), part_RSJ).reshape(*has_page_MJ.shape, *x_Z.shape[1:])
+    top_MJKG = jnp.where(has_page_MJ[..., None, None], of_slot(partial.top), MASKED)
+    top_MKG = jnp.maximum(jnp.max(top_MJKG, axis=1), own_score_MKG)
+    scale_MJKG, own_weight_MKG = jnp.exp(top_MJKG - top_MKG[:, None]), jnp.exp(own_score_MKG - top_MKG)
+    total_MKG = jnp.sum(scale_MJKG * of_slot(partial.total), axis=1) + own_weight_MKG
+    sum_MKGH = jnp.sum(scale_MJKG[..., None] * of_slot(partial.weighted), axis=1)
+    sum_MKGH += own_weight_MKG[..., None] * as_cached(values)
     return (sum_MKGH / total_MKG[..., None]).reshape(queries.shape).astype(queries.dtype)
 
 
-def _of_each_run(product: str, pool_UPE, of_heads_UKGX):
-    runs = jnp.split(pool_UPE, of_heads_UKGX.shape[1], axis=-1)
+class _PartialSoftmax(NamedTuple):
+    """Attention of each owner of a page over that page alone, before division by the softmax's total."""
+
+    weighted: Float[Array, "Z K G H"]  # sum of exp(score - top) * value
+    top: Float[Array, "Z K G"]  # the largest score
+    total: Float[Array, "Z K G"]  # sum of exp(score - top)
+
+
+def _attend_within_pages(
+    q_RSKGH: Float[Array, "R S K G H"], layer: LayerPages, table: PageTable, positions: Int[Array, "R S"]
+) -> _PartialSoftmax:
+    kv_heads, size = q_RSKGH.shape[2], q_RSKGH.shape[4]
+    merge_shards = lambda x: x.reshape(-1, *x.shape[2:])  # XLA is slow with nested batch dimensions
+    pool_keys, pool_values = merge_shards(layer.keys), merge_shards(layer.values)
+    joined = _joined_heads(kv_heads, size)
+    q_UWKGH = merge_shards(_take(_join_heads(q_RSKGH, joined), table.owner))
+    before_UW = merge_shards(_take(positions, table.owner) - table.first)
+    sharers = table.owner.shape[2]
+    q_UKGH = q_UWKGH.swapaxes(1, 2).reshape(len(q_UWKGH), q_UWKGH.shape[2], -1, q_UWKGH.shape[4])  # owners among G
+    scores = _for_each_run("uph,ugh->ugp", pool_keys, q_UKGH) * size**-0.5
+    visible_UWP = jnp.arange(PAGE) < before_UW[..., None]
+    visible = jnp.repeat(visible_UWP, q_UWKGH.shape[3], axis=1)[:, None]
+    scores = jnp.where(visible, scores, MASKED)
+    top = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - top[..., None])
+    total = jnp.sum(weights, axis=-1)
+    weighted = _for_each_run("uph,ugp->ugh", pool_values, weights.astype(pool_values.dtype))
+
+    by_owner = lambda x: x.reshape(*x.shape[:2], sharers, -1, *x.shape[3:]).swapaxes(1, 2)
+    pairs = len(pool_keys) * sharers
+    weighted_ZKGH = _separate_heads(by_owner(weighted).reshape(pairs, *q_UWKGH.shape[2:]), joined)
+    top_ZKG, total_ZKG = (by_owner(x).reshape(weighted_ZKGH.shape[:-1]) for x in (top, total))
+    return _PartialSoftmax(weighted_ZKGH, top_ZKG, total_ZKG)
+
+
+def _take(x, index):
+    """x[index] within each shard."""
+    return jax.vmap(lambda x, index: x[index])(x, index)
+
+
+def _for_each_run(product: str, pool_UPE, operand_UKGX):
+    """A float32 product for each run of joined heads in the pool's rows, stacked on axis 1."""
+    runs = jnp.split(pool_UPE, operand_UKGX.shape[1], axis=-1)
     in_float32 = functools.partial(jnp.einsum, product, preferred_element_type=jnp.float32)
-    return jnp.stack([in_float32(run, of_heads_UKGX[:, i]) for i, run in enumerate(runs)], axis=1)
-
-
-LANES = 128
-"""Numbers that a TPU keeps side by side: it pads smaller last dimensions to as many."""
+    return jnp.stack([in_float32(run, operand_UKGX[:, i]) for i, run in enumerate(runs)], axis=1)
 
 
 def _joined_heads(kv_heads: int, size: int) -> int:
-    """Heads whose products are one, so that a row falls into runs of `LANES`; all heads, where no fewer do."""
+    """How many heads to multiply at once, so that a run of them is a multiple of `LANES`; all heads if fewer do not."""
     joined = math.gcd(kv_heads, max(1, LANES // size))
     return joined if joined * size % LANES == 0 else kv_heads
 
 
-def _in_joined_heads(q_RSKGH, joined: int):
-    """[R S K/J JG JH]: the queries of J heads over the row of all J of them, with zeros where the other heads are.
+def _join_heads(q_RSKGH, joined: int):
+    """[R S K/J JG JH], for J joined heads: each head's queries against the row of all J heads, zero at other heads.
 
-    Products with zeros cost a TPU nothing while it reads the pool, and splitting a row into shorter ones a copy of it.
+    Multiplying by zeros costs a TPU nothing while it reads the pool; splitting rows into single heads costs a copy.
     """
     *rs, heads, group, size = q_RSKGH.shape
-    of_heads = q_RSKGH.reshape(*rs, heads // joined, joined, group, 1, size)
+    by_run = q_RSKGH.reshape(*rs, heads // joined, joined, group, 1, size)
     own = jnp.eye(joined, dtype=bool)[:, None, :, None]
-    return jnp.where(own, of_heads, 0).reshape(*rs, heads // joined, joined * group, joined * size)
+    return jnp.where(own, by_run, 0).reshape(*rs, heads // joined, joined * group, joined * size)
 
 
-def _of_each_head(found_UKGH, joined: int):
-    """Of J joined heads, what belongs to each, [U K G H]."""
-    pages, groups, queries, size = found_UKGH.shape
-    shape = pages, groups, joined, queries // joined, joined, size // joined
+def _separate_heads(joined_UKGH, joined: int):
+    """The inverse of `_join_heads` for results: each head's own part, [U K G H]."""
+    pages, runs, queries, size = joined_UKGH.shape
+    shape = pages, runs, joined, queries // joined, joined, size // joined
     own = jnp.eye(joined, dtype=bool)[:, None, :, None]
-    return jnp.where(own, found_UKGH.reshape(shape), 0).sum(axis=4).reshape(pages, groups * joined, shape[3], shape[5])
+    return jnp.where(own, joined_UKGH.reshape(shape), 0).sum(axis=4).reshape(pages, runs * joined, shape[3], shape[5])
 
 
-def _heads_in_a_row(x):
+def _merge_heads(x):
     return x.reshape(*x.shape[:-2], -1)

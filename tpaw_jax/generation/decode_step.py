@@ -1,6 +1,7 @@
-"""One further token a slot: the decoder as it is run when every weight is read for few rows.
+"""One decode step of the `Transformer`: the forward pass for one new token per slot.
 
-Where it can, a CPU has its matrices packed (`cpu_kernels`), and computes prompts with them too.
+Each weight is read for only a few rows, so weights are laid out for fast reading, and products that share an input are
+fused. With the CPU kernels (`cpu.kernels`) the matrices are packed, and prefill uses the packed matrices too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Layer = Int[Array, ""] | int
 
 
 class LayerWeights(NamedTuple):
-    """One layer's parameters, or all layers', stacked: products that read the same input are one, end to end."""
+    """Parameters of one layer, or of all layers, stacked. Matrices that read the same input are concatenated."""
 
     attention_norm: Float[Array, "*L D"]
     qkv: Matrix  # [E, D]
@@ -41,32 +42,32 @@ class LayerWeights(NamedTuple):
 
 
 class DecodeWeights(NamedTuple):
-    """Parameters as decoding reads them, matrices in the compute dtype."""
+    """Parameters in the form that decode steps read, matrices in the compute dtype."""
 
     embed: Matrix  # [V, D]
-    layers: tuple[LayerWeights, ...] | LayerWeights  # each its own, since XLA copies slices of a stack; or all, packed
+    layers: tuple[LayerWeights, ...] | LayerWeights  # a tuple, since XLA copies slices of a stack; stacked if packed
     final_norm: Float[Array, "D"]
-    head: Matrix | None  # [V, D]; None where it is `embed`
+    head: Matrix | None  # [V, D]; None: tied to `embed`
 
     @property
     def packed(self) -> bool:
-        """Whether matrices are packed."""
+        """Whether the matrices are packed for the CPU kernels."""
         return isinstance(self.layers, LayerWeights)
 
     def of_layer(self, i: Layer) -> tuple[LayerWeights, Layer | None]:
-        """The weights of layer i; or, packed, of all layers, and i. Only then need i not be known to the program."""
+        """The weights of layer i and None; if packed, those of all layers and i, which may then be a tracer."""
         return (self.layers, i) if isinstance(self.layers, LayerWeights) else (self.layers[i], None)
 
 
 def decode_weights(model: Transformer, params: PyTree[Array], packed: bool = False) -> DecodeWeights:
-    """The parameters of a model for `decode`, matrices packed or not."""
-    of_layer = lambda i: jax.tree.map(lambda p: p[i], params["layers"])
-    in_order = kernels.pack if packed else jnp.transpose
-    matrix = lambda p_DF: in_order(p_DF.astype(model.dtype))
-    of_layers = [_layer_weights(of_layer(i), matrix) for i in range(0 if packed else model.config.num_layers)]
+    """Convert a model's parameters for `decode`; `packed` for the CPU kernels."""
+    params_of = lambda i: jax.tree.map(lambda p: p[i], params["layers"])
+    layout = kernels.pack if packed else jnp.transpose
+    matrix = lambda p_DF: layout(p_DF.astype(model.dtype))
+    layers = [_layer_weights(params_of(i), matrix) for i in range(0 if packed else model.config.num_layers)]
     return DecodeWeights(
         matrix(params["embed"]["embedding"].T),
-        _layer_weights(params["layers"], matrix) if packed else tuple(of_layers),
+        _layer_weights(params["layers"], matrix) if packed else tuple(layers),
         params["final_norm"]["scale"],
         None if model.config.tie_embeddings else matrix(head_table(params).T),
     )
@@ -80,15 +81,16 @@ def decode(
     cache: kv.KVCache,
     table: kv.PageTable,
 ) -> tuple[Float[Array, "R S V"], kv.KVCache]:
-    """Float32 logits after one further token a slot, and the cache with it written at `positions`.
+    """Float32 logits after one new token per slot, and the cache with that token written at `positions`.
 
-    Products read their operands in the compute dtype and are summed in float32; all else is float32. Layers stand one
-    after the other, not under a scan, for which weights that are not packed would be stacked: XLA copies its slices.
+    Products take operands in the compute dtype and accumulate in float32; everything else is float32. Layers are
+    unrolled: a scan needs stacked weights, and XLA copies the slices of a stack.
     """
     angles = rotary_angles(model.config, positions)
-    x_MD, layers = _embedded(model, weights, tokens), []
+    x_MD, layers = _embed(model, weights, tokens), []
+    attend_pages = _attend_with_kernel if weights.packed else functools.partial(_attend, model.local_config)
     for i, pages in enumerate(cache):
-        attend = functools.partial(_attend_pages, model.local_config, angles, pages, table, positions, weights.packed)
+        attend = functools.partial(attend_pages, angles=angles, pages=pages, table=table, positions=positions)
         x_MD, pages = _layer(model, *weights.of_layer(i), x_MD, positions.shape, attend)
         layers.append(pages)
     return _logits(model, weights, x_MD).reshape(*tokens.shape, -1), tuple(layers)
@@ -97,9 +99,9 @@ def decode(
 def prefill(
     model: Transformer, weights: DecodeWeights, prompts: PackedPrompts, dtype: jnp.dtype
 ) -> tuple[Float[Array, "R N V"], tuple[Float[Array, "L R T K H"], Float[Array, "L R T K H"]]]:
-    """Float32 logits after the last token of each prompt, and the rows' keys and values in `dtype`, of packed weights.
+    """Float32 logits after each prompt's last token, and the rows' keys and values in `dtype`; for packed weights.
 
-    Products are rounded as those of `decode`; attention is the model's own, of keys and values not rounded yet.
+    Products round like those of `decode`. Attention is the model's own, on keys and values before they are rounded.
     """
     c, rows = model.local_config, prompts.tokens.shape
     angles = rotary_angles(c, prompts.positions)
@@ -113,13 +115,13 @@ def prefill(
     def layer(x_MD, i):
         return _layer(model, *weights.of_layer(i), x_MD, rows, attend)
 
-    x_MD, keys_and_values = jax.lax.scan(layer, _embedded(model, weights, prompts.tokens), jnp.arange(c.num_layers))
+    x_MD, keys_and_values = jax.lax.scan(layer, _embed(model, weights, prompts.tokens), jnp.arange(c.num_layers))
     last_RN = jnp.arange(rows[0])[:, None] * rows[1] + prompts.first + prompts.lengths - 1
     logits = _logits(model, weights, x_MD[last_RN.reshape(-1)])
     return logits.reshape(*last_RN.shape, -1), keys_and_values
 
 
-def _embedded(model: Transformer, weights: DecodeWeights, tokens: Int[AnyArray, "R S"]) -> Float[Array, "M D"]:
+def _embed(model: Transformer, weights: DecodeWeights, tokens: Int[AnyArray, "R S"]) -> Float[Array, "M D"]:
     name, flat = "embed/embedding", jnp.reshape(tokens, -1)
     return model.parallel.embed(weights.embed, name, flat, jnp.float32, take=_rows)
 
@@ -127,17 +129,20 @@ def _embedded(model: Transformer, weights: DecodeWeights, tokens: Int[AnyArray, 
 def _layer(
     model: Transformer, w: LayerWeights, i: Layer | None, x_MD: Array, rows: tuple[int, ...], attend: Callable[..., Any]
 ) -> Any:
-    """A layer over the tokens of `rows` [R, S]; attend([R, S, N + 2K, H]) -> (what the queries find, anything)."""
+    """One layer over tokens of shape `rows` = (R, S).
+
+    attend([R, S, N + 2K, H]) -> (attention output [R, S, N, H], anything that the caller wants to keep).
+    """
     c, split = model.local_config, model.parallel
     product = functools.partial(_product, epsilon=c.rms_norm_eps, layer=i)
-    of_layer = lambda p: p if i is None else p[i]
+    select = lambda p: p if i is None else p[i]
     qkv_ME = product(x_MD, w.qkv, w.attention_norm)
     if w.qkv_bias is not None:
-        qkv_ME += of_layer(w.qkv_bias)
+        qkv_ME += select(w.qkv_bias)
     heads_RSXH = qkv_ME.reshape(*rows, -1, c.head_dim)
     if w.q_norm is not None and w.k_norm is not None:
         q, k, v = _split_heads(c, heads_RSXH)
-        norm = lambda x, scale: rms_norm(x, of_layer(scale), c.rms_norm_eps)
+        norm = lambda x, scale: rms_norm(x, select(scale), c.rms_norm_eps)
         heads_RSXH = jnp.concatenate([norm(q, w.q_norm), norm(k, w.k_norm), v], axis=2)
     attended, kept = attend(heads_RSXH)
     x_MD += split.total(product(attended.reshape(len(x_MD), -1), w.o))
@@ -158,28 +163,31 @@ def _split_heads(config, heads_RSXH):
 
 
 def _rows(table_VD, tokens_M):
-    """table[tokens]. XLA's CPU backend widens a whole table of 16-bit floats to read a row of it, but not integers."""
+    """table[tokens]. XLA's CPU backend converts an entire table of 16-bit floats to read one row, so read integers."""
     if isinstance(table_VD, PackedMatrix):
         return kernels.take(table_VD, tokens_M)
     if table_VD.dtype.itemsize != 2:
         return table_VD[tokens_M]
     as_integers = lambda table: jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens_M]
-    of_integers = lambda table: jax.lax.bitcast_convert_type(as_integers(table), table.dtype)
-    return jax.lax.platform_dependent(table_VD, cpu=of_integers, default=lambda table: table[tokens_M])
+    through_integers = lambda table: jax.lax.bitcast_convert_type(as_integers(table), table.dtype)
+    return jax.lax.platform_dependent(table_VD, cpu=through_integers, default=lambda table: table[tokens_M])
 
 
-def _attend_pages(config, angles, pages, table, positions, native, heads_RSXH):
-    """What the queries find in the cache, and a layer of the cache with their tokens in it."""
-    if native:
-        found = kernels.attend_pages(heads_RSXH, angles, pages.keys, pages.values, table.of_slot, positions)
-        return found[0], kv.LayerPages(*found[1:])
+def _attend_with_kernel(heads_RSXH, *, angles, pages, table, positions):
+    """Attention output and the layer's pages with the new tokens, by the CPU kernel."""
+    attended, *pools = kernels.attend_pages(heads_RSXH, angles, pages.keys, pages.values, table.of_slot, positions)
+    return attended, kv.LayerPages(*pools)
+
+
+def _attend(config, heads_RSXH, *, angles, pages, table, positions):
+    """Attention output and the layer's pages with the new tokens, by XLA."""
     q, k, v = _split_heads(config, heads_RSXH)
     q, k = rotate(q, angles), rotate(k, angles)
     return kv.attend_pages(q, k, v, pages, table, positions), kv.write_token(pages, table, positions, k, v)
 
 
 def _product(x_MD, weight_FD, scale=None, epsilon=0.0, layer=None):
-    """The product in float32, of x or of its norm."""
+    """x times the transposed weight, in float32; with `scale`, of the RMS norm of x."""
     if isinstance(weight_FD, PackedMatrix):
         return kernels.dot(x_MD, weight_FD, scale, epsilon, layer)
     if scale is not None:
@@ -189,10 +197,10 @@ def _product(x_MD, weight_FD, scale=None, epsilon=0.0, layer=None):
 
 
 def _row_major(x_FM):
-    """`x_FM` in memory as it is written, which XLA would lay out as what it is made of or turned into.
+    """`x_FM` stored row by row; XLA would otherwise choose the layout of the array's source or its use.
 
-    On CPU, products of a weight [F, D] with few columns that lie so run 15 to 40 % faster than those of few rows, whose
-    16-bit weights would even be widened first; to a TPU they are the same.
+    On CPUs, the product of a weight [F, D] and few columns in this layout is 15 to 40 % faster than that of few rows,
+    for which XLA even converts 16-bit weights to float32. On TPUs both take the same time.
     """
     return with_layout_constraint(x_FM, Layout(major_to_minor=(0, 1)))
 

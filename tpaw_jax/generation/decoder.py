@@ -1,4 +1,4 @@
-"""What sampling asks of a model: to compute packed prompts, and one further token of every slot."""
+"""What sampling needs from a model: prefill of packed prompts, and one decode step for all slots."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tpaw_jax.types import PackedPrompts
 
 
 class Decoder(NamedTuple):
-    """A model as sampling uses it. The cache is any pytree whose leaves are [R, U, ...], a page of tokens each.
+    """A model as the sampler uses it. The cache is any pytree with leaves [R, U, ...], one entry per page.
 
-    dtype of the matrices that `params` are given with; None: as they are
+    dtype: of the matrices in `params`; None: any
     init(shards, pages) -> cache
-    prepare(params) -> weights, the parameters as `decode` wants them
+    prepare(params) -> weights, the form of the parameters that `decode` takes
     prefill(params, prompts) -> (logits [R, N, V] after the last token of each prompt, rows: any pytree for `place`)
-    prefills_with_weights: whether it takes weights in the place of params
-    place(cache, rows, starts [R, C], pages [R, C]) -> cache, with a page's tokens of the rows from `starts` in `pages`
+    place(cache, rows, starts [R, C], pages [R, C]) -> cache, with `PAGE` tokens from each start written to its page
     decode(weights, cache, tokens [R, S], positions [R, S], table) -> (logits [R, S, V], cache)
+    prefills_with_weights: whether `prefill` takes the weights of `prepare` instead of `params`
     """
 
     dtype: jnp.dtype | None
@@ -38,13 +38,14 @@ class Decoder(NamedTuple):
 
 
 def decoder_of(model: Transformer, cache_dtype: str = "", platform: str = "") -> Decoder:
-    """The `Decoder` of a `Transformer`, for the devices of a platform: by default, JAX's own.
+    """The `Decoder` of a `Transformer` with a paged key-value cache.
 
-    Keys and values are kept in `cache_dtype`; by default in the compute dtype.
+    The cache has `cache_dtype`, by default the model's compute dtype. `platform` is the devices' platform, by default
+    JAX's own. On CPUs, the C++ kernels are used if they are available and support both dtypes.
     """
     c, dtype = model.local_config, jnp.dtype(cache_dtype or model.dtype)
-    on_cpu, fits = (platform or jax.default_backend()) == "cpu", {dtype, jnp.dtype(model.dtype)} <= kernels.DTYPES
-    native = on_cpu and fits and kernels.available()
+    on_cpu = (platform or jax.default_backend()) == "cpu"
+    use_kernels = on_cpu and {dtype, jnp.dtype(model.dtype)} <= kernels.DTYPES and kernels.available()
 
     def init(shards, pages):
         return kv.empty(c.num_layers, shards, pages, c.num_kv_heads, c.head_dim, dtype)
@@ -55,26 +56,26 @@ def decoder_of(model: Transformer, cache_dtype: str = "", platform: str = "") ->
         last_RND = jax.vmap(lambda row_TD, last_N: row_TD[last_N])(hidden_RTD, prompts.first + prompts.lengths - 1)
         return model.apply(variables, last_RND, method="logits"), keys_and_values
 
-    def of_weights(weights, prompts):
+    def prefill_with_weights(weights, prompts):
         return decode_step.prefill(model, weights, prompts, dtype)
 
     return Decoder(
         dtype=jnp.dtype(model.dtype),
         init=init,
-        prepare=lambda params: decode_step.decode_weights(model, params, packed=native),
-        prefill=of_weights if native else prefill,
+        prepare=lambda params: decode_step.decode_weights(model, params, packed=use_kernels),
+        prefill=prefill_with_weights if use_kernels else prefill,
         place=lambda cache, rows, starts, pages: kv.write_prompts(cache, rows[0], rows[1], starts, pages),
         decode=lambda weights, cache, tokens, positions, table: decode_step.decode(
             model, weights, tokens, positions, cache, table
         ),
-        prefills_with_weights=native,
+        prefills_with_weights=use_kernels,
     )
 
 
 def decoder_from_apply_fn(apply_fn: Callable[[PyTree[Array], Array], Array]) -> Decoder:
-    """A `Decoder` of any causal apply_fn(params, tokens [B, T]) -> logits [B, T, V]; it recomputes the whole sequence.
+    """A `Decoder` of any causal apply_fn(params, tokens [B, T]) -> logits [B, T, V].
 
-    The cache is the tokens so far.
+    It is slow: the cache holds the tokens so far, and every step recomputes the full sequence.
     """
 
     def last_logits(params, tokens_BT, last_B):

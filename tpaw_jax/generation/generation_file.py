@@ -1,9 +1,9 @@
-"""Responses as JSON lines: what other engines write for a round, and what a round has sampled so far.
+"""Responses as JSON lines: those that another engine wrote for a round, and those that a round has sampled so far.
 
-One line a response: {"prompt_id": 7, "token_ids": [12, 9, 2], "log_probs": [-0.3, -1.2, -0.1]}. Another engine may
-leave out `log_probs`, may give `response`, a text, instead of `token_ids`, and may add `prompt_token_ids`, so that a
-tokenizer or template other than the run's is found out. A run's own lines end with `check`, the CRC-32 of the rest;
-where a prompt has several responses, `sample` numbers them.
+One line per response: {"prompt_id": 7, "token_ids": [12, 9, 2], "log_probs": [-0.3, -1.2, -0.1]}. Another engine may
+omit `log_probs`, may give the text `response` instead of `token_ids`, and may add `prompt_token_ids`, by which a
+different tokenizer or template is detected. A run's own lines end with `check`, the CRC-32 of the other fields; if a
+prompt has several responses, `sample` numbers them.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tpaw_jax.data.dataset import Template
-from tpaw_jax.generation.engine import Response
+from tpaw_jax.data.templates import Template
+from tpaw_jax.generation.engine import Response, generations_of
 from tpaw_jax.storage import files
 from tpaw_jax.types import Generations, Prompts
 
 SECONDS_BETWEEN_APPENDS = 2.0
-"""A bucket that is mounted as a file system takes one write of a file a second, and each is awaited."""
+"""A bucket mounted as a file system accepts about one write per file and second, and each write blocks."""
 
 
 class Given(NamedTuple):
-    """What a file of another engine holds."""
+    """The contents of another engine's file."""
 
     generations: Generations
-    retokenised: int  # responses that came as text
-    without_log_probs: int
+    retokenised: int  # responses given as text
+    without_log_probs: int  # responses
 
 
 def read(path: Path, prompts: Prompts, template: Template, vocabulary: int, longest: int, round_number: int) -> Given:
-    """The responses of another engine, one a prompt, checked line by line.
+    """Read another engine's responses, one per prompt, and check every line.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line cannot be used, a prompt is answered twice or not at all; names the line and the field.
+        FileNotFoundError: the file does not exist.
+        ValueError: a line cannot be used (the message names line and field), or a prompt has no or two responses.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of generations.")
-    place = {int(prompt_id): i for i, prompt_id in enumerate(prompts.ids)}
-    found: dict[int, Response] = {}
+    index_of = _index_by_id(prompts)
+    responses: dict[int, Response] = {}
     lines: dict[int, int] = {}
     retokenised = 0
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -54,29 +54,29 @@ def read(path: Path, prompts: Prompts, template: Template, vocabulary: int, long
             continue
         where = f"{path}, line {number}"
         record = _record(line, where)
-        i = _prompt(record, place, where)
+        i = _prompt_index(record, index_of, where)
         if i in lines:
-            raise ValueError(f"{where}: prompt_id {record['prompt_id']} is answered in line {lines[i]} already.")
+            raise ValueError(f"{where}: prompt_id {record['prompt_id']} was already answered in line {lines[i]}.")
         _check_prompt_tokens(record, prompts.prompt_tokens[i], where)
         retokenised += record.get("token_ids") is None
-        found[i], lines[i] = _response(record, template, vocabulary, longest, where), number
-    missing = [int(prompts.ids[i]) for i in range(len(prompts)) if i not in found]
+        responses[i], lines[i] = _response(record, template, vocabulary, longest, where), number
+    missing = [int(prompts.ids[i]) for i in range(len(prompts)) if i not in responses]
     if missing:
-        first = ", ".join(map(str, missing[:5]))
-        raise ValueError(f"{path}: {len(missing)} of {len(prompts)} prompts are not answered; prompt_id {first} ...")
-    ordered = [found[i] for i in range(len(prompts))]
+        first = ", ".join(map(str, missing[:5])) + (" and others" if len(missing) > 5 else "")
+        raise ValueError(f"{path}: {len(missing)} of {len(prompts)} prompts are not answered: prompt_id {first}.")
+    ordered = [responses[i] for i in range(len(prompts))]
     without = sum(bool(np.isnan(log_probs).any()) for _, log_probs in ordered)
-    generations = Generations(round_number, tuple(t for t, _ in ordered), tuple(p for _, p in ordered))
-    return Given(generations, retokenised, without)
+    return Given(generations_of(round_number, ordered), retokenised, without)
 
 
 @contextlib.contextmanager
 def appending(
     path: Path, prompts: Prompts, seconds: float = SECONDS_BETWEEN_APPENDS, num_generations: int = 1
 ) -> Iterator[Callable[[Mapping[int, Response]], None]]:
-    """Within it, what it gives adds finished responses: the first at once, later ones when `seconds` have passed.
+    """Yields a function that takes finished responses and appends them to the file, at most every `seconds`.
 
-    The last are added at the end, also where an error or a notice to stop ends it; a kill can lose those of `seconds`.
+    The first call writes at once. What is left is written on exit, also after an exception or a preemption notice; a
+    kill can lose the responses of the last `seconds`.
     """
     waiting: dict[int, Response] = {}
     written = -math.inf
@@ -100,7 +100,7 @@ def appending(
 
 
 def append(path: Path, prompts: Prompts, responses: Mapping[int, Response], num_generations: int = 1) -> None:
-    """Add finished responses, by their places as `sampling.generate` has them, and see them to the disk."""
+    """Append finished responses, by request as in `engine.generate`, and flush them to disk."""
     lines = []
     for n, (tokens, log_probs) in responses.items():
         i, sample = divmod(n, num_generations)
@@ -113,43 +113,49 @@ def append(path: Path, prompts: Prompts, responses: Mapping[int, Response], num_
 def resume(
     path: Path, prompts: Prompts, say: Callable[[str], None] = lambda text: None, num_generations: int = 1
 ) -> dict[int, Response]:
-    """What `append` wrote, by place. A line that a kill cut short, or that is damaged, is removed."""
-    found, whole = _appended(path, prompts, num_generations)
-    if path.exists() and len(content := b"".join(whole)) < path.stat().st_size:
+    """The responses that `append` wrote, by request. Removes truncated and corrupted lines from the file."""
+    responses, intact = _read_appended(path, prompts, num_generations)
+    if path.exists() and len(content := b"".join(intact)) < path.stat().st_size:
         lines = len(path.read_bytes().splitlines())
         say(
-            f"{path}: {lines - len(whole)} of {lines} lines are damaged or cut short; those prompts are answered again."
+            f"{path}: {lines - len(intact)} of {lines} lines are corrupted or truncated; "
+            "those prompts are answered again."
         )
         files.replace(path, content)
-    return found
+    return responses
 
 
 def of_all(paths: Iterable[Path], prompts: Prompts) -> dict[int, Response]:
-    """What `append` wrote into any of several files."""
-    together: dict[int, Response] = {}
+    """The responses that `append` wrote to several files, by prompt."""
+    responses: dict[int, Response] = {}
     for path in paths:
-        together |= _appended(path, prompts)[0]
-    return together
+        responses |= _read_appended(path, prompts)[0]
+    return responses
 
 
-def _appended(path: Path, prompts: Prompts, num_generations: int = 1) -> tuple[dict[int, Response], list[bytes]]:
-    """The responses in a file, of its whole lines, and those lines."""
-    found: dict[int, Response] = {}
-    whole: list[bytes] = []
+def _read_appended(path: Path, prompts: Prompts, num_generations: int = 1) -> tuple[dict[int, Response], list[bytes]]:
+    """The responses of a file's intact lines, by request, and those lines."""
+    responses: dict[int, Response] = {}
+    intact: list[bytes] = []
     if not path.exists():
-        return found, whole
-    place = {int(prompt_id): i for i, prompt_id in enumerate(prompts.ids)}
+        return responses, intact
+    index_of = _index_by_id(prompts)
     for line in path.read_bytes().splitlines(keepends=True):
         try:
             record = files.parse_json(line, path)
             if record.pop("check") != _check(record) or not line.endswith(b"\n"):
                 continue
             tokens, log_probs = np.array(record["token_ids"], np.int32), np.array(record["log_probs"], np.float32)
-            found[place[record["prompt_id"]] * num_generations + record.get("sample", 0)] = tokens, log_probs
+            request = index_of[record["prompt_id"]] * num_generations + record.get("sample", 0)
+            responses[request] = tokens, log_probs
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
-        whole.append(line)
-    return found, whole
+        intact.append(line)
+    return responses, intact
+
+
+def _index_by_id(prompts: Prompts) -> dict[int, int]:
+    return {int(prompt_id): i for i, prompt_id in enumerate(prompts.ids)}
 
 
 def _check(record: Mapping[str, Any]) -> int:
@@ -159,15 +165,15 @@ def _check(record: Mapping[str, Any]) -> int:
 def _record(line: bytes, where: str) -> dict[str, Any]:
     record = files.parse_json(line, where)
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: an object with prompt_id and token_ids was expected, not {type(record).__name__}.")
+        raise ValueError(f"{where}: expected an object with prompt_id and token_ids, got {type(record).__name__}.")
     return record
 
 
-def _prompt(record: dict[str, Any], place: Mapping[int, int], where: str) -> int:
+def _prompt_index(record: dict[str, Any], index_of: Mapping[int, int], where: str) -> int:
     prompt_id = record.get("prompt_id")
-    if type(prompt_id) is not int or prompt_id not in place:
-        raise ValueError(f"{where}: prompt_id is {prompt_id!r}; it must be the id of one of the {len(place)} prompts.")
-    return place[prompt_id]
+    if type(prompt_id) is not int or prompt_id not in index_of:
+        raise ValueError(f"{where}: prompt_id is {prompt_id!r}; it must be the id of one of {len(index_of)} prompts.")
+    return index_of[prompt_id]
 
 
 def _check_prompt_tokens(record: dict[str, Any], tokens: np.ndarray, where: str) -> None:
@@ -184,16 +190,16 @@ def _response(record: dict[str, Any], template: Template, vocabulary: int, longe
     if ids is None:
         text = record.get("response")
         if not isinstance(text, str):
-            raise ValueError(f"{where}: token_ids is missing, and response is no text either.")
+            raise ValueError(f"{where}: token_ids is missing, and response is not a string.")
         ids = [*template.tokenizer.encode(text, add_special_tokens=False), template.end_of_turn][:longest]
     if not isinstance(ids, list) or not ids or not all(type(t) is int and 0 <= t < vocabulary for t in ids):
-        raise ValueError(f"{where}: token_ids must be a list of at least one id from 0 to {vocabulary - 1}.")
+        raise ValueError(f"{where}: token_ids must be a non-empty list of ids from 0 to {vocabulary - 1}.")
     if len(ids) > longest:
-        raise ValueError(f"{where}: {len(ids)} token_ids exceed sampling.max_new_tokens, {longest}.")
+        raise ValueError(f"{where}: token_ids has {len(ids)} tokens; sampling.max_new_tokens allows {longest}.")
     log_probs = record.get("log_probs")
     if log_probs is None:
         return np.array(ids, np.int32), np.full(len(ids), np.nan, np.float32)
     numbers = isinstance(log_probs, list) and all(type(p) in (int, float) and -1e30 < p <= 1e-3 for p in log_probs)
     if not numbers or len(log_probs) != len(ids):
-        raise ValueError(f"{where}: log_probs must be {len(ids)} numbers of at most 0, one for each of token_ids.")
+        raise ValueError(f"{where}: log_probs must be a list of {len(ids)} numbers of at most 0, one per token.")
     return np.array(ids, np.int32), np.array(log_probs, np.float32)

@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 
 from tpaw_jax import models
 from tpaw_jax.config import RunConfig, SamplingConfig
-from tpaw_jax.data import dataset
+from tpaw_jax.data import templates
 from tpaw_jax.generation import engine, slots
 from tpaw_jax.models import hub, splash_attention
 from tpaw_jax.models.tile_attention import TILES
@@ -20,7 +20,7 @@ from tpaw_jax.models.transformer import split
 from tpaw_jax.runtime import sharding
 
 SPEED_ONLY_KEYS = frozenset({"sampling.slots", "sampling.prefill_tokens", "sampling.tensor"})
-"""Configuration keys that change how fast responses are sampled, never which tokens."""
+"""Configuration keys that change the speed of sampling, but not the sampled tokens."""
 
 
 class Policy(NamedTuple):
@@ -28,31 +28,36 @@ class Policy(NamedTuple):
 
     model: models.Transformer
     params: PyTree[Array]
-    template: dataset.Template
+    template: templates.Template
     sampler: slots.Sampler
-    stop_fn: engine.StopFn | None  # where a text ends a response; None: no text does
-    sampler_with: Callable[[SamplingConfig], slots.Sampler]  # another sampler of the model
+    stop_fn: engine.StopFn | None  # ends a response at the configured stop strings; None without any
+    sampler_with: Callable[[SamplingConfig], slots.Sampler]  # builds a sampler with other settings
 
 
 def open_policy(config: RunConfig, mesh: Mesh) -> Policy:
-    """Load the model and tokenizer of a configuration and build its sampler."""
+    """Load the model and tokenizer of a configuration, split over `mesh`, and build the sampler.
+
+    Raises:
+        FileNotFoundError: there is no model at `policy.path`.
+        ValueError: the model, its tokenizer or `sampling.tensor` cannot be used.
+    """
     c, dtype = config.policy, jnp.dtype(config.policy.param_dtype)
-    template = dataset.make_template(hub.load_tokenizer(c.tokenizer or c.path), config.data)
+    template = templates.make_template(hub.load_tokenizer(c.tokenizer or c.path), config.data)
     architecture, params = models.load_pretrained(c.path, dtype, sharding.param_sharder(mesh))
     remat = "layer" if c.remat == "auto" else c.remat
     attention = splash_attention.splash_attention() if jax.default_backend() == "tpu" else TILES
     whole = models.Transformer(architecture, jnp.dtype(c.compute_dtype), dtype, remat, attention)
     model = split(whole, params, mesh, config.train.reduce_dtype)
-    decodes_on = sharding.sampling_mesh(config.sampling.tensor)
+    sampling_mesh = sharding.sampling_mesh(config.sampling.tensor)
     stops = stop_tokens(template, hub.load_generation_config(c.path))
-    decoder = engine.decoder_of(split(whole, params, decodes_on, key="sampling.tensor"), config.sampling.cache_dtype)
-    sampler_with = lambda settings: engine.make_sampler(decoder, settings, stops, decodes_on)
+    decoder = engine.decoder_of(split(whole, params, sampling_mesh, key="sampling.tensor"), config.sampling.cache_dtype)
+    sampler_with = lambda settings: engine.make_sampler(decoder, settings, stops, sampling_mesh)
     strings = config.sampling.stop_strings
-    ends = engine.stop_at(template.tokenizer.decode, strings) if strings else None
-    return Policy(model, params, template, sampler_with(config.sampling), ends, sampler_with)
+    stop_fn = engine.stop_at(template.tokenizer.decode, strings) if strings else None
+    return Policy(model, params, template, sampler_with(config.sampling), stop_fn, sampler_with)
 
 
-def stop_tokens(template: dataset.Template, generation: Mapping[str, Any]) -> list[int]:
-    """What ends a response: the template's end of turn, and what the model's generation_config.json states."""
-    stated = generation.get("eos_token_id") or []
-    return sorted({template.end_of_turn, *(stated if isinstance(stated, list) else [stated])})
+def stop_tokens(template: templates.Template, generation: Mapping[str, Any]) -> list[int]:
+    """The tokens that end a response: the template's end of turn, and `eos_token_id` of generation_config.json."""
+    eos = generation.get("eos_token_id") or []
+    return sorted({template.end_of_turn, *(eos if isinstance(eos, list) else [eos])})

@@ -1,8 +1,9 @@
-"""The slots of the sampler on the device, and the compiled programs that fill, decode, empty and resize them.
+"""The decode slots on the device, and the compiled programs that fill, decode, cancel and resize them.
 
-Slots are split into R shards, one for each device that batch rows are split over, with S slots and U pages each. The
-shards decode apart, without a word between them; where a tensor axis splits the model, its devices hold the same slots.
-A program runs without the host knowing what it finds; the host alone decides which request and page goes where.
+Slots are split into R shards, one for each device that batch rows are split over, with S slots and U pages each. Shards
+decode independently of each other; where a tensor axis splits the model, the devices of that axis hold the same slots.
+The host alone decides which request enters which slot and which pages it gets; it reads the slots only between chunks
+of decode steps.
 """
 
 from __future__ import annotations
@@ -27,28 +28,28 @@ from tpaw_jax.runtime import sharding
 from tpaw_jax.types import AnyArray, PackedPrompts
 
 STEPS_PER_CHUNK = 8
-"""Decoding steps between looks from the host, which a chunk of them always waits for behind the one that runs."""
+"""Decode steps of one call of `decode`. The host reads the slots once per chunk, while the next chunk is queued."""
 
 
 class DecodeState(struct.PyTreeNode):
-    """The slots. A slot is idle, or holds a request that has `generated` of its new tokens."""
+    """All slots. A slot is idle, or holds a request of which `generated` new tokens are sampled."""
 
     cache: PyTree[Array]
     active: Bool[Array, "R S"]
     request: Int[Array, "R S"]  # the prompt's id
     sample: Int[Array, "R S"]  # which of the prompt's responses
-    position: Int[Array, "R S"]  # where `last_token` goes in the sequence
+    position: Int[Array, "R S"]  # of `last_token` in the sequence
     last_token: Int[Array, "R S"]
     generated: Int[Array, "R S"]
-    limit: Int[Array, "R S"]  # new tokens that the request may have
+    limit: Int[Array, "R S"]  # the most new tokens that the request may have
     tokens: Int[Array, "R S M"]
     log_probs: Float[Array, "R S M"]
-    steps: Int[Array, "R"]  # decoded so far
-    busy: Int[Array, "R"]  # slots active in them
+    steps: Int[Array, "R"]  # decode steps so far
+    busy: Int[Array, "R"]  # active slots, summed over those steps
 
 
 class Snapshot(NamedTuple):
-    """What the host sees of the slots after a chunk of steps; every process, of all slots that it decodes."""
+    """What the host reads after a chunk of decode steps. With several processes, each gets the slots of all."""
 
     active: Bool[Array, "R S"]
     generated: Int[Array, "R S"]
@@ -57,67 +58,118 @@ class Snapshot(NamedTuple):
 
 
 class Prefilled(NamedTuple):
-    """Prompts that are computed and wait for a slot of their shard."""
+    """Prompts that are prefilled and wait for a slot of their shard."""
 
-    logits: Float[Array, "R N V"]  # after their last token
-    rows: PyTree[Array]
+    logits: Float[Array, "R N V"]  # after the last token of each prompt
+    rows: PyTree[Array]  # keys and values, for `Decoder.place`
 
 
 class Admission(NamedTuple):
-    """Up to A staged prompts of each shard, the slots that they enter, and where their tokens go."""
+    """Up to A prefilled prompts of each shard, the slots they enter, and the C pages their tokens go to."""
 
-    slot: Int[AnyArray, "R A"]  # S: none
-    prompt: Int[AnyArray, "R A"]  # among the N of its row
-    length: Int[AnyArray, "R A"]
+    slot: Int[AnyArray, "R A"]  # S: unused entry
+    prompt: Int[AnyArray, "R A"]  # index among the N prompts of its row
+    length: Int[AnyArray, "R A"]  # tokens
     request: Int[AnyArray, "R A"]
     sample: Int[AnyArray, "R A"]
     limit: Int[AnyArray, "R A"]
-    starts: Int[AnyArray, "R C"]  # in the row, of each page's tokens
-    pages: Int[AnyArray, "R C"]  # U: none
+    starts: Int[AnyArray, "R C"]  # the place in the row of each page's first token
+    pages: Int[AnyArray, "R C"]  # U: unused entry
 
 
 class Weights(NamedTuple):
-    """Parameters as the programs take them; one and the same for both where the decoder can."""
+    """Parameters in the form that each program takes; both are the same arrays if the decoder allows it."""
 
     prefill: PyTree[Array]
     decode: PyTree[Array]
 
 
 class Sampler(NamedTuple):
-    """The compiled programs of `make_sampler`."""
+    """The compiled programs that `make_sampler` returns, and what they were compiled for."""
 
     init: Callable[[int, int], DecodeState]  # (slots a shard, pages a shard)
-    prepare: Callable[[PyTree[Array]], Weights]  # of params
+    prepare: Callable[[PyTree[Array]], Weights]  # (params)
     prefill: Callable[[PyTree[Array], PackedPrompts], Prefilled]
-    admit: Callable[[DecodeState, Prefilled, Admission, Array], DecodeState]  # the last is the round's key
+    admit: Callable[[DecodeState, Prefilled, Admission, Array], DecodeState]  # the last argument is the round's key
     decode: Callable[..., tuple[DecodeState, Snapshot]]  # (weights, state, table, key, until_active [R])
-    cancel: Callable[[DecodeState, AnyArray], DecodeState]  # slots [R, S] that become idle
-    resize: Callable[[DecodeState, AnyArray, AnyArray], DecodeState]  # (state, slots [R, S'], pages [R, U']) that stay
+    cancel: Callable[[DecodeState, AnyArray], DecodeState]  # (state, mask [R, S] of slots that become idle)
+    resize: Callable[[DecodeState, AnyArray, AnyArray], DecodeState]  # (state, kept slots [R, S'], kept pages [R, U'])
     config: SamplingConfig
     mesh: Mesh
-    dtype: jnp.dtype | None  # of the matrices of `params`; None: any
+    dtype: jnp.dtype | None  # of the matrices that `prepare` takes; None: any
     shards: int
-    processes: int  # that sample together
+    processes: int  # that run the programs together
 
 
 def make_sampler(
     decoder: Decoder, config: SamplingConfig, stop_tokens: Sequence[int], mesh: Mesh | None = None
 ) -> Sampler:
-    """Compile-once programs: one of each for a number of slots and pages, one to prefill prompts.
+    """Build the programs of a sampler. Each compiles once for every number of slots and pages; prefill compiles once.
 
-    Each group of the tensor axis of `mesh` holds a whole model (`sharding.sampling_mesh`); by default it is the first
-    device alone. Where the mesh is of several processes, all of them call the programs alike.
+    Each group of the tensor axis of `mesh` holds a full model (see `sharding.sampling_mesh`); the default mesh is this
+    process's first device. If the mesh spans several processes, all of them must call the programs in the same order.
 
     Raises:
-        ValueError: the mesh splits parameters over fsdp, which would be gathered for every token.
+        ValueError: the mesh splits parameters over fsdp, so they would be gathered for every token.
     """
-    stops = jnp.asarray(sorted(stop_tokens), jnp.int32)
     mesh = sharding.sampling_mesh(1, jax.local_devices()[:1]) if mesh is None else mesh
     if mesh.shape["fsdp"] > 1:
-        raise ValueError("The sampler's mesh has an fsdp axis; make it with sharding.sampling_mesh.")
+        raise ValueError(
+            f"The sampler's mesh has an fsdp axis of {mesh.shape['fsdp']}; make the mesh with sharding.sampling_mesh."
+        )
+    stops = jnp.asarray(sorted(stop_tokens), jnp.int32)
+    draw = _make_draw(config, stops)
+    by_shard: Any = sharding.rows(mesh).spec
+    replicated, per_device = P(), P(mesh.axis_names)  # per_device: any shape, concatenated over the devices
+    snapshot = replicated if mesh.is_multi_process else by_shard
+    weights = P("tensor") if mesh.shape["tensor"] > 1 else replicated
+    slot_fields = (field.name for field in dataclasses.fields(DecodeState) if field.name != "cache")
+    state: Any = DecodeState(cache=per_device, **dict.fromkeys(slot_fields, by_shard))
+    prefilled: Any = Prefilled(by_shard, per_device)
+    program = functools.partial(_compile, mesh)
+    new_state = _make_new_state(decoder, config)
+    init = functools.cache(lambda slots, pages: program(functools.partial(new_state, slots, pages), (), state))
+    return Sampler(
+        init=lambda slots, pages: init(slots, pages)(),
+        prepare=_make_prepare(decoder, mesh, weights),
+        prefill=_make_prefill(decoder, mesh, weights, by_shard, prefilled),
+        admit=program(_make_admit(decoder, draw, stops), (state, prefilled, by_shard, replicated), state, donate=0),
+        decode=program(
+            _make_decode(decoder, draw, config, stops, mesh),
+            (weights, state, by_shard, replicated, by_shard),
+            (state, snapshot),
+            donate=1,
+        ),
+        cancel=program(cancel, (state, by_shard), state, donate=0),
+        resize=program(resize, (state, by_shard, by_shard), state),
+        config=config,
+        mesh=mesh,
+        dtype=decoder.dtype,
+        shards=sharding.row_shards(mesh),
+        processes=len({device.process_index for device in mesh.devices.flat}),
+    )
 
-    def drawn(logits, key, request, sample, number):
-        """Tokens and log-probs, [...], of logits [..., V]."""
+
+def cancel(state: DecodeState, slots: Bool[Array, "R S"]) -> DecodeState:
+    """The state with `slots` idle."""
+    return state.replace(active=state.active & ~slots)
+
+
+def resize(state: DecodeState, slots: Int[Array, "R S"], pages: Int[Array, "R U"]) -> DecodeState:
+    """The state with the given slots and pages of the old one, in that order.
+
+    A page number beyond the old pages stands for a new page, whose contents are arbitrary.
+    """
+    take = jax.vmap(lambda x, i: x[jnp.minimum(i, len(x) - 1)])
+    per_slot = state.replace(cache=None, steps=None, busy=None)
+    kept = jax.tree.map(lambda x: take(x, slots), per_slot)
+    cache = jax.tree.map(lambda x: take(x, pages), state.cache)
+    return kept.replace(cache=cache, steps=state.steps, busy=state.busy)
+
+
+def _make_draw(config: SamplingConfig, stops: Int[Array, "n"]) -> Callable[..., tuple[Array, Array]]:
+    def draw(logits, key, request, sample, number):
+        """Sampled tokens and their log-probs, [...], for logits [..., V]."""
         flat = lambda x: x.reshape(-1, *x.shape[request.ndim :])
         banned = None
         if config.min_new_tokens and stops.size:
@@ -127,9 +179,10 @@ def make_sampler(
         tokens, log_probs = token_sampling.sample(flat(logits), uniforms, config, banned)
         return tokens.reshape(request.shape), log_probs.reshape(request.shape)
 
-    def of_all(x):
-        return jax.lax.all_gather(x, sharding.MESH_AXES_OF["batch"], tiled=True)
+    return draw
 
+
+def _make_new_state(decoder: Decoder, config: SamplingConfig) -> Callable[[int, int], DecodeState]:
     def new_state(slots: int, pages: int) -> DecodeState:
         ints = lambda *shape: jnp.zeros((1, slots, *shape), jnp.int32)
         return DecodeState(
@@ -147,15 +200,38 @@ def make_sampler(
             busy=jnp.zeros(1, jnp.int32),
         )
 
+    return new_state
+
+
+def _make_prepare(decoder: Decoder, mesh: Mesh, weights: Any) -> Callable[[PyTree[Array]], Weights]:
     def prepare(params):
         return decoder.prepare(params)
 
+    program = _compile_with_params(mesh, prepare, (), weights)
+
+    def prepare_both(params: PyTree[Array]) -> Weights:
+        for_decode = program(params)
+        return Weights(for_decode if decoder.prefills_with_weights else params, for_decode)
+
+    return prepare_both
+
+
+def _make_prefill(
+    decoder: Decoder, mesh: Mesh, weights: Any, prompts: Any, prefilled: Any
+) -> Callable[[PyTree[Array], PackedPrompts], Prefilled]:
     def prefill(params_or_weights, prompts: PackedPrompts) -> Prefilled:
         return Prefilled(*decoder.prefill(params_or_weights, prompts))
 
+    if decoder.prefills_with_weights:
+        return _compile(mesh, prefill, (weights, prompts), prefilled)
+    return _compile_with_params(mesh, prefill, (prompts,), prefilled)
+
+
+def _make_admit(decoder: Decoder, draw: Callable[..., tuple[Array, Array]], stops: Int[Array, "n"]) -> Any:
     def admit(state: DecodeState, staged: Prefilled, new: Admission, key) -> DecodeState:
+        """Put prefilled prompts into slots, each with its first sampled token."""
         logits_RAV = jnp.take_along_axis(staged.logits, new.prompt[..., None], axis=1)
-        first, log_probs = drawn(logits_RAV, key, new.request, new.sample, jnp.zeros_like(new.request))
+        first, log_probs = draw(logits_RAV, key, new.request, new.sample, jnp.zeros_like(new.request))
         put = lambda old, values: jax.vmap(lambda o, s, v: o.at[s].set(v, mode="drop"))(old, new.slot, values)
         put_first = lambda old, v: jax.vmap(lambda o, s, v: o.at[s, 0].set(v, mode="drop"))(old, new.slot, v)
         ended = jnp.isin(first, stops) | (new.limit == 1)
@@ -172,12 +248,22 @@ def make_sampler(
             log_probs=put_first(state.log_probs, log_probs),
         )
 
+    return admit
+
+
+def _make_decode(
+    decoder: Decoder,
+    draw: Callable[..., tuple[Array, Array]],
+    config: SamplingConfig,
+    stops: Int[Array, "n"],
+    mesh: Mesh,
+) -> Callable[..., tuple[DecodeState, Snapshot]]:
     def decode(weights, state: DecodeState, table: PageTable, key, until_active) -> tuple[DecodeState, Snapshot]:
-        """Up to `STEPS_PER_CHUNK` steps; stops early at `until_active` active slots unless devices share a model."""
+        """Up to `STEPS_PER_CHUNK` steps; fewer once only `until_active` slots are active and no tensor axis is used."""
 
         def one_token(state: DecodeState) -> DecodeState:
             logits, cache = decoder.decode(weights, state.cache, state.last_token, state.position, table)
-            tokens, log_probs = drawn(logits, key, state.request, state.sample, state.generated)
+            tokens, log_probs = draw(logits, key, state.request, state.sample, state.generated)
             place = jnp.where(state.active, state.generated, config.max_new_tokens)  # idle slots write nowhere
             put = jax.vmap(jax.vmap(lambda old_M, i, new: old_M.at[i].set(new, mode="drop")))
             generated = state.generated + state.active
@@ -194,69 +280,34 @@ def make_sampler(
                 busy=state.busy + jnp.sum(state.active),
             )
 
-        begun = state.steps
-        alike = mesh.shape["tensor"] > 1  # devices that exchange something in every step all take as many
-        goes_on = lambda s: ((alike | (jnp.sum(s.active) > until_active)) & (s.steps - begun < STEPS_PER_CHUNK))[0]
-        state = jax.lax.while_loop(goes_on, one_token, state)
-        look = Snapshot(state.active, state.generated, state.tokens, state.log_probs)
-        return state, jax.tree.map(of_all, look) if mesh.is_multi_process else look
+        before = state.steps
+        in_lockstep = mesh.shape["tensor"] > 1  # devices that exchange data in every step must take equally many
+        unfinished = lambda s: in_lockstep | (jnp.sum(s.active) > until_active)
+        has_next = lambda s: (unfinished(s) & (s.steps - before < STEPS_PER_CHUNK))[0]
+        state = jax.lax.while_loop(has_next, one_token, state)
+        snapshot = Snapshot(state.active, state.generated, state.tokens, state.log_probs)
+        return state, jax.tree.map(_gather_shards, snapshot) if mesh.is_multi_process else snapshot
 
-    def cancel(state: DecodeState, slots) -> DecodeState:
-        return state.replace(active=state.active & ~slots)
+    return decode
 
-    def resize(state: DecodeState, slots, pages) -> DecodeState:
-        """The slots and pages that stay, in a new order; a page beyond the old ones is a new one."""
-        take = jax.vmap(lambda x, i: x[jnp.minimum(i, len(x) - 1)])
-        per_slot = state.replace(cache=None, steps=None, busy=None)
-        kept = jax.tree.map(lambda x: take(x, slots), per_slot)
-        cache = jax.tree.map(lambda x: take(x, pages), state.cache)
-        return kept.replace(cache=cache, steps=state.steps, busy=state.busy)
 
-    by_shard: Any = sharding.rows(mesh).spec
-    everywhere, of_device = P(), P(mesh.axis_names)  # the latter for what a device alone knows the shape of, end to end
-    seen = everywhere if mesh.is_multi_process else by_shard
-    weights = P("tensor") if mesh.shape["tensor"] > 1 else everywhere
-    others = (field.name for field in dataclasses.fields(DecodeState) if field.name != "cache")
-    state: Any = DecodeState(cache=of_device, **dict.fromkeys(others, by_shard))
-    staged: Any = Prefilled(by_shard, of_device)
+def _gather_shards(x: Array) -> Array:
+    return jax.lax.all_gather(x, sharding.MESH_AXES_OF["batch"], tiled=True)
 
-    def program(function, in_specs, out_specs, donate=()):
-        on_mesh = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        functools.update_wrapper(on_mesh, function)
-        return jax.jit(on_mesh, donate_argnums=donate)
 
-    def of_params(function, others, out_specs):
-        """A program whose first argument are parameters, split as the mesh wants them."""
+def _compile(mesh: Mesh, function: Callable[..., Any], in_specs: Any, out_specs: Any, donate: Any = ()) -> Any:
+    """A jitted program that runs `function` on every device, on its part of the arguments."""
+    on_mesh = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    functools.update_wrapper(on_mesh, function)
+    return jax.jit(on_mesh, donate_argnums=donate)
 
-        def with_params(params, *arguments):
-            specs = jax.tree.map(lambda placed: placed.spec, sharding.param_shardings(params, mesh))
-            on_mesh = jax.shard_map(
-                function, mesh=mesh, in_specs=(specs, *others), out_specs=out_specs, check_vma=False
-            )
-            return on_mesh(params, *arguments)
 
-        return jax.jit(functools.update_wrapper(with_params, function))
+def _compile_with_params(mesh: Mesh, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
+    """The same, for a function whose first argument is the parameters; their specs follow from `sharding`'s rules."""
 
-    in_order = of_params(prepare, (), weights)
+    def with_params(params, *arguments):
+        specs = jax.tree.map(lambda placed: placed.spec, sharding.param_shardings(params, mesh))
+        on_mesh = jax.shard_map(function, mesh=mesh, in_specs=(specs, *in_specs), out_specs=out_specs, check_vma=False)
+        return on_mesh(params, *arguments)
 
-    def prepared(params) -> Weights:
-        for_decode = in_order(params)
-        return Weights(for_decode if decoder.prefills_with_weights else params, for_decode)
-
-    new = functools.cache(lambda slots, pages: program(functools.partial(new_state, slots, pages), (), state))
-    return Sampler(
-        init=lambda slots, pages: new(slots, pages)(),
-        prepare=prepared,
-        prefill=program(prefill, (weights, by_shard), staged)
-        if decoder.prefills_with_weights
-        else of_params(prefill, (by_shard,), staged),
-        admit=program(admit, (state, staged, by_shard, everywhere), state, donate=0),
-        decode=program(decode, (weights, state, by_shard, everywhere, by_shard), (state, seen), donate=1),
-        cancel=program(cancel, (state, by_shard), state, donate=0),
-        resize=program(resize, (state, by_shard, by_shard), state),
-        config=config,
-        mesh=mesh,
-        dtype=decoder.dtype,
-        shards=sharding.row_shards(mesh),
-        processes=len({device.process_index for device in mesh.devices.flat}),
-    )
+    return jax.jit(functools.update_wrapper(with_params, function))

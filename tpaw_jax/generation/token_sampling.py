@@ -1,7 +1,7 @@
 """Logits -> tokens: temperature, top-k and top-p, and the random stream of every token.
 
-A token's stream is fold_in(seed, round, prompt id, token number), so the text depends on nothing but the request: not
-on the number of slots, the order of requests, the devices or a restart.
+The random number of a token comes from fold_in over (seed, round, prompt id, token number). The sampled text therefore
+does not depend on the number of slots, the order of requests, the devices or a restart.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 from tpaw_jax.config import SamplingConfig
 
 SAMPLING_STREAM = 0
-"""The stage number of sampling among the random streams of a round."""
+"""The number that is folded into a round's key for sampling."""
 
-TOKENS_OF_A_SAMPLE = 1 << 20
-"""Token numbers that one response may use; those of a prompt's further responses follow."""
+NUMBERS_PER_SAMPLE = 1 << 20
+"""Token numbers reserved for each response; those of a prompt's next response follow."""
 
 
 def round_key(seed: int, round_number: int) -> Array:
@@ -27,9 +27,9 @@ def round_key(seed: int, round_number: int) -> Array:
 def uniforms(
     key: Array, requests: Int[Array, "S"], samples: Int[Array, "S"], numbers: Int[Array, "S"]
 ) -> Float[Array, "S"]:
-    """One uniform in [0, 1) a slot, from (round key, prompt id, number of the response, token number)."""
+    """One uniform number in [0, 1) per slot, from the round's key, prompt id, sample number and token number."""
     fold = lambda request, number: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, request), number))
-    return jax.vmap(fold)(requests, samples * TOKENS_OF_A_SAMPLE + numbers)
+    return jax.vmap(fold)(requests, samples * NUMBERS_PER_SAMPLE + numbers)
 
 
 def sample(
@@ -38,9 +38,10 @@ def sample(
     config: SamplingConfig,
     banned: Bool[Array, "S V"] | None = None,
 ) -> tuple[Int[Array, "S"], Float[Array, "S"]]:
-    """Tokens by inverse CDF after temperature, top-k and top-p, never a `banned` one; greedy at temperature 0.
+    """Sample one token per slot by inverse CDF after temperature, top-k and top-p; argmax at temperature 0.
 
-    Also their log-probs in nats under the model itself, at temperature 1 and unfiltered.
+    `banned` tokens are never sampled. Also returns the tokens' log-probs in nats under the model itself: at temperature
+    1, without filters or bans.
     """
     logits = logits.astype(jnp.float32)
     allowed = logits if banned is None else jnp.where(banned, -jnp.inf, logits)
@@ -61,22 +62,22 @@ def sample(
 
 
 def _nucleus(logits: Float[Array, "S V"], top_p: float) -> Bool[Array, "S V"]:
-    """The fewest most probable tokens that reach `top_p` together, and what ties with the last (arXiv 1904.09751).
+    """Mask of the smallest set of most probable tokens whose sum reaches `top_p`, and of ties (arXiv 1904.09751).
 
-    The least probability that is kept is found by halving, without a sort of the vocabulary.
+    A bisection finds the smallest kept probability, so the vocabulary is not sorted.
     """
     probabilities = jax.nn.softmax(logits, axis=-1)
-    ordered = jax.lax.bitcast_convert_type(probabilities, jnp.int32)  # floats from 0 on are in the order of their bits
+    bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)  # non-negative floats sort like their bits
 
     def halve(_, bounds):
-        low_S, high_S = bounds  # what is at least `low` reaches top_p, what is at least `high` does not
+        low_S, high_S = bounds  # tokens >= low sum to at least top_p, tokens >= high do not
         middle_S = low_S + (high_S - low_S) // 2
-        reaches_S = jnp.sum(probabilities, axis=-1, where=ordered >= middle_S[:, None]) >= top_p
+        reaches_S = jnp.sum(probabilities, axis=-1, where=bits >= middle_S[:, None]) >= top_p
         return jnp.where(reaches_S, middle_S, low_S), jnp.where(reaches_S, high_S, middle_S)
 
     all_tokens, none = jnp.zeros(len(logits), jnp.int32), jnp.full(len(logits), _BITS_OF_1 + 1)
     least_S, _ = jax.lax.fori_loop(0, _BITS_OF_1.bit_length(), halve, (all_tokens, none))
-    return ordered >= least_S[:, None]
+    return bits >= least_S[:, None]
 
 
 _BITS_OF_1 = 0x3F800000
@@ -85,26 +86,28 @@ _BITS_OF_1 = 0x3F800000
 def _inverse_cdf(
     logits: Float[Array, "S V"], uniforms: Float[Array, "S"], block: int = 128
 ) -> tuple[Int[Array, "S"], Float[Array, "S"]]:
-    """The index where the cumulated exp(logits) pass uniform x total, and the log of that total.
+    """The first index at which the cumulative sum of exp(logits) exceeds uniform * total, and the log of the total.
 
-    First the block of indices, then the index within: two levels of short sums are exact enough in float32 for any
-    vocabulary. The block is picked by a masked sum: for a gather, a TPU would first write all logits in another order.
+    The sum has two levels, blocks and indices within a block, because short float32 sums are accurate enough for any
+    vocabulary. A masked sum selects the block, because a TPU would copy all logits to another layout for a gather.
     """
     slots, vocabulary = logits.shape
     padded = jnp.pad(logits, [(0, 0), (0, -vocabulary % block)], constant_values=-jnp.inf)
     blocks, top = padded.reshape(slots, -1, block), jnp.max(logits, axis=-1)[:, None]
-    upto = jnp.cumsum(jnp.exp(blocks - top[:, None]).sum(axis=-1), axis=-1)
-    total = upto[:, -1]
+    cumulative = jnp.cumsum(jnp.exp(blocks - top[:, None]).sum(axis=-1), axis=-1)
+    total = cumulative[:, -1]
     goal = uniforms * total
-    chosen = _first_beyond(upto, goal)
+    chosen = _first_beyond(cumulative, goal)
     is_chosen = jnp.arange(blocks.shape[1]) == chosen[:, None]
     inside = jnp.exp(jnp.where(is_chosen[..., None], blocks, 0).sum(axis=1) - top)
-    before = jnp.where(chosen > 0, jnp.take_along_axis(upto, jnp.maximum(chosen - 1, 0)[:, None], axis=1)[:, 0], 0)
+    before = jnp.where(
+        chosen > 0, jnp.take_along_axis(cumulative, jnp.maximum(chosen - 1, 0)[:, None], axis=1)[:, 0], 0
+    )
     return chosen * block + _first_beyond(jnp.cumsum(inside, axis=-1), goal - before), top[:, 0] + jnp.log(total)
 
 
-def _first_beyond(cumulated: Float[Array, "S n"], goal: Float[Array, "S"]) -> Int[Array, "S"]:
-    """The first index whose cumulated weight exceeds `goal`; the last index of weight where rounding leaves none."""
-    beyond = cumulated > goal[:, None]
-    last = jnp.argmax(cumulated >= cumulated[:, -1:], axis=-1)
+def _first_beyond(cumulative: Float[Array, "S n"], goal: Float[Array, "S"]) -> Int[Array, "S"]:
+    """The first index whose cumulative weight exceeds `goal`; if rounding leaves none, the last with a weight."""
+    beyond = cumulative > goal[:, None]
+    last = jnp.argmax(cumulative >= cumulative[:, -1:], axis=-1)
     return jnp.where(beyond.any(axis=-1), jnp.argmax(beyond, axis=-1), last)

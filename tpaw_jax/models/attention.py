@@ -1,4 +1,4 @@
-"""Attention: who sees whom, rotary positions, and the plain einsum form that every faster form is tested against."""
+"""Attention masks of packed trees, rotary embeddings, and the einsum attention that tests compare with."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Visibility(NamedTuple):
-    """Which keys of its row a query sees: those before it, of its segment, in the trunk or in its own branch.
+    """Which keys of its row a query attends to.
 
-    `branch_ids` 0 is the trunk (a tree's prompt). Without branches this is packed causal attention.
+    These are the keys up to and including the query itself that belong to its segment and to either the trunk
+    (`branch_ids` 0, the prompt of a tree) or the query's own branch. Without `branch_ids` this is packed causal
+    attention.
     """
 
     segment_ids: Int[Array, "B T"]
@@ -22,7 +24,7 @@ class Visibility(NamedTuple):
 
 
 def visible(visibility: Visibility) -> Bool[Array, "B T T"]:
-    """The dense mask [B, query, key] of a `Visibility`. Every token sees itself, so no row of it is empty."""
+    """Compute the dense mask [B, query, key]. Every token attends to itself, so no query is without a key."""
     segments, branches = visibility
     length = segments.shape[1]
     mask = jnp.tril(jnp.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None, :])
@@ -37,7 +39,7 @@ def attend(
     values: Float[Array, "B K C H"],
     mask: Bool[Array, "B T C"],
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention, softmax(q k^T / sqrt(H)) v, with float32 scores and softmax. O(T C) memory."""
+    """Compute grouped-query attention, softmax(q k^T / sqrt(H)) v, in O(T C) memory. Scores and softmax are float32."""
     rows, length, heads, size = queries.shape
     groups = queries.reshape(rows, length, keys.shape[1], heads // keys.shape[1], size)
     scores = jnp.einsum("btkgh,bkch->bkgtc", groups, keys, preferred_element_type=jnp.float32) * size**-0.5
@@ -47,10 +49,10 @@ def attend(
 
 
 class Attention(NamedTuple):
-    """A way to compute the attention of whole packed rows.
+    """An implementation of attention over packed rows: a pair of functions.
 
-    prepare(visibility) -> context, once for all layers
-    attend(queries [B T N H], keys [B T K H], values [B T K H], context) -> [B T N H]
+    - `prepare(visibility) -> context` runs once and serves all layers.
+    - `attend(queries [B T N H], keys [B T K H], values [B T K H], context) -> [B T N H]` runs in every layer.
     """
 
     prepare: Callable[[Visibility], Any]
@@ -62,14 +64,14 @@ def _attend_rows(queries: Array, keys: Array, values: Array, mask: Array) -> Arr
 
 
 EINSUM = Attention(visible, _attend_rows)
-"""Over all pairs of a row's tokens: O(T^2) work and memory."""
+"""Einsum attention under the dense mask: O(T^2) work and memory."""
 
 SAVED = "attention"
-"""The checkpoint name of what an attention's backward pass needs and is dear to compute again."""
+"""`jax.ad_checkpoint` name of the residuals of attention's backward pass that are expensive to recompute."""
 
 
 class RopeScaling(NamedTuple):
-    """Llama 3.1's frequency scaling, `rope_type: llama3` in Hugging Face's config.json."""
+    """Llama 3.1's rope scaling, `rope_type: llama3` in a Hugging Face config.json."""
 
     factor: float
     low_freq_factor: float
@@ -78,25 +80,25 @@ class RopeScaling(NamedTuple):
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """The H/2 angular frequencies of rotary embeddings, radians a position, float32."""
+    """Compute the H/2 angular frequencies of rotary embeddings, in radians per position, float32."""
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is not None:
         wavelength = 2 * np.pi / frequencies
         periods = scaling.original_max_position_embeddings / wavelength
         smooth = (periods - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        smooth = np.clip(smooth, 0.0, 1.0)  # 0: long waves, slowed by the factor; 1: short waves, left alone
+        smooth = np.clip(smooth, 0.0, 1.0)  # 0: long wavelength, frequency divided by the factor; 1: short, unchanged
         frequencies = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
     return frequencies.astype(np.float32)
 
 
 def rope_angles(positions: Int[Array, "B T"], frequencies: np.ndarray) -> tuple[Array, Array]:
-    """cos and sin of position times frequency, [B, T, H/2] float32."""
+    """Compute cos and sin of position times frequency, each [B, T, H/2] float32."""
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: Float[Array, "B T heads H"], angles: tuple[Array, Array]) -> Float[Array, "B T heads H"]:
-    """Rotary embedding in the half-split layout of Hugging Face checkpoints, computed in float32."""
+    """Apply rotary embeddings in the half-split layout of Hugging Face checkpoints, computed in float32."""
     cos, sin = angles[0][:, :, None], angles[1][:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

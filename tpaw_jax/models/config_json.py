@@ -1,4 +1,4 @@
-"""Hugging Face's config.json <-> `ModelConfig`."""
+"""Convert between Hugging Face's config.json and `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -16,35 +16,28 @@ ARCHITECTURES = {
 
 
 def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
-    """The `ModelConfig` of a parsed config.json (transformers 4 and 5 spell rope differently; both are read).
+    """Build a `ModelConfig` from a parsed config.json, as written by transformers 4 or 5.
+
+    Args:
+        fields: the content of config.json.
+        where: the file's name, for error messages.
 
     Raises:
-        ValueError: the architecture or one of its options is not supported, or a field is missing or is no positive
-            number; names `where`.
+        ValueError: the architecture or one of its options is not supported, a field is missing, or a number is not
+            positive. Names `where` and the field.
     """
-
-    def need(name: str) -> Any:
-        if fields.get(name) is None:
-            raise ValueError(f"{where}: the field '{name}' is missing; a {model_type} config.json needs it.")
-        return fields[name]
-
-    def positive(name: str, otherwise: int = 0) -> int:
-        value = (fields.get(name) or otherwise) if otherwise else need(name)
-        if type(value) is not int or not 0 < value < 2**31:
-            raise ValueError(f"{where}: the field '{name}' is {value!r}; a positive whole number was expected.")
-        return value
-
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{where}: model_type {model_type!r} is not supported; supported are {known}.")
     _reject_options(fields, model_type, where)
+    positive = lambda name, default=0: _positive_int(fields, name, where, default)
     heads, hidden = positive("num_attention_heads"), positive("hidden_size")
     kv_heads, head_dim = positive("num_key_value_heads", heads), positive("head_dim", max(1, hidden // heads))
-    if heads % kv_heads or head_dim % 2:
-        raise ValueError(
-            f"{where}: {heads} heads cannot share {kv_heads} key-value heads, or head_dim {head_dim} has no two halves."
-        )
+    if heads % kv_heads:
+        raise ValueError(f"{where}: num_key_value_heads is {kv_heads}; it must divide the model's {heads} heads.")
+    if head_dim % 2:
+        raise ValueError(f"{where}: head_dim is {head_dim}; rotary embeddings need an even number.")
     theta, scaling = _rope(fields, where)
     return ModelConfig(
         model_type=model_type,
@@ -57,7 +50,7 @@ def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
         head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=scaling,
-        rms_norm_eps=_number(need("rms_norm_eps"), "rms_norm_eps", where),
+        rms_norm_eps=_positive_number(_required(fields, "rms_norm_eps", where), "rms_norm_eps", where),
         max_position_embeddings=positive("max_position_embeddings"),
         tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
         qkv_bias=model_type == "qwen2",
@@ -66,7 +59,7 @@ def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
 
 
 def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The config.json fields of a `ModelConfig`, in the spelling that transformers 4 and 5 both read."""
+    """Build the config.json fields of a `ModelConfig`, in the form that transformers 4 and 5 both read."""
     fields: dict[str, Any] = {
         "architectures": [ARCHITECTURES[config.model_type]],
         "model_type": config.model_type,
@@ -92,9 +85,9 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _reject_options(fields: dict[str, Any], model_type: str, where: str) -> None:
-    """Raise for options that would change the function the model computes."""
+    """Reject options that would change what the model computes."""
     if fields.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{where}: hidden_act {fields['hidden_act']!r} is not supported, only 'silu' is.")
+        raise ValueError(f"{where}: hidden_act {fields['hidden_act']!r} is not supported; supported is 'silu'.")
     for option in ("attention_bias", "mlp_bias"):
         if fields.get(option):
             raise ValueError(f"{where}: {option} is true, which is not supported for {model_type}.")
@@ -104,8 +97,8 @@ def _reject_options(fields: dict[str, Any], model_type: str, where: str) -> None
     numbers = type(window) in (int, float) and type(longest) in (int, float)
     if uses_window and window is not None and (not numbers or window < longest):
         raise ValueError(
-            f"{where}: sliding_window is {window!r}, not at least max_position_embeddings; windowed attention is not "
-            "supported."
+            f"{where}: sliding_window is {window!r}, but must be at least max_position_embeddings ({longest!r}); "
+            "windowed attention is not supported."
         )
 
 
@@ -113,8 +106,8 @@ def _rope(fields: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
     parameters = fields.get("rope_parameters") or {}
     scaling = parameters or fields.get("rope_scaling") or {}
     if not isinstance(parameters, dict) or not isinstance(scaling, dict):
-        raise ValueError(f"{where}: rope_parameters or rope_scaling is no object of named fields.")
-    theta = _number(parameters.get("rope_theta", fields.get("rope_theta") or 10000.0), "rope_theta", where)
+        raise ValueError(f"{where}: rope_parameters or rope_scaling is not a JSON object.")
+    theta = _positive_number(parameters.get("rope_theta", fields.get("rope_theta") or 10000.0), "rope_theta", where)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -122,11 +115,25 @@ def _rope(fields: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
         raise ValueError(f"{where}: rope type {kind!r} is not supported; supported are 'default' and 'llama3'.")
     missing = [name for name in RopeScaling._fields if name not in scaling]
     if missing:
-        raise ValueError(f"{where}: the llama3 rope scaling misses {', '.join(missing)}.")
-    return theta, RopeScaling(*(_number(scaling[name], name, where) for name in RopeScaling._fields))
+        raise ValueError(f"{where}: llama3 rope scaling needs the missing fields {', '.join(missing)}.")
+    return theta, RopeScaling(*(_positive_number(scaling[name], name, where) for name in RopeScaling._fields))
 
 
-def _number(value: Any, name: str, where: str) -> Any:
+def _required(fields: dict[str, Any], name: str, where: str) -> Any:
+    if fields.get(name) is None:
+        raise ValueError(f"{where}: the field '{name}' is missing; a {fields['model_type']} config.json needs it.")
+    return fields[name]
+
+
+def _positive_int(fields: dict[str, Any], name: str, where: str, default: int) -> int:
+    """A field; `default`, unless it is 0, replaces one that is absent, null or 0."""
+    value = (fields.get(name) or default) if default else _required(fields, name, where)
+    if type(value) is not int or not 0 < value < 2**31:
+        raise ValueError(f"{where}: the field '{name}' is {value!r}; a positive integer was expected.")
+    return value
+
+
+def _positive_number(value: Any, name: str, where: str) -> Any:
     if type(value) not in (int, float) or not 0 < value < 1e30:
         raise ValueError(f"{where}: the field '{name}' is {value!r}; a positive number was expected.")
     return value

@@ -1,4 +1,4 @@
-"""GGUF files seen as Hugging Face checkpoints: the same tensor names, shapes and row order."""
+"""Read GGUF files as if they were Hugging Face checkpoints: same tensor names, shapes and row order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tpaw_jax.models.attention import rope_frequencies
 from tpaw_jax.models.config_json import from_dict
 from tpaw_jax.models.transformer import ModelConfig
 
-LAYER_NAMES = {  # Hugging Face name within a layer: GGUF name within a block
+LAYER_NAMES = {  # Hugging Face name in a layer: GGUF name in a block
     "input_layernorm.weight": "attn_norm.weight",
     "self_attn.q_proj.weight": "attn_q.weight",
     "self_attn.k_proj.weight": "attn_k.weight",
@@ -36,20 +36,25 @@ GLOBAL_NAMES = {
     "lm_head.weight": "output.weight",
 }
 
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Bytes of the kinds of a field's value; `_STRING` and `_ARRAY` have sizes of their own."""
+_VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""GGUF value type: size in bytes. The two types below have variable size."""
 
 _STRING, _ARRAY = 8, 9
 
 
 class GGUFSource:
-    """A GGUF file's tensors under their Hugging Face names, dequantised one at a time to float32."""
+    """The tensors of a GGUF file under their Hugging Face names, dequantized to float32 one at a time.
+
+    Raises:
+        ValueError: the file cannot be read, or its architecture is not supported. Names the file.
+        ImportError: the gguf package is not installed.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self._reader = _open(path)
         self._tensors = {t.name: t for t in self._reader.tensors}
-        with _readable(path):
+        with _as_value_error(path):
             self.config = self._config()
         self._names = dict(GLOBAL_NAMES)
         for layer in range(self.config.num_layers):
@@ -58,6 +63,7 @@ class GGUFSource:
 
     def names(self) -> set[str]:
         known = {name: gguf_name for name, gguf_name in self._names.items() if gguf_name in self._tensors}
+        # Tensors without a Hugging Face name keep their GGUF name, so that the loader reports them.
         return set(known) | (self._tensors.keys() - set(known.values()) - {"rope_freqs.weight"})
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -67,9 +73,9 @@ class GGUFSource:
         from gguf.quants import dequantize
 
         tensor = self._tensors[self._names[name]]
-        with _readable(self.path):
+        with _as_value_error(self.path):
             values = dequantize(tensor.data, tensor.tensor_type).reshape(self.shape(name))
-        if self.config.model_type == "llama":  # GGUF interleaves the rotary halves of Llama's q and k rows
+        if self.config.model_type == "llama":  # GGUF interleaves the two rotary halves of Llama's q and k rows
             heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
             for projection, count in heads.items():
                 if name.endswith(f"{projection}.weight"):
@@ -86,7 +92,7 @@ class GGUFSource:
             )
         get = lambda name, default=None: _field(self._reader, f"{architecture}.{name}", default)
         if "token_embd.weight" not in self._tensors:
-            raise ValueError(f"{self.path}: the tensor 'token_embd.weight' is missing; this is not a language model.")
+            raise ValueError(f"{self.path}: the tensor 'token_embd.weight' is missing; a language model has one.")
         fields = {
             "model_type": architecture,
             "vocab_size": int(self._tensors["token_embd.weight"].shape[1]),
@@ -110,13 +116,13 @@ class GGUFSource:
                 "original_max_position_embeddings": 8192,
             }
         elif (kind := get("rope.scaling.type")) not in (None, "none"):
-            fields["rope_scaling"] = {"rope_type": kind}  # refused below, by name
+            fields["rope_scaling"] = {"rope_type": kind}  # `from_dict` rejects it with a clear message
         config = from_dict(fields, str(self.path))
         self._check_rope_factors(config)
         return config
 
     def _check_rope_factors(self, config: ModelConfig) -> None:
-        """GGUF stores Llama 3.1's rope scaling as factors alone; they must be the published ones."""
+        """Check that the stored rope factors are Llama 3's: GGUF does not store the parameters they come from."""
         if config.rope_scaling is None:
             return
         stored = np.asarray(self._tensors["rope_freqs.weight"].data, np.float32).reshape(-1)
@@ -124,22 +130,22 @@ class GGUFSource:
         scaled = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         if stored.shape != plain.shape or not np.allclose(plain / stored, scaled, rtol=1e-4):
             raise ValueError(
-                f"{self.path}: the tensor 'rope_freqs.weight' is not Llama 3's published rope scaling; "
-                "use the safetensors checkpoint, whose config.json states it."
+                f"{self.path}: the tensor 'rope_freqs.weight' does not match Llama 3's rope scaling. Use the model's "
+                "safetensors checkpoint instead; its config.json has the rope parameters."
             )
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer that a GGUF file describes, as a transformers one; torch is not needed.
+    """Build a transformers tokenizer from the one stored in a GGUF file, without torch.
 
     Raises:
-        ValueError: the file describes none, or one that transformers does not know; names it.
+        ValueError: the file has no tokenizer, or one that transformers does not support. Names the file.
     """
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf import convert_gguf_tokenizer
 
     reader = _open(path)
-    about = {  # transformers' name: GGUF's name
+    keys = {  # transformers' name: GGUF's name
         "tokenizer_type": "model",
         "pre_tokenizer_type": "pre",
         "tokens": "tokens",
@@ -147,15 +153,15 @@ def load_tokenizer(path: Path) -> Any:
         "token_type": "token_type",
         "merges": "merges",
     }
-    with _readable(path):
-        stated = {name: _field(reader, f"tokenizer.ggml.{key}") for name, key in about.items()}
-        if stated["tokens"] is None:
-            raise ValueError(f"{path}: the file holds no tokenizer; name one in policy.tokenizer.")
-        found = {name: value for name, value in stated.items() if value is not None}
-        backend, _ = convert_gguf_tokenizer(_field(reader, "general.architecture"), found)
+    with _as_value_error(path):
+        fields = {name: _field(reader, f"tokenizer.ggml.{key}") for name, key in keys.items()}
+        if fields["tokens"] is None:
+            raise ValueError(f"{path}: the file contains no tokenizer; set policy.tokenizer.")
+        present = {name: value for name, value in fields.items() if value is not None}
+        backend, _ = convert_gguf_tokenizer(_field(reader, "general.architecture"), present)
         special = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
         ids = {name: _field(reader, f"tokenizer.ggml.{key}_token_id") for name, key in special.items()}
-        tokens = {name: stated["tokens"][i] for name, i in ids.items() if i is not None}
+        tokens = {name: fields["tokens"][i] for name, i in ids.items() if i is not None}
         template = _field(reader, "tokenizer.chat_template")
         return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **tokens)
 
@@ -164,15 +170,15 @@ def _open(path: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise ImportError(f"{path}: reading GGUF needs the gguf package; pip install 'tpaw_jax[gguf]'.") from error
-    with _readable(path):
+        raise ImportError(f"{path}: reading GGUF needs the gguf package: pip install 'tpaw_jax[gguf]'.") from error
+    with _as_value_error(path):
         _check_sizes(path)
         return GGUFReader(path)
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Whatever a library makes of a file that is not as it says becomes one sentence."""
+def _as_value_error(path: Path) -> Iterator[None]:
+    """Turn any error that a library raises on a corrupt file into a one-sentence ValueError."""
     try:
         yield
     except ValueError as error:
@@ -186,22 +192,22 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 
 def _check_sizes(path: Path) -> None:
-    """Check that what a header announces fits into the file: the reader would look for it without end.
+    """Check that all lengths and counts in the header fit the file, because GGUFReader would loop over them for ages.
 
-    The layout is that of github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+    Format: github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if content[:4] != b"GGUF":
             raise ValueError(f"{path}: not a readable GGUF file (it does not begin with GGUF).")
-        place = 8
+        offset = 8
 
         def take(size: int, what: str) -> bytes:
-            nonlocal place
-            if size > len(content) - place:
-                left = len(content) - place
-                raise ValueError(f"{path}: not a readable GGUF file ({what} takes {size} bytes, {left} are left).")
-            place += size
-            return content[place - size : place]
+            nonlocal offset
+            left = len(content) - offset
+            if size > left:
+                raise ValueError(f"{path}: not a readable GGUF file ({what} takes {size} bytes, but {left} are left).")
+            offset += size
+            return content[offset - size : offset]
 
         number = lambda what, size=8: int.from_bytes(take(size, what), "little")
         text = lambda what: take(number(what), what)
@@ -211,17 +217,17 @@ def _check_sizes(path: Path) -> None:
                 text(what)
             elif kind == _ARRAY:
                 kind, count = number(what, 4), number(what)
-                if kind in _SIZES:
-                    take(count * _SIZES[kind], what)
+                if kind in _VALUE_BYTES:
+                    take(count * _VALUE_BYTES[kind], what)
                 elif kind == _STRING:
                     for _ in range(min(count, len(content))):
                         text(what)
                 else:
-                    raise ValueError(f"{path}: not a readable GGUF file ({what} is an array of unknown kind {kind}).")
-            elif kind in _SIZES:
-                take(_SIZES[kind], what)
+                    raise ValueError(f"{path}: not a readable GGUF file ({what} is an array of unknown type {kind}).")
+            elif kind in _VALUE_BYTES:
+                take(_VALUE_BYTES[kind], what)
             else:
-                raise ValueError(f"{path}: not a readable GGUF file ({what} is of unknown kind {kind}).")
+                raise ValueError(f"{path}: not a readable GGUF file ({what} has the unknown type {kind}).")
 
         tensors, fields = number("the header"), number("the header")
         for _ in range(min(fields, len(content))):

@@ -1,7 +1,7 @@
-"""Checkpoints in and out: Hugging Face directories and hub ids (safetensors) and GGUF files <-> flax parameters.
+"""Load and save checkpoints: Hugging Face directories and hub ids (safetensors), and GGUF files (load only).
 
-Names are one table. Parameters are read tensor by tensor from memory-mapped files, cast and placed with their sharding,
-so the host holds one stacked parameter's part at a time.
+One table maps parameter names. Tensors are read one at a time from memory-mapped files, cast, and placed with their
+sharding, so the host holds only its part of one stacked parameter at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tpaw_jax.models import config_json, gguf
 from tpaw_jax.models.transformer import ModelConfig, Transformer
 from tpaw_jax.storage import files
 
-TENSOR_NAMES = {  # flax path: Hugging Face name; {} is the layer, * marks a kernel stored transposed, [out, in]
+TENSOR_NAMES = {  # flax path: Hugging Face name; {} is the layer, * marks kernels stored transposed, [out, in]
     "embed/embedding": "model.embed_tokens.weight",
     "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
     "layers/q/kernel": "*model.layers.{}.self_attn.q_proj.weight",
@@ -46,41 +46,52 @@ TENSOR_NAMES = {  # flax path: Hugging Face name; {} is the layer, * marks a ker
 INDEX_FILE = "model.safetensors.index.json"
 
 Sharder = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+"""(flax path, shape) -> sharding of the parameter."""
 
 
 class TensorSource(Protocol):
-    """Named tensors on disk, under their Hugging Face names."""
+    """Tensors on disk, addressed by their Hugging Face names."""
 
-    def names(self) -> set[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray: ...
+    def names(self) -> set[str]:
+        """List all tensors."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Read the part of a tensor at `index`."""
 
 
 class SafetensorsSource:
-    """The tensors of one safetensors file or of an index of shards; reads touch only the bytes asked for."""
+    """The tensors of one safetensors file or several shards. Reading a slice touches only its bytes.
+
+    Raises:
+        FileNotFoundError: the directory has no safetensors file and no index of shards.
+        ValueError: the index is invalid, or a file cannot be read or lacks a tensor. Names the file.
+    """
 
     def __init__(self, directory: Path):
         index = directory / INDEX_FILE
         single = directory / "model.safetensors"
         if index.exists():
-            files = _read_json(index).get("weight_map", {})
-            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-                raise ValueError(f"{index}: weight_map is no object of tensors and the files that hold them.")
-            shards = {name: directory / file for name, file in files.items()}
+            weight_map = _read_json(index).get("weight_map", {})
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise ValueError(f"{index}: weight_map must be an object that maps tensor names to file names.")
+            shards = {name: directory / file for name, file in weight_map.items()}
         elif single.exists():
             shards = dict.fromkeys(_open_shard(single).keys(), single)
         else:
             raise FileNotFoundError(
-                f"{directory}: neither model.safetensors nor {INDEX_FILE} is there; "
+                f"{directory}: the directory has neither model.safetensors nor {INDEX_FILE}; "
                 "pickled .bin checkpoints are never loaded, convert them to safetensors first."
             )
-        for name, path in shards.items():  # by name only: the hub's cache holds links to files elsewhere
+        for name, path in shards.items():  # compare names, not resolved paths: the hub's cache consists of links
             if path.parent != directory or path.name in ("", ".."):
                 raise ValueError(f"{index}: the shard of '{name}' lies outside the directory: {path}.")
         opened = {path: _open_shard(path) for path in sorted(set(shards.values()))}
         for name, path in shards.items():
             if name not in opened[path].keys():  # noqa: SIM118 (safe_open has no __contains__)
-                raise ValueError(f"{path}: the tensor '{name}' is missing, though {INDEX_FILE} places it there.")
+                raise ValueError(f"{path}: the tensor '{name}' is missing, but {INDEX_FILE} lists it in this file.")
         self._slices = {name: opened[path].get_slice(name) for name, path in shards.items()}
 
     def names(self) -> set[str]:
@@ -93,15 +104,18 @@ class SafetensorsSource:
         return self._slices[name][index]
 
 
-WANTED = ("*.json", "*.safetensors", "*.model", "*.jinja")
-"""Files that are fetched from a hub."""
+DOWNLOADED_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 
 
-def resolve(path: str | Path, wanted: Sequence[str] = WANTED) -> Path:
-    """The local place of a model: a directory, a GGUF file, or the snapshot of a hub id ('org/name'), downloaded.
+def resolve(path: str | Path, patterns: Sequence[str] = DOWNLOADED_FILES) -> Path:
+    """Return the local path of a model: `path` itself if it exists, else the downloaded snapshot of a hub id.
+
+    Args:
+        path: a directory, a GGUF file or a hub id, 'org/name'.
+        patterns: the files to download.
 
     Raises:
-        FileNotFoundError: nothing is there and no hub could deliver it.
+        FileNotFoundError: the path does not exist and the download failed.
     """
     local = Path(path).expanduser()
     if local.exists():
@@ -109,51 +123,52 @@ def resolve(path: str | Path, wanted: Sequence[str] = WANTED) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=list(wanted)))
+        return Path(snapshot_download(str(path), allow_patterns=list(patterns)))
     except Exception as error:  # the hub client raises dozens of types; the user needs one sentence
         raise FileNotFoundError(
-            f"{path}: no such directory or file, and the hub did not deliver it ({type(error).__name__}: {error})."
+            f"{path}: no such file or directory, and the download from the Hugging Face hub failed "
+            f"({type(error).__name__}: {error})."
         ) from error
 
 
 def load_pretrained(
     path: str | Path, dtype: jnp.dtype = jnp.float32, sharder: Sharder | None = None
 ) -> tuple[ModelConfig, PyTree[Array]]:
-    """The architecture and parameters of a Hugging Face directory, a hub id or a GGUF file.
+    """Load the architecture and parameters of a Hugging Face directory, a hub id or a GGUF file.
 
     Args:
         path: a directory with config.json and safetensors, `org/name` on the hub, or a `.gguf` file.
-        dtype: what the parameters are cast to.
-        sharder: (flax path, shape) -> sharding; without it everything goes to the default device.
+        dtype: dtype of the loaded parameters.
+        sharder: (flax path, shape) -> sharding; by default, all parameters go to the first device.
 
     Raises:
-        FileNotFoundError: nothing to load there.
-        ValueError: unsupported architecture, missing or surplus tensors, or wrong shapes; names them.
+        FileNotFoundError: there is no checkpoint at `path`.
+        ValueError: unsupported architecture, missing or unexpected tensors, or wrong shapes. Names them.
     """
-    place = resolve(path)
+    local = resolve(path)
     source: TensorSource
-    if place.suffix == ".gguf":
-        source = gguf.GGUFSource(place)
+    if local.suffix == ".gguf":
+        source = gguf.GGUFSource(local)
         config = source.config
     else:
-        config = load_architecture(place)
-        source = SafetensorsSource(place)
+        config = load_architecture(local)
+        source = SafetensorsSource(local)
     shapes = param_shapes(config)
-    _check(source, shapes, config, place)
-    params = {name: _place(source, name, shape, dtype, sharder) for name, shape in shapes.items()}
+    _check_tensors(source, shapes, config, local)
+    params = {name: _load(source, name, shape, dtype, sharder) for name, shape in shapes.items()}
     return config, traverse_util.unflatten_dict(params, sep="/")
 
 
 def load_architecture(path: str | Path) -> ModelConfig:
-    """The architecture alone, of a directory with config.json, a hub id or a GGUF file; weights are not fetched."""
-    place = resolve(path, ["config.json"])
-    if place.suffix == ".gguf":
-        return gguf.GGUFSource(place).config
-    return config_json.from_dict(_read_json(place / "config.json"), str(place / "config.json"))
+    """Load only the architecture of a Hugging Face directory, a hub id or a GGUF file; downloads no weights."""
+    local = resolve(path, ["config.json"])
+    if local.suffix == ".gguf":
+        return gguf.GGUFSource(local).config
+    return config_json.from_dict(_read_json(local / "config.json"), str(local / "config.json"))
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter's flax path and shape; layers are stacked on the leading axis."""
+    """Return the flax path and shape of every parameter; layers are stacked on the leading axis."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)
     return {name: leaf.shape for name, leaf in traverse_util.flatten_dict(variables["params"], sep="/").items()}
@@ -169,78 +184,91 @@ def save_pretrained(
 ) -> Path:
     """Write a directory that transformers and vLLM load: config, safetensors shards, generation config, tokenizer.
 
-    The directory appears whole or not at all: it is written aside and renamed. Only an earlier export is replaced.
+    The directory is complete or absent: it is written as `*.partial` and renamed at the end. An earlier export at
+    `path` is replaced.
+
+    Args:
+        path: the directory to write.
+        config: the architecture.
+        params: the parameters, written in their dtype.
+        tokenizer: a transformers tokenizer to write beside the model, if any.
+        generation_config: fields of generation_config.json; they override the tokenizer's special tokens.
+        max_shard_bytes: size limit of a safetensors file.
+
+    Returns:
+        The absolute path.
 
     Raises:
-        ValueError: something else is at `path`; nothing is touched.
+        ValueError: something other than an earlier export exists at `path`. Nothing is changed.
     """
     path = check_export(path)
-    aside = path.with_name(path.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     flat = traverse_util.flatten_dict(params, sep="/")
-    _write_shards(aside, flat, max_shard_bytes)
+    _write_shards(partial, flat, max_shard_bytes)
     dtype = str(flat["embed/embedding"].dtype)
     generation = dict(generation_config or {})
     special = {"bos_token_id", "eos_token_id", "pad_token_id"}
     if tokenizer is not None:
-        tokenizer.save_pretrained(aside)
-        found = {name: getattr(tokenizer, name) for name in special}
-        generation = {name: value for name, value in found.items() if value is not None} | generation
+        tokenizer.save_pretrained(partial)
+        ids = {name: getattr(tokenizer, name) for name in special}
+        generation = {name: value for name, value in ids.items() if value is not None} | generation
     fields = config_json.to_dict(config, dtype) | {k: v for k, v in generation.items() if k in special}
-    (aside / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    (aside / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     if path.exists():
         shutil.rmtree(path)
-    aside.rename(path)
+    partial.rename(path)
     return path
 
 
 def check_export(path: str | Path) -> Path:
-    """The place of an export, made absolute.
+    """Check that an export may be written to `path`, and return it as an absolute path.
 
     Raises:
-        ValueError: something that is not an earlier export is there.
+        ValueError: something other than an earlier export exists there.
     """
     path = Path(path).absolute()
     if path.exists():
         names = {p.name for p in path.iterdir()} if path.is_dir() else {""}
         earlier = {"config.json", "generation_config.json"} <= names and not any((path / n).is_dir() for n in names)
         if names and not earlier:
-            raise ValueError(f"{path}: something other than an exported model is there; choose another directory.")
+            raise ValueError(f"{path}: something other than an exported model exists here; choose another directory.")
     return path
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer beside a model: of a directory, of a hub id, or inside a GGUF file. Remote code is never run."""
+    """Load the tokenizer of a Hugging Face directory, a hub id or a GGUF file. Never runs remote code."""
     from transformers import AutoTokenizer
 
-    place = resolve(path)
-    if place.suffix == ".gguf":
-        return gguf.load_tokenizer(place)
-    return AutoTokenizer.from_pretrained(place)
+    local = resolve(path)
+    if local.suffix == ".gguf":
+        return gguf.load_tokenizer(local)
+    return AutoTokenizer.from_pretrained(local)
 
 
 def load_generation_config(path: str | Path) -> dict[str, Any]:
-    """generation_config.json beside a model, or nothing where there is none."""
-    place = resolve(path)
-    file = place / "generation_config.json"
-    return _read_json(file) if place.is_dir() and file.exists() else {}
+    """Load a model's generation_config.json; returns {} if there is none."""
+    local = resolve(path)
+    file = local / "generation_config.json"
+    return _read_json(file) if local.is_dir() and file.exists() else {}
 
 
-def _check(source: TensorSource, shapes: dict[str, tuple[int, ...]], config: ModelConfig, place: Path) -> None:
-    """Raise unless the files hold exactly the tensors that the architecture needs, in their shapes."""
-    expected = {hf: shape for name, stacked in shapes.items() for hf, shape in _files(name, stacked)}
-    there = source.names()
-    missing = sorted(expected.keys() - there)
-    surplus = {n for n in there - expected.keys() if not n.endswith("rotary_emb.inv_freq")}
+def _check_tensors(source: TensorSource, shapes: dict[str, tuple[int, ...]], config: ModelConfig, path: Path) -> None:
+    """Check that the files contain exactly the tensors that the architecture needs, with the right shapes."""
+    expected = {hf: shape for name, stacked in shapes.items() for hf, shape in _tensors_of(name, stacked)}
+    present = source.names()
+    missing = sorted(expected.keys() - present)
+    unexpected = {n for n in present - expected.keys() if not n.endswith("rotary_emb.inv_freq")}
     if config.tie_embeddings:
-        surplus.discard("lm_head.weight")  # a copy of the tied table, ignored by transformers too
+        unexpected.discard("lm_head.weight")  # a copy of the tied embedding; transformers ignores it too
     if missing:
-        raise ValueError(f"{place}: {len(missing)} tensors are missing: {_some(missing)}.")
-    if surplus:
+        raise ValueError(f"{path}: {len(missing)} tensors are missing: {_shortened(missing)}.")
+    if unexpected:
         raise ValueError(
-            f"{place}: {len(surplus)} tensors have no place in a {config.model_type} model: {_some(sorted(surplus))}."
+            f"{path}: {len(unexpected)} tensors do not belong to a {config.model_type} model: "
+            f"{_shortened(sorted(unexpected))}."
         )
     wrong = [
         f"'{name}' is {source.shape(name)} and should be {shape}"
@@ -248,11 +276,11 @@ def _check(source: TensorSource, shapes: dict[str, tuple[int, ...]], config: Mod
         if source.shape(name) != shape
     ]
     if wrong:
-        raise ValueError(f"{place}: {len(wrong)} tensors have the wrong shape: {_some(wrong)}.")
+        raise ValueError(f"{path}: {len(wrong)} tensors have the wrong shape: {_shortened(wrong)}.")
 
 
-def _files(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """The Hugging Face names and file shapes of one flax parameter, layer by layer."""
+def _tensors_of(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """Hugging Face names and shapes of the tensors that make up one flax parameter, one per layer."""
     hf = TENSOR_NAMES[name]
     if "{}" in hf:
         return [(hf.lstrip("*").format(layer), _file_shape(hf, shape[1:])) for layer in range(shape[0])]
@@ -263,51 +291,50 @@ def _file_shape(hf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[::-1] if hf.startswith("*") else shape
 
 
-def _place(source: TensorSource, name: str, shape: tuple[int, ...], dtype: Any, sharder: Sharder | None) -> Array:
-    """One parameter, each device's part read from the files, cast and placed."""
-    hf, files = TENSOR_NAMES[name], [file for file, _ in _files(name, shape)]
-    turned = hf.startswith("*")
+def _load(source: TensorSource, name: str, shape: tuple[int, ...], dtype: Any, sharder: Sharder | None) -> Array:
+    """Load one parameter: read each device's part from the files, cast it and place it."""
+    hf, tensors = TENSOR_NAMES[name], [tensor for tensor, _ in _tensors_of(name, shape)]
+    transposed = hf.startswith("*")
 
-    def part(index: Any) -> np.ndarray:
+    def read_part(index: Any) -> np.ndarray:
         if "{}" not in hf:
-            return source.read(files[0], index).astype(dtype)
+            return source.read(tensors[0], index).astype(dtype)
         layers = range(*index[0].indices(shape[0]))
-        inner = index[1:][::-1] if turned else index[1:]
-        extent = [len(range(*i.indices(n))) for i, n in zip(index, shape, strict=True)]
-        out = np.empty(extent, dtype)
+        inner = index[1:][::-1] if transposed else index[1:]
+        out = np.empty([len(range(*i.indices(n))) for i, n in zip(index, shape, strict=True)], dtype)
         for row, layer in enumerate(layers):
-            values = source.read(files[layer], inner)
-            out[row] = values.T if turned else values
+            values = source.read(tensors[layer], inner)
+            out[row] = values.T if transposed else values
         return out
 
     sharding = sharder(name, shape) if sharder else jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.make_array_from_callback(shape, sharding, part)
+    return jax.make_array_from_callback(shape, sharding, read_part)
 
 
 def _write_shards(directory: Path, flat: dict[str, Array], max_shard_bytes: int) -> None:
-    """model.safetensors, or numbered shards and their index where the parameters exceed one shard."""
-    plan: list[list[tuple[str, str, int | None]]] = [[]]  # shards of (Hugging Face name, flax name, layer)
-    room = max_shard_bytes
+    """Write model.safetensors, or numbered shards and an index if the parameters exceed `max_shard_bytes`."""
+    shards: list[list[tuple[str, str, int | None]]] = [[]]  # of (Hugging Face name, flax name, layer)
+    bytes_left = max_shard_bytes
     for name, value in flat.items():
-        files = _files(name, value.shape)
-        size = value.nbytes // len(files)
-        for layer, (hf, _) in enumerate(files):
-            if size > room and plan[-1]:
-                plan.append([])
-                room = max_shard_bytes
-            plan[-1].append((hf, name, layer if "{}" in TENSOR_NAMES[name] else None))
-            room -= size
+        tensors_of = _tensors_of(name, value.shape)
+        size = value.nbytes // len(tensors_of)
+        for layer, (hf, _) in enumerate(tensors_of):
+            if size > bytes_left and shards[-1]:
+                shards.append([])
+                bytes_left = max_shard_bytes
+            shards[-1].append((hf, name, layer if "{}" in TENSOR_NAMES[name] else None))
+            bytes_left -= size
     weight_map = {}
-    for number, entries in enumerate(plan, start=1):
-        file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+    for number, entries in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
-        for hf, name, place in entries:
-            tensor = np.asarray(flat[name] if place is None else flat[name][place])
+        for hf, name, row in entries:
+            tensor = np.asarray(flat[name] if row is None else flat[name][row])
             tensors[hf] = np.ascontiguousarray(tensor.T if TENSOR_NAMES[name].startswith("*") else tensor)
             weight_map[hf] = file
         save_file(tensors, directory / file, metadata={"format": "pt"})
-        (directory / file).chmod(0o644)  # the library writes for its owner alone; servers run as someone else
-    if len(plan) > 1:
+        (directory / file).chmod(0o644)  # safetensors writes mode 0600, but servers often run as another user
+    if len(shards) > 1:
         total = sum(value.nbytes for value in flat.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
@@ -322,13 +349,13 @@ def _open_shard(path: Path) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise FileNotFoundError(f"{path}: the file is missing; a model directory needs it.")
+        raise FileNotFoundError(f"{path}: the file is missing; a model directory must have it.")
     fields = files.parse_json(path.read_bytes(), path)
     if not isinstance(fields, dict):
-        raise ValueError(f"{path}: a JSON object was expected, not {type(fields).__name__}.")
+        raise ValueError(f"{path}: the file must contain a JSON object, not {type(fields).__name__}.")
     return fields
 
 
-def _some(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _shortened(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

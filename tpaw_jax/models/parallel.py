@@ -1,11 +1,14 @@
-"""How a model split over a mesh computes: its parameters come together layer by layer, its rows stay where they are.
+"""The collectives of a sharded model. Parameters move between devices layer by layer; batch rows never move.
 
-All of this runs inside `shard_map`, on what one device holds. Over `fsdp`, parameters are split and gathered in the
-compute dtype where they are used, forward and again backward; their gradients are summed and scattered back (ZeRO-3,
-arXiv 1910.02054). Over `tensor`, heads, feed-forward and vocabulary stay split, and what they add up to is summed
-(Megatron, arXiv 1909.08053). The table of what is split how is `sharding.PARAM_AXES`.
+All of this runs inside `shard_map`, on one device's shards.
 
-Nothing moves between devices that is not stated here or in the step.
+- `fsdp` axis (ZeRO-3, arXiv 1910.02054): parameters are all-gathered in the compute dtype where they are used, in the
+  forward pass and again in the backward pass. Their gradients are reduce-scattered.
+- `tensor` axis (Megatron, arXiv 1909.08053): heads, feed-forward and vocabulary stay sharded, and partial results are
+  summed.
+
+`sharding.PARAM_AXES` is the table of how each parameter is sharded. All communication of the model is in this file or
+in the train step.
 """
 
 from __future__ import annotations
@@ -25,41 +28,42 @@ from jaxtyping import Array, Float, Int, PyTree
 from tpaw_jax.runtime import sharding
 
 LANES = 128
-"""Values of a TPU's tile along an array's last axis."""
+"""Size of a TPU tile along an array's last axis."""
 
 
 class Parallel(NamedTuple):
-    """Where the parameters of a model are split, and the dtype in which gradients travel."""
+    """How a model's parameters are sharded, and how their gradients are reduced."""
 
-    specs: Mapping[str, P] = {}  # by flax path; none is split by default
-    tensor: int = 1  # parts that heads, feed-forward and vocabulary are split into
-    reduce_dtype: str = "float32"
-    scatter_stages: tuple[int, ...] = ()  # sizes whose product is `fsdp`, see `sharding.scatter_stages`; (): at once
+    specs: Mapping[str, P] = {}  # partition spec by flax path; parameters without one are not sharded
+    tensor: int = 1  # size of the `tensor` axis
+    reduce_dtype: str = "float32"  # dtype in which gradients are reduced over `fsdp`
+    scatter_stages: tuple[int, ...] = ()  # see `sharding.scatter_stages`; (): reduce-scatter in one stage
 
     def layer(self, params: PyTree[Array], dtype: jnp.dtype) -> PyTree[Array]:
-        """One layer's parameters with all of their `fsdp` shards, matrices in the compute dtype."""
+        """Gather one layer's parameters over `fsdp`, with matrices in the compute dtype."""
 
-        def whole(path, x):
+        def gather(path, x):
             name = "layers/" + sharding.path_name(path)
-            spec = P(*self.specs.get(name, P())[1:])  # without the axis of layers
+            spec = P(*self.specs.get(name, P())[1:])  # drop the layer axis
             if name.split("/")[1] in ("q_norm", "k_norm") and self.tensor > 1:
-                x = copy_over_tensor(x)  # a scale that all heads share, each device having some of them
-            return self._whole(x, spec, dtype if x.ndim > 1 else x.dtype)
+                x = copy_over_tensor(x)  # all heads share this scale, so its gradient sums over all devices' heads
+            return self._gather(x, spec, dtype if x.ndim > 1 else x.dtype)
 
-        return jax.tree_util.tree_map_with_path(whole, params)
+        return jax.tree_util.tree_map_with_path(gather, params)
 
     def embed(
         self,
-        table: Any,  # [v, d]: an array, or what `take` reads
+        table: Any,  # [v, d]: an array, or whatever `take` reads
         name: str,
         tokens: Int[Array, "M"],
         dtype: jnp.dtype,
         take: Callable[[Any, Array], Array] = lambda table, tokens: table[tokens],
     ) -> Float[Array, "M D"]:
-        """Rows of the embedding table: devices look up all tokens in the columns they hold and exchange what they find.
+        """Look up tokens in the sharded embedding table `name`.
 
-        That moves M D values, where gathering the table would move V D. Gradients of a row are summed in the table's
-        dtype.
+        Each device looks up the tokens of all `fsdp` devices in its own columns, and an all-to-all exchanges the
+        results. This moves M D values, whereas gathering the table would move V D. The gradient of a table row is
+        summed in the table's dtype.
         """
         spec = self.specs.get(name, P())
         by_column, by_token = "fsdp" in _axes(spec, 1), "tensor" in _axes(spec, 0)
@@ -67,93 +71,93 @@ class Parallel(NamedTuple):
             tokens = lax.all_gather(tokens, "fsdp", tiled=True)
         if by_token:
             tokens = tokens - lax.axis_index("tensor") * table.shape[0]
-            held = (tokens >= 0) & (tokens < table.shape[0])
-            found = take(table, jnp.where(held, tokens, 0)).astype(dtype)
-            found = sum_over_tensor(jnp.where(held[:, None], found, 0))
+            local = (tokens >= 0) & (tokens < table.shape[0])
+            embedded = take(table, jnp.where(local, tokens, 0)).astype(dtype)
+            embedded = sum_over_tensor(jnp.where(local[:, None], embedded, 0))
         else:
-            found = take(table, tokens).astype(dtype)
-        return lax.all_to_all(found, "fsdp", split_axis=0, concat_axis=1, tiled=True) if by_column else found
+            embedded = take(table, tokens).astype(dtype)
+        return lax.all_to_all(embedded, "fsdp", split_axis=0, concat_axis=1, tiled=True) if by_column else embedded
 
     def table(self, table: Float[Array, "v d"], name: str, dtype: jnp.dtype) -> Float[Array, "v D"]:
-        """The output embedding with all of its columns and the device's part of the vocabulary."""
-        return self._whole(table, self.specs.get(name, P()), dtype)
+        """Gather the output embedding over `fsdp`: all columns of the device's part of the vocabulary."""
+        return self._gather(table, self.specs.get(name, P()), dtype)
 
-    def held(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of a device's part of a parameter."""
+    def local_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a device's shard of a parameter."""
         parts = [math.prod(lax.axis_size(a) for a in _axes(self.specs.get(name, P()), i)) for i in range(len(shape))]
         return tuple(size // n for size, n in zip(shape, parts, strict=True))
 
     def whole_vocabulary(self, logits: Float[Array, "*batch v"], name: str) -> Float[Array, "*batch V"]:
-        """Logits of the whole vocabulary from those of each device's part of it. Has no gradient."""
+        """Gather the logits of the full vocabulary over `tensor`. Do not differentiate through it."""
         if not self.splits_vocabulary(name):
             return logits
         return lax.all_gather(logits, "tensor", axis=logits.ndim - 1, tiled=True)
 
     def splits_vocabulary(self, name: str) -> bool:
-        """Whether each device holds the logits of a part of the vocabulary only."""
+        """Tell whether the table `name` has its vocabulary sharded over `tensor`."""
         return self.tensor > 1 and "tensor" in _axes(self.specs.get(name, P()), 0)
 
     def share(self, x: Array) -> Array:
-        """`x`, the same on the devices of a tensor group, as the input of what they hold parts of."""
+        """Use `x`, equal on all devices of `tensor`, as input of sharded layers; sums its gradient over `tensor`."""
         return copy_over_tensor(x) if self.tensor > 1 else x
 
     def total(self, x: Array) -> Array:
-        """The sum of the parts that the devices of a tensor group have computed."""
+        """Sum the partial results of the devices of `tensor`."""
         return sum_over_tensor(x) if self.tensor > 1 else x
 
-    def _whole(self, x: Array, spec: P, dtype: jnp.dtype) -> Array:
+    def _gather(self, x: Array, spec: P, dtype: jnp.dtype) -> Array:
         axis = next((i for i in range(x.ndim) if "fsdp" in _axes(spec, i)), None)
         if axis is None:
             return x.astype(dtype)
-        return _gather(x, axis, jnp.dtype(dtype), self.reduce_dtype, self.scatter_stages)
+        return _all_gather(x, axis, jnp.dtype(dtype), self.reduce_dtype, self.scatter_stages)
 
 
-WHOLE = Parallel()
-"""A model of which each device holds all."""
+UNSHARDED = Parallel()
+"""Each device has all parameters."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gather(x: Array, axis: int, dtype: jnp.dtype, reduce_dtype: str, stages: tuple[int, ...]) -> Array:
-    """All shards of `x` along `axis`, in `dtype`; gradients are summed in `reduce_dtype` and scattered back."""
+def _all_gather(x: Array, axis: int, dtype: jnp.dtype, reduce_dtype: str, stages: tuple[int, ...]) -> Array:
+    """All-gather `x` along `axis` over `fsdp`, in `dtype`. Its gradient is reduce-scattered in `reduce_dtype`."""
     return lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
-def _gather_forward(x, axis, dtype, reduce_dtype, stages):
-    return _gather(x, axis, dtype, reduce_dtype, stages), jnp.zeros((), x.dtype)
+def _all_gather_forward(x, axis, dtype, reduce_dtype, stages):
+    return _all_gather(x, axis, dtype, reduce_dtype, stages), jnp.zeros((), x.dtype)
 
 
-def _gather_backward(axis, dtype, reduce_dtype, stages, like, gradient):
+def _all_gather_backward(axis, dtype, reduce_dtype, stages, like, gradient):
     return (_sum_scattered(gradient.astype(reduce_dtype), axis, stages).astype(like.dtype),)
 
 
 def _sum_scattered(x: Array, axis: int, stages: tuple[int, ...]) -> Array:
-    """The device's part along `axis` of the sum over `fsdp`: over one dimension of `stages` after the other.
+    """Reduce-scatter `x` along `axis` over `fsdp`, in one stage per dimension of `stages`.
 
-    The outermost comes first, so that after it a device has the parts of all those that differ from it in the others.
-    Parts of the last axis that are no whole tiles are put below each other first, since the TPU's compiler would sum
-    everything instead, twice the bytes.
+    The outermost dimension comes first: after it, a device has the shards of all devices that differ from it only in
+    the remaining dimensions. If shards of the last axis are not a multiple of `LANES`, they are first moved to the
+    leading axis, because the TPU compiler would otherwise use an all-reduce, which moves twice the bytes.
     """
     if len(stages) <= 1:
         return lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
     count = math.prod(stages)
     devices = np.arange(count).reshape(stages)
-    by_part = axis == x.ndim - 1 and x.shape[axis] // count % LANES
-    if by_part:
+    move_to_front = axis == x.ndim - 1 and x.shape[axis] // count % LANES
+    if move_to_front:
         x = jnp.moveaxis(x.reshape(*x.shape[:-1], count, -1), -2, 0)
         shape, x = x.shape[1:], x.reshape(-1, x.shape[-1])
     for i, size in enumerate(stages):
         groups = np.moveaxis(devices, i, -1).reshape(-1, size).tolist()
-        along = 0 if by_part else axis
+        along = 0 if move_to_front else axis
         x = lax.psum_scatter(x, "fsdp", scatter_dimension=along, tiled=True, axis_index_groups=groups)
-    return x.reshape(shape) if by_part else x
+    return x.reshape(shape) if move_to_front else x
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+_all_gather.defvjp(_all_gather_forward, _all_gather_backward)
 
 
 @jax.custom_vjp
 def sum_over_tensor(x: Array) -> Array:
-    """The sum over `tensor`; every device has the whole gradient of it already."""
+    """Sum over `tensor`. The gradient is passed through, because it is already equal on all devices."""
     return lax.psum(x, "tensor")
 
 
@@ -162,7 +166,7 @@ sum_over_tensor.defvjp(lambda x: (lax.psum(x, "tensor"), None), lambda _, gradie
 
 @jax.custom_vjp
 def copy_over_tensor(x: Array) -> Array:
-    """`x`, whose gradient is the sum of those on the devices of a tensor group."""
+    """Return `x`; its gradient is summed over `tensor`."""
     return x
 
 
@@ -170,6 +174,6 @@ copy_over_tensor.defvjp(lambda x: (x, None), lambda _, gradient: (lax.psum(gradi
 
 
 def _axes(spec: P, dimension: int) -> tuple[Any, ...]:
-    """The mesh axes that a dimension is split over."""
+    """Mesh axes that a dimension is sharded over."""
     axes = spec[dimension] if dimension < len(spec) else None
     return axes if isinstance(axes, tuple) else (axes,) if axes else ()

@@ -1,11 +1,12 @@
-"""Attention over packed trees on TPU: the splash attention kernel of JAX, told the tree's rule at run time.
+"""Attention over packed trees on TPU, with JAX's splash attention kernel and a mask that is data.
 
-The kernel takes an int32 for each query and asks `mask_function(that, key's place)` whether it sees a key. A query of a
-response sees its tree's prompt and its own response up to itself: three places that fit 32 bits because prompts and
-responses begin at multiples of `alignment(T)` (`packing.alignment`). Trees are told apart by segment ids. Blocks of
-queries and keys of which no pair is seen are skipped, by a table made of the rows themselves: no recompile.
+The kernel carries one int32 per query and calls `mask_function(query's int32, key's index)` to decide whether the query
+attends to the key. A query of a response attends to its tree's prompt and to its own response up to itself. That takes
+three indices (the query's, the end of the prompt, the start of the response). They fit into 32 bits because prompts and
+responses start at multiples of `alignment(T)` (`packing.alignment`). Segment ids keep trees apart. Blocks in which no
+query attends to any key are skipped, by a table computed from the rows, so new rows need no new compilation.
 
-The plain twin is `attention.attend` under `attention.visible`.
+Tests compare it with `attention.attend` under the mask `attention.visible`.
 """
 
 from __future__ import annotations
@@ -23,37 +24,40 @@ from jaxtyping import Array, Bool, Float, Int
 from tpaw_jax.models.attention import SAVED, Attention, Visibility
 
 BLOCKS = (512, 256, 128)
-"""Sizes of a block of queries, the largest that divides a row; keys come in blocks of up to twice as many."""
-
-BITS = 32
-"""Of what the kernel carries for a query."""
+"""Sizes of a block of queries; the largest that divides the row length is used. Key blocks are up to twice as large."""
 
 
 class Rules(NamedTuple):
-    """What the kernel is told about some rows: all of it data, none of it in the program."""
+    """The attention rule of some packed rows. All of it is data; none of it is compiled in."""
 
-    rule: Int[Array, "B T"]
+    rule: Int[Array, "B T"]  # the query's index, the end of its prompt and the start of its branch, in 32 bits
     segments: Int[Array, "B T"]
-    blocks: Bool[Array, "B Q C"]  # whether any query of a block sees any key of a block
+    blocks: Bool[Array, "B Q C"]  # whether any query of a query block attends to any key of a key block
 
 
 def alignment(length: int) -> int:
-    """What the places of prompts and responses in rows of `length` tokens must be multiples of: 1 up to 1024, then
-    2, 4, 16 and 32 for rows of 2048, 4096, 8192 and 16384."""
-    bits = _bits(length)
-    return 2 ** max(0, -(-(3 * bits - BITS) // 2))
+    """Return the multiple at which prompts and responses must start in rows of `length` tokens.
+
+    It is 1 for up to 1024 tokens, and 2, 4, 16 and 32 for 2048, 4096, 8192 and 16384 tokens.
+    """
+    return 2 ** max(0, -(-(3 * _bits(length) - 32) // 2))
 
 
 def splash_attention(interpret: bool = False) -> Attention:
-    """Attention by the splash kernel, inside `shard_map` or on one device. `interpret` runs it on any device, slowly.
+    """Build splash attention, for use inside `shard_map` or on one device.
 
-    Rows must be a multiple of 128 tokens long, with trees laid out by `packing.pack` with `alignment(T)`.
+    Rows must be a multiple of 128 tokens long and packed by `packing.pack` with `alignment(T)`. With `interpret`, the
+    kernel runs on any device, but slowly.
     """
     return Attention(plan, functools.partial(attend_blocks, interpret=interpret))
 
 
 def plan(visibility: Visibility) -> Rules:
-    """What each query of packed rows sees, and which blocks hold any of it. Tokens of a branch must stand together."""
+    """Compute the attention rule of packed rows. The tokens of a branch must be contiguous.
+
+    Raises:
+        ValueError: the row length is not a multiple of 128.
+    """
     segments_BT, branches_BT = visibility
     if branches_BT is None:
         branches_BT = jnp.zeros_like(segments_BT)
@@ -61,10 +65,10 @@ def plan(visibility: Visibility) -> Rules:
     tree_BT, branch_BT, prompt_end_BT = jax.vmap(_runs)(segments_BT, branches_BT)
     in_prompt_BT = (branches_BT == 0) | (segments_BT == 0)
     prompt_end_BT = jnp.where(in_prompt_BT, 0, prompt_end_BT)
-    place_T, step, bits = jnp.arange(length), alignment(length), _bits(length)
+    index_T, step, bits = jnp.arange(length), alignment(length), _bits(length)
     coarse_bits = _bits(-(-length // step))
-    # A prompt is rounded up to where its first response begins: what stands between is padding, of no tree.
-    rule_BT = place_T | -(-prompt_end_BT // step) << bits | (branch_BT // step) << (bits + coarse_bits)
+    # Rounding up the end of a prompt adds only padding, which belongs to no tree.
+    rule_BT = index_T | -(-prompt_end_BT // step) << bits | (branch_BT // step) << (bits + coarse_bits)
     blocks_BQC = _seen_blocks(tree_BT, prompt_end_BT, branch_BT, *_blocks(length))
     return Rules(rule_BT.astype(jnp.int32), segments_BT, blocks_BQC)
 
@@ -76,7 +80,7 @@ def attend_blocks(
     rules: Rules,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention of packed rows, softmax(q k^T / sqrt(H)) v over what each query sees."""
+    """Compute grouped-query attention of packed rows, softmax(q k^T / sqrt(H)) v over the keys that `rules` allow."""
     length, size = queries.shape[1], queries.shape[3]
     query, key = _blocks(length)
     sizes = kernel.BlockSizes(
@@ -109,12 +113,12 @@ def attend_blocks(
         return attention(q_NTH, k_KTH, v_KTH, kernel.SegmentIds(rules.segments, rules.segments))
 
     by_head = lambda x_BTNH: x_BTNH.swapaxes(1, 2)
-    found = lax.map(one_row, (by_head(queries * size**-0.5), by_head(keys), by_head(values), rules))
-    return by_head(found).astype(queries.dtype)
+    attended = lax.map(one_row, (by_head(queries * size**-0.5), by_head(keys), by_head(values), rules))
+    return by_head(attended).astype(queries.dtype)
 
 
 def _sees(length: int, rule: Array, key: Array) -> Array:
-    """Whether the queries of these rules see the keys at these places, of one tree."""
+    """The kernel's mask function: whether queries with this rule attend to keys of the same tree at these indices."""
     bits, step = _bits(length), alignment(length)
     coarse_bits = _bits(-(-length // step))
     part = lambda shift, width: lax.shift_right_logical(rule, jnp.full_like(rule, shift)) & (2**width - 1)
@@ -127,34 +131,34 @@ def _sees(length: int, rule: Array, key: Array) -> Array:
 
 
 def _runs(segments_T: Array, branches_T: Array) -> tuple[Array, Array, Array]:
-    """Where the tree, and in it the prompt or response, of each token begins, and where the tree's prompt ends."""
+    """For each token: the start of its tree, the start of its prompt or response, and the end of its tree's prompt."""
     length = len(segments_T)
-    place = jnp.arange(length)
+    index = jnp.arange(length)
     token = segments_T > 0
-    before = lax.cummax(jnp.where(token, place, -1))  # the last token up to here: padding may stand inside a tree
+    before = lax.cummax(jnp.where(token, index, -1))  # the last token so far, because trees may contain padding
     before = jnp.concatenate([jnp.full(1, -1), before[:-1]])
     segment_before = jnp.where(before >= 0, segments_T[jnp.maximum(before, 0)], 0)
     new_tree = token & (segments_T != segment_before)
     differs = lambda x: jnp.concatenate([jnp.ones(1, bool), x[1:] != x[:-1]])
     new_branch = differs(segments_T) | differs(branches_T)
-    start_of = lambda new: lax.cummax(jnp.where(new, place, 0))
+    start_of = lambda new: lax.cummax(jnp.where(new, index, 0))
     tree, branch = start_of(new_tree), start_of(new_branch)
     prompt = token & (branches_T == 0)
-    prompt_end = jax.ops.segment_max(jnp.where(prompt, place + 1, 0), tree, num_segments=length)[tree]
-    return jnp.where(token, tree, place), branch, prompt_end
+    prompt_end = jax.ops.segment_max(jnp.where(prompt, index + 1, 0), tree, num_segments=length)[tree]
+    return jnp.where(token, tree, index), branch, prompt_end
 
 
 def _seen_blocks(tree_BT: Array, prompt_end_BT: Array, branch_BT: Array, query: int, keys: int) -> Array:
-    """[B, T / query, T / keys]: whether a query of a block sees the prompt or its own branch in a block of keys."""
+    """[B, T / query, T / keys]: whether a block of queries attends to any key of its prompts or branches in a block."""
     rows, length = tree_BT.shape
     first_C = jnp.arange(length // keys) * keys
-    meets = lambda begin_BT, end_BT: (begin_BT[..., None] < first_C + keys) & (end_BT[..., None] > first_C)
-    seen_BTC = meets(tree_BT, prompt_end_BT) | meets(branch_BT, jnp.arange(1, length + 1)[None])
+    overlaps = lambda begin_BT, end_BT: (begin_BT[..., None] < first_C + keys) & (end_BT[..., None] > first_C)
+    seen_BTC = overlaps(tree_BT, prompt_end_BT) | overlaps(branch_BT, jnp.arange(1, length + 1)[None])
     return seen_BTC.reshape(rows, -1, query, len(first_C)).any(axis=2)
 
 
 def _next_block(blocks_QC: Array, axis: int) -> Array:
-    """For each block the next one along `axis` that is computed, or the last: what the kernel fetches meanwhile."""
+    """For each block, the next one along `axis` that is computed, or the last one; the kernel prefetches it."""
     index = lax.broadcasted_iota(jnp.int32, blocks_QC.shape, axis)
     following = lax.cummin(jnp.where(blocks_QC, index, blocks_QC.shape[axis]), axis=axis, reverse=True)
     last = jnp.max(jnp.where(blocks_QC, index, 0), axis=axis, keepdims=True)
@@ -162,14 +166,12 @@ def _next_block(blocks_QC: Array, axis: int) -> Array:
 
 
 def _blocks(length: int) -> tuple[int, int]:
-    """Queries and keys of a block.
-
-    Raises:
-        ValueError: the row is not a multiple of 128 tokens.
-    """
+    """Sizes of query blocks and key blocks in rows of `length` tokens."""
     query = next((size for size in BLOCKS if length % size == 0), None)
     if query is None:
-        raise ValueError(f"Rows of {length} tokens: splash attention takes rows of a multiple of {BLOCKS[-1]} tokens.")
+        raise ValueError(
+            f"Rows of {length} tokens: splash attention needs a multiple of {BLOCKS[-1]}; change packing.row_length."
+        )
     return query, 2 * query if length % (2 * query) == 0 else query
 
 

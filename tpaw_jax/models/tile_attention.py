@@ -1,10 +1,10 @@
-"""Attention over packed trees that computes only what the tree mask keeps: work and memory follow the trees, not T^2.
+"""Attention over packed trees in plain XLA that computes only unmasked keys: work follows the trees, not T^2.
 
-A row is cut into tiles of up to `TILE` queries that belong to one prompt or to one response. Whatever such a tile can
-see is two runs of its row: the tree's prompt and the tile's own branch up to its end. Both are sliced into one short
-key list, whose length is rounded up to one of few widths, and each width has a loop of its own with a trip count that
-is data: no branch, no recompile, O(T) memory. The backward pass recomputes the weights from the saved log-sum-exp
-(FlashAttention, arXiv 2205.14135). The plain twin is `attention.attend` under `attention.visible`.
+Rows are cut into tiles of up to `TILE` queries of the same prompt or response. A tile attends to two spans of its row:
+the tree's prompt, and its own branch up to the tile's last query. Both are sliced into one key list, whose length is
+rounded up to one of a few widths. Each width has its own loop, whose trip count is data, so new rows need no new
+compilation, and memory is O(T). The backward pass recomputes the attention weights from the saved log-sum-exp
+(FlashAttention, arXiv 2205.14135). Tests compare it with `attention.attend` under the mask `attention.visible`.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from jaxtyping import Array, Float, Int
 from tpaw_jax.models.attention import SAVED, Attention, Visibility
 
 TILE = 32
-"""Queries of a tile: enough for the matrix units, few enough that a response's last tile is not mostly padding."""
+"""Queries per tile: enough for efficient matmuls, few enough that a response's last tile is not mostly padding."""
 
 
 class Tile(NamedTuple):
-    """Places in the rows, laid end to end: scalars, or one value a tile."""
+    """A tile, or several. Indices count the tokens of all rows, laid end to end."""
 
     first_query: Int[Array, "*tiles"]
-    queries: Int[Array, "*tiles"]
-    trunk: Int[Array, "*tiles"]  # where the tree's prompt begins
-    trunk_length: Int[Array, "*tiles"]  # 0 for a tile of the prompt itself
-    branch: Int[Array, "*tiles"]  # where the tile's own prompt or response begins
+    queries: Int[Array, "*tiles"]  # number of queries, at most `TILE`
+    trunk: Int[Array, "*tiles"]  # start of the tree's prompt
+    trunk_length: Int[Array, "*tiles"]  # tokens of the prompt; 0 for tiles of the prompt itself
+    branch: Int[Array, "*tiles"]  # start of the tile's own prompt or response
 
 
 class Tiles(NamedTuple):
-    """The tiles of some rows, ordered by the width of their key list; those of width w are [bounds[w], bounds[w+1])."""
+    """The tiles of some rows, ordered by the width of their key lists. Tiles [bounds[i], bounds[i+1]) have width i."""
 
     tile: Tile
     bounds: Int[Array, "widths+1"]
 
 
 def key_widths(length: int) -> list[int]:
-    """The lengths of key lists that rows of `length` tokens are computed with: 32, 64, 96, ... 256, 320, ... length."""
+    """Return the widths of key lists in rows of `length` tokens: 32, 64, 96, ... 256, 320, ... `length`."""
     widths, width = [], TILE
     while width < length:
         widths.append(width)
@@ -51,30 +51,33 @@ def key_widths(length: int) -> list[int]:
 
 
 def plan(visibility: Visibility) -> Tiles:
-    """The tiles of packed rows. Tokens of a branch must stand together, the branches of a segment one after the other,
-    its trunk first; padding may stand between them."""
+    """Cut packed rows into tiles.
+
+    The tokens of a branch must be contiguous, and the branches of a segment must follow each other, trunk first, with
+    at most padding between them.
+    """
     segments_BT, branches_BT = visibility
     if branches_BT is None:
         branches_BT = jnp.zeros_like(segments_BT)
     length, total = segments_BT.shape[1], segments_BT.size
-    place = jnp.arange(total)
+    index = jnp.arange(total)
     differs = lambda x: jnp.pad(x[:, 1:] != x[:, :-1], ((0, 0), (1, 0)), constant_values=True).reshape(-1)
     new_branch = differs(segments_BT) | differs(branches_BT)
     new_segment = differs(_without_padding(segments_BT))
-    start_of = lambda new: lax.cummax(jnp.where(new, place, 0))
+    start_of = lambda new: lax.cummax(jnp.where(new, index, 0))
     trunk, branch = start_of(new_segment), start_of(new_branch)
-    end = lax.cummin(jnp.append(jnp.where(new_branch, place, total)[1:], total), reverse=True)  # of the own branch
+    end = lax.cummin(jnp.append(jnp.where(new_branch, index, total)[1:], total), reverse=True)  # end of own branch
     in_branch = branches_BT.reshape(-1) > 0
     tile = Tile(
-        first_query=place,
-        queries=jnp.minimum(end - place, TILE),
+        first_query=index,
+        queries=jnp.minimum(end - index, TILE),
         trunk=trunk,
         trunk_length=jnp.where(in_branch, end[trunk] - trunk, 0),
         branch=branch,
     )
-    keys = tile.trunk_length + place + tile.queries - branch
+    keys = tile.trunk_length + index + tile.queries - branch
     widths = jnp.asarray(key_widths(length))
-    is_tile = ((place - branch) % TILE == 0) & (segments_BT.reshape(-1) > 0)
+    is_tile = ((index - branch) % TILE == 0) & (segments_BT.reshape(-1) > 0)
     width = jnp.where(is_tile, jnp.searchsorted(widths, keys), len(widths))
     order = jnp.argsort(width)
     bounds = jnp.searchsorted(width[order], jnp.arange(len(widths) + 1))
@@ -82,9 +85,9 @@ def plan(visibility: Visibility) -> Tiles:
 
 
 def _without_padding(segments_BT: Array) -> Array:
-    """The segment of each token, and that of the last token before it for padding."""
-    place_T = jnp.arange(segments_BT.shape[1])
-    last_BT = lax.cummax(jnp.where(segments_BT > 0, place_T, 0), axis=1)
+    """Segment ids in which padding has the segment of the last token before it."""
+    index_T = jnp.arange(segments_BT.shape[1])
+    last_BT = lax.cummax(jnp.where(segments_BT > 0, index_T, 0), axis=1)
     return jnp.take_along_axis(segments_BT, last_BT, axis=1)
 
 
@@ -95,9 +98,9 @@ def attend_tiles(
     values: Float[Array, "B T K H"],
     tiles: Tiles,
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention of packed rows, softmax(q k^T / sqrt(H)) v over what each query sees; 0 for padding.
+    """Compute grouped-query attention of packed rows, softmax(q k^T / sqrt(H)) v over the visible keys; 0 for padding.
 
-    Scores, softmax and sums are float32; the weights are rounded to the dtype of the values, as in `attend`.
+    Scores, softmax and sums are float32. The weights are rounded to the dtype of the values, as in `attend`.
     """
     return _forward(queries, keys, values, tiles)[0]
 
@@ -109,7 +112,7 @@ def _forward(queries, keys, values, tiles):
     out_KTGH = jnp.zeros(q_KTGH.shape, queries.dtype)
     lse_KTG = jnp.zeros(q_KTGH.shape[:-1], jnp.float32)
 
-    def of_width(width):
+    def body_of_width(width):
         def body(i, carry):
             out_KTGH, lse_KTG = carry
             tile = _take(tiles.tile, i)
@@ -118,13 +121,13 @@ def _forward(queries, keys, values, tiles):
             weights = jnp.exp(scores - top)
             total_weight = jnp.sum(weights, axis=-1, keepdims=True)
             flat = weights.astype(values.dtype).reshape(kv_heads, -1, width)
-            found = _matmul("kqc,kch->kqh", flat, _keys(v_KTH, tile, width)).reshape(*weights.shape[:-1], size)
-            out_KTGH = _put(out_KTGH, (found / total_weight).astype(out_KTGH.dtype), tile)
+            attended = _matmul("kqc,kch->kqh", flat, _keys(v_KTH, tile, width)).reshape(*weights.shape[:-1], size)
+            out_KTGH = _put(out_KTGH, (attended / total_weight).astype(out_KTGH.dtype), tile)
             return out_KTGH, _put(lse_KTG, (top + jnp.log(total_weight))[..., 0], tile)
 
         return body
 
-    out_KTGH, lse_KTG = _loops(tiles, length, of_width, (out_KTGH, lse_KTG))
+    out_KTGH, lse_KTG = _loop_over_widths(tiles, length, body_of_width, (out_KTGH, lse_KTG))
     out = checkpoint_name(_by_row(out_KTGH[:, :total], rows), SAVED)
     lse_KTG = checkpoint_name(lse_KTG, SAVED)
     return out, (queries, keys, values, tiles, out, lse_KTG)
@@ -136,11 +139,12 @@ def _backward(saved, d_out):
     total, kv_heads = rows * length, keys.shape[2]
     q_KTGH, k_KTH, v_KTH = _by_head(queries, kv_heads), _by_head(keys, 0), _by_head(values, 0)
     d_out_KTGH = _by_head(d_out, kv_heads)
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)  # sum over keys of weight x gradient
+    # The sum over keys of weight times gradient:
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     delta_KTG = _by_head(delta[..., None], kv_heads)[..., 0]
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
 
-    def of_width(width):
+    def body_of_width(width):
         def body(i, carry):
             d_q, d_k, d_v = carry
             tile = _take(tiles.tile, i)
@@ -157,7 +161,7 @@ def _backward(saved, d_out):
 
         return body
 
-    d_q, d_k, d_v = _loops(tiles, length, of_width, (zeros(q_KTGH), zeros(k_KTH), zeros(v_KTH)))
+    d_q, d_k, d_v = _loop_over_widths(tiles, length, body_of_width, (zeros(q_KTGH), zeros(k_KTH), zeros(v_KTH)))
     by_row = lambda x, like: _by_row(x[:, :total], rows).reshape(like.shape).astype(like.dtype)
     no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), tiles)
     return by_row(d_q, queries), by_row(d_k, keys), by_row(d_v, values), no_gradient
@@ -166,23 +170,23 @@ def _backward(saved, d_out):
 attend_tiles.defvjp(_forward, _backward)
 
 
-def _loops(tiles: Tiles, length: int, of_width: Any, carry: Any) -> Any:
-    """One loop a width over the tiles whose keys fit it."""
+def _loop_over_widths(tiles: Tiles, length: int, body_of_width: Any, carry: Any) -> Any:
+    """For each width, run a loop over the tiles that have it."""
     for i, width in enumerate(key_widths(length)):
-        carry = lax.fori_loop(tiles.bounds[i], tiles.bounds[i + 1], of_width(width), carry)
+        carry = lax.fori_loop(tiles.bounds[i], tiles.bounds[i + 1], body_of_width(width), carry)
     return carry
 
 
 def _by_head(x: Float[Array, "B T heads H"], groups_of: int) -> Array:
-    """[B T K H] -> [K, B T + room, H]; with `groups_of` = K, [B T N H] -> [K, B T + room, N / K, H].
+    """[B T K H] -> [K, B T + padding, H]; with `groups_of` = K, [B T N H] -> [K, B T + padding, N / K, H].
 
-    The room at the end lets every slice of queries or keys be taken whole.
+    With the padding at the end, no slice of queries or keys reaches past the array.
     """
     rows, length, heads, size = x.shape
-    room = max(length, TILE)
+    padding = max(length, TILE)
     split = (groups_of, heads // groups_of) if groups_of else (heads,)
     x = jnp.moveaxis(x.reshape(rows * length, *split, size), 1, 0)
-    return jnp.pad(x, [(0, 0), (0, room)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
 
 
 def _by_row(x: Float[Array, "K BT *G H"], rows: int) -> Float[Array, "B T heads H"]:
@@ -207,12 +211,12 @@ def _slice(x: Float[Array, "K BT *rest"], tile: Tile) -> Float[Array, "K Q *rest
 
 
 def _live(tile: Tile, dimensions: int) -> Array:
-    """Which of the sliced queries are the tile's own, to broadcast with [K, Q, ...]."""
+    """Mask of the sliced queries that belong to the tile, to broadcast with [K, Q, ...]."""
     return (jnp.arange(TILE) < tile.queries).reshape(1, TILE, *[1] * (dimensions - 2))
 
 
 def _queries(x: Float[Array, "K BT G H"], tile: Tile) -> Float[Array, "K Q G H"]:
-    """The tile's queries (or their gradients); 0 beyond its end."""
+    """The tile's queries (or their gradients), padded with 0."""
     return jnp.where(_live(tile, x.ndim), _slice(x, tile), 0)
 
 
@@ -222,14 +226,14 @@ def _put(x: Float[Array, "K BT *rest"], new: Float[Array, "K Q *rest"], tile: Ti
 
 
 def _keys(x: Float[Array, "K BT H"], tile: Tile, width: int) -> Float[Array, "K C H"]:
-    """The key list: the trunk, then the own branch from its beginning; what follows is masked."""
-    of_trunk = lax.dynamic_slice_in_dim(x, tile.trunk, width, axis=1)
-    of_branch = lax.dynamic_slice_in_dim(x, tile.branch - tile.trunk_length, width, axis=1)
-    return jnp.where((jnp.arange(width) < tile.trunk_length)[None, :, None], of_trunk, of_branch)
+    """The tile's key list: the trunk, then its own branch. `_scores` masks the keys beyond the query."""
+    from_trunk = lax.dynamic_slice_in_dim(x, tile.trunk, width, axis=1)
+    from_branch = lax.dynamic_slice_in_dim(x, tile.branch - tile.trunk_length, width, axis=1)
+    return jnp.where((jnp.arange(width) < tile.trunk_length)[None, :, None], from_trunk, from_branch)
 
 
 def _add_keys(x: Float[Array, "K BT H"], new: Float[Array, "K C H"], tile: Tile) -> Float[Array, "K BT H"]:
-    """Add a gradient of the key list to the keys it was taken from."""
+    """Add the gradient of a key list to the gradient `x` of the keys in it."""
     width = new.shape[1]
     in_trunk = (jnp.arange(width) < tile.trunk_length)[None, :, None]
     for start, part in ((tile.trunk, in_trunk), (tile.branch - tile.trunk_length, ~in_trunk)):
@@ -239,7 +243,7 @@ def _add_keys(x: Float[Array, "K BT H"], new: Float[Array, "K C H"], tile: Tile)
 
 
 def _scores(q: Float[Array, "K Q G H"], k: Float[Array, "K C H"], tile: Tile) -> Float[Array, "K Q G C"]:
-    """Scaled scores in float32, lowest where a query does not see a key."""
+    """Scaled float32 scores; masked keys get the lowest float."""
     (kv_heads, length, groups, size), width = q.shape, k.shape[1]
     scores = _matmul("kqh,kch->kqc", _flat(q), k).reshape(kv_heads, length, groups, width) * size**-0.5
     column = jnp.arange(width)
@@ -249,4 +253,4 @@ def _scores(q: Float[Array, "K Q G H"], k: Float[Array, "K C H"], tile: Tile) ->
 
 
 TILES = Attention(plan, attend_tiles)
-"""By tiles: O(T) memory, and work that follows the trees."""
+"""Tiled attention: O(T) memory; work follows the trees."""

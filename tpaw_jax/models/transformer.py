@@ -1,4 +1,4 @@
-"""One decoder for Llama, Llama 3.1, Mistral without a window, Qwen2, Qwen2.5 and Qwen3: configurations, not classes."""
+"""One decoder for Llama, Llama 3.1, Mistral (no sliding window), Qwen2, Qwen2.5 and Qwen3, chosen by configuration."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tpaw_jax.models.attention import (
     rope_frequencies,
     rotate,
 )
-from tpaw_jax.models.parallel import WHOLE, Parallel
+from tpaw_jax.models.parallel import UNSHARDED, Parallel
 from tpaw_jax.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture, in Hugging Face's words."""
+    """The architecture, in the terms of Hugging Face's config.json."""
 
-    model_type: str  # llama, mistral, qwen2 or qwen3: what config.json is written as
+    model_type: str  # llama, mistral, qwen2 or qwen3; used when config.json is written
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -62,20 +62,20 @@ def _offload(primitive, *arguments, **parameters):
 
 _dots = _policies.save_from_both_policies(_is_matmul, _policies.save_only_these_names(SAVED))
 
-REMAT_POLICIES = {  # from the least to recompute to the least to keep; what a layer's backward pass finds
-    "none": None,  # every activation
-    "dots": _dots,  # matmuls and attention
-    "head": _dots,  # the same, but of the head's matmul nothing
-    "offload": _offload,  # what dots keeps, in the host's memory
-    "layer": _policies.nothing_saveable,  # each layer's input only
+REMAT_POLICIES = {  # what the forward pass keeps for the backward pass, from most memory to least
+    "none": None,  # all activations
+    "dots": _dots,  # results of matmuls and attention
+    "head": _dots,  # like dots, but no logits
+    "offload": _offload,  # like head, in host memory
+    "layer": _policies.nothing_saveable,  # only the input of each layer
 }
 
 KEEPS_LOGITS = ("none", "dots")
-"""Policies under which a gradient of the log-probs keeps the logits of the predictions, [B, P, V] float32."""
+"""Policies under which the forward pass keeps the logits of the predictions, [B, P, V] float32."""
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, in float32."""
+    """RMS normalization with a learned scale, over the last axis, in float32."""
 
     epsilon: float
     param_dtype: jnp.dtype
@@ -87,14 +87,14 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
-    """x / rms(x) * scale over the last axis, in float32."""
+    """Compute x / rms(x) * scale over the last axis, in float32."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
     return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 class Block(nn.Module):
-    """One pre-norm layer: attention, then a gated SiLU feed-forward."""
+    """One pre-norm layer: attention and a gated SiLU feed-forward."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -119,13 +119,13 @@ class Block(nn.Module):
         self.down = linear(c.hidden_size)
 
     def __call__(self, x_MD, angles, context, with_cache):
-        """A layer over whole rows; with `with_cache` also their keys and values [B, T, K, H]."""
+        """Apply the layer to packed rows; `with_cache` also returns keys and values, each [B, T, K, H]."""
         q_BTNH, k_BTKH, v_BTKH = self._project(x_MD, angles)
         x_MD = self._finish(x_MD, self.attention.attend(q_BTNH, k_BTKH, v_BTKH, context))
         return x_MD, (k_BTKH, v_BTKH) if with_cache else None
 
     def _project(self, x_MD, angles):
-        # Tokens of all rows stand on one axis M = B T: what XLA makes of the weights' gradients is then plain matmuls.
+        # All tokens are on one axis, M = B T, so that XLA computes the weights' gradients as plain matmuls.
         c, rows = self.config, angles[0].shape[:2]
         h_MD = self.parallel.share(self.attention_norm(x_MD))
         q_BTNH = self.q(h_MD).reshape(*rows, c.num_heads, c.head_dim)
@@ -142,7 +142,7 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table of token embeddings, of which a device may hold a part."""
+    """A token embedding table, or a device's shard of one."""
 
     shape: tuple[int, ...]  # (vocabulary, features)
     param_dtype: jnp.dtype
@@ -153,11 +153,16 @@ class Embedding(nn.Module):
 
 
 class Transformer(nn.Module):
-    """tokens -> logits. Layers are stacked on a leading axis and run under `nn.scan`.
+    """A decoder-only transformer: tokens -> logits. Layers are stacked on a leading axis and run under `nn.scan`.
 
-    `dtype` is the compute dtype (norms, softmax and logits stay float32), `param_dtype` that of new parameters, `remat`
-    a name in `REMAT_POLICIES`, `attention` that of whole rows (without a cache). With `parallel`, the methods run
-    inside `shard_map` on a device's own rows and its parts of the parameters.
+    Args:
+        config: the architecture.
+        dtype: compute dtype. Norms, softmax and logits are float32 in any case.
+        param_dtype: dtype of newly initialized parameters.
+        remat: rematerialization policy, a key of `REMAT_POLICIES`.
+        attention: attention implementation for packed rows.
+        parallel: how parameters are sharded, set by `split`. If they are, call the methods inside `shard_map`, with
+            one device's rows and parameter shards.
     """
 
     config: ModelConfig
@@ -165,11 +170,11 @@ class Transformer(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     attention: Attention = EINSUM
-    parallel: Parallel = WHOLE
+    parallel: Parallel = UNSHARDED
 
     @property
     def local_config(self) -> ModelConfig:
-        """The architecture with the heads and the feed-forward that a device has of each layer."""
+        """The architecture with the heads and feed-forward features of one device."""
         c, tensor = self.config, self.parallel.tensor
         return dataclasses.replace(
             c,
@@ -179,11 +184,11 @@ class Transformer(nn.Module):
         )
 
     def setup(self) -> None:
-        c, split = self.config, self.parallel
+        c, parallel = self.config, self.parallel
         block = Block
-        if split.specs:
-            whole = lambda variables: {"params": split.layer(variables["params"], self.dtype)}
-            block = nn.map_variables(Block, "params", whole)
+        if parallel.specs:
+            gather = lambda variables: {"params": parallel.layer(variables["params"], self.dtype)}
+            block = nn.map_variables(Block, "params", gather)
         if self.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(4,))
         self.layers = nn.scan(
@@ -192,8 +197,9 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
-        )(self.local_config, self.dtype, self.param_dtype, self.attention, split)
-        table = lambda name: Embedding(split.held(f"{name}/embedding", (c.vocab_size, c.hidden_size)), self.param_dtype)
+        )(self.local_config, self.dtype, self.param_dtype, self.attention, parallel)
+        shape = lambda name: parallel.local_shape(f"{name}/embedding", (c.vocab_size, c.hidden_size))
+        table = lambda name: Embedding(shape(name), self.param_dtype)
         self.embed = table("embed")
         self.final_norm = RMSNorm(c.rms_norm_eps, self.param_dtype)
         if not c.tie_embeddings:
@@ -205,7 +211,7 @@ class Transformer(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Float32 logits. Rows are one causal sequence each, or several packed ones named by `segment_ids`."""
+        """Compute float32 logits. A row is one causal sequence, or several packed ones if `segment_ids` is given."""
         return self.logits(self.hidden(tokens, positions, segment_ids))
 
     def hidden(
@@ -215,7 +221,7 @@ class Transformer(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         branch_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The final hidden states, normed; `branch_ids` packs prefix trees (see `Visibility`)."""
+        """Compute the normalized final hidden states. With `branch_ids`, rows contain prefix trees (`Visibility`)."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segment_ids is None:
@@ -225,11 +231,11 @@ class Transformer(nn.Module):
     def prefill(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        """Hidden states of packed prompts, and their keys and values, each [L, B, T, K, H]."""
+        """Compute the hidden states of packed prompts, and their keys and values, each [L, B, T, K, H]."""
         return self._rows(tokens, positions, Visibility(segment_ids), with_cache=True)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Float32 logits of hidden states."""
+        """Compute float32 logits from hidden states."""
         name = "embed" if self.config.tie_embeddings else "head"
         table = self.parallel.table(getattr(self, name)(), f"{name}/embedding", self.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
@@ -248,12 +254,17 @@ class Transformer(nn.Module):
 def split(
     model: Transformer, params: PyTree[Any], mesh: Mesh, reduce_dtype: str = "float32", key: str = "mesh.tensor"
 ) -> Transformer:
-    """The model for use inside `shard_map`, its parameters (arrays or shapes) split by `sharding.PARAM_AXES`.
+    """Prepare a model for use inside `shard_map`, with parameters sharded by `sharding.PARAM_AXES`.
 
-    Gradients travel between devices in `reduce_dtype`; `key` is what the configuration calls the tensor axis.
+    Args:
+        model: the model.
+        params: its parameters, or their shapes.
+        mesh: the mesh they are sharded over.
+        reduce_dtype: dtype in which gradients are reduced over `fsdp`.
+        key: configuration key of the tensor axis's size, for error messages.
 
     Raises:
-        ValueError: heads or feed-forward do not divide by the mesh's tensor axis.
+        ValueError: the tensor axis does not divide the number of heads or feed-forward features.
     """
     c, tensor = model.config, mesh.shape["tensor"]
     if c.num_heads % tensor or c.num_kv_heads % tensor or c.intermediate_size % tensor:
@@ -266,17 +277,17 @@ def split(
 
 
 def rotary_angles(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
-    """cos and sin of the rotary embedding at `positions`, each [B, T, H/2] float32."""
+    """Compute cos and sin of the rotary embedding at `positions`, each [B, T, H/2] float32."""
     return rope_angles(
         jnp.asarray(positions), rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     )
 
 
 def head_name(params: PyTree[Array]) -> str:
-    """The path of the output embedding: the head's own table, or the input embedding where they are tied."""
+    """Return the flax path of the output embedding, which is the input embedding if the two are tied."""
     return "head/embedding" if "head" in params else "embed/embedding"
 
 
 def head_table(params: PyTree[Array]) -> Float[Array, "V D"]:
-    """The output embedding."""
+    """Return the output embedding."""
     return params[head_name(params).split("/")[0]]["embedding"]

@@ -1,4 +1,4 @@
-"""Signs that self-play goes wrong, read from a round's line of the table: sentences with the figure and the round."""
+"""Warnings of divergence, computed from the summary of a round."""
 
 from __future__ import annotations
 
@@ -6,56 +6,55 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-NOTHING_SAID = 2.0
-"""Tokens of the mean response, its end counted, at or below which a policy has stopped answering."""
+MIN_RESPONSE_TOKENS = 2.0
+"""Mean response length, end-of-turn token included, at or below which the policy has stopped answering."""
 
-AT_LIMIT = 0.9
-"""Share of responses cut at `sampling.max_new_tokens` from which a policy has stopped ending them."""
+MAX_TRUNCATED = 0.9
+"""Share of responses truncated at `sampling.max_new_tokens` from which the policy has stopped ending them."""
 
-UNLEARNT = 1.0
-"""Nats a token by which held-out targets become less likely in a round when it forgets what it was taught."""
+MAX_HELD_OUT_LOSS = 1.0
+"""Nats per token that the held-out log-prob may fall in a round before the policy counts as forgetting."""
 
-
-ANOTHER_POLICY = 0.3
-"""Nats a token between the log-probs of who answered and of the scorer, from which no rounding explains them."""
+MAX_SAMPLER_GAP = 0.3
+"""Nats per token between the sampler's and the scorer's log-probs that rounding can no longer explain."""
 
 
 class Diverged(ValueError):
-    """A run that was told to be strict has stopped; the message says what went wrong in which round."""
+    """A strict run has stopped at a sign of divergence."""
 
 
 def warnings(summary: Mapping[str, Any], prompts: int, longest: int) -> list[str]:
-    """What is wrong with a round of `prompts` prompts whose responses end at `longest` tokens."""
-    found = []
-    say = lambda sentence: found.append(f"Round {summary['round']}: {sentence}")
-    if summary["response tokens"] <= NOTHING_SAID:
+    """Sentences on what is wrong with a round of `prompts` prompts and responses of at most `longest` tokens."""
+    sentences = []
+    say = lambda sentence: sentences.append(f"Round {summary['round']}: {sentence}")
+    if summary["response tokens"] <= MIN_RESPONSE_TOKENS:
         say(f"responses have {summary['response tokens']:.1f} tokens on average: the policy has stopped answering.")
-    elif summary["at limit"] >= AT_LIMIT:
+    elif summary["at limit"] >= MAX_TRUNCATED:
         say(
-            f"{summary['at limit']:.0%} of the responses were cut at sampling.max_new_tokens, {longest}: the limit is "
-            "low, or the policy has stopped ending them."
+            f"{summary['at limit']:.0%} of the responses were truncated at sampling.max_new_tokens = {longest}: the "
+            "limit is too low, or the policy has stopped ending its responses."
         )
-    if (summary.get("sampler gap") or 0) > ANOTHER_POLICY:
+    if (summary.get("sampler gap") or 0) > MAX_SAMPLER_GAP:
         say(
-            f"the log-probs that came with the responses are {summary['sampler gap']:.2g} nats a token from the "
-            "scorer's: another policy, other settings or another template gave them."
+            f"the log-probs that came with the responses are {summary['sampler gap']:.2g} nats per token away from the "
+            "scorer's: they come from another policy, other settings or another template."
         )
     if summary["echoes"] == prompts:
-        say("every response equals its target: there is nothing left to tell apart.")
+        say("every response equals its target: there is nothing left to learn.")
     elif summary["margin"] < 0:
-        say(f"the mean margin is {summary['margin']:.3g}: responses were made more likely than targets.")
-    return of_training(summary) + found
+        say(f"the mean margin is {summary['margin']:.3g}: the policy now prefers its own responses to the targets.")
+    return of_training(summary) + sentences
 
 
 def of_training(summary: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the training of a round, of self-play or supervised."""
-    found = []
-    say = lambda sentence: found.append(f"Round {summary['round']}: {sentence}")
+    """Sentences on what is wrong with the training of a round, self-play or supervised."""
+    sentences = []
+    say = lambda sentence: sentences.append(f"Round {summary['round']}: {sentence}")
     if not math.isfinite(summary["loss"]):
         say(f"the mean loss of the last epoch is {summary['loss']}.")
     if summary["skipped"]:
-        say(f"{summary['skipped']} of {summary['steps']} steps were skipped, their loss or gradient was not finite.")
+        say(f"{summary['skipped']} of {summary['steps']} steps were skipped: the loss or gradient was not finite.")
     before, after = summary["held-out before"], summary["held-out after"]
-    if before is not None and after is not None and not after > before - UNLEARNT:
-        say(f"held-out targets went from {before:.3g} to {after:.3g} nats a token: the learning rate may be too large.")
-    return found
+    if before is not None and after is not None and not after > before - MAX_HELD_OUT_LOSS:
+        say(f"the held-out log-prob fell from {before:.3g} to {after:.3g} nats per token; lower the learning rate.")
+    return sentences

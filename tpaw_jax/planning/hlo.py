@@ -1,7 +1,7 @@
-"""A compiled program's text (HLO) -> the bytes that it moves: through a device's memory, and between devices.
+"""Count the bytes that a compiled program (HLO text) moves: through a device's memory, and between devices.
 
-XLA's own analysis counts the body of a loop once; here loops count as often as they run. Shapes, computations and
-collectives are read as the TPU compiler of libtpu 0.0.42 writes them.
+XLA's own analysis counts the body of a loop once; here it counts once per iteration. The parser reads shapes,
+computations and collectives as the TPU compiler of libtpu 0.0.42 prints them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import numpy as np
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 BETWEEN_SLICES = "between slices"
-"""The kind of what slices exchange over the data center's network: a sum, sent and received by the host."""
+"""The kind of an exchange between slices over the data center's network: a sum, sent and received by the host."""
 
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
-_NOTHING_MOVES = {
+_NO_TRAFFIC = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
     *("partition-id", "replica-id", "opt-barrier", "iota", "async-update", "recv"),
 }
 _VIEWS = ("bitcast", "reshape", "get-tuple-element", "opt-barrier")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
-"""What writes into its first operand where it lies, and which operand it writes."""
+"""Opcodes that update their first operand in place, and the index of the operand that holds the new values."""
 
 
 class Instruction(NamedTuple):
@@ -41,13 +41,13 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> str:
-        """The computation that a fusion or an asynchronous operation runs; empty where there is none."""
+        """The computation that a fusion or an asynchronous operation runs; empty for other instructions."""
         match = re.search(r"calls=%?([\w.\-]+)", self.attributes)
         return match.group(1) if match else ""
 
 
 class Computation(NamedTuple):
-    """Instructions by name, in their order, and which of them is the result."""
+    """Instructions by name, in program order, and the one that is the result."""
 
     instructions: dict[str, Instruction]
     root: Instruction
@@ -55,26 +55,29 @@ class Computation(NamedTuple):
     @property
     def parameters(self) -> list[str]:
         """Names of the parameters in the order in which they are passed."""
-        found = [i for i in self.instructions.values() if i.opcode == "parameter"]
-        return [i.name for i in sorted(found, key=lambda i: int(i.operands[0]))]
+        parameters = [i for i in self.instructions.values() if i.opcode == "parameter"]
+        return [i.name for i in sorted(parameters, key=lambda i: int(i.operands[0]))]
 
 
 class Collective(NamedTuple):
-    """What devices exchange, as often as it runs."""
+    """A collective operation and how often it runs."""
 
     kind: str  # one of KINDS, or BETWEEN_SLICES
-    size: int  # bytes of what is gathered, or of what is reduced or exchanged, on one device
-    group: tuple[int, ...]  # the devices that exchange it, of the first group of them; empty: all there are
+    size: int  # bytes on one device: of the gathered result, or of the data that is reduced or exchanged
+    group: tuple[int, ...]  # the devices of its first group; empty: all devices
     times: int
-    asynchronous: bool  # runs beside computation
+    asynchronous: bool  # overlaps with computation
 
     @property
     def bytes(self) -> int:
-        """Bytes of all its runs."""
+        """Bytes of all runs together."""
         return self.size * self.times
 
     def sent(self, devices: int) -> float:
-        """Bytes that a device of a group of `devices` sends in all runs: V (n - 1) / n of V, twice that of a sum."""
+        """Bytes that each device of a group of n `devices` sends in all runs.
+
+        V (n - 1) / n for data of V bytes, twice that for sums, and V for a permutation.
+        """
         if self.kind == "collective-permute":
             return self.bytes
         return self.bytes * (2 if self.kind in ("all-reduce", BETWEEN_SLICES) else 1) * (devices - 1) / devices
@@ -85,37 +88,37 @@ class Program(NamedTuple):
 
     computations: dict[str, Computation]
     entry: str
-    unknown_trips: Sequence[int]  # of loops whose condition compares with no constant, from the outermost on
+    unknown_trips: Sequence[int]  # trip counts of loops whose condition has no constant, from the outermost inwards
 
     def collectives(self) -> list[Collective]:
-        """Everything that devices exchange. A chain of parts that belong together counts once."""
-        found: dict[tuple[str, str], Collective] = {}
+        """All collectives. The parts of one that is split over a chain of fusions count once."""
+        collectives: dict[tuple[str, str], Collective] = {}
         for name, times in self._runs():
             for inside, part in self._with_fused(name):
                 kind = _kind(part)
                 if kind is None:
                     continue
                 chain = re.search(r'(chain_id|async_collective_name)="([^"]+)"', part.attributes)
-                beside = chain is not None or part.opcode.endswith("-start") or kind == BETWEEN_SLICES
+                overlaps = chain is not None or part.opcode.endswith("-start") or kind == BETWEEN_SLICES
                 inner = _inner_collective(part, self.computations)
                 body = self.computations[inside].instructions
-                goes_in = sum(_size(body[o].shape, everywhere=True) for o in part.operands if o in body)
-                comes_out = _size(part.shape, everywhere=True)
-                if part.opcode.endswith("-start") or part.opcode == "send":  # whose result holds what went in too
-                    comes_out -= goes_in
-                padded = _size(inner.shape, everywhere=True) if inner is not part else 0
-                size = max(goes_in, comes_out, padded)
-                new = Collective(kind, size, _group(inner.attributes), times, beside)
+                input_size = sum(_size(body[o].shape, any_memory=True) for o in part.operands if o in body)
+                output_size = _size(part.shape, any_memory=True)
+                if part.opcode.endswith("-start") or part.opcode == "send":  # the result includes the operands
+                    output_size -= input_size
+                padded_size = _size(inner.shape, any_memory=True) if inner is not part else 0
+                size = max(input_size, output_size, padded_size)
+                new = Collective(kind, size, _group(inner.attributes), times, overlaps)
                 if len(new.group) == 1:
                     continue
                 key = (kind, chain.group(2) if chain else f"{name}/{part.name}")
-                old = found.get(key)
+                old = collectives.get(key)
                 if old is None or (new.times, new.size) > (old.times, old.size):
-                    found[key] = new
-        return list(found.values())
+                    collectives[key] = new
+        return list(collectives.values())
 
     def traffic(self) -> int:
-        """Bytes that one run reads and writes in a device's memory; what stays on the chip beside it is not counted."""
+        """Bytes that one run reads and writes in a device's main memory; on-chip memory is not counted."""
         both_ways = ("all-reduce", "all-to-all", "collective-permute", BETWEEN_SLICES)
         total = sum(c.bytes * (2 if c.kind in both_ways else 1) for c in self.collectives())
         for name, times in self._runs():
@@ -124,47 +127,45 @@ class Program(NamedTuple):
         return total
 
     def _runs(self) -> Iterator[tuple[str, int]]:
-        """The computations that run by themselves (not inside a fusion), and how often."""
+        """The computations outside of fusions, and how often each runs."""
 
-        def of(name: str, times: int, unknown: Sequence[int]) -> Iterator[tuple[str, int]]:
+        def runs_of(name: str, times: int, unknown: Sequence[int]) -> Iterator[tuple[str, int]]:
             yield name, times
             for i in self.computations[name].instructions.values():
                 if i.opcode == "while":
                     condition, body = _called_by_name(i.attributes)
                     if trips := self._trips(condition):
-                        yield from of(body, times * trips, unknown)
+                        yield from runs_of(body, times * trips, unknown)
                     else:
-                        yield from of(body, times * (unknown[0] if unknown else 1), unknown[1:])
+                        yield from runs_of(body, times * (unknown[0] if unknown else 1), unknown[1:])
                 elif i.opcode in ("call", "conditional"):
                     for called in _called_by_name(i.attributes):
-                        yield from of(called, times, unknown)
+                        yield from runs_of(called, times, unknown)
 
-        yield from of(self.entry, 1, self.unknown_trips)
+        yield from runs_of(self.entry, 1, self.unknown_trips)
 
     def _trips(self, condition: str) -> int:
-        """How often a loop runs: the largest integer that its condition knows; 0 where it knows none."""
-        found: list[int] = []
-        for _, i in self._with_fused(condition):
-            if i.opcode == "constant" and re.match(r"[su]\d+\[\]", i.shape):
-                found.append(int(i.operands[0]))
-        return max(found, default=0)
+        """Trip count of a loop: the largest integer constant in its condition; 0 if there is none."""
+        instructions = (i for _, i in self._with_fused(condition))
+        is_integer = lambda i: i.opcode == "constant" and re.match(r"[su]\d+\[\]", i.shape)
+        return max((int(i.operands[0]) for i in instructions if is_integer(i)), default=0)
 
     def _with_fused(self, name: str) -> Iterator[tuple[str, Instruction]]:
-        """The instructions of a computation and of the fusions in it, but not what makes up a collective."""
+        """The instructions of a computation and of the fusions in it, except inside a fused reduce-scatter."""
         for i in self.computations[name].instructions.values():
             yield name, i
             if i.called in self.computations and not _is_reduce_scatter(i):
                 yield from self._with_fused(i.called)
 
     def _moved(self, i: Instruction, body: dict[str, Instruction]) -> int:
-        """Bytes that an instruction reads and writes in memory."""
-        if i.opcode in _NOTHING_MOVES or i.opcode.endswith("-done") or _kind(i):
+        """Bytes that an instruction reads and writes in main memory."""
+        if i.opcode in _NO_TRAFFIC or i.opcode.endswith("-done") or _kind(i):
             return 0
         shape = lambda name: body[name].shape if name in body else ""
         if i.opcode in ("copy-start", "slice-start"):
-            parts = _parts(i.shape)  # (where to, where from, ...)
-            slow = [part for part in parts[:2] if "S(" not in part]
-            return len(slow) * min(_size(part, everywhere=True) for part in parts[:2])
+            parts = _parts(i.shape)[:2]  # (destination, source)
+            in_main_memory = [part for part in parts if "S(" not in part]
+            return len(in_main_memory) * min(_size(part, any_memory=True) for part in parts)
         if i.opcode in _SLICES:
             return 2 * _size(i.shape)
         if i.opcode in _UPDATES:
@@ -173,38 +174,38 @@ class Program(NamedTuple):
             return _size(i.shape) + sum(_size(shape(o)) for o in i.operands)
         fused = self.computations[i.called]
         read = sum(
-            min(_size(shape(o)), self._taken(fused, p)) for o, p in zip(i.operands, fused.parameters, strict=False)
+            min(_size(shape(o)), self._read(fused, p)) for o, p in zip(i.operands, fused.parameters, strict=False)
         )
         return read + self._written(fused, i.shape)
 
-    def _taken(self, fused: Computation, name: str) -> int:
-        """Bytes of a parameter that a fusion reads: of a slice the slice, of what it writes into nothing."""
+    def _read(self, fused: Computation, name: str) -> int:
+        """Bytes of a parameter that a fusion reads: only the slice if it slices, none if it updates in place."""
         total = 0
         for user in fused.instructions.values():
             if name not in user.operands:
                 continue
-            if user.opcode == "tuple":  # handed through
+            if user.opcode == "tuple":  # returned unchanged
                 continue
             if user.opcode in _VIEWS:
-                total += self._taken(fused, user.name)
+                total += self._read(fused, user.name)
             elif user.opcode in _SLICES:
-                total += _size(user.shape, everywhere=True)
+                total += _size(user.shape, any_memory=True)
             elif user.opcode in _UPDATES and user.operands[0] == name:
                 continue
             elif user.called in self.computations:
                 inner = self.computations[user.called]
                 passed = [p for o, p in zip(user.operands, inner.parameters, strict=False) if o == name]
-                total += sum(self._taken(inner, p) for p in passed)
-                if _source(inner, inner.root).name in passed:  # a fusion that is but a view of it
-                    total += self._taken(fused, user.name)
+                total += sum(self._read(inner, p) for p in passed)
+                if _source(inner, inner.root).name in passed:  # the inner fusion only returns a view of it
+                    total += self._read(fused, user.name)
             elif _is_exchange(user):  # counted with its collective
                 continue
             else:
-                total += _size(fused.instructions[name].shape, everywhere=True)
+                total += _size(fused.instructions[name].shape, any_memory=True)
         return total
 
     def _written(self, fused: Computation, shape: str) -> int:
-        """Bytes that a fusion writes: of an update in place, the update."""
+        """Bytes that a fusion writes: only the new values if it updates in place."""
         root = fused.root
         results = [fused.instructions[o] for o in root.operands] if root.opcode == "tuple" else [root]
         total = 0
@@ -214,16 +215,19 @@ class Program(NamedTuple):
                 continue
             if source.opcode in _UPDATES:
                 update = source.operands[_UPDATES[source.opcode]]
-                total += _size(fused.instructions[update].shape, everywhere=True)
+                total += _size(fused.instructions[update].shape, any_memory=True)
             else:
                 total += _size(part)
         return total
 
 
 def parse(text: str, unknown_trips: Sequence[int] = ()) -> Program:
-    """The program of `compiled.as_text()`.
+    """Parse the text of `compiled.as_text()`.
 
-    `unknown_trips` are how often loops run whose number of turns is data, from the outermost on; once by default.
+    Args:
+        text: the HLO text.
+        unknown_trips: trip counts of the loops whose trip count depends on data, from the outermost inwards. Loops
+            beyond the list count once.
 
     Raises:
         ValueError: the text has no entry computation.
@@ -242,11 +246,11 @@ def parse(text: str, unknown_trips: Sequence[int] = ()) -> Program:
             instruction = _instruction(line)
             lines[instruction.name] = instruction
             root = instruction if line.lstrip().startswith("ROOT ") else root
-        elif name and line.strip() == "}":  # attributes of a kernel may end with }} and more
+        elif name and line.strip() == "}":  # a kernel's attributes may end a line with }} and more text
             computations[name] = Computation(lines, root or list(lines.values())[-1])
             name = ""
     if not entry:
-        raise ValueError("The text is no compiled program: it has no ENTRY computation.")
+        raise ValueError("The text is not a compiled program: it has no ENTRY computation.")
     return Program(computations, entry, unknown_trips)
 
 
@@ -262,27 +266,27 @@ def _instruction(line: str) -> Instruction:
 
 
 def _source(computation: Computation, result: Instruction) -> Instruction:
-    """What an instruction is, or is a view of."""
+    """The instruction that `result` is a view of, or `result` itself."""
     while result.opcode in _VIEWS and result.operands[0] in computation.instructions:
         result = computation.instructions[result.operands[0]]
     return result
 
 
 def _called_by_name(attributes: str) -> list[str]:
-    """The computations of a call, the branches of a condition, or the condition and the body of a loop."""
+    """The computation of a call, the branches of a conditional, or the condition and the body of a loop."""
     if branches := re.search(r"branch_computations=\{([^}]*)\}", attributes):
         return re.findall(r"%?([\w.\-]+)", branches.group(1))
     return re.findall(r"(?:to_apply|true_computation|false_computation|condition|body)=%?([\w.\-]+)", attributes)
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the parenthesis that opens at `opening` is closed."""
+    """Index of the parenthesis that closes the one at `opening`."""
     depth = 0
     for i in range(opening, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
         if depth == 0:
             return i
-    raise ValueError(f"A parenthesis is not closed: {text[:80]}")
+    raise ValueError(f"Unbalanced parenthesis in the HLO text: {text[:80]}")
 
 
 @functools.lru_cache(maxsize=65536)
@@ -292,21 +296,21 @@ def _parts(shape: str) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=65536)
-def _size(shape: str, everywhere: bool = False) -> int:
-    """Bytes of the arrays of a shape that lie in the device's main memory, or in any memory."""
+def _size(shape: str, any_memory: bool = False) -> int:
+    """Bytes of the arrays of a shape that are in the device's main memory, or with `any_memory` of all of them."""
     total = 0
     for part in _parts(shape):
-        if "S(" in part and not everywhere:
+        if "S(" in part and not any_memory:  # S(n) is another memory space
             continue
-        kind, sizes = re.match(r"(\w+)\[([^\]]*)\]", part).groups()  # type: ignore[union-attr]
-        digits = re.search(r"\d+", kind)
-        bits = _BITS.get(kind) or (int(digits.group()) if digits else 0)
+        dtype, sizes = re.match(r"(\w+)\[([^\]]*)\]", part).groups()  # type: ignore[union-attr]
+        digits = re.search(r"\d+", dtype)
+        bits = _BITS.get(dtype) or (int(digits.group()) if digits else 0)
         total += math.prod(int(re.sub(r"\D", "", n)) for n in sizes.split(",") if n) * bits // 8
     return total
 
 
 def _is_reduce_scatter(i: Instruction) -> bool:
-    """Whether a fusion is the TPU's reduce-scatter, which is written as a sum and a slice."""
+    """Whether a fusion is the TPU's reduce-scatter, which is printed as an all-reduce and a slice."""
     return i.opcode == "fusion" and i.called.startswith("all-reduce-scatter")
 
 

@@ -1,4 +1,4 @@
-"""The programs of a run, lowered for the devices of a TPU topology: none of them need be here, and no weights."""
+"""Lower the programs of a run for the devices of a TPU topology. Neither the devices nor any weights are needed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from jaxtyping import PyTree
 from tpaw_jax.config import RunConfig
 from tpaw_jax.data import packing
 from tpaw_jax.generation import engine, token_sampling
-from tpaw_jax.generation.cache import PAGE, PageTable
-from tpaw_jax.generation.pages import Pages
+from tpaw_jax.generation.cache import PAGE, Pages, PageTable
 from tpaw_jax.generation.slots import DecodeState
 from tpaw_jax.models import ModelConfig, Transformer, splash_attention
 from tpaw_jax.models.hub import param_shapes
@@ -28,23 +27,23 @@ from tpaw_jax.types import PackedPrompts
 
 
 class Target(NamedTuple):
-    """What is planned: a configuration on the devices of a topology."""
+    """A configuration on the devices of a topology."""
 
-    config: RunConfig  # with its mesh, rows a batch and alignment settled
+    config: RunConfig  # with rows per batch and alignment filled in
     topology: tpu.Topology
     mesh: Mesh
-    model: Transformer  # split over the mesh
+    model: Transformer  # sharded over the mesh
     params: PyTree[jax.ShapeDtypeStruct]
     sampling_mesh: Mesh
     sampling_model: Transformer
 
 
 def target_of(config: RunConfig, architecture: ModelConfig, topology: tpu.Topology) -> Target:
-    """A configuration on a topology.
+    """Put a configuration on a topology.
 
     Raises:
         ImportError: libtpu is missing.
-        ValueError: the mesh does not cover the topology, or cannot split the model or the rows.
+        ValueError: the mesh does not cover the topology, or the model or the rows cannot be sharded over it.
     """
     devices = topology.devices()
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -74,7 +73,7 @@ def target_of(config: RunConfig, architecture: ModelConfig, topology: tpu.Topolo
 
 
 def with_rows(target: Target, rows_per_batch: int, row_length: int) -> Target:
-    """The same with batches of other rows."""
+    """The same target with another number and length of rows."""
     alignment = splash_attention.alignment(row_length)
     rows = dataclasses.replace(
         target.config.packing, rows_per_batch=rows_per_batch, row_length=row_length, alignment=alignment
@@ -83,7 +82,7 @@ def with_rows(target: Target, rows_per_batch: int, row_length: int) -> Target:
 
 
 def team_step(target: Target, remat: str, micro_batches: int) -> jax.stages.Lowered:
-    """The train step on `micro_batches` batches of rows."""
+    """The train step over `micro_batches` batches of rows."""
     config, mesh = target.config, target.mesh
     optimizer = train_step.make_optimizer(config.train)
     log_prob_fn = make_log_prob_fn(target.model.clone(remat=remat), config.policy.head_chunk)
@@ -96,7 +95,7 @@ def team_step(target: Target, remat: str, micro_batches: int) -> jax.stages.Lowe
 
 
 def scoring_pass(target: Target) -> jax.stages.Lowered:
-    """A frozen player on `packing.scoring_batches` batches of rows."""
+    """A frozen player's forward pass over `packing.scoring_batches` batches of rows."""
     config, mesh = target.config, target.mesh
     log_prob_fn = make_log_prob_fn(target.model, config.policy.head_chunk)
     program = scoring.score_program(log_prob_fn, mesh, tpu.options_of(mesh))
@@ -106,12 +105,12 @@ def scoring_pass(target: Target) -> jax.stages.Lowered:
 
 
 def prefill_row(config: RunConfig) -> int:
-    """Tokens of prompts that a shard computes at once."""
+    """Length of a prefill row: prompt tokens that one shard computes at once."""
     return engine.bucket(max(config.sampling.prefill_tokens, config.data.max_prompt_length))
 
 
 def prefill(target: Target) -> jax.stages.Lowered:
-    """A row of packed prompts on every shard of the devices that sample together."""
+    """Prefill of one row of packed prompts on every shard of the sampling mesh."""
     mesh, row = target.sampling_mesh, prefill_row(target.config)
     shards, by_row = sharding.row_shards(mesh), sharding.rows(mesh)
     shape = lambda size: jax.ShapeDtypeStruct((shards, size), jnp.int32, sharding=by_row)
@@ -128,7 +127,7 @@ def slots_a_shard(target: Target) -> int:
 
 
 def decode(target: Target, typical_tokens: int) -> jax.stages.Lowered:
-    """A chunk of decoding steps of all slots, with pages for sequences of `typical_tokens`."""
+    """A chunk of decode steps of all slots, with cache pages for sequences of `typical_tokens` tokens."""
     sampler: Any = _sampler(target)
     weights = jax.eval_shape(sampler.prepare, sampling_params(target)).decode
     state, table = slots_of(target, typical_tokens)
@@ -138,7 +137,7 @@ def decode(target: Target, typical_tokens: int) -> jax.stages.Lowered:
 
 
 def slots_of(target: Target, typical_tokens: int) -> tuple[DecodeState, PageTable]:
-    """The slots of all shards, with pages for sequences of `typical_tokens`, and whose the pages are."""
+    """Abstract decode state and page table of all shards, with pages for sequences of `typical_tokens` tokens."""
     config, sampler, slots = target.config.sampling, _sampler(target), slots_a_shard(target)
     longest = math.ceil((target.config.data.max_prompt_length + config.max_new_tokens) / PAGE)
     pages = max(longest, math.ceil(typical_tokens / PAGE) * slots)
@@ -154,7 +153,7 @@ def _sampler(target: Target) -> engine.Sampler:
 
 
 def sampling_params(target: Target) -> PyTree[jax.ShapeDtypeStruct]:
-    """The policy as it is sampled from: matrices in the compute dtype, split over the devices that share a model."""
+    """The policy's parameters for sampling: matrices in the compute dtype, sharded over the sampling mesh."""
     shardings = sharding.param_shardings(target.params, target.sampling_mesh)
     dtype = jnp.dtype(target.config.policy.compute_dtype)
     cast = lambda x, place: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype, sharding=place)
@@ -168,6 +167,6 @@ def _params(architecture: ModelConfig, dtype: Any, mesh: Mesh) -> PyTree[jax.Sha
 
 
 def _abstract(tree: PyTree[Any], shardings: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of arrays, to lie where `shardings` says, which may stand for whole subtrees."""
+    """Shapes, dtypes and shardings of arrays; `shardings` may be a prefix of the tree."""
     place = lambda x, where: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=where)
     return jax.tree.map(place, tree, jax.tree.broadcast(shardings, tree))

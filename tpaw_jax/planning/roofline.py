@@ -1,8 +1,8 @@
-"""What a compiled stage needs of a TPU, and the time that the published peaks of its chips allow for it.
+"""Compile a stage for a TPU, and predict its time from the published peaks of the chip (a roofline).
 
-The roofline: a program takes as long as the longest of its arithmetic, its memory traffic and what devices exchange
-beside them; what they exchange while nothing else runs comes on top. FLOPs are counted by hand, memory traffic and
-exchanges from the compiled program (`hlo`). The times are predictions: no kernel reaches all of a chip's peak.
+A program takes as long as the longest of its arithmetic, its memory traffic and its overlapped collectives, plus its
+exposed collectives, which computation waits for. FLOPs are counted by hand; memory traffic and collectives come from
+the compiled program (`hlo`). All times are predictions: no kernel reaches a chip's full peak.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ GIB = 2**30
 class Flops(NamedTuple):
     """FLOPs of one run of a program on one device."""
 
-    executed: float  # whatever is computed: padding, masked pairs, what is computed again
-    useful: float  # of tokens alone, nothing twice: the model FLOPs that MFU counts
+    executed: float  # everything that is computed, with padding, masked pairs and recomputation
+    useful: float  # of real tokens only, without recomputation: the model FLOPs that MFU counts
 
 
 class Exchange(NamedTuple):
-    """All collectives of a kind, of those that run beside computation or of those that do not."""
+    """All overlapped, or all exposed, collectives of one kind."""
 
     kind: str
-    asynchronous: bool
-    sent: float  # bytes that a device sends
+    asynchronous: bool  # overlapped with computation
+    sent: float  # bytes that one device sends
     seconds: float
-    devices: int  # of the largest group that exchanges
+    devices: int  # of the largest group
 
 
 class Stage(NamedTuple):
@@ -44,10 +44,10 @@ class Stage(NamedTuple):
 
     compile_seconds: float
     fits: bool
-    peak: float  # bytes of memory, the arguments among them; of a program that is refused, what it would need
-    resident: float  # bytes of what is no argument of it and in memory meanwhile
+    peak: float  # bytes of memory, arguments included; if the compiler refuses the program, what it would need
+    resident: float  # bytes of memory that are in use at the same time but are not arguments of the program
     flops: Flops
-    traffic: float  # bytes read and written in memory
+    traffic: float  # bytes read and written in memory; 0 if the compiler refuses the program
     exchanges: tuple[Exchange, ...]
     chip: tpu.Chip
 
@@ -58,34 +58,34 @@ class Stage(NamedTuple):
 
     @property
     def memory(self) -> float:
-        """Seconds of memory traffic."""
+        """Seconds of memory traffic at the chip's peak bandwidth."""
         return self.traffic / self.chip.hbm
 
     @property
-    def beside(self) -> float:
-        """Seconds of exchanges that run beside computation."""
+    def overlapped(self) -> float:
+        """Seconds of collectives that overlap with computation."""
         return sum(e.seconds for e in self.exchanges if e.asynchronous)
 
     @property
-    def alone(self) -> float:
-        """Seconds of exchanges that computation waits for."""
+    def exposed(self) -> float:
+        """Seconds of collectives that computation waits for."""
         return sum(e.seconds for e in self.exchanges if not e.asynchronous)
 
     @property
     def seconds(self) -> float:
-        """By the roofline."""
-        return max(self.compute, self.memory, self.beside) + self.alone
+        """Predicted seconds of one run."""
+        return max(self.compute, self.memory, self.overlapped) + self.exposed
 
     @property
-    def binds(self) -> str:
-        """What most of the time goes to: compute, memory or interconnect."""
-        times = {"compute": self.compute, "memory": self.memory, "interconnect": self.beside}
+    def bottleneck(self) -> str:
+        """What takes most of the time: compute, memory or interconnect."""
+        times = {"compute": self.compute, "memory": self.memory, "interconnect": self.overlapped}
         longest = max(times, key=lambda name: times[name])
-        return "interconnect" if self.alone > times[longest] else longest
+        return "interconnect" if self.exposed > times[longest] else longest
 
     @property
     def mfu(self) -> float:
-        """Useful FLOPs a second, as a share of the chip's peak."""
+        """Useful FLOPs per second, as a share of the chip's peak."""
         return self.flops.useful / (self.seconds * self.chip.flops)
 
 
@@ -97,20 +97,25 @@ def compile_stage(
     unknown_trips: Sequence[int] = (),
     resident: float = 0,
 ) -> Stage:
-    """Compile a stage and read its figures. A program that does not fit the memory has no traffic and no exchanges.
+    """Compile a stage and measure the compiled program. One that the compiler refuses has no traffic or exchanges.
 
-    `unknown_trips` are how often loops run whose number of turns is data (see `hlo.parse`), `resident` is what else is
-    in memory, bytes.
+    Args:
+        lowered: the stage's program.
+        mesh: its devices.
+        chip: their published peaks.
+        flops: of one run on one device.
+        unknown_trips: trip counts of the loops whose trip count depends on data (see `hlo.parse`).
+        resident: bytes of memory in use that are not arguments of the program.
     """
     start = time.perf_counter()
     try:
         compiled: Any = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed(str(error))
-        if needed is None:
+        required = _required_bytes(str(error))
+        if required is None:
             raise
         seconds = time.perf_counter() - start
-        return Stage(seconds, False, needed, resident, flops, 0, (), chip)
+        return Stage(seconds, False, required, resident, flops, 0, (), chip)
     seconds = time.perf_counter() - start
     program = hlo.parse(compiled.as_text(), unknown_trips)
     peak = compiled.memory_analysis().peak_memory_in_bytes
@@ -127,23 +132,24 @@ def compile_stage(
 
 
 def exchanges(collectives: list[Collective], mesh: Mesh, chip: tpu.Chip) -> tuple[Exchange, ...]:
-    """Collectives by kind and by whether they run beside computation, the largest first."""
-    found: dict[tuple[str, bool], Exchange] = {}
+    """Sum collectives by kind and by whether they overlap with computation; the largest come first."""
+    totals: dict[tuple[str, bool], Exchange] = {}
     for c in collectives:
-        key, none = (c.kind, c.asynchronous), Exchange(c.kind, c.asynchronous, 0.0, 0.0, 0)
-        old, devices = found.get(key, none), _group_size(c, mesh)
+        key, devices = (c.kind, c.asynchronous), _group_size(c, mesh)
+        old = totals.get(key, Exchange(*key, 0.0, 0.0, 0))
         seconds = old.seconds + c.times * collective_seconds(c, mesh, chip)
-        found[key] = Exchange(*key, old.sent + c.sent(devices), seconds, max(old.devices, devices))
-    return tuple(sorted(found.values(), key=lambda e: -e.sent))
+        totals[key] = Exchange(*key, old.sent + c.sent(devices), seconds, max(old.devices, devices))
+    return tuple(sorted(totals.values(), key=lambda e: -e.sent))
 
 
 def collective_seconds(c: Collective, mesh: Mesh, chip: tpu.Chip) -> float:
-    """Seconds of one run of a collective at the speed of the links that its group has.
+    """Predicted seconds of one run of a collective, from the bandwidth of its group's links.
 
-    Rings in both directions along each dimension of the torus that the group spans: n devices gather or scatter V
-    bytes in V (n - 1) / n / W, sum them in twice that, exchange V n / 4 / W where each holds V
-    (jax-ml.github.io/scaling-book). W is two links a dimension, one where it does not wrap around. What slices sum goes
-    over each chip's share of the network; the little else that they exchange is counted as if it were summed.
+    Rings run in both directions along each dimension of the torus that the group spans. With W the bandwidth of a
+    device's links, n devices gather or scatter V bytes in V (n - 1) / n / W seconds, sum them in twice that, and
+    exchange them all-to-all in V n / 4 / W, where each holds V (jax-ml.github.io/scaling-book). W counts two links per
+    dimension, or one if the dimension does not wrap around. Sums between slices go over each chip's share of the
+    network; the little else that slices exchange is counted as a sum.
     """
     sent, count = c.sent(_group_size(c, mesh)) / c.times, _group_size(c, mesh)
     if c.kind == hlo.BETWEEN_SLICES:
@@ -155,22 +161,22 @@ def collective_seconds(c: Collective, mesh: Mesh, chip: tpu.Chip) -> float:
 
 
 def _group_size(c: Collective, mesh: Mesh) -> int:
-    """How many devices exchange it with each other; of what slices exchange, how many slices."""
+    """Devices in the collective's group; for an exchange between slices, the number of slices."""
     if c.kind == hlo.BETWEEN_SLICES:
         return len({d.slice_index for d in mesh.devices.flat})
     return len(c.group) or mesh.size
 
 
 def _links(devices: list[Any], mesh: Mesh) -> int:
-    """Links by which each device of a group takes part: two along a dimension of the torus that wraps, else one."""
-    shape = tuple(max(places) + 1 for places in zip(*(d.coords for d in mesh.devices.flat), strict=True))
-    spanned = [len(set(places)) for places in zip(*(d.coords for d in devices), strict=True)]
+    """Links per device that a group uses: two along each spanned dimension of the torus that wraps around, else one."""
+    shape = tuple(max(along) + 1 for along in zip(*(d.coords for d in mesh.devices.flat), strict=True))
+    spanned = [len(set(along)) for along in zip(*(d.coords for d in devices), strict=True)]
     ring = [n == size and wraps for n, size, wraps in zip(spanned, shape, tpu.wraps(shape), strict=True)]
     return sum(2 if r else 1 for n, r in zip(spanned, ring, strict=True) if n > 1)
 
 
 def record(stage: Stage) -> dict[str, Any]:
-    """The figures of a stage, JSON-able; what is no fact of the compiled program is called predicted."""
+    """A stage as JSON-able values. Keys of values that the compiled program does not determine contain 'predicted'."""
     figures: dict[str, Any] = {
         "fits": stage.fits,
         "peak GiB": stage.peak / GIB,
@@ -196,19 +202,19 @@ def record(stage: Stage) -> dict[str, Any]:
         ],
         "predicted compute s": stage.compute,
         "predicted memory s": stage.memory,
-        "predicted exchange beside s": stage.beside,
-        "predicted exchange alone s": stage.alone,
+        "predicted exchange beside s": stage.overlapped,
+        "predicted exchange alone s": stage.exposed,
         "predicted s": stage.seconds,
         "predicted MFU": stage.mfu,
-        "binds": stage.binds,
+        "binds": stage.bottleneck,
     }
 
 
-def _needed(message: str) -> float | None:
-    """Bytes of memory that a refused program would need; None where it was refused for another reason."""
+def _required_bytes(message: str) -> float | None:
+    """Bytes of memory that a refused program would need; None if the compiler refused it for another reason."""
     used = r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"
-    wanted = r"Ran out of memory on HBM.*?\(([\d.]+)([KMGT]?)\)"
-    match = re.search(used, message) or re.search(wanted, message)
+    ran_out = r"Ran out of memory on HBM.*?\(([\d.]+)([KMGT]?)\)"
+    match = re.search(used, message) or re.search(ran_out, message)
     if "RESOURCE_EXHAUSTED" not in message or match is None:
         return None
     return float(match.group(1)) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}[match.group(2)]

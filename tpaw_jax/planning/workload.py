@@ -1,4 +1,4 @@
-"""What the rounds of a run have to compute, before there is any data: at assumed lengths of prompts and responses."""
+"""What the rounds of a run compute, at assumed lengths of prompts and responses, before there is any data."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tpaw_jax.training.cost import BACKWARD, Work
 from tpaw_jax.types import Generations, Prompts
 
 MEDIANS, SPREADS = (160, 280, 240), (0.7, 0.6, 0.5)
-"""Of the lengths of x, y and y_gen where data.max_length is 1024, tokens: assumed, log-normal, of chats' order."""
+"""Median (tokens) and sigma of the assumed log-normal lengths of x, y and y_gen in chats, for data.max_length 1024."""
 
 SAMPLE = 1024
-"""Prompts that are drawn and packed for it."""
+"""Prompts that are drawn and packed to estimate a round."""
 
 
 class Round(NamedTuple):
-    """What one round has to do."""
+    """The work of one round."""
 
-    rows: float  # of D_O, once
-    scored_rows: float
-    trees: float  # FLOPs of scoring and training, nothing computed again
+    rows: float  # of D_O, one epoch
+    scored_rows: float  # of all players
+    trees: float  # FLOPs of scoring and training as packed trees, without recomputation
     pairs: float  # the same as padded pairs with live references
 
 
@@ -39,73 +39,78 @@ class Workload(NamedTuple):
     prompt_tokens: float  # of all prompts
     new_tokens: float  # of all responses of a round
     rounds: tuple[Round, ...]
-    row: Work  # of a row of the last round: its tokens
-    computed: Work  # and what a device computes of it: every place, whole chunks of predictions, whole attention blocks
-    triplets_a_row: float  # of the last round
-    fill: float
-    blocks: float  # of attention, as a share of causal attention's
+    row: Work  # average row of the last round, real tokens only
+    computed: Work  # the same row as a TPU computes it: with padding, in full head chunks and full attention blocks
+    triplets_per_row: float  # of the last round
+    fill: float  # share of the last round's token positions that are not padding
+    blocks: float  # attention blocks that are computed, as a share of causal attention's
 
     @property
-    def tokens_of_sequence(self) -> int:
-        """Of a prompt and its response, on average."""
+    def tokens_per_sequence(self) -> int:
+        """Average tokens of a prompt and its response."""
         return math.ceil((self.prompt_tokens + self.new_tokens) / self.prompts)
 
 
 def assumed(config: RunConfig, model: ModelConfig, prompts: int) -> Workload:
-    """The rounds of a run on `prompts` prompts of assumed lengths, from a sample that is packed as the run packs it."""
-    data, sampled, c = config.data, min(SAMPLE, prompts), config.packing
-    rng, scale = np.random.default_rng(config.seed), data.max_length / 1024
-    draw = lambda i, shape: np.round(rng.lognormal(np.log(MEDIANS[i] * scale), SPREADS[i], shape)).astype(int)
-    x = np.clip(draw(0, sampled), 4, data.max_prompt_length)
-    y = np.clip(draw(1, sampled), 2, data.max_length - x)
-    g = np.clip(
-        draw(2, (config.objective.opponent_rounds or config.objective.n_max, sampled)),
-        2,
-        config.sampling.max_new_tokens,
-    )
-    blank = lambda sizes: tuple(np.zeros(n, np.int32) for n in sizes)
-    of_sample = Prompts(np.arange(sampled, dtype=np.int32), blank(x), blank(y))
-    by_round = [Generations(t, blank(sizes), ()) for t, sizes in enumerate(g)]
-
-    def one_round(t: int) -> tuple[Round, packing.Rows]:
-        players = min(t + 1, config.objective.n_max)
-        window = by_round[: len(config.objective.opponents(t))][::-1]
-        sources = {r.round: np.full(sampled, r.round) for r in window}  # no two responses are equal
-        rows = packing.pack(packing.trees_of_window(of_sample, window, sources), c)
-        of_newest = [packing.tree_of_responses(of_sample, i, {t: r}) for i, r in enumerate(window[0].tokens)]
-        others = (players - 1) * packing.row_count(of_newest, c)
-        one_epoch, passes = _useful(rows), 1 + config.train.epochs * (1 + BACKWARD)
-        trees = cost.flops(model, one_epoch * passes + cost.of_trees(of_newest) * (players - 1))
-        pairs = cost.flops(model, cost.pairs_of_round(of_sample, window, players, config.train.epochs).total)
-        times = prompts / sampled
-        whole = Round(times * len(rows), times * (len(rows) + others), times * trees, times * pairs)
-        return whole, rows
-
-    rounds = [one_round(t) for t in range(config.rounds)]
+    """Estimate the rounds of a run on `prompts` prompts, from a packed sample of assumed lengths."""
+    sample, new_tokens = _sample(config, min(SAMPLE, prompts))
+    scale = prompts / len(sample)
+    rounds = [_round(config, model, sample, new_tokens, t) for t in range(config.rounds)]
     rows = rounds[-1][1]
     computed, blocks = _computed(rows, config)
-    each = 1 / len(rows)
     return Workload(
         prompts=prompts,
-        prompt_tokens=float(x.mean()) * prompts,
-        new_tokens=float(g.mean()) * prompts,
-        rounds=tuple(r for r, _ in rounds),
-        row=_useful(rows) * each,
-        computed=computed * each,
-        triplets_a_row=float(rows.triplets.mean()),
+        prompt_tokens=float(np.mean([len(x) for x in sample.prompt_tokens])) * prompts,
+        new_tokens=float(new_tokens.mean()) * prompts,
+        rounds=tuple(Round(*(scale * value for value in of_sample)) for of_sample, _ in rounds),
+        row=_useful(rows) * (1 / len(rows)),
+        computed=computed * (1 / len(rows)),
+        triplets_per_row=float(rows.triplets.mean()),
         fill=rows.fill,
         blocks=blocks,
     )
 
 
+def _sample(config: RunConfig, size: int) -> tuple[Prompts, np.ndarray]:
+    """Prompts and targets of assumed lengths, all token 0, and the lengths of their responses, [opponents, size]."""
+    rng, scale = np.random.default_rng(config.seed), config.data.max_length / 1024
+    draw = lambda i, shape: np.round(rng.lognormal(np.log(MEDIANS[i] * scale), SPREADS[i], shape)).astype(int)
+    opponents = config.objective.opponent_rounds or config.objective.n_max
+    x = np.clip(draw(0, size), 4, config.data.max_prompt_length)
+    y = np.clip(draw(1, size), 2, config.data.max_length - x)
+    g = np.clip(draw(2, (opponents, size)), 2, config.sampling.max_new_tokens)
+    return Prompts(np.arange(size, dtype=np.int32), _blank(x), _blank(y)), g
+
+
+def _blank(lengths: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(np.zeros(n, np.int32) for n in lengths)
+
+
+def _round(
+    config: RunConfig, model: ModelConfig, sample: Prompts, new_tokens: np.ndarray, t: int
+) -> tuple[Round, packing.Rows]:
+    """Round t on the sample alone, and its packed rows."""
+    players = min(t + 1, config.objective.n_max)
+    opponents = len(config.objective.opponents(t))
+    window = [Generations(i, _blank(new_tokens[i]), ()) for i in reversed(range(opponents))]
+    sources = {r.round: np.full(len(sample), r.round) for r in window}  # assume that no two responses are equal
+    rows = packing.pack(packing.trees_of_window(sample, window, sources), config.packing)
+    newest = [packing.tree_of_responses(sample, i, {t: r}) for i, r in enumerate(window[0].tokens)]
+    passes = 1 + config.train.epochs * (1 + BACKWARD)
+    trees = cost.flops(model, _useful(rows) * passes + cost.of_trees(newest) * (players - 1))
+    pairs = cost.flops(model, cost.pairs_of_round(sample, window, players, config.train.epochs).total)
+    scored = len(rows) + (players - 1) * packing.row_count(newest, config.packing)
+    return Round(len(rows), scored, trees, pairs), rows
+
+
 def _useful(rows: packing.Rows) -> Work:
-    """Of the tokens of rows, without padding."""
+    """The work of the rows' real tokens, without padding."""
     tokens = float((np.asarray(rows.batch.segment_ids) > 0).sum())
     return cost.of_rows(rows)._replace(tokens=tokens)
 
 
 def _computed(rows: packing.Rows, config: RunConfig) -> tuple[Work, float]:
-    """What a TPU computes of rows, and its attention blocks as a share of causal attention's."""
+    """The work of rows as a TPU computes them, and the computed attention blocks as a share of causal attention's."""
     batch, chunk, length = rows.batch, config.policy.head_chunk, config.packing.row_length
     live = (np.asarray(batch.responses) < rows.prompt_index.shape[1]).sum(axis=1)
     rules = jax.jit(splash_attention.plan)(Visibility(batch.segment_ids, batch.branch_ids))

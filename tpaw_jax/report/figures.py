@@ -1,4 +1,4 @@
-"""Plots of runs: as SVG whose text and lines take the page's colours, and as PNG."""
+"""Plots of runs, as SVG whose text and lines take the page's colours, and as PNG."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#e11d48", "#a855f7", "#ca8a04", "#06b6d4", "#84cc16")
-"""Of series; they stand out from a light page and from a dark one."""
+"""Colours of the series, readable on light and dark pages."""
 
 _TEXT, _GRID = "#123456", "#654321"
-"""Placeholders that become the page's own colours."""
+"""Placeholder colours that `svg` replaces by the page's own."""
 
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -39,35 +39,29 @@ _STYLE: Any = {
 
 
 class Series(NamedTuple):
-    """A line over x with a band from the least to the most of several runs."""
+    """A mean line over x, with a band from the minimum to the maximum of several runs."""
 
     label: str
     x: Sequence[float]
-    values: np.ndarray  # [runs, x]; NaN where a run has none
+    values: np.ndarray  # [runs, x]; NaN where a run has no value
 
 
 def lines(title: str, xlabel: str, ylabel: str, series: Sequence[Series], marks: bool = False) -> Figure:
-    """Mean lines with bands over runs; `marks` puts a dot at every point. A line at zero where the values cross it."""
+    """Mean lines with bands over runs; `marks` puts a dot at every point.
+
+    Values on both sides of zero get a horizontal line at zero.
+    """
 
     def draw(axes: Any) -> None:
         for i, one in enumerate(series):
-            colour = COLOURS[i % len(COLOURS)]
+            colour, marker = COLOURS[i % len(COLOURS)], "o" if marks else None
             values = np.asarray(one.values, float)
-            there = ~np.isnan(values).all(axis=0)
-            x, values = np.asarray(one.x, float)[there], values[:, there]
-            axes.plot(
-                x,
-                np.nanmean(values, axis=0),
-                color=colour,
-                lw=1.6,
-                marker="o" if marks else None,
-                ms=4,
-                label=one.label,
-            )
+            present = ~np.isnan(values).all(axis=0)
+            x, values = np.asarray(one.x, float)[present], values[:, present]
+            axes.plot(x, np.nanmean(values, axis=0), color=colour, lw=1.6, marker=marker, ms=4, label=one.label)
             if len(values) > 1:
-                axes.fill_between(
-                    x, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=colour, alpha=0.18, lw=0
-                )
+                low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+                axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
         if not any(np.nan_to_num(one.values).any() for one in series):
             axes.set_ylim(-0.05, 1)
         low, high = axes.get_ylim()
@@ -80,21 +74,21 @@ def lines(title: str, xlabel: str, ylabel: str, series: Sequence[Series], marks:
 
 
 def histograms(title: str, xlabel: str, values: Mapping[str, np.ndarray]) -> Figure:
-    """Outlines of how values are spread, one for each label, over the same bins."""
+    """Histograms of responses, one outline per label, all over the same bins."""
 
     def draw(axes: Any) -> None:
-        together = np.concatenate(list(values.values()))
-        bins = np.linspace(together.min(), max(together.max(), together.min() + 1e-6), 25)
-        for i, (label, of_label) in enumerate(values.items()):
+        everything = np.concatenate(list(values.values()))
+        bins = np.linspace(everything.min(), max(everything.max(), everything.min() + 1e-6), 25)
+        for i, (label, labelled) in enumerate(values.items()):
             colour = COLOURS[i % len(COLOURS)]
-            axes.hist(of_label, bins, histtype="stepfilled", color=colour, alpha=0.15)
-            axes.hist(of_label, bins, histtype="step", color=colour, lw=1.4, label=label)
+            axes.hist(labelled, bins, histtype="stepfilled", color=colour, alpha=0.15)
+            axes.hist(labelled, bins, histtype="step", color=colour, lw=1.4, label=label)
 
     return _figure(title, xlabel, "responses", draw, len(values))
 
 
 def stacked(title: str, xlabel: str, rows: Sequence[str], parts: Mapping[str, Sequence[float]]) -> Figure:
-    """Horizontal bars of parts, one bar a row."""
+    """Stacked horizontal bars, one bar per row; `parts` maps a label to its size in each row."""
 
     def draw(axes: Any) -> None:
         start = np.zeros(len(rows))
@@ -122,19 +116,19 @@ def _figure(title: str, xlabel: str, ylabel: str, draw: Callable[[Any], None], l
 
 
 def svg(figure: Figure) -> str:
-    """An <svg> element that takes the text colour and the line colour of where it stands."""
+    """An <svg> element that takes its text colour and line colour from the surrounding page."""
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_TEXT, "currentColor").replace(_GRID, "var(--line)")
     size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', text)
-    assert size is not None  # matplotlib writes it
+    assert size is not None  # matplotlib always writes it
     return text.replace(size.group(), 'class="plot" role="img"', 1)
 
 
 def png(figure: Figure, path: Any) -> None:
-    """A picture on white."""
+    """Save a PNG with a white background."""
     with matplotlib.rc_context(_STYLE):
         FigureCanvasAgg(figure)
         figure.savefig(path, dpi=160, facecolor="white")

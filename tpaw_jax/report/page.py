@@ -1,4 +1,4 @@
-"""The HTML page that a report fills: its style, for narrow and wide screens, light and dark."""
+"""The HTML template of a report: its style sheet, for narrow and wide screens in light and dark mode."""
 
 PAGE = """<!doctype html>
 <html lang="en">

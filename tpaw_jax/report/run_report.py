@@ -1,7 +1,7 @@
-"""Finished rounds of one run or several -> one HTML page that needs nothing else, and its plots as pictures.
+"""Write the finished rounds of one or several runs as one self-contained HTML page, and optionally its plots as PNG.
 
-Runs of one name, or that differ in nothing but directory and seed, are one group: curves are their mean, bands their
-least and most.
+Runs with the same given name, or whose configurations differ only in `IGNORED` keys such as the seed, form a group. A
+curve is the mean of a group's runs, its band spans their minimum and maximum.
 """
 
 from __future__ import annotations
@@ -19,88 +19,88 @@ import yaml
 
 from tpaw_jax import config
 from tpaw_jax.config import config_file, of_round
-from tpaw_jax.observe import monitoring
+from tpaw_jax.observe import metrics
 from tpaw_jax.report import figures
 from tpaw_jax.report.figures import Series
 from tpaw_jax.report.page import PAGE
-from tpaw_jax.selfplay import triplets
+from tpaw_jax.selfplay import round_store
 from tpaw_jax.storage import files, journal
 from tpaw_jax.types import TARGET
 
 IGNORED = {"directory", "seed", "sample_texts", "tensorboard"}
-"""Keys in which the runs of a group may differ."""
+"""Configuration keys in which the runs of a group may differ."""
 
 STAGES = ("sampling", "scoring", "training", "evaluation", "held-out", "dry run", "packing", "ring", "other")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What a run has left on disk."""
+    """The files of a run directory that the report needs."""
 
     directory: Path
-    name: str  # that it was given; may be empty
-    config: dict[str, Any]  # by key, flat
+    name: str  # given on the command line; may be empty
+    config: dict[str, Any]  # flat: by key
     settings: config.RunConfig
-    summaries: list[dict[str, Any]]  # one a finished round
-    steps: list[dict[str, Any]]
+    summaries: list[dict[str, Any]]  # one per finished round
+    steps: list[dict[str, Any]]  # the step records of metrics.jsonl
     samples: dict[int, list[dict[str, str]]]  # by round
     seconds: dict[int, dict[str, float]]  # by round and stage
-    lengths: dict[int, np.ndarray]  # of responses, tokens, by round
+    lengths: dict[int, np.ndarray]  # response lengths in tokens, by round
     margins: dict[int, np.ndarray]  # nats times lam, by round; see _margins
 
     @property
-    def called(self) -> str:
-        """Its directory's name, after the one that it was given."""
+    def label(self) -> str:
+        """The given name, if any, and the directory's name."""
         return f"{self.name}, {self.directory.name}" if self.name else self.directory.name
 
 
-def read(place: str) -> RunRecord:
-    """A run as its directory tells it, DIRECTORY or NAME=DIRECTORY; another process may be playing it.
+def read(run: str) -> RunRecord:
+    """Read a run from 'DIRECTORY' or 'NAME=DIRECTORY'. Another process may be training it.
 
     Raises:
-        FileNotFoundError: no run is there.
+        FileNotFoundError: the directory does not contain a run.
     """
-    name, _, path = ("", "", place) if Path(place).is_dir() or "=" not in place else place.partition("=")
+    name, _, path = ("", "", run) if Path(run).is_dir() or "=" not in run else run.partition("=")
     directory = Path(path)
     opened = journal.open_journal(directory, reading=True)
     if not opened.config:
-        raise FileNotFoundError(f"{directory}: no run is there (journal.json is missing).")
+        raise FileNotFoundError(f"{directory}: this is not a run directory (journal.json is missing).")
     settings = config_file.parse(config.RunConfig, opened.config, str(directory))
-    every = {t: triplets.round_directory(directory, t) for t in range(settings.rounds)}
-    rounds = {t: place for t, place in every.items() if (place / "summary.json").exists()}
+    directories = {t: round_store.round_directory(directory, t) for t in range(settings.rounds)}
+    rounds = {t: path for t, path in directories.items() if (path / "summary.json").exists()}
     lengths = {}
     for file in opened.names("sampling"):
         lengths[opened.facts[file]["round"]] = files.read_arrays(directory / file)["lengths"]
     lines = lambda path: [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    whole = lambda path: json.loads(path.read_text()) if path.exists() else {}
+    load = lambda path: json.loads(path.read_text()) if path.exists() else {}
     return RunRecord(
         directory=directory,
         name=name,
         config=config_file.flat(config_file.to_dict(settings)),
         settings=settings,
-        summaries=[whole(place / "summary.json") for place in rounds.values()],
-        steps=[r for t in rounds for r in monitoring.read_metrics(directory, t) if "loss" in r],
-        samples={t: lines(place / "samples.jsonl") for t, place in rounds.items()},
-        seconds={t: whole(place / "timings.json") for t, place in rounds.items()},
+        summaries=[load(path / "summary.json") for path in rounds.values()],
+        steps=[r for t in rounds for r in metrics.read_metrics(directory, t) if "loss" in r],
+        samples={t: lines(path / "samples.jsonl") for t, path in rounds.items()},
+        seconds={t: load(path / "timings.json") for t, path in rounds.items()},
         lengths=lengths,
         margins=_margins(opened, settings),
     )
 
 
 def _margins(opened: journal.Journal, settings: config.RunConfig) -> dict[int, np.ndarray]:
-    """Of theta_(t+1) against theta_t on the responses that are new in D_t, where the scores of both are kept.
+    """Reward margins of theta_(t+1) against theta_t on the new responses of D_t, for rounds with scores of both.
 
-    A response that equals its target has a margin of 0 and no scores of its own.
+    Left out: responses that equal their target (margin 0), which have no scores of their own.
     """
-    found: dict[tuple[int, int], dict[int, float]] = {}  # (player, source): by prompt
+    scores: dict[tuple[int, int], dict[int, float]] = {}  # (player, source) -> prompt -> log-prob in nats
     for name in opened.names("scoring"):
         arrays = files.read_arrays(opened.directory / name)
         player = int(name[-8:-4])
         for prompt, source, value in zip(arrays["prompt_index"], arrays["source"], arrays["log_probs"], strict=True):
-            found.setdefault((player, int(source)), {})[int(prompt)] = float(value)
+            scores.setdefault((player, int(source)), {})[int(prompt)] = float(value)
     margins = {}
     for t in range(settings.rounds):
-        needed = [found.get((player, source), {}) for player in (t + 1, t) for source in (TARGET, t)]
+        needed = [scores.get((player, source), {}) for player in (t + 1, t) for source in (TARGET, t)]
         prompts = sorted(set.intersection(*(set(values) for values in needed)))
         if prompts:
             new_y, new_g, old_y, old_g = (np.array([values[i] for i in prompts]) for values in needed)
@@ -109,13 +109,17 @@ def _margins(opened: journal.Journal, settings: config.RunConfig) -> dict[int, n
 
 
 def groups(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Runs by what they are called: the name given, the values in which groups differ, or the directory."""
+    """Group runs by given name or configuration.
+
+    A group's name is the given name, or the configuration values in which the groups differ, or the directory's name.
+    """
     by_config: dict[str, list[RunRecord]] = {}
     for run in runs:
         same = {key: value for key, value in run.config.items() if key not in IGNORED}
         by_config.setdefault(run.name or json.dumps(same, sort_keys=True, default=str), []).append(run)
-    apart = [group[0].config for group in by_config.values()]
-    keys = sorted({k for one in apart for k in one if k not in IGNORED and len({str(o.get(k)) for o in apart}) > 1})
+    configs = [group[0].config for group in by_config.values()]
+    differs = lambda key: key not in IGNORED and len({str(c.get(key)) for c in configs}) > 1
+    keys = sorted({key for c in configs for key in c if differs(key)})
     named: dict[str, list[RunRecord]] = {}
     for group in by_config.values():
         values = ", ".join(f"{key.split('.')[-1]} {_plain(group[0].config.get(key))}" for key in keys)
@@ -123,18 +127,23 @@ def groups(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     return named
 
 
-def write(places: Sequence[str], out: Path, pictures: Path | None = None) -> int:
-    """Write the page of some runs, and with `pictures` each plot as PNG there; returns how many plots it has.
+def write(directories: Sequence[str], out: Path, pictures: Path | None = None) -> int:
+    """Write the page, and with `pictures` also each plot as a PNG into that directory. Returns the number of plots.
+
+    Args:
+        directories: the runs, each as for `read`.
+        out: the HTML file.
+        pictures: a directory, created if it is missing.
 
     Raises:
-        FileNotFoundError: no run is in one of the directories.
-        ValueError: none of them has finished a round.
+        FileNotFoundError: one of the directories does not contain a run.
+        ValueError: none of the runs has finished a round.
     """
-    runs = [read(place) for place in places]
+    runs = [read(directory) for directory in directories]
     if not any(run.summaries for run in runs):
         raise ValueError(f"{runs[0].directory}: no round is finished yet; there is nothing to report.")
-    named, shown = groups(runs), next(run for run in runs if run.summaries)
-    plots = [*_of_rounds(named), *_of_steps(named), *_of_first(shown)]
+    named, first = groups(runs), next(run for run in runs if run.summaries)
+    plots = [*_round_plots(named), *_step_plots(named), *_run_plots(first)]
     if pictures is not None:
         pictures.mkdir(parents=True, exist_ok=True)
         for name, figure in plots:
@@ -142,13 +151,14 @@ def write(places: Sequence[str], out: Path, pictures: Path | None = None) -> int
     body = [
         f"<h1>{html.escape(', '.join(named))}</h1>",
         f"<p>{len(runs)} {'run' if len(runs) == 1 else 'runs'} in {len(named)} "
-        f"{'group' if len(named) == 1 else 'groups'}; bands reach from the least to the most of a group's runs.</p>",
+        f"{'group' if len(named) == 1 else 'groups'}. Curves are means over a group's runs; bands span the minimum "
+        "and maximum.</p>",
         '<h2>Rounds</h2><div class="tables">',
         *(_table(name, run, run is runs[0] or len(runs) < 4) for name, group in named.items() for run in group),
         '</div><h2>Curves</h2><div class="plots">',
         *(f"<figure>{figures.svg(figure)}</figure>" for _, figure in plots),
         "</div>",
-        *_samples(shown),
+        *_samples(first),
         "<h2>Configuration</h2>",
         *(_configuration(run) for run in runs),
     ]
@@ -157,24 +167,24 @@ def write(places: Sequence[str], out: Path, pictures: Path | None = None) -> int
 
 
 BEFORE = {"held-out after": "held-out before"}
-"""What a value of theta_(t+1) is called of theta_0; of tasks it is the name with ` before`."""
+"""Where round 0's summary has theta_0's value of a key; for other keys it is the key with ` before` appended."""
 
 OF_RESPONSES = ("response tokens", "echoes")
-"""Values of D_t, which theta_t has sampled."""
+"""Keys that describe D_t, sampled by theta_t; all others describe the trained theta_(t+1)."""
 
 
-def _of_rounds(named: dict[str, list[RunRecord]]) -> list[tuple[str, Any]]:
-    """Plots over rounds trained: what is in the summaries of every group."""
+def _round_plots(named: dict[str, list[RunRecord]]) -> list[tuple[str, Any]]:
+    """Plots of the groups' summaries over the number of trained rounds."""
     tasks = sorted({t.name for group in named.values() for t in group[0].settings.evaluation.tasks})
     wanted = [
-        ("held-out after", "Held-out targets", "nats a token"),
-        *((f"eval/{task}", f"{task}: exact match", "share right") for task in tasks),
-        ("margin", "Margin, last epoch", "nats times lam"),
+        ("held-out after", "Held-out log-prob", "nats per token"),
+        *((f"eval/{task}", f"{task}: exact match", "share correct") for task in tasks),
+        ("margin", "Reward margin, last epoch", "nats times lam"),
         ("chosen", "Target reward, last epoch", "nats times lam"),
-        ("rejected", "Reward of responses, last epoch", "nats times lam"),
-        ("alpha=eta", "Targets weighted by eta, newest player", "share"),
-        ("response tokens", "Mean response", "tokens"),
-        ("echoes", "Responses equal to their target", "responses"),
+        ("rejected", "Response reward, last epoch", "nats times lam"),
+        ("alpha=eta", "Targets upweighted, newest player", "share of triplets"),
+        ("response tokens", "Mean response length", "tokens"),
+        ("echoes", "Copies of the target", "responses"),
     ]
 
     def values(run: RunRecord, key: str) -> list[float]:
@@ -186,20 +196,20 @@ def _of_rounds(named: dict[str, list[RunRecord]]) -> list[tuple[str, Any]]:
                 row[0] = _number(summary.get(BEFORE.get(key, f"{key} before")))
         return row
 
-    return _plots("rounds", wanted, named, values, "rounds trained", True)
+    return _plots("rounds", wanted, named, values, xlabel="rounds trained", marks=True)
 
 
-def _of_steps(named: dict[str, list[RunRecord]]) -> list[tuple[str, Any]]:
-    """Plots over all optimizer steps, one round after the other."""
+def _step_plots(named: dict[str, list[RunRecord]]) -> list[tuple[str, Any]]:
+    """Plots of the groups' step metrics over the optimizer steps of all rounds in sequence."""
     wanted = [
         ("loss", "Loss", "nats"),
         ("rewards/chosen", "Target reward", "nats times lam"),
-        ("rewards/margins", "Margin", "nats times lam"),
+        ("rewards/margins", "Reward margin", "nats times lam"),
         ("logps/chosen", "Log-prob of targets", "nats"),
         ("grad_norm", "Gradient norm", ""),
     ]
     values = lambda run, key: [_number(step.get(key)) for step in run.steps]
-    return _plots("steps", wanted, named, values, "steps", False)
+    return _plots("steps", wanted, named, values, xlabel="steps", marks=False)
 
 
 def _plots(
@@ -207,60 +217,60 @@ def _plots(
     wanted: Sequence[tuple[str, str, str]],
     named: dict[str, list[RunRecord]],
     values: Callable[[RunRecord, str], list[float]],
+    *,
     xlabel: str,
     marks: bool,
 ) -> list[tuple[str, Any]]:
-    """A plot of each (key, title, unit) that any run has `values` of, a line with a band for each group."""
+    """One plot (file name, figure) per wanted (key, title, unit), with one line and band per group.
+
+    `values` gives a run's values of a key; keys that no run has are left out.
+    """
     plots = []
     for key, title, unit in wanted:
         series = []
         for name, group in named.items():
             rows = [values(run, key) for run in group]
-            most = max(map(len, rows))
-            together = np.array([row + [np.nan] * (most - len(row)) for row in rows])
-            if not np.isnan(together).all():  # as it is of no values at all
-                series.append(Series(name, range(most), together))
+            longest = max(map(len, rows))
+            padded = np.array([row + [np.nan] * (longest - len(row)) for row in rows])
+            if not np.isnan(padded).all():  # also False if there are no values at all
+                series.append(Series(name, range(longest), padded))
         if series:
             file = re.sub(r"\W+", "_", f"{kind}_{key}")
             plots.append((file, figures.lines(title, xlabel, unit, series, marks)))
     return plots
 
 
-def _of_first(run: RunRecord) -> list[tuple[str, Any]]:
-    """Plots of one run: its players, how margins and lengths are spread, where the time went."""
-    plots = []
-    for key, title, unit in (
-        ("reward_target", "Target reward by player", "nats times lam"),
-        ("beta", "Player weight", "beta"),
-    ):
-        players = sorted({name.split("/")[0] for step in run.steps for name in step if name.endswith(f"/{key}")})
-        series = [
-            Series(
-                f"theta_{p.split('_')[1]}",
-                range(len(run.steps)),
-                np.array([[_number(s.get(f"{p}/{key}")) for s in run.steps]]),
-            )
-            for p in players
-        ]
-        if series:
-            plots.append((f"players_{key}", figures.lines(title, "steps", unit, series)))
+def _run_plots(run: RunRecord) -> list[tuple[str, Any]]:
+    """Plots of one run: its players, the distributions of margins and lengths, and the time per stage."""
+    plots = [
+        *_player_plot(run, "reward_target", "Target reward by player", "nats times lam"),
+        *_player_plot(run, "beta", "Player weight", "beta"),
+    ]
     if run.margins:
-        of = {f"theta_{t + 1} on D_{t} ({len(values)} new)": values for t, values in run.margins.items()}
-        plots.append(("margins", figures.histograms("Margins of new responses, last policy", "nats times lam", of)))
+        labelled = {f"theta_{t + 1} on D_{t} ({len(values)} new)": values for t, values in run.margins.items()}
+        figure = figures.histograms("Reward margins against the previous policy", "nats times lam", labelled)
+        plots.append(("margins", figure))
     if run.lengths:
-        of = {f"D_{t}": values for t, values in run.lengths.items()}
-        plots.append(("lengths", figures.histograms("Lengths of responses", "tokens", of)))
-    timed = [(t, seconds) for t, seconds in run.seconds.items() if seconds]
+        labelled = {f"D_{t}": values for t, values in run.lengths.items()}
+        plots.append(("lengths", figures.histograms("Response lengths", "tokens", labelled)))
+    timed = {f"round {t}": seconds for t, seconds in run.seconds.items() if seconds}
     if timed:
-        parts = {s: [seconds.get(s, 0.0) for _, seconds in timed] for s in STAGES if any(s in of for _, of in timed)}
-        plots.append(
-            ("seconds", figures.stacked("Where the time went", "seconds", [f"round {t}" for t, _ in timed], parts))
-        )
+        stages = [stage for stage in STAGES if any(stage in seconds for seconds in timed.values())]
+        parts = {stage: [seconds.get(stage, 0.0) for seconds in timed.values()] for stage in stages}
+        plots.append(("seconds", figures.stacked("Time per stage", "seconds", list(timed), parts)))
     return plots
 
 
+def _player_plot(run: RunRecord, key: str, title: str, unit: str) -> list[tuple[str, Any]]:
+    """A plot of one metric over the steps with one line per player; empty if no step has the metric."""
+    players = sorted({name.split("/")[0] for step in run.steps for name in step if name.endswith(f"/{key}")})
+    values = lambda player: np.array([[_number(step.get(f"{player}/{key}")) for step in run.steps]])
+    series = [Series(f"theta_{p.split('_')[1]}", range(len(run.steps)), values(p)) for p in players]
+    return [(f"players_{key}", figures.lines(title, "steps", unit, series))] if series else []
+
+
 def _table(name: str, run: RunRecord, unfolded: bool) -> str:
-    """The table of rounds of a run, one column a round."""
+    """A run's table of rounds as HTML: one column per round, one row per key of summary.json."""
     names = list(dict.fromkeys(key for summary in run.summaries for key in summary if key != "round"))
     cell = lambda value: "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
     head = "".join(f"<th>round {summary['round']}</th>" for summary in run.summaries)
@@ -270,33 +280,33 @@ def _table(name: str, run: RunRecord, unfolded: bool) -> str:
     ]
     title = f"{name}, seed {run.settings.seed}" if name != run.directory.name else name
     table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    begun = f"<details{' open' if unfolded else ''}><summary>{html.escape(title)}</summary>"
-    return f'{begun}<div class="wide">{table}</div></details>'
+    opening = f"<details{' open' if unfolded else ''}><summary>{html.escape(title)}</summary>"
+    return f'{opening}<div class="wide">{table}</div></details>'
 
 
 def _samples(run: RunRecord) -> list[str]:
-    """Prompts with their target and the answers of all rounds side by side."""
+    """Sample prompts as HTML, with the target and every round's response side by side."""
     count = min(map(len, run.samples.values()), default=0)
     if not count:
         return []
     card = lambda title, text: f"<div><h4>{html.escape(title)}</h4><p>{html.escape(text)}</p></div>"
-    found = [f"<h2>Answers</h2><p>Of {html.escape(run.called)}.</p>"]
+    sections = [f"<h2>Sample responses</h2><p>Run: {html.escape(run.label)}.</p>"]
     for i in range(count):
         first = next(iter(run.samples.values()))[i]
-        answers = [card(f"theta_{t}", of_round[i]["response"]) for t, of_round in run.samples.items()]
-        found.append(
+        responses = [card(f"theta_{t}", samples[i]["response"]) for t, samples in run.samples.items()]
+        sections.append(
             f'<section class="sample"><p class="prompt">{html.escape(first["prompt"])}</p><div class="answers">'
-            f"{card('target', first['target'])}{''.join(answers)}</div></section>"
+            f"{card('target', first['target'])}{''.join(responses)}</div></section>"
         )
-    return found
+    return sections
 
 
 def _configuration(run: RunRecord) -> str:
     settings = html.escape(yaml.safe_dump(config_file.to_dict(run.settings), sort_keys=False))
     path = run.directory / "versions.json"
     versions = json.loads(path.read_text()) if path.exists() else {}
-    stated = html.escape("\n".join(f"{name}: {version}" for name, version in versions.items()))
-    return f"<details><summary>{html.escape(run.called)}</summary><pre>{settings}\n{stated}</pre></details>"
+    listed = html.escape("\n".join(f"{name}: {version}" for name, version in versions.items()))
+    return f"<details><summary>{html.escape(run.label)}</summary><pre>{settings}\n{listed}</pre></details>"
 
 
 def _number(value: Any) -> float:

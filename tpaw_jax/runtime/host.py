@@ -1,4 +1,4 @@
-"""What the host does for the device: memory that stays, and work that is ready before it is needed."""
+"""Work of the host beside the device: memory in huge pages, and prefetching in a thread."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
-"""GLIBC_TUNABLES that keep buffers in huge pages and do not give them back to the system between steps."""
+"""GLIBC_TUNABLES that keep buffers in huge pages and do not return them to the system between steps."""
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 def restart_with_huge_pages() -> None:
-    """Begin this process again under `HUGE_PAGES`, which glibc reads only once, where JAX computes on the CPU.
+    """Restart this process with `HUGE_PAGES`, if JAX computes on the CPU; glibc reads it only at the start.
 
-    There the buffers of a step come from malloc, which by default maps them anew each time: page faults then cost a
-    third of the step. A GLIBC_TUNABLES that is already set, be it empty, is left alone.
+    By default malloc maps the buffers of every step anew, and page faults take a third of the step. If GLIBC_TUNABLES
+    is already set, even to nothing, the process is not restarted.
     """
     if "GLIBC_TUNABLES" in os.environ or not _has_glibc() or _has_accelerator():
         return
@@ -32,25 +32,25 @@ def restart_with_huge_pages() -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "GLIBC_TUNABLES": HUGE_PAGES})
 
 
-class Prefetch(Iterator[Made], Generic[Item, Made]):
-    """`make(item)` of each item in order, made by a thread up to `depth` items before it is asked for.
+class Prefetch(Iterator[Result], Generic[Item, Result]):
+    """Iterate over `make(item)` in order, computed in a thread up to `depth` items ahead.
 
-    What `make` raises is raised where its item is asked for. `waited` is the time the consumer stood still, seconds.
+    An exception in `make` is raised when its item is requested. `waited` counts the seconds the consumer waited.
     """
 
-    def __init__(self, make: Callable[[Item], Made], items: Iterable[Item], depth: int = 1) -> None:
+    def __init__(self, make: Callable[[Item], Result], items: Iterable[Item], depth: int = 1) -> None:
         self.waited = 0.0
         self._make, self._items, self._depth = make, iter(items), depth
-        self._pending: deque[Future[Made]] = deque()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tpaw-ahead")
+        self._pending: deque[Future[Result]] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tpaw-prefetch")
 
-    def __enter__(self) -> Prefetch[Item, Made]:
+    def __enter__(self) -> Prefetch[Item, Result]:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def __next__(self) -> Made:
+    def __next__(self) -> Result:
         for item in self._items:
             self._pending.append(self._pool.submit(self._make, item))
             if len(self._pending) > self._depth:
@@ -58,9 +58,9 @@ class Prefetch(Iterator[Made], Generic[Item, Made]):
         if not self._pending:
             raise StopIteration
         start = time.perf_counter()
-        made = self._pending.popleft().result()
+        result = self._pending.popleft().result()
         self.waited += time.perf_counter() - start
-        return made
+        return result
 
 
 def _has_glibc() -> bool:
@@ -71,11 +71,11 @@ def _has_glibc() -> bool:
 
 
 def _has_accelerator() -> bool:
-    """Whether JAX could choose another backend than the CPU."""
+    """Whether JAX could choose a backend other than the CPU."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms != "cpu"
     if entry_points(group="jax_plugins") or importlib.util.find_spec("jax_plugins"):
         return True
     chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
-    return bool(chips) and importlib.util.find_spec("libtpu") is not None  # libtpu alone compiles, for `tpaw plan`
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None  # without a chip, libtpu serves `tpaw plan`

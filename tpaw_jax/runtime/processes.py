@@ -1,7 +1,7 @@
-"""Several processes as one run: how they meet, who writes, and what all of them must have in common.
+"""The processes of a pod as one run: connecting, synchronizing, and checking that all of them match.
 
-Every process runs the same code on the same data and holds its part of every array. Small files are written by process
-0 alone, into a directory that all of them see. In one process all of this is nothing.
+Every process runs the same code on the same data and holds its shards of every array. Only process 0 writes small
+files, to a directory that all processes share. With one process, these functions do nothing.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-"""Packages whose versions the processes of a run must share."""
+"""Packages whose versions must be the same on all processes."""
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Become one of the processes of a pod, as its metadata tell or as stated; before anything else asks for devices.
+    """Connect to the other processes, found from the arguments or the pod's metadata. Call before any use of devices.
 
     Raises:
-        ValueError: some of the three are given and others not, or the processes cannot find each other.
+        ValueError: only some of the arguments are given, or the processes cannot connect.
     """
     given = [value is not None for value in (coordinator, processes, process)]
     if any(given) and not all(given):
@@ -35,22 +35,25 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"The processes of the pod cannot find each other ({error}).") from error
+        raise ValueError(
+            f"The processes of the pod could not connect to each other ({error}). Check the coordinator's address and "
+            "port, and that every process has started."
+        ) from error
 
 
 def is_main() -> bool:
-    """Whether this process writes the run's small files and speaks for all."""
+    """Whether this is process 0, which writes the small files and prints."""
     return jax.process_index() == 0
 
 
 def barrier(where: str) -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes reach this call; `where` must be the same on all."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
 def all_gather(**arrays: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """What each process has given, in their order, on every process. Shapes may differ."""
+    """The arrays of every process, by process, on every process. Shapes may differ."""
     if jax.process_count() == 1:
         return [arrays]
     buffer = io.BytesIO()
@@ -59,32 +62,32 @@ def all_gather(**arrays: np.ndarray) -> list[dict[str, np.ndarray]]:
     sizes = np.asarray(multihost_utils.process_allgather(np.array([content.size], np.int32))).reshape(-1)
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: content.size] = content
-    of_all = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
-    read = lambda part: dict(np.load(io.BytesIO(part.tobytes()), allow_pickle=False))
-    return [read(part[:size]) for part, size in zip(of_all, sizes, strict=True)]
+    gathered = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    decode = lambda part: dict(np.load(io.BytesIO(part.tobytes()), allow_pickle=False))
+    return [decode(part[:size]) for part, size in zip(gathered, sizes, strict=True)]
 
 
 def check_same(facts: Mapping[str, str]) -> None:
-    """Check that all processes state the same facts.
+    """Check that all processes have the same facts.
 
     Raises:
-        ValueError: one does not; names its host, the fact and both values.
+        ValueError: one differs; names its host, the fact and both values.
     """
     own = json.dumps({"host": socket.gethostname(), "facts": dict(facts)})
-    gathered = all_gather(stated=np.frombuffer(own.encode(), np.uint8))
-    stated = [json.loads(one["stated"].tobytes()) for one in gathered]
-    first = stated[0]
-    for process, other in enumerate(stated):
+    gathered = all_gather(facts=np.frombuffer(own.encode(), np.uint8))
+    by_process = [json.loads(arrays["facts"].tobytes()) for arrays in gathered]
+    first = by_process[0]
+    for process, other in enumerate(by_process):
         for name, value in first["facts"].items():
             if other["facts"].get(name) != value:
                 raise ValueError(
                     f"The processes of the pod differ: {name} is {other['facts'].get(name)} on process {process} "
-                    f"({other['host']}) and {value} on process 0 ({first['host']}). Start all of them alike."
+                    f"({other['host']}) and {value} on process 0 ({first['host']}). It must be the same on all."
                 )
 
 
 def facts_of_this_host() -> dict[str, str]:
-    """Versions of the code and of what it stands on, and the kind of devices."""
+    """A hash of the package's code, the versions of Python and `PACKAGES`, and the kind and number of devices."""
     code = hashlib.sha256()
     package = Path(__file__).parent.parent
     for path in sorted(package.rglob("*.py")):
@@ -102,22 +105,22 @@ def check_shared_directory(directory: Path) -> None:
     """Check that all processes see the same run directory.
 
     Raises:
-        ValueError: a process does not see what process 0 has written there.
+        ValueError: a process does not see the file that process 0 wrote there.
     """
     if jax.process_count() == 1:
         return
     directory.mkdir(parents=True, exist_ok=True)
-    mark = directory / ".seen_by_all"
+    marker = directory / ".seen_by_all"
     if is_main():
-        mark.write_text(str(jax.process_count()))
-    barrier("mark written")
-    seen = all_gather(seen=np.array([mark.exists()]))
-    barrier("mark read")
+        marker.write_text(str(jax.process_count()))
+    barrier("marker written")
+    seen = all_gather(seen=np.array([marker.exists()]))
+    barrier("marker read")
     if is_main():
-        mark.unlink()
+        marker.unlink()
     blind = [str(process) for process, one in enumerate(seen) if not one["seen"][0]]
     if blind:
         raise ValueError(
-            f"{directory}: process {', '.join(blind)} does not see what process 0 writes there. The run's directory "
-            "must be one that all hosts share: a mounted bucket or a network file system."
+            f"{directory}: process {', '.join(blind)} does not see what process 0 writes there. Choose a directory "
+            "that all hosts share: a mounted bucket or a network file system."
         )

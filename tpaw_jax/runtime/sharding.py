@@ -1,4 +1,4 @@
-"""Devices -> mesh, and logical axes -> mesh axes as one table."""
+"""The device mesh, and one table that says how every array is split over it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tpaw_jax.runtime import tpu
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-MESH_AXES_OF = {  # logical axis: the mesh axes it is split over
+MESH_AXES_OF = {  # logical axis -> the mesh axes it is split over
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
@@ -28,7 +28,7 @@ MESH_AXES_OF = {  # logical axis: the mesh axes it is split over
     "norm": (),
 }
 
-PARAM_AXES = {  # flax path: logical axes
+PARAM_AXES = {  # flax path -> logical axes
     "embed/embedding": ("vocab", "embed"),
     "head/embedding": ("vocab", "embed"),
     "final_norm/scale": ("norm",),
@@ -50,13 +50,13 @@ PARAM_AXES = {  # flax path: logical axes
 
 
 def preset_of(topology: tpu.Topology) -> MeshConfig:
-    """The preset of a topology: parameters split over a slice, or over 16 chips where it has a dimension of 16."""
+    """The mesh sizes for a topology: fsdp over one slice, or over 16 chips if a larger slice has a dimension of 16."""
     size = topology.chips // topology.slices
     fsdp = 16 if 16 in topology.shape and size > 16 else size
     return MeshConfig(data=topology.chips // fsdp, fsdp=fsdp)
 
 
-PRESETS = {  # (data, fsdp, tensor) of known places
+PRESETS = {  # the names that mesh.preset takes, besides auto
     "chip": MeshConfig(data=1, fsdp=1),
     "host": MeshConfig(data=1, fsdp=-1),
     **{
@@ -76,10 +76,10 @@ PRESETS = {  # (data, fsdp, tensor) of known places
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over `devices`, by default all; on TPU, neighbours of the torus side by side.
+    """Make the mesh (data, fsdp, tensor) over `devices`, by default all. On TPU, mesh neighbours are torus neighbours.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices, or the preset is unknown.
+        ValueError: the product of the sizes is not the number of devices, or the preset is unknown.
     """
     devices = jax.devices() if devices is None else devices
     if config.preset == "auto":
@@ -87,36 +87,35 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         config = PRESETS["host"] if topology is None else preset_of(topology)
     elif config.preset:
         if config.preset not in PRESETS:
-            raise ValueError(f"mesh.preset is {config.preset!r}; known are auto, {', '.join(PRESETS)}.")
+            raise ValueError(f"mesh.preset is {config.preset!r}; it must be auto or one of {', '.join(PRESETS)}.")
         config = PRESETS[config.preset]
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"mesh: the sizes {sizes} must be positive, and at most one of them -1.")
+        raise ValueError(f"mesh: the sizes {sizes} must be positive; at most one of them may be -1.")
     if -1 in sizes:
         sizes[sizes.index(-1)] = len(devices) // int(np.prod([s for s in sizes if s != -1]))
     if int(np.prod(sizes)) != len(devices):
-        raise ValueError(f"mesh: data x fsdp x tensor = {sizes} does not cover the {len(devices)} devices there are.")
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+        raise ValueError(f"mesh: data x fsdp x tensor = {sizes} does not cover the {len(devices)} devices.")
+    slices = tpu.slice_count(devices)
     if slices > 1 and sizes[0] % slices:
-        raise ValueError(
-            f"mesh.data is {sizes[0]}; it must be a multiple of the {slices} slices, which it is split over."
-        )
+        raise ValueError(f"mesh.data is {sizes[0]}; it must be a multiple of the number of slices, {slices}.")
     if tpu.generation(devices[0]) is None:
         return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
     return Mesh(tpu.arrange(list(devices), tuple(sizes), slices), MESH_AXES)
 
 
 def sampling_mesh(tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices that sample together: this process's, each with a whole model, or where `tensor` share one, all.
+    """Make the mesh for sampling, where `tensor` devices share one copy of the model.
 
-    Of all processes, since TPU v5e and v6e compile no program in which a part of a slice's devices exchange anything.
+    With `tensor` 1 it has this process's devices only. Otherwise it has those of all processes, because TPU v5e and
+    v6e compile no program in which only some of a slice's devices communicate.
 
     Raises:
-        ValueError: `tensor` does not divide the number of devices.
+        ValueError: `tensor` does not divide the number of devices of a slice.
     """
     if devices is None:
         devices = jax.local_devices() if tensor == 1 else jax.devices()
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = tpu.slice_count(devices)
     if tensor < 1 or len(devices) % (tensor * slices):
         raise ValueError(
             f"sampling.tensor is {tensor}; it must divide the {len(devices) // slices} devices of a slice."
@@ -127,24 +126,24 @@ def sampling_mesh(tensor: int, devices: Sequence[jax.Device] | None = None) -> M
 
 
 def resplit(params: PyTree[Array], mesh: Mesh, dtype: jnp.dtype | None = None) -> PyTree[Array]:
-    """Parameters that are split over a mesh of any processes, split as another mesh wants them; matrices in `dtype`.
+    """Reshard parameters onto another mesh, of the same or other processes, and cast matrices to `dtype`.
 
-    One parameter at a time comes together on every device, which keeps its part of it.
+    Parameters on several processes are gathered one at a time on every device, which then keeps its shard.
     """
 
-    def own_part(x: Array, place: NamedSharding) -> Array:
+    def reshard(x: Array, sharding: NamedSharding) -> Array:
         if dtype is not None and x.ndim > 1 and x.dtype != dtype:
             x = _cast(x, dtype)
-        if x.sharding.is_equivalent_to(place, x.ndim):
+        if x.sharding.is_equivalent_to(sharding, x.ndim):
             return x
-        if x.is_fully_addressable and place.is_fully_addressable:
-            return jax.device_put(x, place)
-        split: Any = x.sharding
-        whole = {s.device: s.data for s in _replicate(x, replicated(split.mesh)).addressable_shards}
-        own = [whole[device][index] for device, index in place.addressable_devices_indices_map(x.shape).items()]
-        return jax.make_array_from_single_device_arrays(x.shape, place, own)
+        if x.is_fully_addressable and sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        old: Any = x.sharding
+        full = {s.device: s.data for s in _replicate(x, replicated(old.mesh)).addressable_shards}
+        shards = [full[device][index] for device, index in sharding.addressable_devices_indices_map(x.shape).items()]
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
 
-    return jax.tree.map(own_part, params, param_shardings(params, mesh))
+    return jax.tree.map(reshard, params, param_shardings(params, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -158,15 +157,15 @@ def _replicate(x: Array, everywhere: NamedSharding) -> Array:
 
 
 def row_shards(mesh: Mesh) -> int:
-    """The number of parts that the rows of a batch are split into."""
+    """The number of shards that the rows of a batch are split into."""
     return int(np.prod([mesh.shape[axis] for axis in MESH_AXES_OF["batch"]]))
 
 
 def scatter_stages(mesh: Mesh) -> tuple[int, ...]:
-    """The steps in which sums are scattered over `fsdp`: one for each dimension of the torus that the axis spans.
+    """The sizes of the stages of a reduce-scatter over `fsdp`: one for each torus dimension that the axis spans.
 
-    The TPU's compiler makes a sum of everything, of twice the bytes, of a scattered sum over more than 8 chips that do
-    not lie on a line.
+    Over more than 8 chips that are not in one line, the TPU compiler turns a single reduce-scatter into an all-reduce,
+    which moves twice the bytes.
     """
     devices = list(mesh.devices[0, :, 0])
     if len(devices) <= 8 or tpu.generation(devices[0]) is None:
@@ -175,17 +174,17 @@ def scatter_stages(mesh: Mesh) -> tuple[int, ...]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Everything on every device."""
+    """The sharding of an array that every device holds in full."""
     return NamedSharding(mesh, P())
 
 
 def rows(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Batch rows split over data and fsdp, after `leading` axes that are not split."""
+    """The sharding of batch rows: split over data and fsdp, after `leading` axes that are not split."""
     return NamedSharding(mesh, P(*[None] * leading, MESH_AXES_OF["batch"]))
 
 
 def param_sharder(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """(flax path, shape) -> sharding. Unknown paths, and axes that do not divide, are not split."""
+    """A function from (flax path, shape) to sharding. Unknown paths and axes that do not divide are not split."""
 
     def sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:
         logical = PARAM_AXES.get(name, ("norm",) * len(shape))
@@ -200,37 +199,42 @@ def param_sharder(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]
 
 
 def param_shardings(params: PyTree[Any], mesh: Mesh) -> PyTree[NamedSharding]:
-    """The sharding of every parameter, by its path and shape."""
+    """The sharding of every parameter, from its path and shape."""
     sharder = param_sharder(mesh)
     return jax.tree_util.tree_map_with_path(lambda path, leaf: sharder(path_name(path), leaf.shape), params)
 
 
 def param_specs(params: PyTree[Any], mesh: Mesh) -> dict[str, P]:
-    """How each parameter is split, by its flax path."""
+    """The partition spec of every parameter, by its flax path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(param_shardings(params, mesh))
     return {path_name(path): leaf.spec for path, leaf in leaves}
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A leaf's path in a tree of parameters as in `PARAM_AXES`."""
+    """Write the path of a leaf in a tree of parameters as in `PARAM_AXES`."""
     return "/".join(str(key.key) for key in path)
 
 
 def place(tree: PyTree[Any], shardings: PyTree[NamedSharding]) -> PyTree[Array]:
-    """Arrays of the host, the same on all processes, on the devices; `shardings` may stand for whole subtrees.
+    """Move host arrays, the same on all processes, to the devices; `shardings` may be a prefix of the tree.
 
-    Each process copies what its own devices hold.
+    Each process copies only the shards of its own devices.
     """
 
-    def one(x: Any, sharding: NamedSharding) -> Array:
+    def place_leaf(x: Any, sharding: NamedSharding) -> Array:
         if sharding.is_fully_addressable:
             return jax.device_put(x, sharding)
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(one, tree, jax.tree.broadcast(shardings, tree))
+    return jax.tree.map(place_leaf, tree, jax.tree.broadcast(shardings, tree))
 
 
 def abstract(tree: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings without the arrays."""
+    """The shapes, dtypes and shardings of a tree, without its arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def single_device_mesh() -> Mesh:
+    """A mesh of the first local device, for use on one accelerator or CPU."""
+    return Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), MESH_AXES)

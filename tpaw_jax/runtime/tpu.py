@@ -1,4 +1,4 @@
-"""Cloud TPU generations, the topologies they come in, and what their compiler is told."""
+"""Cloud TPU generations, their topologies, and the options of their compiler."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from jax.sharding import Mesh
 
 
 class Chip(NamedTuple):
-    """What is published of one chip of a generation (cloud.google.com/tpu/docs, the page of each)."""
+    """The published figures of one chip of a generation (cloud.google.com/tpu/docs has a page for each)."""
 
-    flops: float  # a second, bfloat16 matmuls
-    memory: float  # bytes of HBM that its compiler lets a program have
-    hbm: float  # bytes a second
-    link: float  # bytes a second that one of its ICI links carries in one direction
-    network: float  # bytes a second between slices, over the data center's network
-    host: tuple[int, ...]  # the shape of a host's chips
+    flops: float  # per second, bfloat16 matmuls
+    memory: float  # bytes of HBM that the compiler allows a program
+    hbm: float  # bytes per second
+    link: float  # bytes per second over one ICI link in one direction
+    network: float  # bytes per second between slices, over the data center's network
+    host: tuple[int, ...]  # the shape of the chips of one host
 
 
-CHIPS = {  # a link has half of what the page calls its bidirectional bandwidth; v4, two devices a chip, is not planned
+CHIPS = {  # links: half the published bidirectional bandwidth; `tpaw plan` rejects v4, whose chips are two devices each
     "v4": Chip(275e12, 31.25 * 2**30, 1228e9, 50e9, 6.25e9, (2, 2, 1)),
     "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 50e9, 3.125e9, (2, 2)),
     "v5p": Chip(459e12, 95.74 * 2**30, 2765e9, 100e9, 6.25e9, (2, 2, 1)),
@@ -33,7 +33,7 @@ CHIPS = {  # a link has half of what the page calls its bidirectional bandwidth;
 }
 GENERATIONS = tuple(CHIPS)
 
-_ASYNCHRONOUS = {
+COMPILER_OPTIONS = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
     "xla_enable_async_all_gather": "true",
     "xla_enable_async_all_reduce": "true",
@@ -45,12 +45,9 @@ _ASYNCHRONOUS = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
-    "xla_tpu_scoped_vmem_limit_kib": "17408",  # a fused reduce-scatter of an 8B model takes 16.25 MiB of the default 16
+    "xla_tpu_scoped_vmem_limit_kib": "17408",  # default 16 MiB; a fused reduce-scatter of an 8B model takes 16.25
 }
-
-COMPILER_OPTIONS = dict.fromkeys(GENERATIONS, _ASYNCHRONOUS)
-"""What the compiler is told for each generation, of the step and of scoring: collectives beside the computation."""
-
+"""Options for the training step and scoring on every generation: run collectives asynchronously with computation."""
 
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -59,16 +56,16 @@ QUIET = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
 }
-"""Environment in which libtpu, on a machine without a TPU, looks for none and is silent."""
+"""Environment variables that keep libtpu, on a machine without a TPU, from searching for one and from logging."""
 
 
 def options_of(mesh: Mesh) -> dict[str, str]:
-    """The compiler options of the mesh's devices; none where they are no TPU."""
-    return COMPILER_OPTIONS.get(generation(mesh.devices.flat[0]) or "", {})
+    """The compiler options for the mesh's devices; none if they are not TPUs."""
+    return COMPILER_OPTIONS if generation(mesh.devices.flat[0]) else {}
 
 
 class Topology(NamedTuple):
-    """Slices of one generation: `v5e:16x16` has 256 chips in a torus of two dimensions."""
+    """Slices of one generation: `v5e:16x16` is one slice of 256 chips in a two-dimensional torus."""
 
     generation: str
     shape: tuple[int, ...]
@@ -76,87 +73,93 @@ class Topology(NamedTuple):
 
     @property
     def chips(self) -> int:
-        """Chips of all slices."""
+        """The number of chips in all slices."""
         return math.prod(self.shape) * self.slices
 
     @property
     def name(self) -> str:
-        """As it is written on the command line."""
+        """The topology as written on the command line."""
         one = f"{self.generation}:{'x'.join(map(str, self.shape))}"
         return one if self.slices == 1 else f"{self.slices} x {one}"
 
     @property
     def chip(self) -> Chip:
-        """Its chips."""
+        """The figures of one of its chips."""
         return CHIPS[self.generation]
 
     def devices(self) -> list[Any]:
-        """Devices to compile for, of which none need be here; `libtpu` must be.
+        """Devices to compile for. They need not exist on this machine, but libtpu must be installed.
 
         Raises:
             ImportError: libtpu is not installed.
-            ValueError: its compiler does not know such a slice.
+            ValueError: the compiler does not support this slice.
         """
         if importlib.util.find_spec("libtpu") is None:
-            raise ImportError("Compiling for a TPU takes libtpu: pip install 'tpaw_jax[plan]'.")
+            raise ImportError("Compiling for a TPU needs libtpu: pip install 'tpaw_jax[plan]'.")
         from jax.experimental import topologies
 
-        wanted: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
-        if len(self.shape) == 3:  # the compiler is not told by the name; without it gathers become sums
-            wanted["wrap"] = wraps(self.shape)
+        options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
+        if len(self.shape) == 3:  # the name does not imply it, and without it gathers become sums
+            options["wrap"] = wraps(self.shape)
         host = tuple(map(min, self.chip.host, self.shape))
         if host != self.chip.host:
-            wanted["chips_per_host_bounds"] = [*host, *[1] * (3 - len(host))]
+            options["chips_per_host_bounds"] = [*host, *[1] * (3 - len(host))]
         name = f"{self.generation}:{'x'.join(map(str, self.shape))}"
         try:
-            devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name, **wanted).devices)
+            devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
         except jax.errors.JaxRuntimeError as error:
-            raise ValueError(f"{self.name}: the TPU compiler knows no such slice ({error}).") from error
+            raise ValueError(f"{self.name}: the TPU compiler does not support this slice ({error}).") from error
         if len(devices) != self.chips:
-            raise ValueError(f"{self.name}: the compiler sees {len(devices)} devices in {self.chips} chips.")
+            raise ValueError(
+                f"{self.name}: the compiler reports {len(devices)} devices for {self.chips} chips, not one per chip."
+            )
         return devices
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
-    """`v5e:16x16`, or `2 x v5e:16x16` for two slices, as a `Topology`.
+    """Read `v5e:16x16`, or `2 x v5e:16x16` for two slices.
 
     Raises:
-        ValueError: it names no known generation or no shape.
+        ValueError: the generation is unknown, or the shape is missing.
     """
     match = re.fullmatch(r"(?:(\d+) ?x ?)?(\w+):(\d+(?:x\d+)+)", text)
     if match is None or match.group(2) not in GENERATIONS:
         raise ValueError(
-            f"'{text}' is no topology; write a generation ({', '.join(GENERATIONS)}) and a shape, as in v5e:16x16, or "
-            "'2 x v5e:16x16' for two slices."
+            f"'{text}' is not a topology; write a generation ({', '.join(GENERATIONS)}) and a shape, as in v5e:16x16, "
+            "or '2 x v5e:16x16' for two slices."
         )
     shape = tuple(map(int, match.group(3).split("x")))
     return Topology(match.group(2), shape, int(match.group(1) or slices))
 
 
 def wraps(shape: tuple[int, ...]) -> tuple[bool, ...]:
-    """Which dimensions of a slice close to rings: of v4 and v5p those of whole cubes, of v5e and v6e those of 16."""
+    """Which dimensions of a slice are rings: in 3D all, if all sizes are multiples of 4, or none; in 2D those of 16."""
     if len([size for size in shape if size > 1]) > 2:
         return (all(size % 4 == 0 for size in shape),) * len(shape)
     return tuple(size == 16 for size in shape)
 
 
 def topology_of(devices: Sequence[Any]) -> Topology | None:
-    """The topology that devices are of; None where they are no TPU."""
+    """The topology that the devices form; None if they are not TPUs."""
     name = generation(devices[0])
     if name is None:
         return None
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
     along = zip(*(device.coords for device in devices), strict=True)
     shape = tuple(max(places) - min(places) + 1 for places in along)
-    return Topology(name, shape[: len(CHIPS[name].host)], slices)
+    return Topology(name, shape[: len(CHIPS[name].host)], slice_count(devices))
+
+
+def slice_count(devices: Sequence[Any]) -> int:
+    """The number of slices that the devices belong to; 1 if they are not TPUs."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def arrange(devices: list[Any], sizes: tuple[int, ...], slices: int = 1) -> np.ndarray:
-    """TPU devices in the shape of a mesh, neighbours on the torus beside each other; slices along its first axis."""
+    """Arrange TPU devices in the shape of a mesh: torus neighbours adjacent, slices along the first axis."""
     from jax.experimental import mesh_utils
 
     within = (sizes[0] // slices, *sizes[1:])
-    if max(within) == math.prod(within):  # JAX would wind some as one ring, of which no part is a line (see `lines`)
+    if max(within) == math.prod(within):  # JAX may order them as one ring, no part of which is a line (see `lines`)
         ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), *d.coords))
         return np.asarray(ordered).reshape(sizes)
     if slices > 1:
@@ -166,22 +169,22 @@ def arrange(devices: list[Any], sizes: tuple[int, ...], slices: int = 1) -> np.n
 
 
 def lines(devices: Sequence[Any]) -> tuple[int, ...]:
-    """The lengths of the torus's dimensions that an axis of devices fills, the outermost first; else all as one.
+    """The lengths of the torus dimensions that an axis of devices fills, outermost first.
 
-    An axis of 16 chips of `v5e:4x4` is 4 lines of 4.
+    An axis of all 16 chips of `v5e:4x4` gives (4, 4). Devices that fill no box in order give their number.
     """
-    places = [tuple(d.coords) for d in devices]
-    spanned = [sorted(set(along)) for along in zip(*places, strict=True)]
-    fills = list(itertools.product(*spanned))
+    coords = [tuple(d.coords) for d in devices]
+    spanned = [sorted(set(along)) for along in zip(*coords, strict=True)]
+    box = list(itertools.product(*spanned))
     for order in itertools.permutations(range(len(spanned))):
-        in_order = lambda place: tuple(place[i] for i in order)  # noqa: B023, called within the turn
-        if places == sorted(fills, key=in_order):
+        in_order = lambda place: tuple(place[i] for i in order)  # noqa: B023, called in this iteration only
+        if coords == sorted(box, key=in_order):
             return tuple(len(spanned[i]) for i in order if len(spanned[i]) > 1) or (1,)
-    return (len(places),)
+    return (len(coords),)
 
 
 def generation(device: jax.Device) -> str | None:
-    """The generation of a TPU device, one of `GENERATIONS`; None where it is another device."""
+    """The generation of a TPU device, one of `GENERATIONS`; None for any other device."""
     kind = device.device_kind.lower()
     names = {"v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v5": "v5p", "v6": "v6e", "v4": "v4"}
     return next((name for part, name in names.items() if part in kind), None) if "tpu" in kind else None

@@ -1,4 +1,4 @@
-"""A round's training: theta_t to theta_(t+1) on D_O, batches made ahead, states saved, steps logged."""
+"""The training of a round, theta_t to theta_(t+1) on D_O: prefetched batches, saved states, logged steps."""
 
 from __future__ import annotations
 
@@ -13,105 +13,115 @@ from jaxtyping import Array, PyTree
 
 from tpaw_jax.config import RunConfig, of_round
 from tpaw_jax.data import packing
-from tpaw_jax.observe import monitoring
+from tpaw_jax.observe import metrics
+from tpaw_jax.observe.tables import progress
 from tpaw_jax.runtime import processes, sharding
 from tpaw_jax.runtime.host import Prefetch
 from tpaw_jax.runtime.preemption import Preempted
-from tpaw_jax.selfplay import triplets
-from tpaw_jax.selfplay.session import Session
+from tpaw_jax.selfplay.round_store import round_directory
+from tpaw_jax.selfplay.session import Round, Session, Trained
 from tpaw_jax.storage import files, ring
 from tpaw_jax.training import scoring, train_step
 from tpaw_jax.training.batch_shapes import most_micro_batches
 from tpaw_jax.training.train_step import StepScalars
 from tpaw_jax.types import TeamScores, TrainState
 
-STEPS_OF_A_ROUND = 1 << 24
-"""Numbers that the steps of a round have for a pod's notice of preemption, those of later rounds above them."""
-
-FACTS = ("steps", "share", "noise", "held-out before", "held-out after")
-"""What training says of a round."""
+STEPS_PER_ROUND = 1 << 24
+"""A pod's preemption service numbers steps over the whole run: step s of round t is t * STEPS_PER_ROUND + s."""
 
 MEASURED_FROM, MEASURED_TO = 3, 7
-"""Steps of a round by which its speed is measured: after those that compile and fill the queue."""
+"""The steps that measure a round's speed: after those that compile and fill the queue."""
 
 
 class StepInputs(NamedTuple):
-    """What one call of the step takes beside the state, on the device, and the tokens in it."""
+    """The device arguments of one train step beside the state, and the tokens in them."""
 
     arguments: tuple[Any, ...]
     tokens: int
 
 
-def train(
-    session: Session,
-    rows: packing.Rows,
-    scores: TeamScores,
-    players: list[int],
-    policy: PyTree[Array],
-    t: int,
-    watch: monitoring.Stopwatch,
-) -> tuple[PyTree[Array], dict[str, Any]]:
-    """Train theta_(t+1) from theta_t on D_O; also what the round's table says of it.
+MakeInputs = Callable[[int, float, bool], StepInputs]
+"""(step, tolerance, dry_run) -> inputs."""
+
+
+def train(this: Round, rows: packing.Rows, scores: TeamScores, policy: PyTree[Array]) -> tuple[PyTree[Array], Trained]:
+    """Train theta_(t+1) from theta_t on D_O. Donates `policy`.
 
     Raises:
-        Preempted: the run was told to stop; the training state is on disk once the ring is settled.
+        Preempted: the run was asked to stop; the training state is on disk once the ring has finished its saves.
+        FloatingPointError: too many consecutive steps had a non-finite loss or gradient.
     """
-    c = session.config
-    most, plan = most_micro_batches(c), rows_of_steps(rows, c, t)
-    rates = train_step.learning_rates(c.train, t, len(plan))
-    with watch.time("held-out"):
+    session, t, config = this.session, this.number, this.session.config
+    step_rows = rows_of_steps(rows, config, t)
+    make_inputs = _make_inputs(session, rows, scores, step_rows, t)
+    with this.watch.time("held-out"):
         before = held_out_log_prob(session, policy)
-    places = train_step.input_shardings(session.mesh)
+    with this.watch.time("dry run"):
+        state, first, noise = _first_state(session, policy, make_inputs, t)
+    del policy  # the step donates it
+    tolerance = 2 * noise if config.objective.tolerance < 0 else config.objective.tolerance
+    with this.watch.time("training"):
+        state = _run_steps(this, state, first, len(step_rows), lambda step: make_inputs(step, tolerance, False))
+    if session.evaluator is not None:  # a kill during the evaluation must not cost the last steps
+        ring.save_training(session.ring, state, t, len(step_rows))
+    with this.watch.time("held-out"):
+        after = held_out_log_prob(session, state.params)
+    share = (len(step_rows) - first) / len(step_rows)
+    return state.params, Trained(len(step_rows), share, noise, before, after)
 
-    def inputs(step: int, tolerance: float, dry_run: bool = False) -> StepInputs:
-        batch, of_team, used = packing.step_batch(rows, scores, plan[step], c.packing.rows_per_batch, most)
-        lam = np.float32(of_round(c.objective.lam, t))
+
+def _make_inputs(
+    session: Session, rows: packing.Rows, scores: TeamScores, step_rows: list[np.ndarray], t: int
+) -> MakeInputs:
+    """A function that assembles the inputs of a step and moves them to the device."""
+    config = session.config
+    rates, most = train_step.learning_rates(config.train, t, len(step_rows)), most_micro_batches(config)
+    lam, shardings = np.float32(of_round(config.objective.lam, t)), train_step.input_shardings(session.mesh)
+
+    def make(step: int, tolerance: float, dry_run: bool) -> StepInputs:
+        batch, team, used = packing.step_batch(rows, scores, step_rows[step], config.packing.rows_per_batch, most)
         scalars = StepScalars(rates[step], lam, np.float32(tolerance), np.bool_(dry_run))
         tokens = int((np.asarray(batch.segment_ids) > 0).sum())
-        return StepInputs(sharding.place((batch, of_team, used, scalars), places), tokens)
+        return StepInputs(sharding.place((batch, team, used, scalars), shardings), tokens)
 
-    with watch.time("dry run"):
-        state, first, noise = _first_state(session, policy, inputs, t)
-    del policy  # the step donates it
-    log = monitoring.open_metrics(session.directory, t, first, c.tensorboard)
-    tolerance = 2 * noise if c.objective.tolerance < 0 else c.objective.tolerance
-    record = StepRecorder(session, log, players, t)
-    an_epoch = len(plan) // c.train.epochs
-    saves = SaveTimes(c.train.save_every_steps, c.train.save_every_minutes)
+    return make
 
+
+def _run_steps(
+    this: Round, state: TrainState, first: int, steps: int, make_inputs: Callable[[int], StepInputs]
+) -> TrainState:
+    """Run the steps from `first` on. The device never waits for the host: inputs are prefetched, metrics come late."""
+    session, t, config = this.session, this.number, this.session.config.train
+    log = metrics.open_metrics(session.directory, t, first, session.config.tensorboard)
+    recorder = StepRecorder(session, log, this.players, t)
+    saves = SaveSchedule(config.save_every_steps, config.save_every_minutes)
     with (
-        watch.time("training"),
-        monitoring.progress(f"round {t} training", len(plan), "step") as bar,
-        Prefetch(lambda step: inputs(step, tolerance), range(first, len(plan)), depth=2) as ahead,
+        progress(f"round {t} training", steps, "step") as bar,
+        Prefetch(make_inputs, range(first, steps), depth=2) as batches,
     ):
         bar.update(first)
-        for step in range(first, len(plan)):
-            made, waited = next(ahead), ahead.waited
+        for step in range(first, steps):
+            inputs, waited = next(batches), batches.waited
             session.profiler.step("training")
-            state, metrics = session.step(state, *made.arguments)
-            record.push(step, made, metrics, waited)
+            state, step_metrics = session.step(state, *inputs.arguments)
+            recorder.push(step, inputs, step_metrics, waited)
             bar.update()
-            bar.set_postfix_str(record.speed, refresh=False)
-            told = session.notice.received_at(STEPS_OF_A_ROUND * t + step)
-            if c.train.validate_each_epoch and (step + 1) % an_epoch == 0 and step + 1 < len(plan):
-                record.validate(step, state.params)
-            if told or (saves.due(step) and step + 1 < len(plan)):
-                record.flush()
+            bar.set_postfix_str(recorder.speed, refresh=False)
+            preempted, last = session.notice.received_at(STEPS_PER_ROUND * t + step), step + 1 == steps
+            if config.validate_each_epoch and (step + 1) % (steps // config.epochs) == 0 and not last:
+                recorder.validate(step, state.params)
+            if preempted or (saves.due(step) and not last):
+                recorder.flush()
                 ring.save_training(session.ring, state, t, step + 1)
-            if told:
-                where = f"Round {t}: training stopped after step {step + 1} of {len(plan)}"
-                raise Preempted(f"{where}; the same command goes on there.")
-        record.flush()
-    if session.evaluator is not None:  # it takes a while, and a kill would cost the steps since the last save
-        ring.save_training(session.ring, state, t, len(plan))
-    with watch.time("held-out"):
-        after = held_out_log_prob(session, state.params)
-    own = (len(plan) - first) / len(plan)  # share of the round that this process has trained
-    return state.params, dict(zip(FACTS, (len(plan), own, noise, before, after), strict=True))
+            if preempted:
+                where = f"Round {t}: training stopped after step {step + 1} of {steps}"
+                raise Preempted(f"{where}; run the same command to resume there.")
+        recorder.flush()
+    return state
 
 
 def rows_of_steps(rows: packing.Rows, config: RunConfig, t: int) -> list[np.ndarray]:
-    """The rows of every step of a round, over all epochs."""
+    """The indices of the rows of each step of a round, over all epochs."""
     wanted = packing.micro_batches_a_step(rows, config.train.batch_triplets, config.packing.rows_per_batch)
     size = min(most_micro_batches(config), wanted) * config.packing.rows_per_batch
     orders = [packing.epoch_order(rows, config.seed, t, epoch) for epoch in range(config.train.epochs)]
@@ -119,7 +129,7 @@ def rows_of_steps(rows: packing.Rows, config: RunConfig, t: int) -> list[np.ndar
 
 
 def held_out_log_prob(session: Session, policy: PyTree[Array]) -> float | None:
-    """Mean log-prob of the held-out targets, nats a token."""
+    """Mean log-prob of the held-out targets, nats per token; None without held-out prompts."""
     rows = session.held_out
     if not len(rows):
         return None
@@ -130,32 +140,32 @@ def held_out_log_prob(session: Session, policy: PyTree[Array]) -> float | None:
 
 
 def _first_state(
-    session: Session, policy: PyTree[Array], inputs: Callable[..., StepInputs], t: int
+    session: Session, policy: PyTree[Array], make_inputs: MakeInputs, t: int
 ) -> tuple[TrainState, int, float]:
-    """A fresh training state or the saved one of this round, the step to go on from, and the noise of the scores.
+    """The training state to begin with, fresh or restored; the step to begin at; and the noise of the scores.
 
-    The noise is how far the train step's program and the newest player's scores disagree while theta = theta_t, nats
-    times lam: the largest |P_t| of the first step, computed by the compiled step itself with nothing updated. It is 0
-    where both round alike. It is measured anew when a round goes on, since the machine may be another.
+    The noise is the largest |P_t| of the first step, nats times lam, computed by the compiled step without an update.
+    On paper theta = theta_t gives 0; what is left is rounding between the train step and the scorer. A resumed round
+    measures it again, since the machine may be another.
     """
     state = train_step.init_state(policy, session.optimizer, session.mesh)
-    state, metrics = session.step(state, *inputs(0, 0.0, dry_run=True).arguments)
-    noise = float(metrics["newest_max_abs_reward"])
+    state, step_metrics = session.step(state, *make_inputs(0, 0.0, True).arguments)
+    noise = float(step_metrics["newest_max_abs_reward"])
     noise = noise if np.isfinite(noise) else 0.0
     saved = [step for round_number, step in session.ring.training_states if round_number == t]
     if not saved:
         return state, 0, noise
-    session.say(f"Round {t}: training goes on after step {saved[-1]}.")
+    session.say(f"Round {t}: training resumes after step {saved[-1]}.")
     like = sharding.abstract(state)
-    del state  # two states at once may not fit
+    del state  # two states may not fit into memory
     return ring.restore_training(session.ring, t, saved[-1], like), saved[-1], noise
 
 
 @dataclasses.dataclass
-class SaveTimes:
-    """When the training state is saved: every so many steps, fewer where they would take more than so many minutes.
+class SaveSchedule:
+    """When to save the training state: every `steps` steps, or more often if they take longer than `minutes` minutes.
 
-    How many steps are so many minutes is measured once a round, by process 0 for all.
+    Process 0 measures the speed once per round, for all processes.
     """
 
     steps: int
@@ -164,23 +174,23 @@ class SaveTimes:
     since: float = 0.0
 
     def due(self, step: int) -> bool:
-        """Whether to save after this step; asked once after every step."""
+        """Whether to save after this step; call it once after every step."""
         self.seen += 1
         if self.seen == MEASURED_FROM:
             self.since = time.perf_counter()
         if self.seen == MEASURED_TO:
             seconds = (time.perf_counter() - self.since) / (MEASURED_TO - MEASURED_FROM)
-            of_all = processes.all_gather(seconds=np.array([seconds]))[0]["seconds"]
-            self.steps = max(1, int(min(self.steps, 60 * self.minutes / float(of_all[0]))))
+            measured = processes.all_gather(seconds=np.array([seconds]))[0]["seconds"]
+            self.steps = max(1, int(min(self.steps, 60 * self.minutes / float(measured[0]))))
         return (step + 1) % self.steps == 0
 
 
 @dataclasses.dataclass
 class StepRecorder:
-    """Logs finished steps with their speed, and stops the run where too many in a row were not finite."""
+    """Logs finished steps with their speed, and stops the run after too many consecutive non-finite steps."""
 
     session: Session
-    log: monitoring.MetricsLog
+    log: metrics.MetricsLog
     players: list[int]
     round: int
     last: float = dataclasses.field(default_factory=time.perf_counter)
@@ -188,43 +198,45 @@ class StepRecorder:
     speed: str = ""
     pending: tuple[int, StepInputs, dict[str, Array], float] | None = None
 
-    def push(self, step: int, inputs: StepInputs, metrics: dict[str, Array], waited: float) -> None:
-        """Log the step before this one, so that the device is never awaited."""
+    def push(self, step: int, inputs: StepInputs, step_metrics: dict[str, Array], waited: float) -> None:
+        """Log the step before this one: its metrics are ready, so nothing waits for the device."""
         self.flush()
-        self.pending = step, inputs, metrics, waited
+        self.pending = step, inputs, step_metrics, waited
 
     def flush(self) -> None:
-        """Log the step that waits to be, if one does."""
+        """Log the pending step."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
             self._log(*pending)
 
     def validate(self, step: int, policy: PyTree[Array]) -> None:
-        """Log the held-out targets' log-prob after a step; the next step's speed does not count it."""
+        """Log the held-out log-prob after a step, outside the measured step time."""
         self.flush()
         self.log.write(round=self.round, step=step, **{"held-out": held_out_log_prob(self.session, policy)})
         self.last = time.perf_counter()
 
-    def _log(self, step: int, inputs: StepInputs, metrics: dict[str, Array], waited: float) -> None:
-        record = monitoring.step_record(jax.device_get(metrics), self.players)
+    def _log(self, step: int, inputs: StepInputs, step_metrics: dict[str, Array], waited: float) -> None:
+        record = metrics.step_record(jax.device_get(step_metrics), self.players)
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         speed = {
             "tokens_per_second": inputs.tokens / seconds,
             "triplets_per_second": record["triplets"] / seconds,
-            "input_wait_share": (waited - self.last_waited) / seconds,  # of the step's time, waiting for its batch
+            "input_wait_share": (waited - self.last_waited) / seconds,  # of the step's time
         }
         self.last_waited = waited
         self.speed = f"{speed['triplets_per_second']:.2f} triplets/s, {speed['tokens_per_second']:.0f} tokens/s"
         self.log.write(round=self.round, step=step, **record, **speed)
+        if record["skipped_in_a_row"] >= self.session.config.train.max_skipped_in_a_row:
+            self._stop(step, inputs)
+
+    def _stop(self, step: int, inputs: StepInputs) -> None:
         limit = self.session.config.train.max_skipped_in_a_row
-        if record["skipped_in_a_row"] >= limit:
-            place = triplets.round_directory(self.session.directory, self.round)
-            path = place / f"not_finite_step_{step:08d}.npz"
-            batch, scores, *_ = jax.device_get(inputs.arguments)
-            files.write_arrays(path, log_probs=scores.log_probs, **dataclasses.asdict(batch))
-            raise FloatingPointError(
-                f"Round {self.round}, step {step}: the loss or gradient was not finite in {limit} steps in a row. The "
-                f"last batch is saved in {path}. Look at that batch, or start over in another directory "
-                "with a lower train.learning_rate."
-            )
+        path = round_directory(self.session.directory, self.round) / f"not_finite_step_{step:08d}.npz"
+        batch, scores, *_ = jax.device_get(inputs.arguments)
+        files.write_arrays(path, log_probs=scores.log_probs, **dataclasses.asdict(batch))
+        raise FloatingPointError(
+            f"Round {self.round}, step {step}: the loss or gradient was not finite in {limit} steps in a row. The last "
+            f"batch is saved in {path}. Look at that batch, or start over in another directory with a lower "
+            "train.learning_rate."
+        )

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all. Of several processes the first one writes them."""
+"""Atomic file writes, a lock for directories, and readers that recognise corrupted files."""
 
 from __future__ import annotations
 
@@ -17,57 +17,64 @@ import numpy as np
 
 from tpaw_jax.runtime import processes
 
-_NOT_DAMAGE = ("resource_exhausted", "out of memory", "permission", "unavailable", "deadline", "too many open files")
-"""Words of an error that is none of the file that could not be read."""
+_NOT_CORRUPTION = (
+    "resource_exhausted",
+    "out of memory",
+    "permission",
+    "unavailable",
+    "deadline",
+    "too many open files",
+)
+"""Parts of the messages of read errors that are not caused by the file's content."""
 
-_OUT_OF = {
+_WRITE_ERRORS = {
     errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the quota of disk space is used up",
-    errno.EROFS: "the file system can only be read",
-    errno.EACCES: "writing there is not permitted",
-    errno.EPERM: "writing there is not permitted",
-    errno.EMFILE: "this process has as many files open as it may (ulimit -n)",
-    errno.ENFILE: "the system has as many files open as it can",
+    errno.EDQUOT: "the disk quota is exhausted",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EMFILE: "this process has too many open files (see ulimit -n)",
+    errno.ENFILE: "the system has too many open files",
 }
 
 
 class CorruptedFile(ValueError):
-    """A file or checkpoint that is not what was written; `path` is the one."""
+    """The file or checkpoint at `path` does not hold what was written."""
 
-    def __init__(self, path: Path, what: str) -> None:
-        super().__init__(f"{path}: {what}.")
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}.")
         self.path = path
 
 
 @contextlib.contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Say in a sentence what of the system keeps `path` from being written.
+    """Turn system errors from writing `path` into one sentence with the cause and what to do.
 
     Raises:
-        OSError: the disk is full, cannot be written, or too many files are open; says that nothing is lost.
+        OSError: the disk is full, the path cannot be written, or too many files are open.
     """
     try:
         yield
     except Exception as error:  # Orbax and TensorStore wrap the system's errors in many types
         number = getattr(error, "errno", None)
-        number = number or next((n for n in _OUT_OF if os.strerror(n).lower() in str(error).lower()), None)
-        if number not in _OUT_OF:
+        number = number or next((n for n in _WRITE_ERRORS if os.strerror(n).lower() in str(error).lower()), None)
+        if number not in _WRITE_ERRORS:
             raise
         raise OSError(
-            f"{path} could not be written: {_OUT_OF[number]}. What was finished before is whole; when that is mended, "
-            "the same command goes on from there."
+            f"{path} could not be written: {_WRITE_ERRORS[number]}. All finished work is intact. Fix the cause, then "
+            "run the same command again to resume."
         ) from error
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep other runs out of a directory while the block runs; a process that ends in any way lets go of it.
+    """Hold the lock of a directory while the block runs. The lock is released however the process ends.
 
-    File systems that know no locks, as mounted buckets, are left unguarded.
+    File systems without locks, such as mounted buckets, are not guarded.
 
     Raises:
-        ValueError: another process holds it; names its host and number.
-        OSError: it cannot be written.
+        ValueError: another process holds the lock; names its host and process number.
+        OSError: the directory cannot be written.
     """
     with explain_os_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -77,9 +84,10 @@ def locked(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
+            holder = file.read().strip() or "its number is unknown"
             raise ValueError(
-                f"{directory}: another process is playing this run: {file.read().strip() or 'it does not say which'}. "
-                "Wait until it is through, stop it, or choose another directory."
+                f"{directory}: another process is using this directory: {holder}. Wait until it ends, stop it, or "
+                "choose another directory."
             ) from error
         except OSError:
             pass
@@ -90,49 +98,49 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def is_corruption(error: Exception) -> bool:
-    """Whether an error in reading says something of the file, rather than of memory, permissions or the network."""
+    """Whether a read error is caused by the file's content, not by memory, permissions or the network."""
     system = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EIO)
     if isinstance(error, MemoryError) or getattr(error, "errno", None) in system:
         return False
-    return not any(words in str(error).lower() for words in _NOT_DAMAGE)
+    return not any(words in str(error).lower() for words in _NOT_CORRUPTION)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """`replace` by the process that writes; the others leave it to that one."""
+    """Write a file atomically, on process 0 only."""
     if processes.is_main():
         replace(path, content)
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write aside, flush to the disk, rename."""
+    """Write a file atomically, on any process: write `partial_path(path)`, flush it to disk, rename it."""
     write_partial(path, content)
     with explain_os_errors(path):
         os.replace(partial_path(path), path)
 
 
 def write_partial(path: Path, content: bytes) -> None:
-    """The first half of `replace`: the content beside its place, on the disk. Nothing half-written stays there."""
-    aside = partial_path(path)
+    """The first half of `replace`: write `partial_path(path)` and flush it to disk. On failure it is removed."""
+    partial = partial_path(path)
     try:
         with explain_os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as file:
+            with partial.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
     except OSError:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            partial.unlink()
         raise
 
 
 def partial_path(path: Path) -> Path:
-    """Where a file is written before it is renamed."""
+    """Where a file is written before it is renamed to `path`."""
     return path.with_name(path.name + ".partial")
 
 
 def append_lines(path: Path, lines: Sequence[str]) -> None:
-    """Add whole lines to a process's own text file, flushed to the disk; a kill can cut the last one short."""
+    """Append lines to a text file that only this process writes, and flush to disk. A kill can cut the last line."""
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
@@ -142,10 +150,10 @@ def append_lines(path: Path, lines: Sequence[str]) -> None:
 
 
 def parse_json(content: str | bytes, where: object) -> Any:
-    """What a text in JSON says.
+    """Decode JSON; `where` names the file or line in the error.
 
     Raises:
-        ValueError: it is not JSON, or nested too deeply to be read; names `where`.
+        ValueError: the content is not JSON, or nested too deeply.
     """
     try:
         return json.loads(content)
@@ -154,37 +162,37 @@ def parse_json(content: str | bytes, where: object) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file with one trailing newline."""
+    """Write an indented JSON file."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def write_json_lines(path: Path, records: Iterable[Any]) -> None:
-    """A JSON line a record."""
+    """Write a file with one JSON record per line."""
     write_bytes(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """An .npz file of named arrays."""
+    """Write an .npz file of named arrays."""
     write_bytes(path, npz(**arrays))
 
 
 def npz(**arrays: np.ndarray) -> bytes:
-    """Named arrays as the content of an .npz file: the same bytes for the same arrays."""
+    """Encode named arrays as an .npz file; equal arrays give equal bytes."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type] # numpy's stub takes names for options
     return buffer.getvalue()
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file; pickled content is refused.
+    """Read the arrays of an .npz file. Pickled content is rejected.
 
     Raises:
-        CorruptedFile: its content cannot be read back.
+        CorruptedFile: the content cannot be read.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except Exception as error:  # of zipfile, struct, numpy and the system
+    except Exception as error:  # zipfile, struct, numpy and the system raise many types
         if not is_corruption(error):
             raise
         raise CorruptedFile(path, f"the file is damaged ({type(error).__name__}: {error})") from error

@@ -1,8 +1,8 @@
-"""The journal of a run: which stages of which rounds are finished, and the checksums by which their files are known.
+"""The journal of a run: which stages of which rounds are finished, and the checksums of their files.
 
-`journal.json` is small and written whole; the one before it is kept beside it. A file counts as finished when the
-journal has it. What is found to be damaged is set aside and stays in the journal as lost: when it is made again, the
-journal tells whether it became what it was.
+`journal.json` is replaced atomically; the version before it stays as `journal.before.json`. A file counts as finished
+only if the journal lists it. A corrupted file is renamed to `*.damaged` and stays in the journal as lost, so that the
+run can tell whether the regenerated file is identical.
 """
 
 from __future__ import annotations
@@ -20,64 +20,66 @@ from tpaw_jax.runtime import processes
 from tpaw_jax.storage import files
 
 STAGES = ("sampling", "scoring", "training", "summary", "policy")
-"""Of a round, in their order."""
+"""The stages of a round, in order."""
 
 _VERSION = 1
 
 
 class RegeneratedDifferently(Exception):
-    """Something that was lost was made again and came out otherwise: what followed from it is to be made again too."""
+    """A lost file or checkpoint was regenerated with another result, so everything derived from it was removed."""
 
 
 @dataclasses.dataclass
 class Journal:
-    """The facts of a run by the names of its files and checkpoints, relative to its directory.
+    """The facts about a run's files and checkpoints, keyed by path relative to the run's directory.
 
-    Facts of each: `round`, `stage`, `bytes`, `sha256` of a file, `files` of a checkpoint, `same`, which is equal where
-    what was made again is the same; `lost`, and `begun` of a checkpoint that may not be whole yet.
+    Facts: `round`, `stage`, `bytes`; `sha256` for a file; `files`, their number, for a checkpoint; `same`, a
+    fingerprint that is equal if the content is; `lost`, if found corrupted; `begun`, while a checkpoint may be
+    incomplete.
     """
 
     directory: Path
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     data: str = ""  # the fingerprint of prompts and targets
     facts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    reading: bool = False  # of a run that another process may be playing: nothing is written
-    found: str = ""  # the file it was read from where journal.json was damaged or missing
+    reading: bool = False  # read-only, because another process may be running
+    found: str = ""  # the file that was read instead, if journal.json was corrupted or missing
 
     def is_complete(self, name: str) -> bool:
-        """Whether something is finished and was not found damaged."""
+        """Whether a file or checkpoint is finished and was not found corrupted."""
         facts = self.facts.get(name, {"lost": True})
         return not facts.get("lost") and not facts.get("begun")
 
     def names(self, stage: str) -> list[str]:
-        """What a stage has left that is whole, in order of rounds."""
+        """The complete files or checkpoints of a stage, by round."""
         of_stage = [name for name, f in self.facts.items() if f["stage"] == stage and self.is_complete(name)]
         return sorted(of_stage, key=lambda name: (self.facts[name]["round"], name))
 
 
 def open_journal(directory: Path, reading: bool = False) -> Journal:
-    """The journal of a run directory, new where there is no run yet; with `reading` it stays as it is on disk.
+    """Read the journal of a run's directory, or start one if there is no run; with `reading`, never write it.
 
     Raises:
-        ValueError: a run is there and no whole journal of it.
+        ValueError: the directory holds a run, but both of its journals are missing or corrupted.
     """
     paths = [directory / "journal.json", directory / "journal.before.json"]
-    between = files.partial_path(paths[0])  # where a kill came between the two renames of `save`
-    for path in [between, *paths] if between.exists() and not paths[0].exists() else paths:
-        content = _checked(path)
+    partial = files.partial_path(paths[0])  # all that a kill between the two renames of `save` leaves
+    for path in [partial, *paths] if partial.exists() and not paths[0].exists() else paths:
+        content = _read(path)
         if content is not None:
             found = "" if path == paths[0] else path.name
             return Journal(directory, content["config"], content["data"], content["facts"], reading, found)
     if any(path.exists() for path in paths) or any((directory / "ring" / "policies").glob("[0-9]*")):
         raise ValueError(
-            f"{directory}: a run is there, but {paths[0].name} is missing or damaged, and {paths[1].name} too: nothing "
-            "tells which of its files are whole. Put one of them back, or choose another directory."
+            f"{directory}: this directory holds a run, but its {paths[0].name} and {paths[1].name} are missing or "
+            "damaged, so the run cannot tell which of its files are complete. Restore one of the two from a backup, or "
+            "choose another directory."
         )
     return Journal(directory, reading=reading)
 
 
 def save(journal: Journal) -> None:
-    """Write the journal, by the process that writes; the one before stays beside it."""
+    """Write the journal, on process 0 only, and keep the version before it."""
     if journal.reading or not processes.is_main():
         return
     content = {"version": _VERSION, "config": journal.config, "data": journal.data, "facts": journal.facts}
@@ -85,130 +87,139 @@ def save(journal: Journal) -> None:
     text = json.dumps({"checksum": _checksum(content), **content}, indent=1) + "\n"
     files.write_partial(path, text.encode())
     with files.explain_os_errors(path):
-        if _checked(path) is not None:
+        if _read(path) is not None:
             os.replace(path, path.with_name("journal.before.json"))
         os.replace(files.partial_path(path), path)
 
 
 def write(journal: Journal, name: str, stage: str, round_number: int, content: bytes, same: str | None = None) -> None:
-    """A file of a stage, known to the journal before it is at its place, so that it is never there unknown.
+    """Write a file of a stage. The journal lists it before it appears under its final name.
 
     Raises:
-        RegeneratedDifferently: it was lost before and `same` is not what it was.
+        RegeneratedDifferently: the file had been lost, and `same` differs from the lost one's.
     """
     path = journal.directory / name
     if processes.is_main():
         files.write_partial(path, content)
     facts = {"round": round_number, "stage": stage, "bytes": len(content), "sha256": _sha256(content), "same": same}
-    later = record(journal, name, facts)
+    removed = record(journal, name, facts)
     if processes.is_main():
         with files.explain_os_errors(path):
             os.replace(files.partial_path(path), path)
-    raise_if_different(journal, name, later)
+    raise_if_different(journal, name, removed)
 
 
 def record(journal: Journal, name: str, facts: dict[str, Any]) -> list[str] | None:
-    """Put something finished into the journal. Where it was lost before and is not what it was, all that was made after
-    it is removed, and its names are returned; `raise_if_different` is to follow.
+    """Add a finished file or checkpoint to the journal.
+
+    If it replaces a lost one and differs from it, remove everything made after it and return the names of what was
+    removed. Pass the result to `raise_if_different` once the file is in place.
     """
-    before, later = journal.facts.get(name, {}), None
+    before, removed = journal.facts.get(name, {}), None
     if before.get("lost") and before.get("same") not in (None, facts["same"]):
-        later = _remove_after(journal, name)
+        removed = _remove_after(journal, name)
     journal.facts[name] = facts
     save(journal)
-    return later
+    return removed
 
 
-def raise_if_different(journal: Journal, name: str, later: list[str] | None) -> None:
-    """Tell that something came out otherwise, if it did.
+def raise_if_different(journal: Journal, name: str, removed: list[str] | None) -> None:
+    """Raise if `record` removed what depended on a lost file.
 
     Raises:
-        RegeneratedDifferently: it did; the run is to be opened again.
+        RegeneratedDifferently: it did; the run must be opened again.
     """
-    if later is not None:
+    if removed is not None:
         raise RegeneratedDifferently(
-            f"{journal.directory / name} was lost, and made again it is not what it was, as on another machine; "
-            f"what was made after it is made again: {', '.join(sorted(later)) or 'nothing was'}."
+            f"{journal.directory / name} was lost, and the regenerated one differs from it, as happens on another kind "
+            "of machine. Everything made after it was removed and will be regenerated: "
+            f"{', '.join(sorted(removed)) or 'there was nothing'}."
         )
 
 
 def begin(journal: Journal, name: str, stage: str, round_number: int) -> None:
-    """Put a checkpoint that is about to be written into the journal, so that it is never there unknown."""
+    """Add a checkpoint to the journal before it is written, so that none is ever on disk unlisted."""
     journal.facts[name] = {**journal.facts.get(name, {}), "round": round_number, "stage": stage, "begun": True}
     save(journal)
 
 
 def forget(journal: Journal, name: str) -> None:
-    """Take something out of the journal that is to be removed, before it is."""
+    """Drop a file or checkpoint from the journal before it is removed from disk."""
     if journal.facts.pop(name, None) is not None:
         save(journal)
 
 
 def check(journal: Journal) -> dict[str, str]:
-    """What is not as the journal has it, and what is wrong with it, as the process that writes finds it.
+    """Compare the files on disk with the journal; return what is wrong by name, the same on every process.
 
-    A file that a kill left beside its place is put there. Of checkpoints, files and bytes are counted; their values are
-    checked when they are read (see `ring`).
+    A finished file that a kill left under its partial name is renamed. Checkpoints are checked by the number of their
+    files and bytes; their values are checked when they are read (see `ring`).
     """
-    found = {}
+    faults = {}
     for name, facts in journal.facts.items() if processes.is_main() else ():
         path = journal.directory / name
         if facts.get("lost") and not facts.get("begun") and path.exists():
-            found[name] = "it was found damaged before, and a kill left it where it was"
+            faults[name] = "it was found damaged before, but a kill came before it was renamed"
         if not journal.is_complete(name):
             continue
-        what = _checkpoint_fault(path, facts) if "files" in facts else _file_fault(path, facts)
-        aside = files.partial_path(path)
-        if what and not journal.reading and aside.exists() and not _file_fault(aside, facts):
-            os.replace(aside, path)  # a kill came before it was renamed
-            continue
-        if what:
-            found[name] = what
-    stated = processes.all_gather(found=np.frombuffer(json.dumps(found).encode(), np.uint8))[0]
-    return json.loads(stated["found"].tobytes())
+        fault = _checkpoint_fault(path, facts) if "files" in facts else _file_fault(path, facts)
+        partial = files.partial_path(path)
+        if fault and not journal.reading and partial.exists() and not _file_fault(partial, facts):
+            os.replace(partial, path)
+        elif fault:
+            faults[name] = fault
+    gathered = processes.all_gather(faults=np.frombuffer(json.dumps(faults).encode(), np.uint8))
+    return json.loads(gathered[0]["faults"].tobytes())
 
 
 def quarantine(journal: Journal, name: str) -> None:
-    """Move something damaged out of the way and count it as lost."""
+    """Mark a corrupted file or checkpoint as lost and rename it to `*.damaged`."""
     if name in journal.facts:
         journal.facts[name]["lost"] = True
     save(journal)
     path = journal.directory / name
     if processes.is_main() and path.exists():
-        aside, number = path.with_name(path.name + ".damaged"), 1
-        while aside.exists():
-            aside, number = path.with_name(f"{path.name}.damaged{number}"), number + 1
-        path.rename(aside)
-    processes.barrier("what is damaged is set aside")
+        damaged, number = path.with_name(path.name + ".damaged"), 1
+        while damaged.exists():
+            damaged, number = path.with_name(f"{path.name}.damaged{number}"), number + 1
+        path.rename(damaged)
+    processes.barrier("corrupted file renamed")
+
+
+def remove_sampled(journal: Journal, first: int) -> None:
+    """Remove the responses kept while sampling (`sampled_N.jsonl`), from round `first` on."""
+    for path in journal.directory.glob("round_*/sampled_*.jsonl"):
+        if int(path.parent.name.removeprefix("round_")) >= first:
+            path.unlink()
+
+
+def measure(checkpoint: Path) -> tuple[int, int]:
+    """The number of files of a checkpoint, and their bytes."""
+    sizes = [path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()]
+    return len(sizes), sum(sizes)
 
 
 def _remove_after(journal: Journal, name: str) -> list[str]:
-    """Remove all that was made after something, responses that are being sampled among it; not yet from the disk's
-    journal, so that a kill meanwhile leaves something lost that is found to have changed again. The newest goes first:
-    what a kill leaves is then a run of fewer rounds.
+    """Remove everything made after a file or checkpoint, responses still being sampled included.
+
+    The caller saves the journal afterwards: until then the file counts as lost on disk, so a kill here repeats the
+    removal. The newest is removed first, so that a kill leaves a run of fewer rounds.
     """
     later = [other for other in journal.facts if _order(journal, other) > _order(journal, name)]
     later.sort(key=lambda other: _order(journal, other), reverse=True)
     for other in later:
         del journal.facts[other]
-    processes.barrier("what was made after it is known")
+    processes.barrier("removal begins")
     if processes.is_main():
         for other in later:
             path = journal.directory / other
-            if path.is_dir():  # a file that the journal does not have is not read
+            if path.is_dir():  # renamed only: no run reads what its journal does not list
                 path.rename(path.with_name(path.name + ".removed"))
             else:
                 path.unlink(missing_ok=True)
         remove_sampled(journal, journal.facts[name]["round"] + 1)
-    processes.barrier("what was made after it is removed")
+    processes.barrier("removal is done")
     return later
-
-
-def remove_sampled(journal: Journal, first: int) -> None:
-    """Remove the responses of unfinished rounds from `first` on."""
-    for path in journal.directory.glob("round_*/sampled_*.jsonl"):
-        if int(path.parent.name.removeprefix("round_")) >= first:
-            path.unlink()
 
 
 def _order(journal: Journal, name: str) -> tuple[int, int]:
@@ -220,27 +231,21 @@ def _file_fault(path: Path, facts: dict[str, Any]) -> str:
     if not path.exists():
         return "it is missing"
     if path.stat().st_size != facts["bytes"]:
-        return f"it has {path.stat().st_size} bytes where {facts['bytes']} were written"
-    return "" if _sha256(path.read_bytes()) == facts["sha256"] else "its checksum is not that of what was written"
+        return f"it has {path.stat().st_size} bytes instead of {facts['bytes']}"
+    return "" if _sha256(path.read_bytes()) == facts["sha256"] else "its checksum differs from the journal's"
 
 
 def _checkpoint_fault(path: Path, facts: dict[str, Any]) -> str:
     if not path.exists():
         return "it is missing"
-    files, size = measure(path)
-    if (files, size) != (facts["files"], facts["bytes"]):
-        return f"it has {size} bytes in {files} files where {facts['bytes']} in {facts['files']} were written"
+    count, size = measure(path)
+    if (count, size) != (facts["files"], facts["bytes"]):
+        return f"it has {size} bytes in {count} files instead of {facts['bytes']} bytes in {facts['files']} files"
     return ""
 
 
-def measure(checkpoint: Path) -> tuple[int, int]:
-    """Files and bytes of a checkpoint."""
-    sizes = [path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()]
-    return len(sizes), sum(sizes)
-
-
-def _checked(path: Path) -> dict[str, Any] | None:
-    """The content of a journal that is whole and of this version."""
+def _read(path: Path) -> dict[str, Any] | None:
+    """The content of a journal file; None if it is missing, corrupted or of another version."""
     try:
         content = files.parse_json(path.read_bytes(), path)
         checksum = content.pop("checksum")

@@ -1,8 +1,8 @@
-"""The ring of historical policies on disk: Orbax checkpoints of the newest N_max rounds, and the training state.
+"""The ring on disk: Orbax checkpoints of the policies of the newest N_max rounds, and of the training state.
 
-Saves are atomic and asynchronous. What falls out of the ring is removed only after its successor is whole. Every
-process saves and restores its own shards; process 0 removes. A checkpoint carries a digest of each of its arrays, taken
-on the devices before it is written and again after it is read, on any mesh.
+Saves are atomic and asynchronous. An old checkpoint is removed only after its successor is complete. Every process
+saves and restores its own shards; process 0 removes. A checkpoint holds a digest of each of its arrays, computed on the
+devices before writing and compared after reading, on any mesh.
 """
 
 from __future__ import annotations
@@ -29,36 +29,38 @@ from tpaw_jax.storage.journal import Journal
 from tpaw_jax.types import TrainState
 
 _OTHER_MODEL = ("do not match", "not compatible with the stored shape")
-"""Words of Orbax where a tree has other arrays, or others of their shapes, than the one that was saved."""
+"""Parts of Orbax's messages when the saved tree has other arrays or shapes than the requested one."""
 
-_ODD = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
-"""Primes that make the weights of a digest (those of xxHash)."""
+_PRIMES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
+"""The primes of xxHash, from which the weights of a digest are computed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Policies in `policies/00002`, the training state in `training/00002_00000040` (round, step)."""
+    """The policy of round 2 is `policies/00002`; its training state at step 40 is `training/00002_00000040`."""
 
     directory: Path
     n_max: int
     checkpointer: ocp.StandardCheckpointer
-    journal: Journal  # of the run, whose directory is the ring's parent
-    pending: dict[Path, PyTree[Array]] = dataclasses.field(default_factory=dict)  # digests of what is being saved
+    journal: Journal
+    pending: dict[Path, PyTree[Array]] = dataclasses.field(
+        default_factory=dict
+    )  # digests of the checkpoints being saved
 
     @property
     def policies(self) -> list[int]:
-        """The rounds whose policies are whole on disk, oldest first."""
-        return sorted(int(path.name) for path in _whole(self.directory / "policies", r"\d{5}"))
+        """The rounds whose policies are complete on disk, oldest first."""
+        return sorted(int(path.name) for path in _complete(self.directory / "policies", r"\d{5}"))
 
     @property
     def training_states(self) -> list[tuple[int, int]]:
-        """The (round, step) of the training states that are whole on disk, oldest first."""
-        found = _whole(self.directory / "training", r"\d{5}_\d{8}")
-        return sorted((int(path.name[:5]), int(path.name[6:])) for path in found)
+        """The (round, step) of the training states that are complete on disk, oldest first."""
+        paths = _complete(self.directory / "training", r"\d{5}_\d{8}")
+        return sorted((int(path.name[:5]), int(path.name[6:])) for path in paths)
 
 
 def open_ring(opened: Journal, n_max: int) -> Ring:
-    """The ring of a run whose journal is open."""
+    """Open the ring of a run, in the folder `ring` beside its journal."""
     directory = opened.directory.absolute() / "ring"
     for kind in ("policies", "training"):
         with files.explain_os_errors(directory / kind):
@@ -67,9 +69,9 @@ def open_ring(opened: Journal, n_max: int) -> Ring:
 
 
 def remove_unfinished(ring: Ring) -> None:
-    """Remove what a killed run left half-written, and what the journal does not have. What is damaged stays aside.
+    """Remove incomplete checkpoints and those that the journal does not list, except `*.damaged`.
 
-    For those that play the run, all of them at once.
+    All processes of a pod must call this together; a process that only reads the run must not call it.
     """
     processes.barrier("before removal")
     for kind in ("policies", "training") if processes.is_main() else ():
@@ -80,171 +82,194 @@ def remove_unfinished(ring: Ring) -> None:
 
 
 def push(ring: Ring, params: PyTree[Array], round_number: int) -> None:
-    """Begin to save the policy that starts `round_number`; `finish_saves` makes sure of it."""
-    _begin(ring, ring.directory / "policies" / f"{round_number:05d}", params)
+    """Start saving the policy that round `round_number` starts from; `finish_saves` completes it."""
+    _start_save(ring, _policy_path(ring, round_number), params)
 
 
 def save_training(ring: Ring, state: TrainState, round_number: int, step: int) -> None:
-    """Begin to save the training state, after the one before is whole."""
+    """Start saving the training state, after completing earlier saves."""
     finish_saves(ring)
-    _begin(ring, ring.directory / "training" / f"{round_number:05d}_{step:08d}", state)
+    _start_save(ring, _training_path(ring, round_number, step), state)
 
 
 def finish_saves(ring: Ring) -> None:
-    """Wait until what was begun is whole, put it into the journal, then remove what is no longer needed.
+    """Wait for the saves in progress, add them to the journal, then remove old checkpoints.
 
     Raises:
-        OSError: it could not be written; what was there before is whole.
-        RegeneratedDifferently: a policy that was lost came out otherwise.
+        OSError: a checkpoint could not be written; earlier ones are intact.
+        RegeneratedDifferently: a lost policy was regenerated with another result.
     """
     with files.explain_os_errors(ring.directory):
         ring.checkpointer.wait_until_finished()
-    processes.barrier("checkpoints are whole")
-    changed = {_name(ring, path): _record(ring, path, digests) for path, digests in ring.pending.items()}
+    processes.barrier("checkpoints are complete")
+    removed_after = {_name(ring, path): _record(ring, path, digests) for path, digests in ring.pending.items()}
     ring.pending.clear()
     if processes.is_main():
         policies, states = ring.policies, ring.training_states
         for old in policies[: -ring.n_max]:
-            _remove(ring, ring.directory / "policies" / f"{old:05d}")
+            _remove(ring, _policy_path(ring, old))
         for round_number, step in states:
             if step != max(s for r, s in states if r == round_number) or round_number + 1 in policies:
-                _remove(ring, ring.directory / "training" / f"{round_number:05d}_{step:08d}")
+                _remove(ring, _training_path(ring, round_number, step))
     processes.barrier("old checkpoints are removed")
-    for name, later in changed.items():
-        journal.raise_if_different(ring.journal, name, later)
+    for name, removed in removed_after.items():
+        journal.raise_if_different(ring.journal, name, removed)
 
 
 def restore_policy(ring: Ring, round_number: int, like: PyTree[Array]) -> PyTree[Array]:
-    """The policy of a round, in the shapes, dtypes and shardings of `like`: any mesh will do.
+    """Read the policy of a round with the shapes, dtypes and shardings of `like`, on any mesh.
 
     Raises:
-        CorruptedFile: it cannot be read back as it was written; names the checkpoint.
-        ValueError: it is of another model.
-        OSError: memory, permissions or the network are in the way.
+        CorruptedFile: it cannot be read, or a value differs from what was written.
+        ValueError: it belongs to another model.
+        OSError: it cannot be read for lack of memory or permission, or because of the network.
     """
-    return _restore(ring, ring.directory / "policies" / f"{round_number:05d}", like)
+    return _restore(ring, _policy_path(ring, round_number), like)
 
 
 def restore_training(ring: Ring, round_number: int, step: int, like: TrainState) -> TrainState:
-    """The training state of (round, step), in the shapes and shardings of `like`.
+    """Read the training state of (round, step) with the shapes, dtypes and shardings of `like`.
 
     Raises:
-        CorruptedFile: it cannot be read back as it was written; names the checkpoint.
+        CorruptedFile, ValueError, OSError: as in `restore_policy`.
     """
-    return _restore(ring, ring.directory / "training" / f"{round_number:05d}_{step:08d}", like)
+    return _restore(ring, _training_path(ring, round_number, step), like)
 
 
 def select_policy(ring: Ring, round_number: int | None) -> int:
-    """The round of a policy that the ring holds: the one asked for, or the newest.
+    """`round_number` if the ring holds that round's policy; the newest round it holds if None.
 
     Raises:
-        ValueError: it is not in the ring.
+        ValueError: the ring does not hold it.
     """
-    there = ring.policies
-    wanted = there[-1] if round_number is None and there else round_number
-    if wanted not in there:
+    available = ring.policies
+    if round_number is None and not available:
+        raise ValueError(f"{ring.journal.directory}: the ring holds no policy yet.")
+    selected = available[-1] if round_number is None else round_number
+    if selected not in available:
         raise ValueError(
-            f"{ring.journal.directory}: the policy of round {wanted} is not in the ring; it holds {there}."
+            f"{ring.journal.directory}: the policy of round {selected} is not in the ring; it holds {available}."
         )
-    return wanted
+    return selected
 
 
 def players(ring: Ring, round_number: int) -> list[int]:
-    """The main players of a round, newest first: fewer in the first rounds."""
+    """The rounds whose policies are the main players of a round, newest first; fewer than N_max in the first rounds."""
     return [j for j in range(round_number, max(-1, round_number - ring.n_max), -1)]
 
 
 @jax.jit
 def digests_of(tree: PyTree[Array]) -> PyTree[UInt32[Array, ""]]:
-    """A digest of each array: the sum of its bits, each value's times an odd number of its place, modulo 2^32.
+    """A digest of each array: the weighted sum of its values' bits modulo 2^32, with an odd weight for each position.
 
-    One wrong value always changes it; sums of integers are the same on every mesh.
+    A change of a single value always changes it. Integer sums are the same on every mesh.
     """
 
-    def of_array(x: Array) -> Array:
+    def digest(x: Array) -> Array:
         bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
         weight = jnp.zeros(x.shape, jnp.uint32)
         for axis in range(x.ndim):
-            place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-            weight = weight * jnp.uint32(_ODD[axis % len(_ODD)]) + place
+            position = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            weight = weight * jnp.uint32(_PRIMES[axis % len(_PRIMES)]) + position
         return jnp.sum(bits * (2 * weight + 1), dtype=jnp.uint32)
 
-    return jax.tree.map(of_array, tree)
+    return jax.tree.map(digest, tree)
 
 
-def _begin(ring: Ring, path: Path, tree: PyTree[Array]) -> None:
+def _policy_path(ring: Ring, round_number: int) -> Path:
+    return ring.directory / "policies" / f"{round_number:05d}"
+
+
+def _training_path(ring: Ring, round_number: int, step: int) -> Path:
+    return ring.directory / "training" / f"{round_number:05d}_{step:08d}"
+
+
+def _start_save(ring: Ring, path: Path, tree: PyTree[Array]) -> None:
     if not path.exists():
-        journal.begin(ring.journal, _name(ring, path), *_place(path))
+        journal.begin(ring.journal, _name(ring, path), *_stage_and_round(path))
         ring.pending[path] = digests_of(tree)
         with files.explain_os_errors(path):
             ring.checkpointer.save(path, {"values": tree, "digests": ring.pending[path]})
 
 
 def _record(ring: Ring, path: Path, digests: PyTree[Array]) -> list[str] | None:
-    """Put a checkpoint that is whole into the journal (see `journal.record`)."""
+    """Add a complete checkpoint to the journal (see `journal.record`)."""
     numbers = [int(number) for number in jax.device_get(jax.tree.leaves(digests))]
-    files, size = journal.measure(path)
-    stage, round_number = _place(path)
+    count, size = journal.measure(path)
+    stage, round_number = _stage_and_round(path)
     facts = {
         "round": round_number,
         "stage": stage,
         "bytes": size,
-        "files": files,
+        "files": count,
         "same": hashlib.sha256(np.asarray(numbers, np.uint32).tobytes()).hexdigest(),
     }
     return journal.record(ring.journal, _name(ring, path), facts)
 
 
-def _place(path: Path) -> tuple[str, int]:
-    """The stage that makes a checkpoint and its round: a policy is what the round before it has made."""
+def _stage_and_round(path: Path) -> tuple[str, int]:
+    """The stage and round that made a checkpoint. The policy of round t was made by round t - 1."""
     number = int(path.name[:5])
     return ("training", number) if path.parent.name == "training" else ("policy", number - 1)
 
 
 def _name(ring: Ring, path: Path) -> str:
+    """The name of a checkpoint in the journal."""
     return f"ring/{path.relative_to(ring.directory).as_posix()}"
 
 
 def _remove(ring: Ring, path: Path) -> None:
-    """Forget, rename, then delete, so that a kill in between leaves nothing that looks whole."""
+    """Forget, rename, then delete, so that a kill in between leaves no incomplete checkpoint under its final name."""
     journal.forget(ring.journal, _name(ring, path))
     shutil.rmtree(path.rename(path.with_name(path.name + ".removed")))
 
 
 def _restore(ring: Ring, path: Path, like: PyTree[Array]) -> PyTree[Any]:
-    abstract = sharding.abstract(like)
-    place = jax.tree.leaves(abstract)[0].sharding
-    if isinstance(place, NamedSharding):
-        place = NamedSharding(place.mesh, P())
-    scalars = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.uint32, sharding=place), abstract)
-    read, fault = None, ""
-    try:
-        read = ring.checkpointer.restore(path, {"values": abstract, "digests": scalars})
-    except Exception as error:  # orbax and tensorstore raise many types; the user needs one sentence
-        if not files.is_corruption(error):
-            raise OSError(
-                f"{path} could not be read and is left as it is ({type(error).__name__}: {error})."
-            ) from error
-        if any(words in str(error) for words in _OTHER_MODEL):
-            raise ValueError(f"{path}: the checkpoint is of another model than policy.path's ({error}).") from error
-        reason = str(error).strip().splitlines()[:1]
-        fault = f"the checkpoint cannot be read back ({type(error).__name__}: {' '.join(reason)[:200]})"
-    faults = [
-        one["fault"].tobytes().decode() for one in processes.all_gather(fault=np.array(list(fault.encode()), np.uint8))
-    ]
-    if not any(faults):  # on no host
+    read, fault = _try_to_read(ring, path, sharding.abstract(like))
+    gathered = processes.all_gather(fault=np.array(list(fault.encode()), np.uint8))
+    faults = [one["fault"].tobytes().decode() for one in gathered]
+    if not any(faults):
         assert read is not None
-        now, then = jax.device_get((digests_of(read["values"]), read["digests"]))
-        same = jax.tree.leaves_with_path(jax.tree.map(lambda a, b: int(a) == int(b), now, then))
+        now, written = jax.device_get((digests_of(read["values"]), read["digests"]))
+        same = jax.tree.leaves_with_path(jax.tree.map(lambda a, b: int(a) == int(b), now, written))
         wrong = [jax.tree_util.keystr(leaf, simple=True, separator="/") for leaf, equal in same if not equal]
         if not wrong:
-            if not ring.journal.is_complete(_name(ring, path)):  # a kill came before it was known to be whole
+            if not ring.journal.is_complete(_name(ring, path)):  # a kill came before the journal listed it as complete
                 journal.raise_if_different(ring.journal, _name(ring, path), _record(ring, path, read["digests"]))
             return read["values"]
-        faults = [f"the checkpoint is damaged: {len(wrong)} arrays are not what was written, {wrong[0]} first"]
+        faults = [
+            f"the checkpoint is damaged: {len(wrong)} arrays differ from what was written, the first is {wrong[0]}"
+        ]
     raise CorruptedFile(path, next(filter(None, faults)))
 
 
-def _whole(directory: Path, pattern: str) -> list[Path]:
-    """Orbax renames a checkpoint to its final name when it is complete."""
+def _try_to_read(ring: Ring, path: Path, abstract: PyTree[Any]) -> tuple[dict[str, PyTree[Any]] | None, str]:
+    """The values and digests of a checkpoint, or None and what is wrong if it is corrupted.
+
+    Raises:
+        ValueError: it belongs to another model.
+        OSError: it cannot be read for lack of memory or permission, or because of the network.
+    """
+    placement = jax.tree.leaves(abstract)[0].sharding
+    if isinstance(placement, NamedSharding):
+        placement = NamedSharding(placement.mesh, P())
+    digests = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.uint32, sharding=placement), abstract)
+    try:
+        return ring.checkpointer.restore(path, {"values": abstract, "digests": digests}), ""
+    except Exception as error:  # Orbax and TensorStore raise many types
+        if not files.is_corruption(error):
+            raise OSError(
+                f"{path} could not be read and was left as it is ({type(error).__name__}: {error}). Fix the cause, "
+                "then run the same command again."
+            ) from error
+        if any(words in str(error) for words in _OTHER_MODEL):
+            raise ValueError(
+                f"{path}: the checkpoint belongs to another model than the one at policy.path ({error})."
+            ) from error
+        reason = str(error).strip().splitlines()[:1]
+        return None, f"the checkpoint cannot be read ({type(error).__name__}: {' '.join(reason)[:200]})"
+
+
+def _complete(directory: Path, pattern: str) -> list[Path]:
+    """The checkpoints that Orbax has renamed to their final names, which it does once they are complete."""
     return [path for path in directory.iterdir() if re.fullmatch(pattern, path.name)]

@@ -1,4 +1,4 @@
-"""The fixed shapes of a run's batches: what the configuration leaves open is settled from the devices."""
+"""The fixed batch shapes of a run: automatic configuration values are resolved from the devices."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from tpaw_jax.runtime import sharding
 
 
 def most_micro_batches(config: RunConfig) -> int:
-    """Micro-batches that a step has room for, whatever the rounds bring."""
+    """Return the number of micro-batches in a step's fixed shape, enough for the data of any round."""
     return packing.most_micro_batches(config.train.batch_triplets, config.longest_triplet, config.packing)
 
 
 def settled_packing(config: RunConfig, mesh: Mesh, before: Mapping[str, Any] | None = None) -> PackingConfig:
-    """Packing with rows_per_batch and alignment as stated, or as `before`, or as the devices need."""
-    wanted = {"rows_per_batch": sharding.row_shards(mesh), "alignment": needed_alignment(config)}
+    """Resolve `rows_per_batch` and `alignment` where they are 0 (automatic).
+
+    A resumed run passes its previous packing fields as `before`, and they take precedence over the devices' needs.
+    """
+    needs = {"rows_per_batch": sharding.row_shards(mesh), "alignment": needed_alignment(config)}
     return dataclasses.replace(
         config.packing,
-        **{key: getattr(config.packing, key) or (before or {}).get(key) or value for key, value in wanted.items()},
+        **{key: getattr(config.packing, key) or (before or {}).get(key) or value for key, value in needs.items()},
     )
 
 
 def needed_alignment(config: RunConfig) -> int:
-    """Tokens that the device's attention needs prompts and responses to be a multiple of."""
+    """Return the alignment of prompts and responses, in tokens, that attention on this backend needs."""
     return splash_attention.alignment(config.packing.row_length) if jax.default_backend() == "tpu" else 1

@@ -1,14 +1,14 @@
-"""Hidden states -> log-probs of responses, the one function that scoring and training share.
+"""Log-probs of responses: the function that scoring and training share.
 
-The head runs over the predictions of a row only, in chunks, so the [B, T, V] logits never exist, and those of the
-predictions only where a backward pass is told to keep them. Softmax and sums are float32.
+The output head runs only over the predictions of a row, in chunks, so the [B, T, V] logits are never materialized. The
+logits of the predictions are kept only if a rematerialization policy says so. Softmax and sums are float32.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,51 +21,56 @@ from tpaw_jax.models.transformer import KEEPS_LOGITS, Transformer, head_name, he
 from tpaw_jax.types import TreeBatch
 
 VOCABULARY_BLOCK = 1024
-"""Logits of one prediction that exist at a time: their matmul is as fast as that of all, and they stay in the cache."""
+"""Logits per prediction that are computed at a time: few enough for a CPU's cache, enough for full matmul speed."""
 
 LogProbFn = Callable[[PyTree[Array], TreeBatch], Float[Array, "B R"]]
-"""(params, batch) -> summed log-prob of every response, nats: what scoring and the train step ask of a model."""
+"""(params, batch) -> summed log-prob of every response, nats. Scoring and the train step access a model through it."""
 
 ApplyFn = Callable[[PyTree[Array], Array, Array, Array], Array]
-"""(params, tokens [B, T], positions [B, T], mask [B, T, T]) -> logits [B, T, V]: a model of the user's own."""
+"""(params, tokens [B, T], positions [B, T], mask [B, T, T]) -> logits [B, T, V]: a user's own model."""
 
 
 def make_log_prob_fn(model: Transformer, head_chunk: int) -> LogProbFn:
-    """The log-prob function of a `Transformer`, its head in chunks of `head_chunk` predictions of each row.
+    """Build the log-prob function of a `Transformer`.
 
-    Its gradient keeps the logits of the predictions where the model's rematerialisation is in `KEEPS_LOGITS`. Where the
-    model is split (`Transformer.parallel`), it runs inside `shard_map`, on a device's rows and parts of the parameters.
+    The logits of the predictions are kept for the backward pass if the model's `remat` is in `KEEPS_LOGITS`. If the
+    model is sharded (`Transformer.parallel`), call the function inside `shard_map`, with one device's rows and
+    parameter shards.
+
+    Args:
+        model: the model.
+        head_chunk: predictions of each row that the output head computes at a time.
     """
     keep = model.remat in KEEPS_LOGITS
 
     def log_prob_fn(params: PyTree[Array], batch: TreeBatch) -> Float[Array, "B R"]:
-        batch = jax.tree.map(jnp.asarray, batch)  # outside jit, a batch of the host is as welcome
+        batch = jax.tree.map(jnp.asarray, batch)  # outside jit, host batches work too
         hidden, table, labels, live, axis = _predictions(model, params, batch)
-        return sum_by_response(token_log_probs(hidden, table, labels, live, head_chunk, keep, axis), batch)
+        return sum_by_response(token_log_probs(hidden, table, labels, live, head_chunk, keep=keep, axis=axis), batch)
 
     return log_prob_fn
 
 
 def make_greedy_fn(model: Transformer, head_chunk: int) -> Callable[[PyTree[Array], TreeBatch], Float[Array, "B R 2"]]:
-    """(params, batch) -> the summed log-prob of every response, nats, and 1 where each of its tokens is the likeliest.
+    """Build (params, batch) -> [summed log-prob of every response in nats, 1 if all its tokens are the argmax else 0].
 
-    For evaluation; the head is computed twice.
+    For evaluation. The output head is computed twice.
     """
 
     def greedy_fn(params: PyTree[Array], batch: TreeBatch) -> Float[Array, "B R 2"]:
         batch = jax.tree.map(jnp.asarray, batch)
         hidden, table, labels, live, axis = _predictions(model, params, batch)
-        log_probs_BR = sum_by_response(token_log_probs(hidden, table, labels, live, head_chunk, False, axis), batch)
-        others_BP = ~_likeliest(hidden, table, labels, head_chunk, axis) & live
-        none_BR = sum_by_response(others_BP.astype(jnp.float32), batch) == 0
-        return jnp.stack([log_probs_BR, none_BR.astype(jnp.float32)], axis=-1)
+        log_probs_BR = sum_by_response(token_log_probs(hidden, table, labels, live, head_chunk, axis=axis), batch)
+        not_greedy_BP = ~_is_argmax(hidden, table, labels, head_chunk, axis) & live
+        greedy_BR = sum_by_response(not_greedy_BP.astype(jnp.float32), batch) == 0
+        return jnp.stack([log_probs_BR, greedy_BR.astype(jnp.float32)], axis=-1)
 
     return greedy_fn
 
 
 def _predictions(model: Transformer, params: PyTree[Array], batch: TreeBatch) -> tuple[Any, ...]:
-    """Hidden states [B, P, D] of the predictions, the head's table, labels, where they count, and the table's axis."""
-    split = model.parallel
+    """Hidden states [B, P, D], output embedding, labels, mask of real predictions, and mesh axis of the vocabulary."""
+    parallel = model.parallel
     hidden_BTD: Any = model.apply(
         {"params": params},
         batch.tokens,
@@ -76,16 +81,16 @@ def _predictions(model: Transformer, params: PyTree[Array], batch: TreeBatch) ->
     )
     hidden_BPD = jnp.take_along_axis(hidden_BTD, batch.sources[..., None], axis=1)
     name = head_name(params)
-    table_VD = split.table(head_table(params), name, hidden_BPD.dtype)
+    table_VD = parallel.table(head_table(params), name, hidden_BPD.dtype)
     live_BP, labels_BP, axis = batch.responses < batch.triplet_weight.shape[-1], jnp.asarray(batch.labels), None
-    if split.splits_vocabulary(name):
-        hidden_BPD, axis = split.share(hidden_BPD), "tensor"
+    if parallel.splits_vocabulary(name):
+        hidden_BPD, axis = parallel.share(hidden_BPD), "tensor"
         labels_BP = labels_BP - lax.axis_index(axis) * table_VD.shape[0]
     return hidden_BPD, table_VD, labels_BP, live_BP, axis
 
 
 def from_apply_fn(apply_fn: ApplyFn) -> LogProbFn:
-    """The log-prob function of any model that takes a dense mask and returns full logits."""
+    """Build the log-prob function of any model that takes a dense mask and returns full logits."""
 
     def log_prob_fn(params: PyTree[Array], batch: TreeBatch) -> Float[Array, "B R"]:
         batch = jax.tree.map(jnp.asarray, batch)
@@ -98,29 +103,50 @@ def from_apply_fn(apply_fn: ApplyFn) -> LogProbFn:
     return log_prob_fn
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+class _Head(NamedTuple):
+    """Static options of `token_log_probs`."""
+
+    chunk: int
+    keep: bool
+    axis: str | None
+
+
 def token_log_probs(
     hidden: Float[Array, "B P D"],
     table: Float[Array, "V D"],
     labels: Int[Array, "B P"],
     live: Bool[Array, "B P"],
     chunk: int,
+    *,
     keep: bool = False,
     axis: str | None = None,
 ) -> Float[Array, "B P"]:
-    """log softmax(hidden table^T)[labels], nats, float32; 0 where `live` is False.
+    """Compute log softmax(hidden table^T)[labels], in nats, float32; 0 where `live` is False.
 
-    Only `chunk` predictions of each row times `VOCABULARY_BLOCK` logits exist at a time: the forward pass keeps the
-    log-sum-exp, from which the backward pass computes each block again. With `keep` it keeps the logits too, 4 B P V
-    bytes, and the backward pass has one product of three less. Chunks after the last live prediction cost nothing, so
-    padding at the end of the rows is nearly free.
+    Only a block of logits exists at a time: `chunk` predictions of each row times `VOCABULARY_BLOCK` tokens. The
+    forward pass keeps the log-sum-exp, from which the backward pass recomputes each block. Chunks after the last live
+    prediction are skipped, so padding at the end of the rows is nearly free.
 
-    With a mesh `axis`, `table` is a device's part of the vocabulary, and `labels` are counted from its beginning.
+    Args:
+        hidden: final hidden states of the predictions.
+        table: output embedding.
+        labels: tokens to predict.
+        live: which predictions are real.
+        chunk: predictions of each row that are computed at a time.
+        keep: keep the logits for the backward pass too, 4 B P V bytes. It then computes two matmuls instead of three.
+        axis: mesh axis over which the vocabulary is sharded. Then `table` is the device's shard, and `labels` count
+            from its start.
     """
-    return _head_forward(hidden, table, labels, live, chunk, False, axis)[0]
+    return _token_log_probs(hidden, table, labels, live, _Head(chunk, keep, axis))
 
 
-def _head_forward(hidden, table, labels, live, chunk, keep, axis):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _token_log_probs(hidden, table, labels, live, head):
+    return _head_forward(hidden, table, labels, live, head._replace(keep=False))[0]
+
+
+def _head_forward(hidden, table, labels, live, head):
+    chunk, keep, axis = head
     hidden_nMD, labels_nM, live_nM = (_chunks(x, chunk) for x in (hidden, labels, live))
     blocks, block = _vocabulary_blocks(table)
 
@@ -153,7 +179,8 @@ def _head_forward(hidden, table, labels, live, chunk, keep, axis):
     return _rows(log_probs_nM, live.shape), (hidden, table, labels, live, lse_nM, kept)
 
 
-def _head_backward(chunk, keep, axis, saved, gradient):
+def _head_backward(head, saved, gradient):
+    chunk, keep, _ = head
     hidden, table, labels, live, lse_nM, kept = saved
     gradient = jnp.where(live, gradient, 0).astype(jnp.float32)
     hidden_nMD, labels_nM, gradient_nM = (_chunks(x, chunk) for x in (hidden, labels, gradient))
@@ -184,16 +211,16 @@ def _head_backward(chunk, keep, axis, saved, gradient):
     return _rows(d_hidden_nMD, hidden.shape).astype(hidden.dtype), d_table_VD.astype(table.dtype), *no_gradient
 
 
-token_log_probs.defvjp(_head_forward, _head_backward)
+_token_log_probs.defvjp(_head_forward, _head_backward)
 
 
-def _likeliest(hidden, table, labels, chunk, axis):
+def _is_argmax(hidden, table, labels, chunk, axis):
     """Whether each label has the largest logit, [B, P]."""
     hidden_nMD, labels_nM = _chunks(hidden, chunk), _chunks(labels, chunk)
     blocks, block = _vocabulary_blocks(table)
 
-    def one_chunk(of_chunk):
-        hidden_MD, labels_M = of_chunk
+    def one_chunk(inputs):
+        hidden_MD, labels_M = inputs
 
         def one_block(i, carry):
             top_M, picked_M = carry
@@ -211,9 +238,9 @@ def _likeliest(hidden, table, labels, chunk, axis):
 
 
 def _logits(table, hidden_MD, labels_M, i, block):
-    """Block i of the logits, where in it the labels are, and its part of the table with the place where it starts.
+    """Block i of the logits, the mask of the labels in it, its part of the table, and its first token.
 
-    The last block starts early enough to be whole; what it shares with the one before is masked.
+    The last block starts early enough to have full size. Its overlap with the block before is masked.
     """
     start = jnp.minimum(i * block, table.shape[0] - block)
     table_vD = lax.dynamic_slice_in_dim(table, start, block)
@@ -225,13 +252,13 @@ def _logits(table, hidden_MD, labels_M, i, block):
 
 
 def _vocabulary_blocks(table: Array) -> tuple[int, int]:
-    """How many blocks the vocabulary is cut into, and how long they are."""
+    """Number and size of the vocabulary blocks."""
     block = min(VOCABULARY_BLOCK, table.shape[0])
     return -(-table.shape[0] // block), block
 
 
 def _chunks(x: Shaped[Array, "B P *rest"], chunk: int) -> Shaped[Array, "n M *rest"]:
-    """Cut the predictions into chunks, each with all rows' predictions on one axis M."""
+    """Cut the predictions of all rows into n chunks, each with one axis M over rows and predictions."""
     rows, predictions, *rest = x.shape
     chunk = min(chunk, predictions)
     x = jnp.pad(x, [(0, 0), (0, -predictions % chunk)] + [(0, 0)] * len(rest))
@@ -239,19 +266,19 @@ def _chunks(x: Shaped[Array, "B P *rest"], chunk: int) -> Shaped[Array, "n M *re
 
 
 def _rows(x: Shaped[Array, "n M *rest"], shape: tuple[int, ...]) -> Shaped[Array, "B P *rest"]:
-    """What `_chunks` has cut, put together again."""
+    """The inverse of `_chunks`."""
     rows, predictions, *rest = shape
     x = jnp.moveaxis(x.reshape(len(x), rows, -1, *rest), 0, 1)
     return x.reshape(rows, -1, *rest)[:, :predictions]
 
 
 def _live_chunks(live_nM: Bool[Array, "n M"]) -> Int[Array, ""]:
-    """Chunks up to the last one with a live prediction."""
+    """Number of chunks up to the last one with a live prediction."""
     return jnp.max(jnp.where(live_nM.any(axis=1), jnp.arange(1, len(live_nM) + 1), 0))
 
 
 def sum_by_response(per_token: Float[Array, "B P"], batch: TreeBatch) -> Float[Array, "B R"]:
-    """Token log-probs summed over each response, nats."""
+    """Sum a value per token, such as log-probs, over each response."""
     count = batch.triplet_weight.shape[-1]
-    total = lambda values, owners: jax.ops.segment_sum(values, owners, num_segments=count + 1)[:count]
+    total = lambda values, responses: jax.ops.segment_sum(values, responses, num_segments=count + 1)[:count]
     return jax.vmap(total)(per_token.astype(jnp.float32), batch.responses)

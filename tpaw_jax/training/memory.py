@@ -1,4 +1,4 @@
-"""What a compiled program needs of a device's memory, and the rematerialisation that makes it fit."""
+"""Memory of compiled programs, and the choice of a rematerialization policy that fits."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ Compiled = Any
 """jax.stages.Compiled"""
 
 SHARE_TO_USE = 0.9
-"""Of the memory a device has: the rest is for the runtime and what no program's analysis counts."""
+"""Fraction of a device's memory for programs; the rest is for the runtime and what XLA's analysis does not count."""
 
 
 class Fit(NamedTuple):
-    """A program and the rematerialisation policy it was compiled with; bytes a device."""
+    """A compiled program that fits."""
 
-    remat: str
+    remat: str  # its rematerialization policy
     compiled: Compiled
-    needed: int
+    needed: int  # bytes per device
 
 
 def needed_bytes(compiled: Compiled) -> int:
-    """The peak of a program on each device, its arguments included, bytes."""
+    """Return a program's peak memory per device, including its arguments, in bytes."""
     analysis = compiled.memory_analysis()
     if jax.default_backend() != "cpu":
         return int(analysis.peak_memory_in_bytes)
-    # On the CPU the analysis counts no temporaries in its peak; arguments that are donated hold the outputs too.
+    # On CPU, the reported peak leaves out temporaries. Donated arguments share their memory with outputs.
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return int(analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + outputs)
 
 
 def available_bytes() -> int:
-    """Memory that a program may use on each local device, bytes."""
+    """Return the memory that a program may use on each local device, in bytes."""
     statistics = jax.local_devices()[0].memory_stats()
     if statistics:
         return int(SHARE_TO_USE * statistics["bytes_limit"])
@@ -49,14 +49,20 @@ def available_bytes() -> int:
 
 
 def choose_remat(compile_with: Callable[[str], Compiled], limit: int) -> Fit:
-    """The first policy, from the least to recompute on, whose program fits `limit` bytes.
+    """Compile with one policy of `REMAT_POLICIES` after the other, and return the first program that fits.
+
+    The first policies recompute least.
+
+    Args:
+        compile_with: policy -> compiled program.
+        limit: available memory per device, bytes.
 
     Raises:
-        ValueError: none fits; says how much the last one needs and how much there is.
+        ValueError: no policy fits. Names the needed and the available memory.
     """
     needed = None
     for remat in REMAT_POLICIES:
-        if remat == "offload" and jax.default_backend() == "cpu":  # there the host's memory is the device's
+        if remat == "offload" and jax.default_backend() == "cpu":  # host memory is device memory there
             continue
         try:
             compiled = compile_with(remat)
@@ -68,9 +74,9 @@ def choose_remat(compile_with: Callable[[str], Compiled], limit: int) -> Fit:
         needed = needed_bytes(compiled)
         if needed <= limit:
             return Fit(remat, compiled, needed)
-    much = "more than the compiler can place" if needed is None else f"{needed / 2**30:.2f} GiB"
+    amount = "more memory than the compiler can allocate" if needed is None else f"{needed / 2**30:.2f} GiB"
     raise ValueError(
-        f"policy.remat: the training step does not fit with any policy; it needs {much} with 'layer' "
-        f"of the {limit / 2**30:.2f} GiB that a device has. Lower packing.rows_per_batch or packing.row_length, use "
-        "policy.param_dtype: bfloat16, or more devices."
+        f"policy.remat: the training step does not fit with any policy. With 'layer' it needs {amount} per device, and "
+        f"{limit / 2**30:.2f} GiB are available. Lower packing.rows_per_batch or packing.row_length, use "
+        "policy.param_dtype: bfloat16, or use more devices."
     )

@@ -1,4 +1,4 @@
-"""Frozen players -> log-probs of packed responses, one player scoring at a time."""
+"""Score packed responses under frozen players, one player at a time."""
 
 from __future__ import annotations
 
@@ -18,32 +18,37 @@ from tpaw_jax.training.logprobs import LogProbFn
 from tpaw_jax.types import TreeBatch
 
 Scorer = LogProbFn
+"""(params, batch on the host) -> summed log-prob of every response, nats."""
 
 
-def make_scorer(log_prob_fn: LogProbFn, mesh: Mesh, compiler_options: Mapping[str, str] | None = None) -> Scorer:
-    """The compiled forward pass of the function that the train step differentiates, on batches of the host.
+def make_scorer(
+    log_prob_fn: LogProbFn, mesh: Mesh | None = None, compiler_options: Mapping[str, str] | None = None
+) -> Scorer:
+    """Build the compiled scorer from the function that the train step differentiates.
 
-    On batches of the step's shape, float32 gives the train step's own bits; so does bfloat16 with rematerialisation
-    (see the tests and A8).
+    Without a mesh, it runs on the first local device. On batches of the train step's shape, the scores are
+    bit-identical to the log-probs in the train step with float32, and with bfloat16 and rematerialization (see the
+    tests and A8).
     """
+    mesh = sharding.single_device_mesh() if mesh is None else mesh
     program = score_program(log_prob_fn, mesh, compiler_options)
     return lambda params, batch: program(params, sharding.place(batch, sharding.rows(mesh)))
 
 
 def score_program(log_prob_fn: LogProbFn, mesh: Mesh, compiler_options: Mapping[str, str] | None = None) -> Any:
-    """The jitted (params, batch) -> log-probs, each device computing its own rows; the result is on all of them."""
+    """Build the jitted (params, batch) -> log-probs. Each device computes its own rows; the result is replicated."""
     by_row = sharding.rows(mesh)
 
     def log_probs(params: PyTree[Array], batch: TreeBatch) -> Array:
         specs = jax.tree.map(lambda placed: placed.spec, sharding.param_shardings(params, mesh))
-        of_device = jax.shard_map(
+        per_device = jax.shard_map(
             log_prob_fn, mesh=mesh, in_specs=(specs, by_row.spec), out_specs=by_row.spec, check_vma=False
         )
-        return of_device(params, batch)
+        return per_device(params, batch)
 
     options = dict(compiler_options) if compiler_options else None
-    everywhere = sharding.replicated(mesh)
-    return jax.jit(log_probs, in_shardings=(None, by_row), out_shardings=everywhere, compiler_options=options)
+    replicated = sharding.replicated(mesh)
+    return jax.jit(log_probs, in_shardings=(None, by_row), out_shardings=replicated, compiler_options=options)
 
 
 def score(
@@ -54,10 +59,10 @@ def score(
     batches_at_once: int = 1,
     progress: Callable[[Rows], None] = lambda _: None,
 ) -> Float[np.ndarray, "rows R"]:
-    """Summed log-probs of every response of `rows` under `params`, nats; padding responses get 0.
+    """Compute the summed log-prob of every response of `rows` under `params`, in nats. Padding responses get 0.
 
-    Rows go to the device `rows_per_batch` times `batches_at_once` at a time while there are so many, then
-    `rows_per_batch` at a time: two shapes, two programs.
+    As long as enough rows remain, each call of `scorer` gets `rows_per_batch * batches_at_once` rows, then
+    `rows_per_batch`; so at most two programs are compiled. `progress` is called with each batch.
     """
     cuts = _cuts(len(rows), rows_per_batch, rows_per_batch * batches_at_once)
     batch_of = lambda cut: packing.take(rows, np.arange(cut[0], min(sum(cut), len(rows))), cut[1])
@@ -65,7 +70,7 @@ def score(
     with Prefetch(batch_of, cuts) as batches:
         for batch in batches:
             pending.append(scorer(params, batch.batch))
-            if len(pending) > 1:  # the device works on one batch while the host fetches the one before
+            if len(pending) > 1:  # fetch the previous result while the device computes this one
                 scored.append(np.asarray(pending.pop(0)))
             progress(batch)
     scored.extend(np.asarray(values) for values in pending)
@@ -74,6 +79,6 @@ def score(
 
 
 def _cuts(count: int, small: int, large: int) -> list[tuple[int, int]]:
-    """(first row, rows) of each batch: large ones, then small ones."""
-    whole = count // large * large
-    return [(i, large) for i in range(0, whole, large)] + [(i, small) for i in range(whole, count, small)]
+    """(first row, size) of each batch: large batches, then small ones."""
+    in_large = count // large * large
+    return [(i, large) for i in range(0, in_large, large)] + [(i, small) for i in range(in_large, count, small)]

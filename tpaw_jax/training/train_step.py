@@ -1,7 +1,7 @@
-"""The team step: log-probs of packed trees -> team loss -> one optimizer update, compiled once for all rounds.
+"""The train step: log-probs of packed trees, team loss, one optimizer update; compiled once for all rounds.
 
-Learning rate, lam and tolerance are data, and so is the number of micro-batches: rounds that differ in them share one
-compiled program. A step whose loss or gradient is not finite changes nothing but its counters.
+Learning rate, lam, tolerance and the number of micro-batches are data, so rounds that differ in them share one compiled
+program. A step whose loss or gradient is not finite updates nothing but its counters.
 """
 
 from __future__ import annotations
@@ -26,29 +26,32 @@ from tpaw_jax.types import AnyArray, TeamScores, TrainState, TreeBatch
 
 
 class StepScalars(NamedTuple):
-    """What changes from step to step or round to round without a new program."""
+    """Scalars that change between steps or rounds without recompilation."""
 
     learning_rate: AnyArray
-    lam: AnyArray
-    tolerance: AnyArray
-    dry_run: AnyArray  # compute everything, change nothing
+    lam: AnyArray  # reward scale
+    tolerance: AnyArray  # largest reward for which alpha is eta (A8)
+    dry_run: AnyArray  # compute metrics, update nothing
 
 
 NO_SCALARS = StepScalars(np.float32(0), np.float32(0), np.float32(0), np.bool_(False))
 
 Metrics = dict[str, Array]
 MicroLoss = Callable[[PyTree[Array], TreeBatch, TeamScores, Array, StepScalars], tuple[Array, Metrics]]
-"""(params, batch, scores, how much the step's loss is a mean of, scalars) -> a micro-batch's part of the loss, and sums
-for metrics: `triplets`; `max`, of which the largest counts; any others, of which the means over triplets are returned.
+"""(params, batch, scores, total, scalars) -> (loss, sums) of one micro-batch.
+
+The losses of a step's micro-batches are added, so each divides its sum by `total`, the step's number of triplets (or
+tokens). `sums` has `triplets`, `max` (the step takes the maximum over micro-batches) and sums over triplets, of which
+the step returns the means.
 """
 
 TrainStep = Callable[[TrainState, TreeBatch, TeamScores, AnyArray, StepScalars], tuple[TrainState, Metrics]]
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """The named optax optimizer at learning rate 1, gradients clipped: the step scales its updates by the rate.
+    """Build the optimizer at learning rate 1, with gradient clipping; the train step multiplies updates by the rate.
 
-    That is the optimizer itself, since the updates of all of them are linear in the learning rate.
+    This is equivalent, because the updates of all supported optimizers are linear in the learning rate.
     """
     c = config
     named = {
@@ -62,10 +65,11 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def learning_rates(config: TrainConfig, round_number: int, steps: int) -> np.ndarray:
-    """The rate of every step of a round, [steps] float32.
+    """Compute the learning rate of every step of a round, [steps] float32.
 
-    transformers' schedules, entered one step later so that no step has rate 0: the warm-up rises to the peak over
-    ceil(warmup_ratio steps) steps, then linear or half-cosine decay towards 0, or none.
+    Warm-up takes ceil(warmup_ratio * steps) steps and ends at the peak. Then the rate decays towards 0, linearly or as
+    a half cosine, or stays constant. These are the schedules of transformers, shifted by one step so that no step has
+    rate 0.
     """
     peak, warmup = of_round(config.learning_rate, round_number), math.ceil(config.warmup_ratio * steps)
     step = np.arange(steps)
@@ -74,59 +78,60 @@ def learning_rates(config: TrainConfig, round_number: int, steps: int) -> np.nda
     return (peak * np.where(step < warmup, (step + 1) / max(1, warmup), after[config.schedule])).astype(np.float32)
 
 
-def init_state(params: PyTree[Array], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A fresh optimizer around `params` (A6), its state float32 and sharded as they are.
+def init_state(params: PyTree[Array], optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
+    """Build the state of a new round: `params` with a fresh optimizer state (A6), float32 and sharded alike.
 
-    Parameters that are not float32 get a float32 master copy, which the optimizer updates: an update of 5e-7 would
-    vanish in bfloat16's eight bits.
+    If the parameters are not float32, the optimizer updates a float32 master copy, because updates of 5e-7 would be
+    rounded away in bfloat16. Without a mesh, the state is on the first local device.
     """
+    mesh = sharding.single_device_mesh() if mesh is None else mesh
     shardings = state_shardings(params, optimizer, mesh)
     init = jax.jit(
         lambda p: (_float32(p) if _needs_master(p) else None, optimizer.init(_float32(p))),
         out_shardings=(shardings.master, shardings.opt_state),
     )
-    # Three buffers, not one used thrice: the step donates its state.
+    # Three separate buffers, because the step donates its state.
     zeros = (sharding.place(np.zeros((), np.int32), sharding.replicated(mesh)) for _ in range(3))
     master, opt_state = init(params)
     return TrainState(next(zeros), params, master, opt_state, next(zeros), next(zeros))
 
 
 def abstract_state(params: PyTree[Any], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The shapes, dtypes and shardings of `init_state`, from those of the parameters."""
+    """Return the shapes, dtypes and shardings of `init_state`, from arrays or shapes of the parameters."""
     master = jax.eval_shape(_float32, params) if _needs_master(params) else None
     opt_state = jax.eval_shape(lambda p: optimizer.init(_float32(p)), params)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(count, params, master, opt_state, count, count)
-    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    return jax.tree.map(place, state, state_shardings(params, optimizer, mesh))
+    with_sharding = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(with_sharding, state, state_shardings(params, optimizer, mesh))
 
 
 def state_shardings(params: PyTree[Array], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The sharding of every leaf of the training state: optimizer moments lie where their parameters lie."""
-    everywhere: Any = sharding.replicated(mesh)
-    of_params = sharding.param_shardings(params, mesh)
+    """Return the sharding of every leaf of the train state. Optimizer moments are sharded like their parameters."""
+    replicated: Any = sharding.replicated(mesh)
+    params_shardings = sharding.param_shardings(params, mesh)
     shapes = jax.eval_shape(lambda p: optimizer.init(_float32(p)), params)
-    place = lambda leaf, like, param: like if leaf.shape == param.shape else everywhere
-    of_optimizer = optax.tree_map_params(
-        optimizer, place, shapes, of_params, params, transform_non_params=lambda _: everywhere
+    like_param = lambda leaf, of_param, param: of_param if leaf.shape == param.shape else replicated
+    opt_shardings = optax.tree_map_params(
+        optimizer, like_param, shapes, params_shardings, params, transform_non_params=lambda _: replicated
     )
-    master = of_params if _needs_master(params) else None
-    return TrainState(everywhere, of_params, master, of_optimizer, everywhere, everywhere)
+    master = params_shardings if _needs_master(params) else None
+    return TrainState(replicated, params_shardings, master, opt_shardings, replicated, replicated)
 
 
 def make_train_step(
     log_prob_fn: LogProbFn,
     optimizer: optax.GradientTransformation,
     objective: ObjectiveConfig,
-    mesh: Mesh,
+    mesh: Mesh | None = None,
     reduce_dtype: str = "float32",
     compiler_options: Mapping[str, str] | None = None,
 ) -> TrainStep:
-    """The compiled step of the objective's loss.
+    """Build the compiled train step of the objective; see `make_step` for the other arguments and the result.
 
-    The team loss is its mean over all triplets of the step (A4); metrics are means over triplets, rewards in nats times
-    lam. For `sft` it is the mean negative log-prob of all target tokens of the step, nats a token, as transformers'
-    Trainer takes it; a target counts as a triplet then, and metrics are means over targets.
+    The team loss is the mean over all triplets of the step (A4). Metrics are means over triplets; rewards are in nats
+    times lam. For `sft`, the loss is the mean negative log-prob of all target tokens of the step, in nats per token, as
+    in transformers' Trainer. Each target then counts as a triplet, and metrics are means over targets.
     """
 
     def team(params, batch, scores, total, scalars):
@@ -155,86 +160,111 @@ def make_train_step(
 def make_step(
     micro_loss: MicroLoss,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
+    mesh: Mesh | None = None,
     reduce_dtype: str = "float32",
     compiler_options: Mapping[str, str] | None = None,
     counted: Callable[[TreeBatch], Array] = lambda batch: jnp.sum(batch.triplet_weight),
 ) -> TrainStep:
-    """The compiled step(state, batch, scores, micro_batches, scalars) -> (state, metrics). The state is donated.
+    """Build the compiled step(state, batch, scores, micro_batches, scalars) -> (state, metrics). It donates the state.
 
-    `batch` and `scores` carry a leading axis A of micro-batches, of which the first `micro_batches` are computed; their
-    losses and gradients are summed, so how rows are cut into micro-batches changes nothing. Each device computes them
-    on its own rows and its parts of the parameters (see `models.parallel`); gradients travel in `reduce_dtype`.
-    `compiler_options` are XLA's; `counted` is what the loss of the step is a mean over.
+    `batch` and `scores` have a leading axis A of micro-batches, of which the first `micro_batches` are computed. Their
+    losses and gradients are summed, so the result does not depend on how rows are cut into micro-batches. Each device
+    computes its own rows with its own parameter shards (see `models.parallel`).
+
+    Args:
+        micro_loss: the loss of one micro-batch.
+        optimizer: an optimizer at learning rate 1, as from `make_optimizer`.
+        mesh: the devices; by default, the first local device.
+        reduce_dtype: dtype in which gradients are reduced over devices.
+        compiler_options: XLA options.
+        counted: batch -> the number that the loss is a mean over.
     """
+    mesh = sharding.single_device_mesh() if mesh is None else mesh
 
     def step(state, batch, scores, micro_batches, scalars):
         total = jnp.maximum(counted(batch), 1.0)
-        specs = jax.tree.map(lambda placed: placed.spec, sharding.param_shardings(state.params, mesh))
-        places = jax.tree.map(lambda placed: placed.spec, input_shardings(mesh))
-
-        def of_device(params, batch, scores, micro_batches, scalars, total):
-            loss, sums, gradients = _accumulated(micro_loss, params, batch, scores, micro_batches, scalars, total)
-            in_all = lambda x: jax.lax.psum(x, sharding.MESH_AXES_OF["batch"])
-            largest = jax.lax.pmax(sums["max"], sharding.MESH_AXES_OF["batch"])
-            reduced = jax.tree.map(lambda g, spec: _sum_over_rows(g, spec, reduce_dtype), gradients, specs)
-            return in_all(loss), {**in_all(sums), "max": largest}, reduced
-
+        param_specs = jax.tree.map(lambda s: s.spec, sharding.param_shardings(state.params, mesh))
+        input_specs = jax.tree.map(lambda s: s.spec, input_shardings(mesh))
         loss, sums, gradients = jax.shard_map(
-            of_device,
+            _loss_and_gradients(micro_loss, param_specs, reduce_dtype),
             mesh=mesh,
-            in_specs=(specs, *places, P()),
-            out_specs=(P(), P(), specs),
-            check_vma=False,  # the sums above and those in `models.parallel` are all there are
+            in_specs=(param_specs, *input_specs, P()),
+            out_specs=(P(), P(), param_specs),
+            check_vma=False,  # `_loss_and_gradients` and `models.parallel` do all reductions themselves
         )(state.params, batch, scores, micro_batches, scalars, total)
 
-        placed = state_shardings(state.params, optimizer, mesh)
+        shardings = state_shardings(state.params, optimizer, mesh)
         state, update_metrics = _update(state, optimizer, loss, gradients, scalars)
-        state = jax.lax.with_sharding_constraint(state, placed)
+        state = jax.lax.with_sharding_constraint(state, shardings)
         means = _means(sums, jnp.maximum(sums["triplets"], 1.0))
         return state, {"loss": loss, **means, **update_metrics}
 
-    in_shardings = (None, *input_shardings(mesh))  # the state comes as it is placed
+    in_shardings = (None, *input_shardings(mesh))  # None: keep the state's own sharding
     options = dict(compiler_options) if compiler_options else None
     return jax.jit(step, donate_argnums=0, in_shardings=in_shardings, compiler_options=options)
 
 
-def _accumulated(micro_loss, params, batch, scores, micro_batches, scalars, total):
-    """Loss, sums and gradients of a device's rows in the first `micro_batches`."""
-    of_one = lambda i: jax.tree.map(lambda x: x[i], (batch, scores))
-    gradient = jax.value_and_grad(micro_loss, has_aux=True)
-    if len(batch.tokens) == 1:  # without a loop no sums are kept, and nothing of its body can be computed twice
-        (loss, sums), gradients = gradient(params, *of_one(0), total, scalars)
-        return loss, sums, jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+def _loss_and_gradients(micro_loss, param_specs, reduce_dtype):
+    """The part of the step that each device computes: loss, metric sums and gradients, reduced over all devices."""
 
-    def accumulate(i, carry):
-        loss, sums, gradients = carry
-        (part, part_sums), part_gradients = gradient(params, *of_one(i), total, scalars)
-        add = lambda a, b: a + b.astype(jnp.float32)
-        largest = jnp.maximum(sums["max"], part_sums["max"])
-        sums = {**jax.tree.map(jnp.add, sums, part_sums), "max": largest}
-        return loss + part, sums, jax.tree.map(add, gradients, part_gradients)
+    def per_device(params, batch, scores, micro_batches, scalars, total):
+        gradient = jax.value_and_grad(micro_loss, has_aux=True)
+        gradient_of = lambda i: gradient(params, *jax.tree.map(lambda x: x[i], (batch, scores)), total, scalars)
+        (loss, sums), gradients = _accumulate(gradient_of, micro_batches, len(batch.tokens))
+        psum = lambda x: jax.lax.psum(x, sharding.MESH_AXES_OF["batch"])
+        largest = jax.lax.pmax(sums["max"], sharding.MESH_AXES_OF["batch"])
+        reduced = jax.tree.map(lambda g, spec: _sum_over_rows(g, spec, reduce_dtype), gradients, param_specs)
+        return psum(loss), {**psum(sums), "max": largest}, reduced
 
-    sums = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype),
-        jax.eval_shape(lambda: gradient(params, *of_one(0), total, scalars)[0][1]),
-    )
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    return jax.lax.fori_loop(0, micro_batches, accumulate, (jnp.zeros(()), sums, zeros))
+    return per_device
+
+
+def _accumulate(gradient_of, micro_batches, max_micro_batches):
+    """Sum ((loss, sums), gradients) = gradient_of(i) over the first `micro_batches`; gradients are float32."""
+    if max_micro_batches == 1:  # without a loop, there is no accumulator, and XLA cannot duplicate the body
+        outputs, gradients = gradient_of(0)
+        return outputs, jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+
+    def add(i, carry):
+        (loss, sums), gradients = carry
+        (new_loss, new_sums), new_gradients = gradient_of(i)
+        largest = jnp.maximum(sums["max"], new_sums["max"])
+        sums = {**jax.tree.map(jnp.add, sums, new_sums), "max": largest}
+        add_float32 = lambda a, b: a + b.astype(jnp.float32)
+        return (loss + new_loss, sums), jax.tree.map(add_float32, gradients, new_gradients)
+
+    (_, sums), gradients = jax.eval_shape(lambda: gradient_of(0))
+    zero_sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
+    zero_gradients = jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), gradients)
+    return jax.lax.fori_loop(0, micro_batches, add, ((jnp.zeros(()), zero_sums), zero_gradients))
 
 
 def _sum_over_rows(gradient: Array, spec: P, reduce_dtype: str) -> Array:
-    """A gradient summed over the devices that have other rows and the same part of the parameter."""
-    split = {a for axes in spec if axes for a in (axes if isinstance(axes, tuple) else (axes,))}
-    axes = [a for a in sharding.MESH_AXES_OF["batch"] if a not in split]  # over fsdp the gather has summed it
+    """Sum a gradient over the devices that have other rows but the same parameter shard."""
+    sharded = {a for axes in spec if axes for a in (axes if isinstance(axes, tuple) else (axes,))}
+    # Over an axis that shards the parameter, the backward pass of its gather has already summed.
+    axes = [a for a in sharding.MESH_AXES_OF["batch"] if a not in sharded]
     return jax.lax.psum(gradient.astype(reduce_dtype), axes).astype(jnp.float32) if axes else gradient
 
 
 def input_shardings(mesh: Mesh) -> tuple[Any, ...]:
-    """Where the step wants its batch, scores, number of micro-batches and scalars: rows split over the devices."""
-    everywhere: Any = sharding.replicated(mesh)
-    by_player_and_row: Any = sharding.rows(mesh, leading=2)
-    return sharding.rows(mesh, leading=1), TeamScores(by_player_and_row, everywhere), everywhere, everywhere
+    """Return the shardings of the step's batch, scores, number of micro-batches and scalars."""
+    replicated: Any = sharding.replicated(mesh)
+    log_probs: Any = sharding.rows(mesh, leading=2)
+    return sharding.rows(mesh, leading=1), TeamScores(log_probs, replicated), replicated, replicated
+
+
+def by_triplet(values: Float[Array, "*J B R"], batch: TreeBatch) -> tuple[Float[Array, "*J N"], Float[Array, "*J N"]]:
+    """Values of responses, such as log-probs, as values of the targets and of the generated responses of all triplets.
+
+    N = B R; padding triplets have `batch.triplet_weight` 0.
+    """
+
+    def pick(index: Array) -> Array:
+        index = jnp.broadcast_to(index, (*values.shape[:-2], *index.shape))
+        return jnp.take_along_axis(values, index, axis=-1).reshape(*values.shape[:-2], -1)
+
+    return pick(batch.triplet_target), pick(batch.triplet_generated)
 
 
 def _triplets(
@@ -243,21 +273,13 @@ def _triplets(
     scores: TeamScores,
     objective: ObjectiveConfig,
     scalars: StepScalars,
-) -> tuple[TeamLoss, Float[Array, "BR"], Float[Array, "BR"]]:
-    """The team loss over the triplets of a batch, flattened to [B R], and the policy's two log-probs of each."""
-    pick = lambda values, index: jnp.take_along_axis(values, index, axis=-1)
-    flat = lambda values: values.reshape(*values.shape[:-2], -1)
-    players = scores.log_probs.shape[0]
-    target, generated = (
-        jnp.broadcast_to(index, (players, *index.shape)) for index in (batch.triplet_target, batch.triplet_generated)
-    )
-    chosen = flat(pick(log_probs, batch.triplet_target))
-    rejected = flat(pick(log_probs, batch.triplet_generated))
+) -> tuple[TeamLoss, Float[Array, "N"], Float[Array, "N"]]:
+    """Team loss of the batch's triplets, and the policy's log-probs of y and y_gen."""
+    chosen, rejected = by_triplet(log_probs, batch)
     out = team_loss(
         chosen,
         rejected,
-        flat(pick(scores.log_probs, target)),
-        flat(pick(scores.log_probs, generated)),
+        *by_triplet(scores.log_probs, batch),
         lam=scalars.lam,
         eta=objective.eta,
         gamma=objective.gamma,
@@ -268,42 +290,40 @@ def _triplets(
 
 
 def _tokens(batch: TreeBatch) -> Array:
-    """Predicted tokens of a batch."""
+    """Number of predicted tokens in a batch."""
     return jnp.sum(batch.responses < batch.triplet_weight.shape[-1]).astype(jnp.float32)
 
 
 def _lengths(batch: TreeBatch) -> tuple[Array, Array]:
-    """Tokens of the target and of the generated response of each triplet, flattened to [B R]."""
-    lengths_BR = sum_by_response(jnp.ones(batch.labels.shape), batch)
-    pick = lambda index: jnp.take_along_axis(lengths_BR, index, axis=-1).reshape(-1)
-    return pick(batch.triplet_target), pick(batch.triplet_generated)
+    """Numbers of tokens of each triplet's target and generated response, each flattened to [B R]."""
+    return by_triplet(sum_by_response(jnp.ones(batch.labels.shape), batch), batch)
 
 
 def _metric_sums(
     out: TeamLoss, weight: Array, chosen: Array, rejected: Array, lengths: tuple[Array, Array], tolerance: Array
 ) -> Metrics:
-    """Sums over triplets; `max` is the largest |P| of the newest player, which is 0 at a round's start."""
+    """Sums over triplets. `max` is the largest |P_j| of the newest player, which is 0 at the start of a round."""
     margin = out.reward_target - out.reward_generated
-    team = lambda values: jnp.sum(weight * jnp.sum(out.beta * values, axis=0))
-    each = lambda values: jnp.sum(weight * values, axis=1)
+    over_team = lambda values: jnp.sum(weight * jnp.sum(out.beta * values, axis=0))
+    per_player = lambda values: jnp.sum(weight * values, axis=1)
     entropy = -jnp.sum(jnp.where(out.beta > 0, out.beta * jnp.log(jnp.maximum(out.beta, 1e-30)), 0), axis=0)
     newest = jnp.maximum(jnp.abs(out.reward_target[0]), jnp.abs(out.reward_generated[0]))
     sums = {
         "triplets": jnp.sum(weight),
-        "rewards/chosen": team(out.reward_target),
-        "rewards/rejected": team(out.reward_generated),
-        "rewards/margins": team(margin),
+        "rewards/chosen": over_team(out.reward_target),
+        "rewards/rejected": over_team(out.reward_generated),
+        "rewards/margins": over_team(margin),
         "rewards/accuracies": jnp.sum(weight * (jnp.sum(out.beta * margin, axis=0) > 0)),
         "logps/chosen": jnp.sum(weight * chosen),
         "logps/rejected": jnp.sum(weight * rejected),
         "lengths/chosen": jnp.sum(weight * lengths[0]),
         "lengths/rejected": jnp.sum(weight * lengths[1]),
         "beta_entropy": jnp.sum(weight * entropy),
-        "player/reward_target": each(out.reward_target),
-        "player/reward_generated": each(out.reward_generated),
-        "player/margin": each(margin),
-        "player/alpha_is_eta": each(out.reward_target <= tolerance),
-        "player/beta": each(out.beta),
+        "player/reward_target": per_player(out.reward_target),
+        "player/reward_generated": per_player(out.reward_generated),
+        "player/margin": per_player(margin),
+        "player/alpha_is_eta": per_player(out.reward_target <= tolerance),
+        "player/beta": per_player(out.beta),
         "max": jnp.max(jnp.where(weight > 0, newest, 0)),
     }
     return jax.tree.map(lambda value: jax.lax.stop_gradient(value.astype(jnp.float32)), sums)
@@ -317,22 +337,22 @@ def _means(sums: Metrics, counted: Array) -> Metrics:
 def _update(
     state: TrainState, optimizer: optax.GradientTransformation, loss: Array, gradients: PyTree, scalars: StepScalars
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step, or none where it is a dry run or the numbers are not finite."""
+    """Apply one optimizer step, unless it is a dry run or the loss or gradient is not finite."""
     norm = optax.global_norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    applied = finite & ~scalars.dry_run
-    full = state.params if state.master is None else state.master
-    updates, opt_state = optimizer.update(gradients, state.opt_state, full)
-    full = jax.tree.map(lambda p, u: p + scalars.learning_rate * u, full, updates)
-    params = jax.tree.map(lambda p, old: p.astype(old.dtype), full, state.params)
-    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, old)
+    apply = finite & ~scalars.dry_run
+    master = state.params if state.master is None else state.master
+    updates, opt_state = optimizer.update(gradients, state.opt_state, master)
+    master = jax.tree.map(lambda p, u: p + scalars.learning_rate * u, master, updates)
+    params = jax.tree.map(lambda p, old: p.astype(old.dtype), master, state.params)
+    select = lambda new, old: jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, old)
     counts = jnp.where(scalars.dry_run, 0, 1)
     skipped = jnp.where(finite, 0, 1) * counts
     new = TrainState(
         step=state.step + counts,
-        params=keep(params, state.params),
-        master=None if state.master is None else keep(full, state.master),
-        opt_state=keep(opt_state, state.opt_state),
+        params=select(params, state.params),
+        master=None if state.master is None else select(master, state.master),
+        opt_state=select(opt_state, state.opt_state),
         skipped=state.skipped + skipped,
         skipped_in_a_row=jnp.where(scalars.dry_run | ~finite, state.skipped_in_a_row + skipped, 0),
     )

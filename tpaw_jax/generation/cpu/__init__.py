@@ -1,1 +1,1 @@
-"""The C++ kernels that decode on a CPU."""
+"""C++ kernels that speed up sampling on CPUs."""

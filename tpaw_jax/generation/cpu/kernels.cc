@@ -1,5 +1,6 @@
-// What sampling on a CPU spends its time with: products of weights, for few slots or for many tokens of prompts, and
-// attention of few queries over pages. Sums have one order, whatever the number of slots and threads.
+// The two operations that sampling on a CPU spends its time in: products with weights (few rows in decode steps, many
+// in prefill), and attention of a few queries over pages. The order of a sum does not depend on the number of slots or
+// threads.
 
 #include <algorithm>
 #include <atomic>
@@ -13,7 +14,7 @@
 #include <vector>
 
 #if !defined(__AVX512F__)
-#error "Registers are of 64 bytes: XLA's products are faster without AVX-512."
+#error "These kernels need AVX-512; without it, XLA's products are faster."
 #endif
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -24,11 +25,11 @@
 namespace ffi = xla::ffi;
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kAhead = 64;  // lines of a matrix asked for before they are needed
-constexpr int64_t kRowsAhead = 12;  // and rows of keys or values
-constexpr int64_t kTile = 16;  // rows of x whose sums fit in the registers of a core that has AVX-512
-constexpr int64_t kNarrow = 8;  // and where they are enough for the last
-constexpr int64_t kNear = 1 << 18;  // bytes that stay in a core's own cache beside what passes through it
+constexpr int64_t kAhead = 64;  // lines of a matrix to prefetch
+constexpr int64_t kRowsAhead = 12;  // rows of keys or values to prefetch
+constexpr int64_t kTile = 16;  // rows of x whose sums fit in the registers of an AVX-512 core
+constexpr int64_t kNarrow = 8;  // rows of the last panel if they are enough
+constexpr int64_t kNear = 1 << 18;  // bytes of panels that stay in a core's cache while weights stream through it
 
 using Floats = float __attribute__((vector_size(4 * kLanes)));
 using EightFloats = float __attribute__((vector_size(32)));
@@ -69,7 +70,7 @@ inline float Sum(Floats x) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// Up to 4 registers of a row: as many as `kChunks`, or the first `left` numbers of one.
+// Register c of `kChunks` registers of a row; with kChunks = 1, only its first `left` numbers, then zeros.
 template <int64_t kChunks, typename T>
 Floats Chunk(const T* row, int64_t c, int64_t left) {
   if (kChunks > 1 || left == kLanes) return Load(row + c * kLanes);
@@ -80,7 +81,7 @@ Floats Chunk(const T* row, int64_t c, int64_t left) {
 
 inline void Round(const float* from, int64_t count, float* to) { std::copy_n(from, count, to); }
 
-inline void Round(const float* from, int64_t count, uint16_t* to) {  // to nearest, ties to even
+inline void Round(const float* from, int64_t count, uint16_t* to) {  // to the nearest bfloat16, ties to even
   for (int64_t i = 0; i < count; ++i) {
     uint32_t bits;
     std::memcpy(&bits, from + i, sizeof bits);
@@ -88,9 +89,9 @@ inline void Round(const float* from, int64_t count, uint16_t* to) {  // to neare
   }
 }
 
-// task(i) for all i. Each thread begins with a part of its own, which it takes in order, and then helps with the rest.
-// A thread that comes late finds nothing left, and none is waited for that has not come, so that the programs of many
-// devices can share a pool.
+// Runs task(i) for all i < count. Each thread first does its own part in order, then helps with the other parts. A
+// thread that starts late finds no work left, and nobody waits for a thread that has not started, so the programs of
+// several devices can share one pool.
 template <typename Task>
 void ForAll(ffi::ThreadPool& pool, int64_t count, const Task& task) {
   const int64_t threads = std::clamp<int64_t>(pool.num_threads(), 1, std::max<int64_t>(count, 1));
@@ -125,16 +126,17 @@ void ForAll(ffi::ThreadPool& pool, int64_t count, const Task& task) {
 
 // ---- y [M, F] = x [M, D] w^T [D, F]
 //
-// The matrix w is one of L in lines of 64 bytes, [L, F / 16, D, 16] of float32 or [L, F / 16, D / 2, 16, 2] of
-// bfloat16: what a core multiplies at once, in the order in which it is read, so that no sum is left to be made across
-// a register. x is put into panels of 16 rows, [D, 16] words, float32 or pairs of bfloat16; the last may be of 8.
+// w is one of L matrices stored in lines of 64 bytes, [L, F / 16, D, 16] in float32 or [L, F / 16, D / 2, 16, 2] in
+// bfloat16. A line is what a core multiplies at once; lines are stored in reading order, and no sum runs across the
+// lanes of a register. x is copied to panels of 16 rows, [D, 16] words of one float32 or two bfloat16; the last panel
+// may have 8 rows.
 
 struct Float32 {
   using Number = float;
   static Floats Plus(Floats sum, Words w, uint32_t x) { return sum + (Floats)w * AsFloat(x); }
 };
 
-struct PairOfBfloat16 {  // each the upper half of a float32
+struct PairOfBfloat16 {  // a bfloat16 is the upper half of a float32
   using Number = uint16_t;
   static Floats Plus(Floats sum, Words w, uint32_t x) {
 #if defined(__AVX512BF16__)
@@ -148,14 +150,14 @@ struct PairOfBfloat16 {  // each the upper half of a float32
 
 struct Factors {
   const uint32_t* lines;
-  const float *rows, *scale;  // of the root mean square norm of a row, if it is to be normed
+  const float *rows, *scale;  // scale: of the RMS norm of each row; null without a norm
   float epsilon;
   uint32_t* panels;
   float* out;
-  int64_t count, size, depth, outputs;  // M, D, words of a row, F
+  int64_t count, size, depth, outputs;  // M, D, words per row, F
 };
 
-// The panel of `width` rows from `first` on; zeros beyond the last.
+// Fills the panel of `width` rows from row `first` on, normed and rounded; zeros after the last row.
 template <typename T>
 void Panel(const Factors& of, int64_t first, int64_t width, uint32_t* panel) {
   constexpr int64_t kNumbers = 4 / sizeof(T);
@@ -186,7 +188,7 @@ void Panel(const Factors& of, int64_t first, int64_t width, uint32_t* panel) {
   }
 }
 
-// What 16 rows of w make of a panel.
+// The product of 16 rows of w and one panel.
 template <typename Of, int64_t kWidth>
 void Tile(const Factors& of, int64_t block, const uint32_t* panel, int64_t first) {
   const uint32_t* w = of.lines + block * of.depth * kLanes;
@@ -239,9 +241,10 @@ ffi::Error PackedDot(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::Buffer<ffi::S3
       of_x.size() != 2 || of_w[2] != (in_pairs ? (of_x[1] + 1) / 2 : of_x[1]) || of_y.size() != 2 ||
       of_y[0] != of_x[0] || (of_y[1] + kLanes - 1) / kLanes != of_w[1] ||
       (normed && static_cast<int64_t>(scale.element_count()) != of_w[0] * of_x[1]))
-    return ffi::Error::InvalidArgument("lines of matrices, rows of their width, scales for them, and what they make");
+    return ffi::Error::InvalidArgument(
+        "tpaw_packed_dot: the shapes or dtypes of the packed matrices, x, scale and the results do not match");
   const int64_t i = *which.typed_data(), blocks = of_w[1], depth = of_w[2];
-  if (i < 0 || i >= of_w[0]) return ffi::Error::InvalidArgument("one of the matrices");
+  if (i < 0 || i >= of_w[0]) return ffi::Error::InvalidArgument("tpaw_packed_dot: there is no such layer");
   const Factors of{
       static_cast<const uint32_t*>(w.untyped_data()) + i * blocks * depth * kLanes,
       x.typed_data(), normed ? scale.typed_data() + i * of_x[1] : nullptr, epsilon,
@@ -265,7 +268,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(TpawPackedDot, PackedDot,
 
 // ---- Attention over pages
 
-// exp(x) of x <= 0, to 2 units in the last place; 0 below -87.
+// exp(x) for x <= 0, accurate to 2 units in the last place; 0 below -87.
 inline Floats Exp(Floats x) {
   const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);  // x / ln 2, rounded
   const Floats whole = __builtin_convertvector(n, Floats);
@@ -276,13 +279,13 @@ inline Floats Exp(Floats x) {
   return x < -87.0f ? Floats{} : (Floats)((Ints)p + (n << 23));
 }
 
-// Rows of keys or values, of which the numbers from `first` on are used now: 4 registers, or `left` numbers of one.
+// Rows of keys or values, restricted to the columns from `first` on: 4 registers, or `left` numbers of one.
 template <typename T>
 struct Rows {
   const T* const* rows;
   int64_t count, first, left;
 
-  // Row i. It asks for a later one: rows are too short for a core to see that they stand one after the other.
+  // Row i. Prefetches a later row, because rows are too short for the hardware prefetcher to see the sequence.
   template <int64_t kChunks>
   const T* Row(int64_t i) const {
     const T* later = rows[std::min(i + kRowsAhead, count - 1)] + first;
@@ -312,7 +315,7 @@ void AddScores(const Rows<T>& rows, const float* queries, int64_t size, float* s
   }
 }
 
-// out[g] = the sum of shares[g][i] rows[i]
+// out[g] = sum over i of shares[g][i] * rows[i]
 template <int64_t kChunks, int64_t kGroup, typename T>
 void SumRows(const Rows<T>& rows, const float* shares, int64_t room, float* out, int64_t size) {
   Floats sums[kGroup][kChunks] = {};
@@ -327,7 +330,7 @@ void SumRows(const Rows<T>& rows, const float* shares, int64_t room, float* out,
   for (int64_t g = 0; g < kGroup; ++g) std::memcpy(out + g * size + rows.first, sums[g], numbers * sizeof(float));
 }
 
-// use(chunks, first, left) for the runs of `size` numbers that go into 4 registers, into one, and into a part of one.
+// Calls use(chunks, first, left) for runs of `size` numbers: first those of 4 registers, then of one, or a part of one.
 template <typename Use>
 void ForRuns(int64_t size, const Use& use) {
   int64_t first = 0;
@@ -336,9 +339,9 @@ void ForRuns(int64_t size, const Use& use) {
     use(std::integral_constant<int64_t, 1>(), first, std::min(kLanes, size - first));
 }
 
-constexpr int64_t kTogether = 4;  // queries whose keys and values are read at once
+constexpr int64_t kTogether = 4;  // queries that share one pass over keys and values
 
-// use(together, first) for up to 4 of `count` queries at once.
+// Calls use(together, first) for groups of up to 4 of `count` queries.
 template <typename Use>
 void ForQueries(int64_t count, const Use& use) {
   int64_t first = 0;
@@ -348,7 +351,7 @@ void ForQueries(int64_t count, const Use& use) {
   if (count - first == 1) use(std::integral_constant<int64_t, 1>(), first);
 }
 
-// Shares of a softmax, from scores; there is room for a multiple of 16.
+// Softmax in place of `count` scores, in an array padded to a multiple of 16.
 inline void Softmax(float* scores, int64_t count, float scale) {
   Floats top = Floats{} - 1e30f, total = {};
   std::fill(scores + count, scores + (count + kLanes - 1) / kLanes * kLanes, -1e30f);
@@ -364,7 +367,7 @@ inline void Softmax(float* scores, int64_t count, float scale) {
   for (int64_t i = 0; i < count; ++i) scores[i] /= whole;
 }
 
-// The rotary embedding of the half-split layout.
+// Rotary embedding in the half-split layout.
 inline void Rotate(const float* x, const float* cosines, const float* sines, int64_t size, float* out) {
   const int64_t half = size / 2;
   for (int64_t i = 0; i < half; ++i) {
@@ -374,14 +377,14 @@ inline void Rotate(const float* x, const float* cosines, const float* sines, int
 }
 
 struct Step {
-  const float *heads_of_slots, *cosines, *sines;  // of a slot: queries, then keys, then values
+  const float *heads_of_slots, *cosines, *sines;  // heads of a slot: queries, then keys, then values
   void *pool_keys, *pool_values;
   const int32_t *of_slot, *positions;
   float* out;
-  int64_t shards, slots, heads, group, size, pages, page, blocks;  // heads of keys, each with a group of queries
+  int64_t shards, slots, heads, group, size, pages, page, blocks;  // heads: of keys, each with `group` queries
 };
 
-// Slot m, head k of keys: its token goes into its page, its queries over the tokens before and that one.
+// Slot m, key head k: writes the new token into its page, and attends from its queries to that token and all before it.
 template <typename T>
 void AttendHead(const Step& of, int64_t m, int64_t k) {
   const int64_t size = of.size, row = of.heads * size, position = of.positions[m];
@@ -394,7 +397,7 @@ void AttendHead(const Step& of, int64_t m, int64_t k) {
   thread_local std::vector<const T*> of_rows;
   thread_local std::vector<T> of_own;
   thread_local std::vector<float> of_floats;
-  const int64_t room = (position + kLanes) / kLanes * kLanes;  // for a query's scores of position + 1 tokens
+  const int64_t room = (position + kLanes) / kLanes * kLanes;  // scores of a query over position + 1 tokens, padded
   of_rows.resize(2 * (position + 1));
   of_own.resize(2 * size);
   of_floats.resize(kTogether * (size + room));
@@ -451,7 +454,9 @@ ffi::Error AttendPages(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads_of_slot
       positions.element_count() != table[0] * table[1] || cosines.element_count() != table[0] * table[1] * size / 2 ||
       std::any_of(positions.typed_data(), positions.typed_data() + table[0] * table[1], [](auto p) { return p < 0; }) ||
       pool_values->element_type() != pool_keys->element_type())
-    return ffi::Error::InvalidArgument("queries, keys and values of heads, and pages with a row of them for a token");
+    return ffi::Error::InvalidArgument(
+        "tpaw_attend_pages: the shapes or dtypes of heads, angles, pools, page table and positions do not match, or a "
+        "position is negative");
   const Step of{
       heads_of_slots.typed_data(), cosines.typed_data(), sines.typed_data(), pool_keys->untyped_data(),
       pool_values->untyped_data(), of_slot.typed_data(), positions.typed_data(), out->typed_data(),
@@ -463,7 +468,7 @@ ffi::Error AttendPages(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads_of_slot
   else if (pool_keys->element_type() == ffi::BF16)
     ForAll(pool, heads, [=](int64_t i) { AttendHead<uint16_t>(of, i / of.heads, i % of.heads); });
   else
-    return ffi::Error::InvalidArgument("pages of float32 or bfloat16");
+    return ffi::Error::InvalidArgument("tpaw_attend_pages: the pools must be float32 or bfloat16");
   return ffi::Error::Success();
 }
 

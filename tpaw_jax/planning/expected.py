@@ -1,0 +1,181 @@
+"""What each stage should compute, send and read on one device, counted by hand from model, mesh and lengths.
+
+The plan reports these numbers beside those of the compiled program: a large difference means that the compiler does
+something other than what the design says.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tpaw_jax.generation.slots import STEPS_PER_CHUNK
+from tpaw_jax.models.hub import param_shapes
+from tpaw_jax.models.transformer import KEEPS_LOGITS
+from tpaw_jax.planning import lowering
+from tpaw_jax.planning.hlo import BETWEEN_SLICES, KINDS
+from tpaw_jax.planning.lowering import Target
+from tpaw_jax.planning.roofline import Flops
+from tpaw_jax.planning.workload import Workload
+from tpaw_jax.runtime import sharding
+from tpaw_jax.training import cost
+from tpaw_jax.training.cost import Work
+
+SLOTS_BUSY = 0.95
+"""Share of the sampler's slots that hold an unfinished sequence, as measured on CPU (benchmarks/sampling.py, 512
+requests, 64 slots). It is less where devices share a model, because a chunk of steps is then never cut short."""
+
+
+def step_flops(target: Target, load: Workload, remat: str, micro_batches: int) -> Flops:
+    """FLOPs of one device in a train step.
+
+    A layer's matmuls are computed three times, and a fourth time if `remat` keeps only the layer's input. Attention has
+    two products forward and five backward. The head recomputes its logits unless `remat` keeps them.
+    """
+    recomputed = 1.0 if remat == "layer" else 0.0
+    head = 4.0 - (remat in KEEPS_LOGITS)
+    row, rows = load.computed, target.config.packing.rows_per_batch * micro_batches
+    passes = Work(row.tokens * (3 + recomputed), row.predictions * head, row.pairs * (3.5 + recomputed))
+    return _per_device(target, passes * rows, load.row * (3 * rows), target.mesh.size)
+
+
+def scoring_flops(target: Target, load: Workload) -> Flops:
+    """FLOPs of one device in a scoring pass over `packing.scoring_batches` batches."""
+    rows = target.config.packing.rows_per_batch * target.config.packing.scoring_batches
+    return _per_device(target, load.computed * rows, load.row * rows, target.mesh.size)
+
+
+def prefill_flops(target: Target, load: Workload) -> Flops:
+    """FLOPs of one device in a prefill of one row of prompts per shard."""
+    mesh, row = target.sampling_mesh, lowering.prefill_row(target.config)
+    prompts = load.prompts * row / load.prompt_tokens  # in one row
+    pairs, shards = row * (row / prompts + 1) / 2, sharding.row_shards(mesh)
+    return _per_device(target, Work(row, row // 16, pairs) * shards, Work(row, prompts, pairs) * shards, mesh.size)
+
+
+def decode_flops(target: Target, load: Workload) -> Flops:
+    """FLOPs of one device in `STEPS_PER_CHUNK` decode steps of all slots."""
+    mesh = target.sampling_mesh
+    slots = lowering.slots_a_shard(target) * sharding.row_shards(mesh)
+    work = Work(slots, slots, slots * load.tokens_per_sequence) * STEPS_PER_CHUNK
+    return _per_device(target, work, work * SLOTS_BUSY, mesh.size)
+
+
+def decode_bytes(target: Target, typical_tokens: int) -> float:
+    """Bytes that a device must read in `STEPS_PER_CHUNK` decode steps: all weights and cache pages, once per step."""
+    params = lowering.sampling_params(target)
+    weights = param_bytes(params)
+    if not target.model.config.tie_embeddings:  # decoding reads only a few rows of the embedding table
+        weights -= param_bytes(params["embed"])
+    return STEPS_PER_CHUNK * (weights + cache_bytes(target, typical_tokens))
+
+
+def param_bytes(params: Any) -> float:
+    """Bytes that one device holds of sharded parameters."""
+    size = lambda p: math.prod(p.sharding.shard_shape(p.shape)) * p.dtype.itemsize
+    return float(sum(size(p) for p in jax.tree.leaves(params)))
+
+
+def cache_bytes(target: Target, typical_tokens: int) -> float:
+    """Bytes of the cache pages on one device, for sequences of `typical_tokens` tokens."""
+    cache = jax.tree.leaves(lowering.slots_of(target, typical_tokens)[0].cache)
+    return sum(x.size * x.dtype.itemsize for x in cache) / target.sampling_mesh.size
+
+
+def bytes_sent(target: Target, stage: str, remat: str = "layer", micro_batches: int = 1) -> dict[str, float]:
+    """Bytes that one device should send in a run of a stage, by kind of collective.
+
+    To gather or scatter V bytes over n devices, each sends V (n - 1) / n; to sum them, twice that.
+    """
+    sent = dict.fromkeys((*KINDS, BETWEEN_SLICES), 0.0)
+    if stage in ("prefill", "decode"):
+        _add_sampling(sent, target, stage)
+    else:
+        step = stage == "step"
+        batches = micro_batches if step else target.config.packing.scoring_batches
+        _add_params(sent, target, batches, step=step, again=step and remat != "none")
+        _add_activations(sent, target, batches, step=step, again=step and remat != "none")
+    return sent
+
+
+def _add_sampling(sent: dict[str, float], target: Target, stage: str) -> None:
+    """Add the sums over `tensor`, the gathered logits, and what all hosts need of the slots after a chunk of steps."""
+    config, model, mesh = target.config, target.model.config, target.sampling_mesh
+    tensor, slots, row = mesh.shape["tensor"], lowering.slots_a_shard(target), lowering.prefill_row(config)
+    if stage == "decode":
+        tokens, logits, itemsize, steps = slots, slots, 4, STEPS_PER_CHUNK
+    else:
+        tokens, logits, itemsize, steps = row, row // 16, jnp.dtype(config.policy.compute_dtype).itemsize, 1
+    if tensor > 1:
+        sums = 2 * model.num_layers + 1
+        sent["all-reduce"] = 2 * _others(tensor) * steps * sums * tokens * model.hidden_size * itemsize
+        sent["all-gather"] = _others(tensor) * steps * logits * model.vocab_size * 4
+    if mesh.is_multi_process and stage == "decode":  # hosts read a flag, a count, tokens and log-probs
+        slot_bytes, shards = 5 + 8 * config.sampling.max_new_tokens, sharding.row_shards(mesh)
+        sent["all-gather"] += _others(shards) * slots * shards * slot_bytes
+
+
+def _add_params(sent: dict[str, float], target: Target, batches: int, *, step: bool, again: bool) -> None:
+    """Add the gathers of parameters and, in a train step, the sums of their gradients.
+
+    A layer's matrices are gathered in the compute dtype forward, and again backward unless they are kept; the head's
+    table once. Gradients are scattered in `train.reduce_dtype` and summed over `data`.
+    """
+    config, mesh, model = target.config, target.mesh.shape, target.model.config
+    fsdp, data, tensor = mesh["fsdp"], mesh["data"], mesh["tensor"]
+    compute, reduce = jnp.dtype(config.policy.compute_dtype).itemsize, jnp.dtype(config.train.reduce_dtype).itemsize
+    specs = target.model.parallel.specs
+    head = "embed/embedding" if model.tie_embeddings else "head/embedding"
+    for name, shape in param_shapes(model).items():
+        axes = {a for part in specs.get(name, ()) if part for a in (part if isinstance(part, tuple) else (part,))}
+        size = math.prod(shape) / (tensor if "tensor" in axes else 1)  # held by the devices of an fsdp group together
+        in_layer = name.startswith("layers/")
+        if "fsdp" in axes and (in_layer or name == head):
+            times = (1 + again if in_layer else 1) * (batches if step else 1)
+            sent["all-gather"] += _others(fsdp) * size * compute * times
+            sent["reduce-scatter"] += _others(fsdp) * size * reduce * batches if step else 0
+        if step:
+            own, others = (size / fsdp, data) if "fsdp" in axes else (size, data * fsdp)
+            _add_sum_over_data(sent, own * reduce, others, target.topology.slices)
+
+
+def _add_activations(sent: dict[str, float], target: Target, batches: int, *, step: bool, again: bool) -> None:
+    """Add the exchange of embeddings over `fsdp`, and the sums of activations over `tensor`.
+
+    Each device holds some columns of the embedding table: tokens are gathered, then their columns exchanged. Over
+    `tensor`, the outputs of attention and feed-forward are summed forward, their gradients backward, and attention's
+    outputs once more if layers are recomputed.
+    """
+    config, mesh, model = target.config, target.mesh.shape, target.model.config
+    fsdp, data, tensor = mesh["fsdp"], mesh["data"], mesh["tensor"]
+    compute = jnp.dtype(config.policy.compute_dtype).itemsize
+    tokens = config.packing.row_length * config.packing.rows_per_batch // (data * fsdp) * batches
+    if fsdp > 1:
+        sent["all-to-all"] = _others(fsdp) * (2 if step else 1) * tokens * model.hidden_size * compute
+        sent["all-gather"] += _others(fsdp) * 4 * tokens * fsdp
+    if tensor > 1:
+        sums = (4 + again) * model.num_layers + 2 if step else 2 * model.num_layers + 1
+        sent["all-reduce"] += 2 * _others(tensor) * sums * tokens * model.hidden_size * compute
+
+
+def _add_sum_over_data(sent: dict[str, float], size: float, data: int, slices: int) -> None:
+    """Add a sum over `data`; if `data` spans slices, each chip of a slice sums its part with the other slices."""
+    inside = data // slices
+    if slices == 1:
+        sent["all-reduce"] += 2 * _others(data) * size
+    else:
+        sent[BETWEEN_SLICES] += 2 * _others(slices) * size / inside
+        sent["reduce-scatter"] += _others(inside) * size
+        sent["all-gather"] += _others(inside) * size
+
+
+def _others(devices: int) -> float:
+    """The share of a group's data that is on the other devices."""
+    return (devices - 1) / devices
+
+
+def _per_device(target: Target, executed: Work, useful: Work, devices: int) -> Flops:
+    return Flops(*(cost.flops(target.model.config, work) / devices for work in (executed, useful)))

@@ -1,0 +1,165 @@
+"""The responses of all rounds and every player's scores of them, in memory and on disk.
+
+A frozen player's log-prob of a response never changes, so each player scores each response once. Each stage writes one
+file atomically: `round_0002/generations.npz`, `round_0002/scores_of_player_0001.npz`. A file that the journal does not
+list is ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tpaw_jax.data.packing import Rows, Tree, first_sources, tree_of_responses
+from tpaw_jax.storage import files, journal
+from tpaw_jax.storage.journal import Journal
+from tpaw_jax.types import TARGET, Generations, Prompts, TeamScores
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """The results of the rounds so far. `scores[player][source]` is [prompts] nats, NaN where not scored yet."""
+
+    journal: Journal
+    prompts: Prompts
+    generations: dict[int, Generations]
+    sources: dict[int, np.ndarray]  # the source that first gave each prompt's response of a round
+    scores: dict[int, dict[int, np.ndarray]]
+
+    def copies_of_target(self, round_number: int) -> int:
+        """How many responses of a round equal their target: many mean that the policy reproduces its data."""
+        return int((self.sources[round_number] == TARGET).sum())
+
+
+def open_store(opened: Journal, prompts: Prompts) -> Store:
+    """The store of a run, with every file that its journal lists as complete.
+
+    Raises:
+        CorruptedFile: a file cannot be read.
+        ValueError: a file belongs to other prompts.
+    """
+    generations = {}
+    for name in opened.names("sampling"):
+        found = _read_generations(opened.directory / name, prompts)
+        generations[found.round] = found
+    sources = first_sources(prompts, list(generations.values()))
+    store = Store(opened, prompts, generations, sources, {})
+    for name in opened.names("scoring"):
+        player = int(re.findall(r"\d+", Path(name).name)[0])
+        arrays = files.read_arrays(opened.directory / name)
+        _merge(store, player, arrays["prompt_index"], arrays["source"], arrays["log_probs"])
+    return store
+
+
+def append(store: Store, generations: Generations) -> Store:
+    """The store with a round's responses, which are on disk when it returns.
+
+    Raises:
+        RegeneratedDifferently: they were lost, and differ from what they were.
+    """
+    lengths = np.array([len(tokens) for tokens in generations.tokens], np.int32)
+    tokens = np.concatenate(generations.tokens).astype(np.int32)
+    content = files.npz(
+        round=np.asarray(generations.round, np.int32),
+        prompt_ids=store.prompts.ids,
+        lengths=lengths,
+        tokens=tokens,
+        log_probs=np.concatenate(generations.log_probs).astype(np.float32),
+    )
+    digest = hashlib.sha256(lengths.tobytes() + tokens.tobytes()).hexdigest()
+    name = f"{round_name(generations.round)}/generations.npz"
+    journal.write(store.journal, name, "sampling", generations.round, content, digest)
+    together = {**store.generations, generations.round: generations}
+    sources = first_sources(store.prompts, list(together.values()))
+    return dataclasses.replace(store, generations=together, sources=sources)
+
+
+def missing(store: Store, player: int, trees: Sequence[Tree]) -> list[Tree]:
+    """The responses that `player` has not scored yet, as trees."""
+    unscored = []
+    for tree in trees:
+        responses = {
+            source: response
+            for source, response in zip(tree.sources, tree.responses, strict=True)
+            if np.isnan(_column(store, player, source)[tree.prompt])
+        }
+        if responses:
+            unscored.append(tree_of_responses(store.prompts, tree.prompt, responses))
+    return unscored
+
+
+def add_scores(store: Store, round_number: int, player: int, rows: Rows, log_probs: np.ndarray) -> None:
+    """Store the log-probs that `player` gave the responses of `rows`; they are on disk when it returns."""
+    real, name = rows.prompt_index >= 0, f"{round_name(round_number)}/scores_of_player_{player:04d}.npz"
+    found = {
+        "prompt_index": rows.prompt_index[real],
+        "source": rows.source[real],
+        "log_probs": log_probs[real].astype(np.float32),
+    }
+    _merge(store, player, **found)
+    if store.journal.is_complete(name):  # some scores of this file were lost and have just been recomputed
+        before = files.read_arrays(store.journal.directory / name)
+        found = {key: np.concatenate([before[key], values]) for key, values in found.items()}
+    journal.write(store.journal, name, "scoring", round_number, files.npz(**found))
+
+
+def team_scores(store: Store, rows: Rows, players: Sequence[int], n_max: int) -> TeamScores:
+    """The log-probs of `players`, newest first, on `rows`: [n_max, rows, R] nats, missing players masked.
+
+    Raises:
+        ValueError: a score is missing or not finite.
+    """
+    log_probs = np.zeros((n_max, *rows.prompt_index.shape), np.float32)
+    real = rows.prompt_index >= 0
+    for j, player in enumerate(players):
+        for source in np.unique(rows.source[real]):
+            here = real & (rows.source == source)
+            log_probs[j][here] = _column(store, player, int(source))[rows.prompt_index[here]]
+        if not np.isfinite(log_probs[j]).all():
+            row, response = np.argwhere(~np.isfinite(log_probs[j]))[0]
+            prompt, source = rows.prompt_index[row, response], rows.source[row, response]
+            raise ValueError(
+                f"{store.journal.directory}: player {player} has no finite score for prompt {prompt}, "
+                f"{'the target' if source == TARGET else f'the response of round {source}'}."
+            )
+    return TeamScores(log_probs, np.arange(n_max) < len(players))
+
+
+def round_directory(directory: Path, round_number: int) -> Path:
+    """The directory of a round's files."""
+    return directory / round_name(round_number)
+
+
+def round_name(round_number: int) -> str:
+    """The name of a round's directory."""
+    return f"round_{round_number:04d}"
+
+
+def _column(store: Store, player: int, source: int) -> np.ndarray:
+    of_player = store.scores.setdefault(player, {})
+    if source not in of_player:
+        of_player[source] = np.full(len(store.prompts), np.nan, np.float32)
+    return of_player[source]
+
+
+def _merge(store: Store, player: int, prompt_index: np.ndarray, source: np.ndarray, log_probs: np.ndarray) -> None:
+    for one in np.unique(source):
+        here = source == one
+        _column(store, player, int(one))[prompt_index[here]] = log_probs[here]
+
+
+def _read_generations(path: Path, prompts: Prompts) -> Generations:
+    arrays = files.read_arrays(path)
+    if not np.array_equal(arrays["prompt_ids"], prompts.ids):
+        raise ValueError(
+            f"{path}: its {len(arrays['prompt_ids'])} responses answer other prompts than the {len(prompts)} of this "
+            "configuration. Restore the data and the seed with which the run began, or choose another directory."
+        )
+    cuts = np.cumsum(arrays["lengths"])[:-1]
+    split = lambda flat: tuple(np.split(flat, cuts))
+    return Generations(int(arrays["round"]), split(arrays["tokens"]), split(arrays["log_probs"]))

@@ -1,0 +1,203 @@
+"""The stages of a round, in the order in which the loop runs them. Each writes its result to disk before it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from tpaw_jax.data import packing
+from tpaw_jax.data.packing import Rows, Tree
+from tpaw_jax.generation import engine, generation_file
+from tpaw_jax.observe.profiling import Stopwatch
+from tpaw_jax.observe.tables import progress
+from tpaw_jax.runtime import processes
+from tpaw_jax.runtime.host import Prefetch
+from tpaw_jax.selfplay import round_store, round_summary
+from tpaw_jax.selfplay.round_store import Store
+from tpaw_jax.selfplay.session import Round, Session
+from tpaw_jax.storage import files, ring
+from tpaw_jax.training import cost, scoring
+from tpaw_jax.types import Generations, TeamScores
+
+
+def begin(session: Session, store: Store, t: int) -> Round:
+    """Start round `t`: print its inputs, its expected cost and, if the disk may fill up, a warning."""
+    this = Round(session, t, ring.players(session.ring, t), Stopwatch())
+    session.say(round_summary.manifest(this))
+    session.say(round_summary.expected_cost(this, store))
+    if warning := round_summary.disk_warning(session):
+        session.say(warning)
+    return this
+
+
+def load_policy(session: Session, loaded: dict[int, PyTree[Array]], t: int) -> PyTree[Array]:
+    """The policy of round `t`: the one in memory if it is of that round, else restored from the ring."""
+    policy = loaded.pop(t, None)
+    loaded.clear()
+    return ring.restore_policy(session.ring, t, session.like) if policy is None else policy
+
+
+def generate(this: Round, store: Store, policy: PyTree[Array], given: Path | None) -> Store:
+    """The store with D_t: sampled from the policy, read from the file `given`, or the records' rejected responses."""
+    session = this.session
+    if given is not None:
+        generations = _read(this, given)
+    elif session.config.data.responses == "rejected":
+        rejected = session.prompts.rejected_tokens
+        unknown = tuple(np.full(len(tokens), np.nan, np.float32) for tokens in rejected)
+        generations = Generations(this.number, rejected, unknown)
+    else:
+        generations = _sample(this, policy)
+    with this.watch.time("ring"):  # the policy must be on disk before anything that follows from it
+        ring.finish_saves(session.ring)
+    with this.watch.time("other"):
+        store = round_store.append(store, generations)
+        if processes.is_main():
+            for sampled in this.directory.glob("sampled_*.jsonl"):
+                sampled.unlink()
+        round_summary.save_texts(session, store, this.number)
+    return store
+
+
+def pack(this: Round, store: Store) -> tuple[list[Tree], Rows]:
+    """D_O as prefix trees, one per prompt, and packed into rows."""
+    config = this.session.config
+    with this.watch.time("packing"):
+        window = [store.generations[r] for r in config.objective.opponents(this.number)]
+        trees = packing.trees_of_window(this.session.prompts, window, store.sources)
+        return trees, packing.pack(trees, config.packing)
+
+
+def score(
+    this: Round, store: Store, trees: list[Tree], rows: Rows, policy: PyTree[Array]
+) -> tuple[TeamScores, cost.Work]:
+    """The log-probs of all players on `rows`, and the work it took to complete them.
+
+    The newest player scores all of D_O on the round's own rows; the others score only what they have not scored in
+    earlier rounds. While one player scores, the next one is restored from the ring. On a pod it is not: restoring is a
+    collective, and collectives must run in the same order on all processes.
+    """
+    session, t = this.session, this.number
+    unscored = {player: round_store.missing(store, player, trees) for player in this.players}
+    work, config = cost.NOTHING, session.config.packing
+    busy = [player for player in this.players if unscored[player]]
+    for player in sorted(set(this.players) - set(busy)):
+        session.say(f"Round {t}: player {player} has already scored every response.")
+    load = lambda player: policy if player == t else ring.restore_policy(session.ring, player, session.like)
+    depth = 1 if jax.process_count() == 1 else 0
+    with this.watch.time("scoring"):
+        with Prefetch(load, busy, depth=depth) as loaded:
+            for player in busy:
+                params = next(loaded)
+                own = rows if player == t else packing.pack(unscored[player], config)
+                log_probs = _score_rows(this, player, params, own)
+                del params  # so that at most this player, the next one and the policy are in memory
+                round_store.add_scores(store, t, player, own, log_probs)
+                work += cost.of_rows(own)
+        return round_store.team_scores(store, rows, this.players, session.config.objective.n_max), work
+
+
+def evaluate(this: Round, policy: PyTree[Array], suffix: str = "") -> dict[str, float]:
+    """Accuracy per task, under the key `eval/NAME` and the suffix; empty unless `evaluation.each_round` is set."""
+    session = this.session
+    if session.evaluator is None:
+        return {}
+    stop = "Evaluation stopped; the training of the round is saved"
+    with this.watch.time("evaluation"):
+        results = session.evaluator.results(policy, lambda requests, tokens: session.notice.check(stop))
+    for result in results:
+        session.say(str(result))
+    return {f"eval/{result.name}{suffix}": result.accuracy for result in results}
+
+
+def push(this: Round, policy: PyTree[Array]) -> None:
+    """Save the trained policy as the newest checkpoint of the ring; the save continues in the background."""
+    with this.watch.time("ring"):
+        ring.push(this.session.ring, policy, this.number + 1)
+    files.write_json(this.directory / "timings.json", this.watch.report())
+
+
+def end(session: Session, rounds: int) -> list[dict[str, Any]]:
+    """Wait for the last checkpoint, then print and return the summaries of all rounds."""
+    ring.finish_saves(session.ring)
+    processes.barrier("all rounds are finished")
+    summaries = round_summary.read_all(session.directory, rounds)
+    session.say(round_summary.table(session, summaries))
+    return summaries
+
+
+def _sample(this: Round, policy: PyTree[Array]) -> Generations:
+    """One response per prompt. Finished responses are saved while others are still sampled; a resumed run keeps them.
+
+    Each process samples its share of the prompts, unless devices of several processes share one copy of the model.
+    """
+    session, prompts = this.session, this.session.prompts
+    indices, together = engine.local_share(session.sampler, len(prompts))
+    path = this.directory / f"sampled_{jax.process_index():04d}.jsonl"
+    saves = processes.is_main() or not together
+    with this.watch.time("sampling"), progress(f"round {this.number} sampling", len(indices), "response") as bar:
+        if saves:
+            generation_file.resume(path, prompts, session.say)
+        processes.barrier("partial responses are read")
+        saved = generation_file.of_all(sorted(this.directory.glob("sampled_*.jsonl")), prompts)
+        finished = {n: saved[i] for n, i in enumerate(indices) if i in saved}
+        if together:
+            processes.check_same({"the responses that were sampled before": str(sorted(finished))})
+        bar.update(len(finished))
+        with generation_file.appending(path, prompts) as append:
+            sampled = engine.generate(
+                session.sampler,
+                policy,
+                prompts.take(indices),
+                seed=session.config.seed,
+                round_number=this.number,
+                stop_fn=session.stop_fn,
+                finished=finished,
+                on_finished=lambda new: append({int(indices[n]): r for n, r in new.items()}) if saves else None,
+                progress=_sampling_progress(this, bar),
+            )
+        return sampled if together else engine.gather_from_processes(sampled, indices, this.number)
+
+
+def _sampling_progress(this: Round, bar: Any) -> Callable[[int, int], None]:
+    tokens = 0
+
+    def show(requests: int, new_tokens: int) -> None:
+        nonlocal tokens
+        tokens += new_tokens
+        this.session.profiler.step("sampling")
+        this.session.notice.check(f"Round {this.number}: sampling stopped; finished responses are saved")
+        bar.update(requests)
+        bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
+
+    return show
+
+
+def _read(this: Round, path: Path) -> Generations:
+    """Another engine's responses."""
+    session, t = this.session, this.number
+    longest, vocabulary = session.config.sampling.max_new_tokens, session.model.vocab_size
+    given = generation_file.read(path, session.prompts, session.template, vocabulary, longest, t)
+    session.say(
+        f"Round {t}: read {len(session.prompts)} responses from {path}; {given.retokenised} were text and have been "
+        f"tokenised, {given.without_log_probs} had no log-probs."
+    )
+    return given.generations
+
+
+def _score_rows(this: Round, player: int, params: PyTree[Array], rows: Rows) -> np.ndarray:
+    session, config = this.session, this.session.config.packing
+    tokens = lambda rows: int((np.asarray(rows.batch.segment_ids) > 0).sum())
+    with progress(f"round {this.number} player {player} scoring", tokens(rows), "token") as bar:
+
+        def show(batch: Rows) -> None:
+            session.profiler.step("scoring")
+            session.notice.check(f"Round {this.number}: scoring stopped; the scores of finished players are saved")
+            bar.update(tokens(batch))
+
+        return scoring.score(session.scorer, params, rows, config.rows_per_batch, config.scoring_batches, progress=show)
