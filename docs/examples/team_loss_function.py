@@ -32,8 +32,6 @@ def main():
         if i % 10 == 0:
             alpha, beta = out.alpha[0].mean(), out.beta[0].mean()
             print(f"step {i:2d}: loss {value:.3f}; newest player: mean alpha {alpha:.1f}, mean beta {beta:.2f}")
-                f"step {i:2d}: loss {value:.3f}, mean alpha {out.alpha[0].mean():.1f}, mean beta of the newest {out.beta[0].mean():.2f}"
-            )
     assert float(value) < 0.69
 
 
