@@ -314,4 +314,4 @@ def test_an_unknown_stage_is_told(capsys):
 
     arguments = ["--config", str(ROOT / "configs" / "demo.yaml"), "--topology", "v5e:2x2", "--stages", "stepp"]
     assert cli.main(["plan", *arguments, "--policy.path", str(STORIES)]) == 2
-    assert "there is no stage 'stepp'; known are step, scoring, prefill, decode" in capsys.readouterr().err
+    assert "there is no stage 'stepp'. The stages are step, scoring, prefill, decode" in capsys.readouterr().err

@@ -90,7 +90,7 @@ def test_a_run_that_chooses_its_rematerialisation_and_rows(tmp_path, monkeypatch
     with compile_log() as compiled:
         loop.play(small_run(tmp_path, **settings), said.append)
     assert [name for name, _ in compiled].count("jit(step)") == 1
-    assert "Rematerialisation: none; a step needs " in "\n".join(said)
+    assert "Rematerialisation `none`: a step needs " in "\n".join(said)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["packing"]["rows_per_batch"] == 1
     two = sharding.make_mesh(MeshConfig(fsdp=2), jax.local_devices()[:2])
     kept = session._with_settled_packing(small_run(tmp_path, **settings), journal.open_journal(tmp_path).config, two)
@@ -263,6 +263,6 @@ def assert_same_as_whole(tmp_path, disturbed):
 
 def test_a_configuration_that_cannot_be_opened_binds_nobody(tmp_path):
     settings = {"policy.path": "no/model", "mesh.fsdp": 8, "packing.rows_per_batch": 8}
-    with pytest.raises(FileNotFoundError, match="no such directory or file"):
+    with pytest.raises(FileNotFoundError, match="no such file or directory"):
         loop.play(small_run(tmp_path, **settings), lambda _: None)
     assert not (tmp_path / "config.yaml").exists()

@@ -83,7 +83,7 @@ def test_a_supervised_run_learns_its_targets_and_says_so(trained):
     assert len(steps) == line["steps"]
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
     assert line["targets"] == 12
-    assert "12 targets of" in said
+    assert "12 targets, " in said
     (between,) = [r["held-out"] for r in records(directory) if "held-out" in r]
     assert np.isfinite([between, line["held-out before"], line["held-out after"]]).all()
     again, said = run(directory, **{"train.validate_each_epoch": True, "train.learning_rate": 1e-3})
@@ -124,6 +124,6 @@ def test_the_command_has_zephyrs_recipe_for_defaults(tmp_path, capsys, monkeypat
     assert "rounds must be 1" in capsys.readouterr().err
     asked = ["--config", str(path), "--objective.loss", "sft", "--rounds", "1"]
     assert cli.main(["play", *asked]) == 2
-    assert "`tpaw sft` is for that" in capsys.readouterr().err
+    assert "Use `tpaw sft` for that" in capsys.readouterr().err
     assert cli.main(["sft", *asked[:2], "--objective.loss", "team"]) == 2
-    assert "`tpaw play` is for that" in capsys.readouterr().err
+    assert "Use `tpaw play` for that" in capsys.readouterr().err

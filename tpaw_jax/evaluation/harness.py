@@ -194,7 +194,7 @@ def run(
     num_fewshot: int | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """lm-eval's results on `tasks`, which are its own, or with `directory` those of the YAML files there.
+    """Run lm-eval on `tasks` and return its results; with `directory`, only the YAML files there define tasks.
 
     Raises:
         ValueError: a task is unknown, or there are several processes.

@@ -219,7 +219,7 @@ def attend_pages(
     as_cached = lambda x: x.astype(dtype).astype(jnp.float32).reshape(shards * slots, kv_heads, -1, size)
     own_score_MKG = jnp.sum(as_cached(q_RSKGH) * as_cached(keys), axis=-1) * size**-0.5
     has_page_MJ = jnp.reshape(table.of_slot, (shards * slots, -1)) < pages
-    parts = table.owner[0].size
+    parts = math.prod(table.owner.shape[1:])
     part_RSJ = jnp.minimum(table.part, parts - 1)
     by_shard = lambda x_Z: x_Z.reshape(shards, parts, *x_Z.shape[1:])
     of_slot = lambda x_Z: _take(by_shard(x_Z), part_RSJ).reshape(*has_page_MJ.shape, *x_Z.shape[1:])

@@ -59,7 +59,7 @@ def prefill_flops(target: Target, load: Workload) -> Flops:
 def decode_flops(target: Target, load: Workload) -> Flops:
     """FLOPs of one device in `STEPS_PER_CHUNK` decode steps of all slots."""
     mesh = target.sampling_mesh
-    slots = lowering.slots_a_shard(target) * sharding.row_shards(mesh)
+    slots = lowering.slots_per_shard(target) * sharding.row_shards(mesh)
     work = Work(slots, slots, slots * load.tokens_per_sequence) * STEPS_PER_CHUNK
     return _per_device(target, work, work * SLOTS_BUSY, mesh.size)
 
@@ -104,7 +104,7 @@ def bytes_sent(target: Target, stage: str, remat: str = "layer", micro_batches: 
 def _add_sampling(sent: dict[str, float], target: Target, stage: str) -> None:
     """Add the sums over `tensor`, the gathered logits, and what all hosts need of the slots after a chunk of steps."""
     config, model, mesh = target.config, target.model.config, target.sampling_mesh
-    tensor, slots, row = mesh.shape["tensor"], lowering.slots_a_shard(target), lowering.prefill_row(config)
+    tensor, slots, row = mesh.shape["tensor"], lowering.slots_per_shard(target), lowering.prefill_row(config)
     if stage == "decode":
         tokens, logits, itemsize, steps = slots, slots, 4, STEPS_PER_CHUNK
     else:

@@ -56,7 +56,7 @@ def target_of(config: RunConfig, architecture: ModelConfig, topology: tpu.Topolo
     packing.check_rows(settled, sharding.row_shards(mesh), splash_attention.alignment(rows.row_length))
     dtype, compute = jnp.dtype(policy.param_dtype), jnp.dtype(policy.compute_dtype)
     remat = "layer" if policy.remat == "auto" else policy.remat
-    whole = Transformer(architecture, compute, dtype, remat, splash_attention.splash_attention())
+    unsharded = Transformer(architecture, compute, dtype, remat, splash_attention.splash_attention())
     params = _params(architecture, dtype, mesh)
     one_process = [d for d in devices if d.process_index == devices[0].process_index]
     tensor = config.sampling.tensor
@@ -65,10 +65,10 @@ def target_of(config: RunConfig, architecture: ModelConfig, topology: tpu.Topolo
         config=dataclasses.replace(config, packing=settled),
         topology=topology,
         mesh=mesh,
-        model=split(whole, params, mesh, config.train.reduce_dtype),
+        model=split(unsharded, params, mesh, config.train.reduce_dtype),
         params=params,
         sampling_mesh=sampling_mesh,
-        sampling_model=split(whole, params, sampling_mesh, key="sampling.tensor"),
+        sampling_model=split(unsharded, params, sampling_mesh, key="sampling.tensor"),
     )
 
 
@@ -120,7 +120,7 @@ def prefill(target: Target) -> jax.stages.Lowered:
     return sampler.prefill.lower(sampling_params(target), prompts)
 
 
-def slots_a_shard(target: Target) -> int:
+def slots_per_shard(target: Target) -> int:
     """Slots that each copy of the model decodes."""
     processes = len({device.process_index for device in target.sampling_mesh.devices.flat})
     return math.ceil(target.config.sampling.slots * processes / sharding.row_shards(target.sampling_mesh))
@@ -138,7 +138,7 @@ def decode(target: Target, typical_tokens: int) -> jax.stages.Lowered:
 
 def slots_of(target: Target, typical_tokens: int) -> tuple[DecodeState, PageTable]:
     """Abstract decode state and page table of all shards, with pages for sequences of `typical_tokens` tokens."""
-    config, sampler, slots = target.config.sampling, _sampler(target), slots_a_shard(target)
+    config, sampler, slots = target.config.sampling, _sampler(target), slots_per_shard(target)
     longest = math.ceil((target.config.data.max_prompt_length + config.max_new_tokens) / PAGE)
     pages = max(longest, math.ceil(typical_tokens / PAGE) * slots)
     table = jax.tree.map(jnp.asarray, Pages(sampler.shards, slots, pages, longest).table())

@@ -138,7 +138,7 @@ def hours(target: Target, load: Workload, stages: dict[str, Stage]) -> dict[str,
     """
     config, chips = target.config, target.topology.chips
     shards = sharding.row_shards(target.sampling_mesh) * (chips // target.sampling_mesh.size)  # of all processes
-    decode_steps = load.new_tokens / (shards * lowering.slots_a_shard(target) * SLOTS_BUSY)
+    decode_steps = load.new_tokens / (shards * lowering.slots_per_shard(target) * SLOTS_BUSY)
     prefills = load.prompt_tokens / (shards * lowering.prefill_row(config))
     sampling = decode_steps * stages["decode"].seconds / STEPS_PER_CHUNK + prefills * stages["prefill"].seconds
     rows, step = config.packing.rows_per_batch, stages["step"]

@@ -232,7 +232,7 @@ def _plots(
             rows = [values(run, key) for run in group]
             longest = max(map(len, rows))
             padded = np.array([row + [np.nan] * (longest - len(row)) for row in rows])
-            if not np.isnan(padded).all():  # also False if there are no values at all
+            if not np.isnan(padded).all():  # without any value, all() is True as well
                 series.append(Series(name, range(longest), padded))
         if series:
             file = re.sub(r"\W+", "_", f"{kind}_{key}")

@@ -30,6 +30,8 @@ def begin(session: Session, store: Store, t: int) -> Round:
     this = Round(session, t, ring.players(session.ring, t), Stopwatch())
     session.say(round_summary.manifest(this))
     session.say(round_summary.expected_cost(this, store))
+    if t in store.generations:
+        session.say(f"Round {t}: all {len(session.prompts)} responses were sampled before.")
     if warning := round_summary.disk_warning(session):
         session.say(warning)
     return this

@@ -1,8 +1,8 @@
 """What a run keeps on disk.
 
 Read in this order: `files` (atomic writes, locks, corrupted files), `journal` (which stages are finished, with the
-checksums of their files), `ring` (the checkpoints of policies and of the training state). `ring` is not re-exported,
-because importing Orbax takes seconds and most commands do not need it.
+checksums of their files), `ring` (the checkpoints of policies and of the training state), `recovery` (what happens to
+corrupted files). `ring` is not re-exported, because importing Orbax takes seconds and most commands do not need it.
 """
 
 from tpaw_jax.storage.files import CorruptedFile as CorruptedFile
