@@ -33,7 +33,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place:
             corpus = Path(place) / "corpus"
             corpus.mkdir()
-            (corpus / "whole").write_bytes(readers.is_complete(name))
+            (corpus / "whole").write_bytes(readers.whole(name))
             command = [sys.executable, __file__, "one", name, place, str(options.seconds)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             counted = Path(place) / "counted.json"

@@ -36,7 +36,7 @@ def tell(case: BadInput, place: Path) -> str:
     directory = place / "bad"
     directory.mkdir(exist_ok=True)
     path = directory / readers.READERS[case.reader][0]
-    path.write_bytes(case.change(readers.is_complete(case.reader)))
+    path.write_bytes(case.change(readers.whole(case.reader)))
     try:
         readers.READERS[case.reader][1](path)
     except readers.TOLD as error:

@@ -43,7 +43,7 @@ def pytest_generate_tests(metafunc):
 @QUICK
 @given(changes=CHANGES)
 def test_a_damaged_file_is_read_or_told(name, changes, tmp_path_factory):
-    readers.check(name, changed(readers.is_complete(name), changes), tmp_path_factory.getbasetemp())
+    readers.check(name, changed(readers.whole(name), changes), tmp_path_factory.getbasetemp())
 
 
 @QUICK

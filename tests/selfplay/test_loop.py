@@ -93,9 +93,9 @@ def test_a_run_that_chooses_its_rematerialisation_and_rows(tmp_path, monkeypatch
     assert "Rematerialisation `none`: a step needs " in "\n".join(said)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["packing"]["rows_per_batch"] == 1
     two = sharding.make_mesh(MeshConfig(fsdp=2), jax.local_devices()[:2])
-    kept = session._with_settled_packing(small_run(tmp_path, **settings), journal.open_journal(tmp_path).config, two)
+    kept = session._with_settled_packing(small_run(tmp_path, **settings), journal.open_journal(tmp_path), two)
     assert kept.packing.rows_per_batch == 1
-    new = session._with_settled_packing(small_run(tmp_path, **settings), {}, two)
+    new = session._with_settled_packing(small_run(tmp_path, **settings), journal.open_journal(tmp_path / "new"), two)
     assert new.packing.rows_per_batch == 2
 
 
