@@ -190,8 +190,8 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeypat
         scores = original(*arguments)
         return scores.replace(log_probs=scores.log_probs * np.float32(np.inf))
 
-    original = triplets.team_scores
-    monkeypatch.setattr(triplets, "team_scores", poisoned)
+    original = round_store.team_scores
+    monkeypatch.setattr(round_store, "team_scores", poisoned)
     settings = {"train.max_skipped_in_a_row": 3, "mesh.fsdp": 1, "objective.tolerance": 0}
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
     with pytest.raises(FloatingPointError, match="not finite in 3 steps in a row") as caught:
