@@ -21,7 +21,7 @@ from tpaw_jax.generation.policy import open_policy
 from tpaw_jax.observe import metrics
 from tpaw_jax.observe.profiling import compile_log
 from tpaw_jax.runtime import preemption, sharding
-from tpaw_jax.selfplay import loop, round_summary, session
+from tpaw_jax.selfplay import loop, round_store, round_summary, session
 from tpaw_jax.storage import journal, ring
 
 # Each (program, times, why) of a three-round run; anything else is a leak.
