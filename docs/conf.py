@@ -1,6 +1,7 @@
 """The documentation site: Sphinx, MyST Markdown and furo. `make docs` builds it, and any warning fails the build."""
 
 import inspect
+import re
 from importlib import metadata
 
 import latex2mathml.converter
@@ -17,6 +18,7 @@ html_theme = "furo"
 html_copy_source = False
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+default_role = "code"
 exclude_patterns = ["_build", "examples"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
@@ -51,7 +53,14 @@ def _math(translator, node):
     raise nodes.SkipNode
 
 
+def _shorten_types(app, what, name, obj, options, signature, returns):
+    """Write Array for JAX's private class."""
+    shorten = lambda text: text and re.sub(r"~?(jax\.)?jaxlib\._jax\.Array|jax\.Array", "Array", text)
+    return shorten(signature), shorten(returns)
+
+
 def setup(app):
+    app.connect("autodoc-process-signature", _shorten_types)
     app.add_html_math_renderer("mathml", (_math, None), (_math, None))
     app.connect("autodoc-process-docstring", _require_docstring)
     app.connect("env-check-consistency", _require_all_public_names)

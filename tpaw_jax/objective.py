@@ -41,7 +41,7 @@ def team_loss(
     player_mask: Bool[Array, "J"] | Bool[Array, "J B"] | None = None,
     tolerance: Scalar = 0.0,
 ) -> TeamLoss:
-    """Compute the team loss of a batch of triplets (x, y, y_gen), judged by J frozen players.
+    """Compute the team loss of a batch of triplets (x, y, y_gen), judged by J frozen players::
 
         P_j(x, r)  = lam (log pi_theta(r|x) - log pi_theta_j(r|x))
         alpha_j    = eta if P_j(x, y) <= tolerance else 1               (target response weight)
