@@ -47,13 +47,13 @@ SUMMARIES = [
 
 def test_the_table_of_rounds_groups_the_main_metrics_under_plain_labels():
     assert tables.of_summaries(SUMMARIES).splitlines() == [
-        "  round                     0     1",
+        "  round                      0     1",
         "  data",
-        "    players                 1     2",
+        "    players                  1     2",
         "  rewards",
-        "    loss                  0.5  0.25",
-        "    target upweighted, %   25     -",
-        "    eval/sums            0.75   0.5",
+        "    loss                   0.5  0.25",
+        "    target upweighted, %    25     -",
+        "    eval/sums             0.75   0.5",
     ]
     assert "no finished round" in tables.of_summaries([])
 
@@ -62,8 +62,8 @@ def test_the_verbose_table_has_every_key_of_the_summaries():
     lines = tables.of_summaries(SUMMARIES, verbose=True).splitlines()
     assert lines[-3:] == [
         "  cost",
-        "    goodput, %             50    25",
-        "    training, seconds       2   1.5",
+        "    goodput, %              50    25",
+        "    training, seconds        2   1.5",
     ]
 
 

@@ -73,9 +73,9 @@ def assert_same(directory, whole):
     ("name", "damage", "found", "made_again"),
     [
         ("ring/policies/00003", flip, "the checkpoint", ""),  # round 2 is the newest then
-        ("ring/policies/00002", truncate, "instead of", "from round 1 on"),
-        ("ring/policies/00001", flip, "the checkpoint", "from round 0 on"),
-        ("round_0001/generations.npz", flip, "its checksum differs", "from round 1 on"),
+        ("ring/policies/00002", truncate, "instead of", "starting at round 1."),
+        ("ring/policies/00001", flip, "the checkpoint", "starting at round 0."),
+        ("round_0001/generations.npz", flip, "its checksum differs", "starting at round 1."),
         ("round_0002/scores_of_player_0002.npz", truncate, "bytes instead of", ""),
     ],
 )
@@ -90,7 +90,7 @@ def test_what_is_damaged_is_found_and_made_again_as_it_was(runs, tmp_path, name,
     assert f"{path}: " in text
     assert found in text
     assert made_again in text
-    assert ("makes again what is lost" in text) == bool(made_again)
+    assert ("The run regenerates them" in text) == bool(made_again)
     if "scores" in name:  # made again in rows packed otherwise: the same but for the order of sums
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), policy_of(directory, 4), policy_of(four, 4)

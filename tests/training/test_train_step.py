@@ -227,7 +227,8 @@ def test_scoring_in_larger_batches_gives_the_same_scores(stories):
 
 def test_a_users_model_trains_on_one_device_without_a_mesh(stories):
     expected_step, state, inputs, scores = setup(stories)
-    expected, metrics = expected_step(state, *inputs, scalars())
+    settled = scalars(tolerance=1e-3)  # the margins are rounding only: the tolerance decides alike in both programs
+    expected, metrics = expected_step(state, *inputs, settled)
 
     def apply_fn(params, tokens, positions, mask):
         dense = Transformer(stories[0], attention=EINSUM._replace(prepare=lambda _: mask))
@@ -241,7 +242,8 @@ def test_a_users_model_trains_on_one_device_without_a_mesh(stories):
     optimizer = train_step.make_optimizer(TrainConfig(optimizer="adamw", epsilon=1e-4))
     step = train_step.make_train_step(log_prob_fn, optimizer, ObjectiveConfig())
     state = train_step.init_state(jax.tree.map(jnp.copy, stories[1]), optimizer)
-    found, found_metrics = step(state, *inputs, scalars())
+    found, found_metrics = step(state, *inputs, settled)
+    np.testing.assert_array_equal(found_metrics["player/alpha_is_eta"], metrics["player/alpha_is_eta"])
     assert_close(found_metrics["loss"], metrics["loss"], rtol=1e-4)
     assert_close(host(found.params), host(expected.params), rtol=1e-4, atol=1e-4)
 
