@@ -319,7 +319,7 @@ def fill(path: Path) -> None:
 
 def results(directory: Path) -> dict[str, str]:
     """Checksums of policies, scores and responses, each checked against its file."""
-    opened = journal.open_journal(directory, reading=True)
+    opened = journal.open_journal(directory, read_only=True)
     damaged = journal.check(opened)
     return {
         name: "damaged" if name in damaged else facts["same"] or facts["sha256"]
@@ -331,7 +331,7 @@ def results(directory: Path) -> dict[str, str]:
 def where(directory: Path) -> str:
     """The stage that a run is in, by what is there."""
     try:
-        opened = journal.open_journal(directory, reading=True)
+        opened = journal.open_journal(directory, read_only=True)
         names = [name for name in opened.facts if opened.is_complete(name)]
     except ValueError:
         names = []

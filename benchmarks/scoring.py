@@ -57,7 +57,7 @@ def batch_sizes(setup: common.Setup, options: argparse.Namespace) -> None:
             start = time.perf_counter()
             scoring.score(scorer, setup.params, rows, 1, n)
             seconds.append(time.perf_counter() - start)
-    work = cost.of_trees(setup.trees)
+    work = cost.work_of_trees(setup.trees)
     flops = cost.flops(model, work)
     for n, seconds in readings.items():
         rate = common.spread([flops / s / 1e9 for s in seconds])

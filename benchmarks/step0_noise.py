@@ -39,7 +39,7 @@ def main() -> None:
     mesh = sharding.make_mesh(run.mesh)
     player = open_policy(run, mesh)
     prompts, *_ = dataset.load(run.data, player.template, run.seed)
-    store = round_store.open_store(journal.open_journal(options.run, reading=True), prompts)
+    store = round_store.open_store(journal.open_journal(options.run, read_only=True), prompts)
     window = [store.generations[r] for r in run.objective.opponents(max(store.generations))]
     rows = packing.pack(packing.trees_of_window(prompts, window, store.sources), run.packing)
     optimizer = train_step.make_optimizer(run.train)

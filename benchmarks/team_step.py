@@ -67,7 +67,7 @@ def measure(options: argparse.Namespace, row_length: int) -> None:
             state, metrics = jax.block_until_ready(step(state, *arguments))
             seconds.append(time.perf_counter() - begun)
             chosen = packing.take(rows, np.array(indices), len(indices))
-            work = cost.of_rows(chosen)._replace(tokens=(chosen.batch.segment_ids > 0).sum())
+            work = cost.work_of_rows(chosen)._replace(tokens=(chosen.batch.segment_ids > 0).sum())
             flops.append((1 + cost.BACKWARD) * cost.flops(model, work))
             tokens.append(float(work.tokens))
             triplets.append(float(chosen.triplets.sum()))
@@ -106,7 +106,7 @@ def _setup(options, row_length, size):
     data = common.workload(count, 3, options.scale, options.seed, common.MODELS[options.model].vocab_size)
     config = PackingConfig(row_length=row_length)
     setup = common.set_up(options.model, config, data, options.remat, options.head_chunk)
-    a_step = size * packing.micro_batches_a_step(setup.rows, options.batch_triplets, size)
+    a_step = size * packing.micro_batches_per_step(setup.rows, options.batch_triplets, size)
     # The last rows of first-fit-decreasing are the leftovers of a small set; a round has few of them.
     whole = len(setup.rows) // a_step * a_step
     return setup._replace(rows=packing.take(setup.rows, np.arange(whole), whole)), a_step

@@ -112,7 +112,7 @@ def blocks(length: int, seed: int) -> None:
         row_length=length,
         fill=load.fill,
         skipped_of_causal=1 - load.blocks,
-        pairs_computed_over_pairs_seen=load.computed.pairs / load.row.pairs,
+        pairs_computed_over_pairs_seen=load.computed.attended / load.row.attended,
     )
 
 

@@ -85,6 +85,7 @@ def main() -> None:
                 rates[name].append(triplets[name] / seconds)
     model, places = setup.model.config, len(batches) * 2 * options.batch * longest
     padded = cost.Work(places, places, places * (longest + 1) / 2)
+    work = cost.work_of_rows(setup.rows)
     common.emit(
         benchmark="trees_vs_pairs",
         model=options.model,
@@ -97,7 +98,7 @@ def main() -> None:
         trees_triplets_per_second=common.spread(rates["trees"]),
         pairs_triplets_per_second=common.spread(rates["pairs"]),
         ratio=common.spread([a / b for a, b in zip(rates["trees"], rates["pairs"], strict=True)]),
-        flops_ratio=2 * (3 + PLAYERS) * cost.flops(model, padded) / (9 * cost.flops(model, cost.of_rows(setup.rows))),
+        flops_ratio=2 * (3 + PLAYERS) * cost.flops(model, padded) / (9 * cost.flops(model, work)),
         machine=common.machine(),
     )
 
@@ -124,7 +125,7 @@ class Trees:
         self.setup, self.players = setup, players
         self.scorer = scoring.make_scorer(setup.log_prob_fn, setup.mesh)
         self.step, self.state, self.scalars = common.make_step(setup)
-        self.rows_a_step = packing.micro_batches_a_step(setup.rows, STEP_TRIPLETS, 1)
+        self.rows_per_step = packing.micro_batches_per_step(setup.rows, STEP_TRIPLETS, 1)
         for _ in range(2):  # compile, with the state where the step itself puts it
             jax.block_until_ready(self())
 
@@ -133,7 +134,7 @@ class Trees:
         scored = np.stack([scoring.score(self.scorer, player, rows, 1) for player in self.players])
         scores = TeamScores(scored, np.ones(PLAYERS, bool))
         orders = [packing.epoch_order(rows, 0, 0, epoch) for epoch in range(EPOCHS)]
-        size, places = self.rows_a_step, train_step.input_shardings(self.setup.mesh)
+        size, places = self.rows_per_step, train_step.input_shardings(self.setup.mesh)
         plan = [order[i : i + size] for order in orders for i in range(0, len(order), size)]
         make = lambda indices: jax.device_put(
             (*packing.step_batch(rows, scores, indices, 1, size), self.scalars), places

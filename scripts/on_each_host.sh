@@ -3,6 +3,7 @@
 # Mounts the bucket, starts the run, and restarts it after a preemption or a crash, but not after exit code 2 (bad
 # input).
 set -uo pipefail
+export PYTHONUNBUFFERED=1 # the log is read while the run goes on
 
 name=$1 bucket=$2 mount=$3 restarts=$4 config=$5
 shift 5
@@ -20,10 +21,10 @@ for ((attempt = 0; attempt <= restarts; attempt++)); do
   echo "$(date -u +%FT%TZ) attempt $attempt of $restarts" >>"$log"
   "$tpaw" play --pod --config "$config" "$@" >>"$log" 2>&1
   code=$?
+  echo "$(date -u +%FT%TZ) exit code $code" >>"$log"
   if [ "$code" -eq 0 ] || [ "$code" -eq 2 ]; then
     exit "$code"
   fi
-  echo "$(date -u +%FT%TZ) exit code $code" >>"$log"
   sleep 20
 done
 exit 1

@@ -83,7 +83,7 @@ def install(options: argparse.Namespace, overrides: list[str]) -> list[list[str]
 def play(options: argparse.Namespace, overrides: list[str]) -> list[list[str]]:
     """Start the run on every host, each under scripts/on_each_host.sh."""
     run = shlex.join(_host_command(options, overrides))
-    script = f"cd tpaw_jax && nohup {run} >/dev/null 2>&1 </dev/null &"
+    script = f"cd tpaw_jax && nohup {run} >~/tpaw_play.log 2>&1 </dev/null &"
     return _on_all_hosts(options, script)
 
 

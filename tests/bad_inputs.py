@@ -165,10 +165,12 @@ BAD_INPUTS = [
     BadInput(CONFIGURATION, "no rounds", _configuration(rounds=0), ("rounds", "at least 1")),
     BadInput(CONFIGURATION, "an unknown optimizer", _configuration(train__optimizer="adam"), ("optimizer", "rmsprop")),
     BadInput(CONFIGURATION, "top_p of 0", _configuration(sampling__top_p=0.0), ("sampling.top_p", "above 0")),
-    BadInput(CONFIGURATION, "a row too short", _configuration(packing__row_length=10), ("packing.row_length", "hold")),
+    BadInput(
+        CONFIGURATION, "a row too short", _configuration(packing__row_length=10), ("packing.row_length", "at least")
+    ),
     BadInput(CONFIGURATION, "no reward scale", _configuration(objective__lam=[]), ("objective.lam", "one value")),
-    BadInput(CONFIGURATION, "no data", _configuration(data__sources=[]), ("data.sources", "no data")),
-    BadInput(CONFIGURATION, "no model", _configuration(policy__path=""), ("policy.path", "no model")),
+    BadInput(CONFIGURATION, "no data", _configuration(data__sources=[]), ("data.sources", "is empty")),
+    BadInput(CONFIGURATION, "no model", _configuration(policy__path=""), ("policy.path", "not set")),
     BadInput(
         CONFIGURATION,
         "evaluation without tasks",

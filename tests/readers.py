@@ -54,7 +54,7 @@ def read_weights(path):
 def read_journal(path):
     (path.parent / "journal.json").write_bytes(path.read_bytes())
     (path.parent / "journal.before.json").unlink(missing_ok=True)
-    return journal.open_journal(path.parent, reading=True)
+    return journal.open_journal(path.parent, read_only=True)
 
 
 READERS = {  # what it reads: the file's name, the reader
@@ -66,7 +66,7 @@ READERS = {  # what it reads: the file's name, the reader
         "given.jsonl",
         lambda path: generation_file.read(path, PROMPTS, template(), 512, 16, 0),
     ),
-    "responses kept while sampling": ("sampled.jsonl", lambda path: generation_file.resume(path, PROMPTS)),
+    "responses kept while sampling": ("sampled.jsonl", lambda path: generation_file.read_and_repair(path, PROMPTS)),
     "the architecture of a model": ("config.json", read_model),
     "weights in safetensors": ("model.safetensors", read_weights),
     "a model in GGUF": ("model.gguf", lambda path: hub.load_pretrained(path)),

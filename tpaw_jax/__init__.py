@@ -1,7 +1,18 @@
 """Team-based self-play fine-tuning of language models (TPAW) in JAX.
 
-The names in `__all__` are the public surface; each is imported from its folder when it is first used. Read
-`objective.py`, `types.py` and `selfplay/loop.py` to understand the package.
+The names in `__all__` are the public surface; each is imported from its module when it is first used. Inside the
+package, folders import each other's modules. A folder imports only from those listed before it:
+
+    objective    the paper's loss on one page       types       the pytrees of a round
+    config/      every option of a run              runtime/    devices, processes, preemption
+    storage/     files, journal, checkpoints        observe/    metrics, tables, traces, warnings
+    data/        records to packed prefix trees     models/     the transformer and its checkpoints
+    generation/  sampling                           training/   log-probs, scoring, the train step
+    evaluation/  exact match, lm-eval               selfplay/   the loop over rounds
+    report/      the HTML report                    planning/   memory and time on a TPU, predicted
+    cli          the commands
+
+Start with `objective`, `types` and `selfplay/loop`.
 """
 
 from importlib import import_module
@@ -30,15 +41,15 @@ _PUBLIC = {
     ),
     "types": ("Generations", "Prompts", "TeamScores", "TrainState", "TreeBatch"),
 }
-_FOLDER_OF = {name: folder for folder, names in _PUBLIC.items() for name in names}
+_MODULE_OF = {name: folder for folder, names in _PUBLIC.items() for name in names}
 
-__all__ = sorted(_FOLDER_OF)
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FOLDER_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'tpaw_jax' has no attribute {name!r}")
-    value = getattr(import_module(f"tpaw_jax.{_FOLDER_OF[name]}"), name)
+    value = getattr(import_module(f"tpaw_jax.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
 

@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "play": "the same command resumes from the last finished stage",
             "sft": "the same command resumes from the last saved step",
         }
-        print(f"tpaw: interrupted; {resumes.get(options.command.__name__, 'nothing was written')}.", file=sys.stderr)
+        hint = resumes.get(options.command.__name__)
+        print(f"tpaw: interrupted{'; ' + hint if hint else ''}.", file=sys.stderr)
         return 130
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
         if options.traceback:
@@ -167,16 +168,16 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     run = config_file.load(options.config, overrides)
     tasks = []
     if not options.harness:
-        tasks = exact_match.chosen(run.evaluation, options.tasks.split(",") if options.tasks else [])
-    player = open_policy(run, sharding.make_mesh(run.mesh))
-    params = player.params
+        tasks = exact_match.select_tasks(run.evaluation, options.tasks.split(",") if options.tasks else [])
+    policy = open_policy(run, sharding.make_mesh(run.mesh))
+    params = policy.params
     if of_run:
-        kept = ring.open_ring(journal.open_journal(of_run, reading=True), run.objective.n_max)
-        params = ring.restore_policy(kept, ring.select_policy(kept, options.round), sharding.abstract(player.params))
+        kept = ring.open_ring(journal.open_journal(of_run, read_only=True), run.objective.n_max)
+        params = ring.restore_policy(kept, ring.select_policy(kept, options.round), sharding.abstract(policy.params))
     if options.harness:
-        _harness(options, run, player, params)
+        _harness(options, run, policy, params)
         return
-    evaluator = exact_match.make_evaluator(run, player, tasks)
+    evaluator = exact_match.make_evaluator(run, policy, tasks)
     results = evaluator.results(params)
     for result in results:
         print(result)
@@ -200,7 +201,7 @@ def report(options: argparse.Namespace, overrides: list[str]) -> None:
     print(f"{options.out} shows {len(options.runs)} runs in {plots} plots.{where}")
 
 
-def _harness(options: argparse.Namespace, run: Any, player: Any, params: Any) -> None:
+def _harness(options: argparse.Namespace, run: Any, policy: Any, params: Any) -> None:
     from tpaw_jax.runtime import sharding
     from tpaw_jax.storage import files
 
@@ -210,9 +211,9 @@ def _harness(options: argparse.Namespace, run: Any, player: Any, params: Any) ->
         from tpaw_jax.evaluation import harness
     except ImportError as error:
         raise ImportError("--harness needs lm-eval; pip install 'tpaw_jax[eval]'.") from error
-    policy = harness.PolicyLM(player, params, run, sharding.make_mesh(run.mesh))
+    model = harness.PolicyLM(policy, params, run, sharding.make_mesh(run.mesh))
     results = harness.run(
-        policy,
+        model,
         options.harness.split(","),
         options.harness_path,
         options.chat_template,
@@ -307,7 +308,7 @@ def _model_commands(command: Callable[..., None]) -> None:
         harness_path=(False, "with --harness: a directory of task YAML files instead of lm-eval's own tasks", str),
         chat_template=(False, "with --harness: apply the chat template to the contexts", None),
         num_fewshot=(False, "with --harness: number of few-shot examples", int),
-        limit=(False, "with --harness: use only the first documents of each task, so many", int),
+        limit=(False, "with --harness: number of documents per task, from the first", int),
     )
     command(
         generate,

@@ -1,6 +1,6 @@
 """The data types of a round, in the order in which they are used.
 
-Dimension key, for shape annotations and name suffixes throughout the package:
+Dimension key, for shape annotations and name suffixes; a file that uses a letter for something else says so:
 
     B batch rows       T tokens of a row      P predictions of a row   R responses of a row
     S cache slots      C cache positions      M new tokens of a slot   A micro-batches of a step
@@ -38,7 +38,9 @@ class Prompts:
     ids: np.ndarray  # [prompts] int32; seeds a prompt's random stream, so reordering or subsetting does not change it
     prompt_tokens: tuple[np.ndarray, ...]
     target_tokens: tuple[np.ndarray, ...]
-    rejected_tokens: tuple[np.ndarray, ...] = ()  # the data's rejected responses, one per prompt; () if any lacks one
+    rejected_tokens: tuple[
+        np.ndarray, ...
+    ] = ()  # the data's rejected responses, one per prompt, or () if there are none
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
@@ -54,7 +56,7 @@ class Prompts:
 
 
 class PackedPrompts(NamedTuple):
-    """Prompts packed end to end into R rows of T tokens, at most N prompts per row."""
+    """Prompts packed end to end into rows. Here R are the rows, T their tokens, N the most prompts of a row."""
 
     tokens: Int[AnyArray, "R T"]
     positions: Int[AnyArray, "R T"]
@@ -82,9 +84,9 @@ class TreeBatch(struct.PyTreeNode):
     positions: Int[AnyArray, "*lead B T"]
     segment_ids: Int[AnyArray, "*lead B T"]  # the token's tree, counted from 1 in each row; 0 is padding
     branch_ids: Int[AnyArray, "*lead B T"]  # 0 for prompt tokens, else the number of the response in its tree, from 1
-    sources: Int[AnyArray, "*lead B P"]  # index in the row of the hidden state that makes the prediction
+    hidden_index: Int[AnyArray, "*lead B P"]  # the token of the row whose hidden state makes the prediction
     labels: Int[AnyArray, "*lead B P"]  # the token to predict
-    responses: Int[AnyArray, "*lead B P"]  # the prediction's response, in [0, R); R is padding
+    response_ids: Int[AnyArray, "*lead B P"]  # the prediction's response, in [0, R); R is padding
     triplet_target: Int[AnyArray, "*lead B R"]  # index of y among the row's responses
     triplet_generated: Int[AnyArray, "*lead B R"]  # index of y_gen
     triplet_weight: Float[AnyArray, "*lead B R"]  # number of triplets of D_O that this entry represents; 0 is padding

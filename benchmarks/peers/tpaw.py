@@ -38,13 +38,13 @@ def main() -> None:
     trees = packing.trees_of_window(prompts, generations, sources)
     packed = PackingConfig(row_length=packing.fullest_row_length(trees, PackingConfig(), ROW_LENGTHS))
     setup = common.set_up("small", packed, (prompts, generations), remat="dots", chunk=448)
-    rows_a_step = packing.micro_batches_a_step(setup.rows, STEP_TRIPLETS, 1)
+    rows_per_step = packing.micro_batches_per_step(setup.rows, STEP_TRIPLETS, 1)
     players = [jax.tree.map(lambda p, j=j: p * (1 + 1e-4 * j), setup.params) for j in range(PLAYERS)]
     scorer = scoring.make_scorer(setup.log_prob_fn, setup.mesh)
     step, state, scalars = common.make_step(setup)
 
     def inputs(rows, scores, indices):
-        batch = packing.step_batch(rows, scores, indices, 1, rows_a_step)
+        batch = packing.step_batch(rows, scores, indices, 1, rows_per_step)
         return jax.device_put((*batch, scalars), train_step.input_shardings(setup.mesh))
 
     blank = TeamScores(np.zeros((PLAYERS, *setup.rows.prompt_index.shape), np.float32), np.ones(PLAYERS, bool))
@@ -57,7 +57,7 @@ def main() -> None:
     scores = TeamScores(np.stack([scoring.score(scorer, p, rows, 1) for p in players]), np.ones(PLAYERS, bool))
     scored = time.perf_counter()
     orders = [packing.epoch_order(rows, 0, 0, epoch) for epoch in range(EPOCHS)]
-    plan = [order[i : i + rows_a_step] for order in orders for i in range(0, len(order), rows_a_step)]
+    plan = [order[i : i + rows_per_step] for order in orders for i in range(0, len(order), rows_per_step)]
     with Prefetch(lambda indices: inputs(rows, scores, indices), plan, depth=2) as ahead:
         for arguments in ahead:
             state, metrics = step(state, *arguments)

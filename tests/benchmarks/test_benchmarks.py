@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, STORIES
+from conftest import FEW_PASSES, ROOT, STORIES, child_environment
 
 TINY = ["--model", "tiny"]
 RUNS = {  # script: arguments, and the benchmarks of its lines
@@ -37,10 +37,7 @@ RUNS = {  # script: arguments, and the benchmarks of its lines
 
 def run(script, *arguments):
     """The JSON lines of a benchmark; one device, and no restart: this process has its allocator already."""
-    environment = os.environ | {"GLIBC_TUNABLES": "", "JAX_NUM_CPU_DEVICES": "1"}
-    environment["XLA_FLAGS"] = (
-        "--xla_backend_optimization_level=0"  # compiled sooner; how fast it runs is no matter here
-    )
+    environment = child_environment(GLIBC_TUNABLES="", JAX_NUM_CPU_DEVICES="1", XLA_FLAGS=FEW_PASSES)
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
         capture_output=True,

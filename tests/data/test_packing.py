@@ -100,9 +100,9 @@ def test_rows_are_well_filled():
 
 def test_steps_are_full_batches_and_scores_follow_their_rows():
     _, _, _, rows = pack_window(4, 20)
-    assert packing.micro_batches_a_step(rows, 1, 2) == 1
+    assert packing.micro_batches_per_step(rows, 1, 2) == 1
     expected = round(24 / (rows.triplets.mean() * 2))
-    assert packing.micro_batches_a_step(rows, 24, 2) == expected
+    assert packing.micro_batches_per_step(rows, 24, 2) == expected
     order = packing.epoch_order(rows, seed=1, round_number=0, epoch=0)
     assert sorted(order) == list(range(len(rows)))
     assert (order != packing.epoch_order(rows, seed=1, round_number=0, epoch=1)).any()
@@ -123,7 +123,7 @@ def test_a_step_has_room_for_the_micro_batches_that_rounds_ask_for(rows_per_batc
     for responses in (1, 2, 3):  # rounds 0, 1 and 2
         longest = [tree_of_lengths(i, 512, 512, [256] * responses) for i in range(400)]
         for trees in (longest, ultrachat_like(2000, 1, 0)):
-            assert packing.micro_batches_a_step(packing.pack(trees, config), 64, rows_per_batch) <= most
+            assert packing.micro_batches_per_step(packing.pack(trees, config), 64, rows_per_batch) <= most
 
 
 def tree_of_lengths(i, x, y, generated):

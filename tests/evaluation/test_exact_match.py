@@ -66,12 +66,12 @@ def test_a_problem_without_an_answer_is_told(tmp_path, stories_tokenizer):
 
 def test_tasks_are_chosen_by_name():
     tasks = (TaskConfig("a", "x"), TaskConfig("b", "y"))
-    assert exact_match.chosen(EvaluationConfig(tasks), []) == list(tasks)
-    assert exact_match.chosen(EvaluationConfig(tasks), ["b"]) == [tasks[1]]
+    assert exact_match.select_tasks(EvaluationConfig(tasks), []) == list(tasks)
+    assert exact_match.select_tasks(EvaluationConfig(tasks), ["b"]) == [tasks[1]]
     with pytest.raises(ValueError, match=r"no task 'c'; evaluation\.tasks has a, b"):
-        exact_match.chosen(EvaluationConfig(tasks), ["c"])
+        exact_match.select_tasks(EvaluationConfig(tasks), ["c"])
     with pytest.raises(ValueError, match="has no task to evaluate on"):
-        exact_match.chosen(EvaluationConfig(), [])
+        exact_match.select_tasks(EvaluationConfig(), [])
 
 
 @pytest.fixture(scope="module")

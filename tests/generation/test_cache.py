@@ -1,5 +1,7 @@
 """The paged cache: attention over pages, writing into them, and their allocation."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,11 @@ def with_own(attend, queries, keys, values, layer, table, positions, angles=None
     """
     if angles is None:
         angles = rope_angles(jnp.zeros_like(positions), np.zeros(queries.shape[-1] // 2))
+    return _with_own(attend, queries, keys, values, layer, table, positions, angles)
+
+
+@partial(jax.jit, static_argnums=0)
+def _with_own(attend, queries, keys, values, layer, table, positions, angles):
     if attend == "kernel":
         heads, pools = jnp.concatenate([queries, keys, values], axis=2), (layer.keys, layer.values)
         found, *pools = kernels.attend_pages(heads, angles, *pools, table.of_slot, positions)
@@ -70,7 +77,7 @@ def test_attention_over_pages_is_attention_over_sequences(shards, heads, group, 
         keys = of_heads(layer.keys).at[:, position].set(own_keys[i])
         values = of_heads(layer.values).at[:, position].set(own_values[i])
         mask = jnp.arange(keys.shape[1]) <= position
-        expected = attend(queries[i][None, None], keys[None], values[None], mask[None, None])[0, 0]
+        expected = jax.jit(attend)(queries[i][None, None], keys[None], values[None], mask[None, None])[0, 0]
         np.testing.assert_allclose(found[i], expected, rtol=1e-5, atol=1e-5)
 
 

@@ -1,6 +1,5 @@
 """Responses depend only on their request, slots refill, and tokens follow the right distribution."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_prompts
+from conftest import child_environment, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +16,7 @@ from tpaw_jax.config import MeshConfig, SamplingConfig
 from tpaw_jax.generation import engine, token_sampling
 from tpaw_jax.generation.cache import Pages
 from tpaw_jax.models import Transformer
-from tpaw_jax.models.transformer import split
+from tpaw_jax.models.transformer import shard_model
 from tpaw_jax.observe.profiling import compile_log
 from tpaw_jax.runtime import sharding
 from tpaw_jax.types import Prompts
@@ -45,7 +44,7 @@ def assert_same_tokens(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def test_decoding_as_on_a_tpu_gives_the_same_tokens(stories, prompts):
+def test_decoding_as_on_a_tpu_gives_the_same_tokens(stories, prompts, all_passes):
     of = lambda platform: engine.decoder_of(Transformer(stories[0]), platform=platform)
     here, as_there = (generate(stories, prompts, decoder=of(platform)) for platform in ("cpu", "tpu"))
     assert_same_tokens(here, as_there)
@@ -115,10 +114,12 @@ def test_cached_decoding_equals_recomputing_the_sequence(stories, prompts):
 
 def test_log_probs_are_the_models_own_whatever_the_filters(stories, prompts):
     made = generate(stories, prompts, temperature=0.7, top_k=20, top_p=0.8)
-    model = Transformer(stories[0])
+    of_tokens = jax.jit(lambda x: jax.nn.log_softmax(Transformer(stories[0]).apply({"params": stories[1]}, x)))
     for prompt, tokens, log_probs in zip(prompts.prompt_tokens, made.tokens, made.log_probs, strict=True):
-        logits = model.apply({"params": stories[1]}, np.concatenate([prompt, tokens])[None])[0]
-        expected = jax.nn.log_softmax(logits[len(prompt) - 1 : -1])[np.arange(len(tokens)), tokens]
+        sequence = np.zeros((1, 64), np.int32)  # what follows a sequence does not change its logits
+        sequence[0, : len(prompt) + len(tokens)] = np.concatenate([prompt, tokens])
+        every = np.asarray(of_tokens(sequence))[0, len(prompt) - 1 :]
+        expected = every[np.arange(len(tokens)), tokens]
         np.testing.assert_allclose(log_probs, expected, atol=1e-4)
 
 
@@ -157,7 +158,7 @@ def test_shards_share_their_prefills(stories):
     tokens = sum(map(len, many.prompt_tokens))
     settings = SamplingConfig(max_new_tokens=12, slots=16, prefill_tokens=128)
     mesh = sharding.sampling_mesh(1)
-    decoder = engine.decoder_of(split(Transformer(stories[0]), stories[1], mesh))
+    decoder = engine.decoder_of(shard_model(Transformer(stories[0]), stories[1], mesh))
     sampler, computed = counting_prefills(engine.make_sampler(decoder, settings, STOPS, mesh))
     engine.generate(sampler, stories[1], many, seed=3, round_number=2)
     assert sum(computed) == 120
@@ -268,7 +269,7 @@ def test_sixty_four_prompts_get_the_same_responses_everywhere(stories, temperatu
         assert_same_tokens(killed_sampling.answer(spread, path, temperature, slots=slots, mesh=decodes_on), reference)
     path = tmp_path / "killed.jsonl"
     command = [sys.executable, killed_sampling.__file__, str(path), str(temperature)]
-    killed = subprocess.run(command, env=os.environ | {"TPAW_TEST_DEVICES": "1"}, timeout=300, check=False)
+    killed = subprocess.run(command, env=child_environment(TPAW_TEST_DEVICES="1"), timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert 20 <= len(path.read_text().splitlines()) < 64
     assert_same_tokens(killed_sampling.answer(stories, path, temperature, slots=16), reference)

@@ -54,7 +54,7 @@ def test_responses_come_in_the_order_of_the_prompts(tmp_path, prompts, template)
     assert (alone.tolist(), first.tolist()) == ([511], [11, 12])
     np.testing.assert_array_equal(given.generations.log_probs[2], np.float32([-0.25, -1.5]))
     assert np.isnan(given.generations.log_probs[0]).all()
-    assert (given.generations.round, given.retokenised, given.without_log_probs) == (3, 1, 2)
+    assert (given.generations.round, given.retokenized, given.without_log_probs) == (3, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -100,13 +100,13 @@ def test_unanswered_prompts_and_a_missing_file_are_reported(tmp_path, prompts, t
 
 def test_appended_responses_are_read_back_and_a_truncated_line_is_removed(tmp_path, prompts):
     path = tmp_path / "sampled.jsonl"
-    assert generation_file.resume(path, prompts) == {}
+    assert generation_file.read_and_repair(path, prompts) == {}
     made = {i: (np.arange(i + 1, dtype=np.int32), np.float32([-1 / 3] * (i + 1))) for i in range(3)}
     generation_file.append(path, prompts, {2: made[2]})
     generation_file.append(path, prompts, {0: made[0], 1: made[1]})
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
-    found = generation_file.resume(path, prompts)
+    found = generation_file.read_and_repair(path, prompts)
     assert list(found) == [2, 0]
     for i, (tokens, log_probs) in found.items():
         np.testing.assert_array_equal(tokens, made[i][0])
@@ -119,10 +119,10 @@ def test_appends_are_rate_limited_and_lose_nothing(tmp_path, prompts, monkeypatc
     path, now = tmp_path / "sampled.jsonl", iter([0.0, 0.0, 1.0, 3.0, 3.0, 3.5, 9.0])
     monkeypatch.setattr(generation_file.time, "monotonic", lambda: next(now))
     made = {i: (np.arange(1, dtype=np.int32), np.zeros(1, np.float32)) for i in range(3)}
-    there = lambda: list(generation_file.of_all([path], prompts))
+    there = lambda: list(generation_file.read_partial([path], prompts))
 
     def sample():
-        with generation_file.appending(path, prompts, seconds=2.0) as keep:
+        with generation_file.appender(path, prompts, seconds=2.0) as keep:
             keep({2: made[2]})
             assert there() == [2]  # the first at once
             keep({0: made[0]})

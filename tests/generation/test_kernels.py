@@ -146,7 +146,7 @@ def test_sampling_holds_no_second_copy_of_the_policy(stories):
 
 @needs_compiler
 @pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.3)])
-def test_the_sampler_works_without_kernels(stories, monkeypatch, dtype, most):
+def test_the_sampler_works_without_kernels(stories, monkeypatch, all_passes, dtype, most):
     """Compared up to the first token that differs: only XLA rounds queries and softmax weights to bfloat16."""
     prompts = random_prompts(np.random.default_rng(5), 6, longest=150)[0]
     model, found = Transformer(stories[0], dtype=dtype), []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import STORIES, random_prompts
+from conftest import STORIES, child_environment, random_prompts
 from safetensors.numpy import load_file, save_file
 
 from tpaw_jax import models
@@ -121,8 +121,9 @@ def test_packed_segments_equal_separate_sequences(stories):
     tokens = np.concatenate(parts)[None]
     positions = np.concatenate([np.arange(len(p)) for p in parts])[None].astype(np.int32)
     segments = np.concatenate([np.full(len(p), i + 1) for i, p in enumerate(parts)])[None].astype(np.int32)
-    packed = model.apply({"params": params}, tokens, positions, segments)[0]
-    alone = jnp.concatenate([model.apply({"params": params}, p[None])[0] for p in parts])
+    apply = jax.jit(lambda *x: model.apply({"params": params}, *x)[0])
+    packed = apply(tokens, positions, segments)
+    alone = np.concatenate([apply(p[None]) for p in parts])
     np.testing.assert_allclose(packed, alone, atol=2e-5)
 
 
@@ -131,8 +132,8 @@ def test_rematerialisation_changes_no_gradient(stories, remat):
     config, params = stories
     tokens = np.arange(3, 35, dtype=np.int32)[None]
     loss = lambda model, p: jnp.sum(jax.nn.log_softmax(model.apply({"params": p}, tokens))[..., 7])
-    plain = jax.grad(lambda p: loss(Transformer(config), p))(params)
-    found = jax.grad(lambda p: loss(Transformer(config, remat=remat), p))(params)
+    plain = jax.jit(jax.grad(lambda p: loss(Transformer(config), p)))(params)
+    found = jax.jit(jax.grad(lambda p: loss(Transformer(config, remat=remat), p)))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, plain)
 
 
@@ -244,15 +245,8 @@ def test_nothing_at_run_time_needs_torch(smollm2_path):
     import sys
 
     program = f"""
-import sys
-from importlib.machinery import PathFinder
-
-class WithoutTorch(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.split(".")[0] == "torch" else PathFinder.find_spec(name, path, target)
-
-sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTorch
+import importlib.util, sys
+assert importlib.util.find_spec("torch") is None
 from tpaw_jax import cli, config
 from tpaw_jax.data import templates
 from tpaw_jax.models import hub
@@ -261,7 +255,8 @@ template = templates.make_template(hub.load_tokenizer({str(smollm2_path)!r}), co
 assert len(template.prompt_tokens([dict(role="user", content="What is the capital of France?")])) == 37
 assert "torch" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -29,8 +29,8 @@ def value_and_gradients(attention, visibility, seed, heads=2, kv_heads=1, size=6
     shapes = [(rows, length, n, size) for n in (heads, kv_heads, kv_heads, heads)]
     q, k, v, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
     weight *= (visibility.segment_ids > 0)[..., None, None]
-    context = attention.prepare(visibility)
-    return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(weight * attention.attend(*x, context)), (0, 1, 2)))(q, k, v)
+    context = lambda: attention.prepare(visibility)
+    return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(weight * attention.attend(*x, context())), (0, 1, 2)))(q, k, v)
 
 
 @settings(deadline=None, max_examples=5)
@@ -51,14 +51,15 @@ def test_the_kernel_and_its_gradients_equal_the_dense_mask(seed, length, grouped
 def test_rules_and_blocks_say_what_the_dense_mask_says(seed, length):
     visibility = packed(seed, length, count=12, longest=length // 8)
     visibility = Visibility(visibility.segment_ids[:1], visibility.branch_ids[:1])
-    rules = splash.plan(visibility)
+    rules = jax.jit(splash.plan)(visibility)
     places = jnp.broadcast_to(jnp.arange(length), (length, length))
-    seen = splash._sees(length, jnp.broadcast_to(rules.rule[0][:, None], (length, length)), places)
-    segments = visibility.segment_ids[0]
-    seen &= segments[:, None] == segments
+    sees = jax.jit(splash._sees, static_argnums=0)
+    seen = np.asarray(sees(length, jnp.broadcast_to(rules.rule[0][:, None], (length, length)), places))
+    segments = np.asarray(visibility.segment_ids[0])
+    seen = seen & (segments[:, None] == segments)
     real = segments > 0
-    np.testing.assert_array_equal(seen[real], visible(visibility)[0][real])
-    assert np.asarray(seen.diagonal()).all()  # padding too: an empty row of the softmax is not a number
+    np.testing.assert_array_equal(seen[real], np.asarray(jax.jit(visible)(visibility))[0][real])
+    assert seen.diagonal().all()  # padding too: an empty row of the softmax is not a number
     query, keys = splash._blocks(length)
     needed = np.asarray(seen).reshape(length // query, query, length // keys, keys).any(axis=(1, 3))
     np.testing.assert_array_equal(np.asarray(rules.blocks[0]) | needed, rules.blocks[0])

@@ -46,7 +46,7 @@ SUMMARIES = [
 
 
 def test_the_table_of_rounds_groups_the_main_metrics_under_plain_labels():
-    assert tables.of_summaries(SUMMARIES).splitlines() == [
+    assert tables.round_table(SUMMARIES).splitlines() == [
         "  round                      0     1",
         "  data",
         "    players                  1     2",
@@ -55,11 +55,11 @@ def test_the_table_of_rounds_groups_the_main_metrics_under_plain_labels():
         "    target upweighted, %    25     -",
         "    eval/sums             0.75   0.5",
     ]
-    assert "no finished round" in tables.of_summaries([])
+    assert "no finished round" in tables.round_table([])
 
 
 def test_the_verbose_table_has_every_key_of_the_summaries():
-    lines = tables.of_summaries(SUMMARIES, verbose=True).splitlines()
+    lines = tables.round_table(SUMMARIES, verbose=True).splitlines()
     assert lines[-3:] == [
         "  cost",
         "    goodput, %              50    25",
@@ -70,9 +70,9 @@ def test_the_verbose_table_has_every_key_of_the_summaries():
 def test_chosen_steps_of_every_stage_are_traced_once(tmp_path):
     profiler = profiling.Profiler(tmp_path, profiling.parse_steps("steps=1:2"))
     for stage in ("scoring", "training", "scoring"):
-        for _ in range(3):
-            profiler.step(stage)
-    profiler.stop()
+        with profiler.stage(stage):
+            for _ in range(2):
+                profiler.step()
     traced = [path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.xplane.pb")]
     assert sorted(traced) == ["scoring_0000", "training_0000"]
     for wrong in ("10:13", "steps=3:3", "steps=5:2"):

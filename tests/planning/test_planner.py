@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, STORIES
+from conftest import ROOT, STORIES, child_environment
 from jax.experimental.compilation_cache import compilation_cache
 
 from tpaw_jax.config import config_file
@@ -155,7 +155,7 @@ def test_the_largest_batch_is_the_last_that_fits(monkeypatch):
         tokens = lowered.packing.rows_per_batch / mesh.size * lowered.packing.row_length
         peak = (2 + 1.5 * tokens / 2048) * 2**30
         asked.append(tokens)
-        return roofline.Stage(0, peak <= chip.memory, peak, 0, flops, 0, (), chip)
+        return roofline.Stage(0, peak <= chip.hbm_bytes, peak, 0, flops, 0, (), chip)
 
     monkeypatch.setattr(lowering, "team_step", lambda wanted, remat, micro_batches: wanted.config)
     monkeypatch.setattr(roofline, "compile_stage", compiled)
@@ -214,24 +214,31 @@ def test_flops_of_a_step_count_what_is_computed_again(remat, layers, attention, 
     load = workload.assumed(small.config, SMALL, 1024)
     per_token = 2 * SMALL.num_layers * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1024)
     computed = load.computed
-    by_hand = layers * per_token * 2048 + attention * 4 * 512 * 2 * computed.pairs
+    by_hand = layers * per_token * 2048 + attention * 4 * 512 * 2 * computed.attended
     by_hand += head * 2 * 512 * 2048 * computed.predictions
     found = expected.step_flops(small, load, remat, 1)
     assert found.executed == pytest.approx(by_hand)  # of a row, since a device has one
-    useful = 3 * (per_token * load.row.tokens + 4 * 512 * 2 * load.row.pairs + 2 * 512 * 2048 * load.row.predictions)
+    useful = 3 * (per_token * load.row.tokens + 4 * 512 * 2 * load.row.attended + 2 * 512 * 2048 * load.row.predictions)
     assert found.useful == pytest.approx(useful)
 
 
 def test_a_stage_takes_as_long_as_the_longest_of_what_overlaps_and_what_is_alone():
     chip = tpu.CHIPS["v5e"]
     over = roofline.Exchange("all-gather", True, 1, 0.5, 4), roofline.Exchange("all-reduce", False, 1, 0.25, 4)
-    stage = roofline.Stage(0, True, 0, 0, Flops(2 * chip.flops, chip.flops), 1.5 * chip.hbm, over, chip)
-    assert (stage.compute, stage.memory, stage.overlapped, stage.exposed) == pytest.approx((2, 1.5, 0.5, 0.25))
+    stage = roofline.Stage(
+        0, True, 0, 0, Flops(2 * chip.peak_flops, chip.peak_flops), 1.5 * chip.hbm_bandwidth, over, chip
+    )
+    assert (
+        stage.compute_seconds,
+        stage.memory_seconds,
+        stage.overlapped_seconds,
+        stage.exposed_seconds,
+    ) == pytest.approx((2, 1.5, 0.5, 0.25))
     assert stage.seconds == pytest.approx(2.25)
     assert stage.mfu == pytest.approx(1 / 2.25)
     assert stage.bottleneck == "compute"
-    assert stage._replace(traffic=3 * chip.hbm).bottleneck == "memory"
-    assert stage._replace(flops=Flops(0.1 * chip.flops, 0), traffic=0).bottleneck == "interconnect"
+    assert stage._replace(traffic=3 * chip.hbm_bandwidth).bottleneck == "memory"
+    assert stage._replace(flops=Flops(0.1 * chip.peak_flops, 0), traffic=0).bottleneck == "interconnect"
 
 
 def test_hours_are_those_of_steps_passes_and_tokens():
@@ -239,7 +246,7 @@ def test_hours_are_those_of_steps_passes_and_tokens():
     small = target("v5e:2x2")
     load = workload.assumed(small.config, SMALL, 4096)
     chip = small.topology.chip
-    second = roofline.Stage(0, True, 0, 0, Flops(chip.flops, chip.flops), 1, (), chip)
+    second = roofline.Stage(0, True, 0, 0, Flops(chip.peak_flops, chip.peak_flops), 1, (), chip)
     found = planner.hours(small, load, dict.fromkeys(planner.STAGES, second))
     steps = sum(2 * -(-r.rows // (4 * planner._micro_batches(small.config, load))) for r in load.rounds)
     assert found["training h"] * 3600 == pytest.approx(steps, rel=0.01)
@@ -269,7 +276,7 @@ def test_assumed_rounds_grow_to_the_team_and_stay():
     assert 0.8 < load.fill <= 1
     assert 0 < load.blocks < 1
     assert load.computed.tokens == 2048
-    assert load.row.pairs < load.computed.pairs
+    assert load.row.attended < load.computed.attended
 
 
 def test_the_configurations_for_pods_are_the_papers():
@@ -300,7 +307,7 @@ def test_the_command_plans_without_weights(tmp_path, name, topologies, stages, c
         [sys.executable, "-m", "tpaw_jax.cli", "plan", *arguments, "--sampling.tensor", "2"],
         capture_output=True,
         text=True,
-        env=os.environ | {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"},
+        env=child_environment(JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0"),
         timeout=300,
         check=False,
     )

@@ -4,10 +4,11 @@ import json
 import socket
 import subprocess
 import sys
+from subprocess import PIPE, STDOUT
 
 import numpy as np
 import pytest
-from conftest import ROOT, STORIES
+from conftest import ROOT, STORIES, child_environment
 
 from tpaw_jax import models
 from tpaw_jax.config import MeshConfig
@@ -24,7 +25,7 @@ def start(directory, processes, devices, *overrides, of_process=lambda process: 
         port = free.getsockname()[1]
     command = lambda p: [sys.executable, str(SCRIPT), *map(str, (directory, port, processes, p, devices)), *overrides]
     running = [
-        subprocess.Popen([*command(p), *of_process(p)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen([*command(p), *of_process(p)], stdout=PIPE, stderr=STDOUT, text=True, env=child_environment())
         for p in range(processes)
     ]
     try:

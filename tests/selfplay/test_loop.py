@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import ROOT, small_run
+from conftest import ROOT, child_environment, small_run
 
 from tpaw_jax import cli
 from tpaw_jax.config import MeshConfig
@@ -21,8 +20,9 @@ from tpaw_jax.generation.policy import open_policy
 from tpaw_jax.observe import metrics
 from tpaw_jax.observe.profiling import compile_log
 from tpaw_jax.runtime import preemption, sharding
-from tpaw_jax.selfplay import loop, round_store, round_summary, session
+from tpaw_jax.selfplay import loop, round_store, round_summary
 from tpaw_jax.storage import journal, ring
+from tpaw_jax.training import batch_shapes
 
 # Each (program, times, why) of a three-round run; anything else is a leak.
 PROGRAMS = {
@@ -72,7 +72,7 @@ def test_a_round_tells_what_it_should_cost_and_what_it_did(played):
     for t, row in enumerate(table):
         of_round = said.split(f"Round {t} of 3")[1]
         assert "Expected: " in of_round
-        assert f"Padded pairs with {t + 1} live references need {row['saving']:.1f} x as much" in of_round
+        assert f"Padded pairs with {t + 1} reference models in each step need {row['saving']:.1f} x as much" in of_round
         assert row["saving"] == pytest.approx(row["TFLOP in pairs"] / row["TFLOP"])
         seconds = json.loads((directory / f"round_{t:04d}" / "timings.json").read_text())
         stages = {"sampling", "packing", "scoring", "held-out", "dry run", "training", "ring", "other"}
@@ -82,21 +82,20 @@ def test_a_round_tells_what_it_should_cost_and_what_it_did(played):
     assert table[2]["saving"] > table[0]["saving"]
 
 
-def test_a_run_that_chooses_its_rematerialisation_and_rows(tmp_path, monkeypatch):
-    """`remat: auto` compiles the step once and uses it; rows_per_batch 0 is settled when the run begins and kept."""
+def test_a_run_that_chooses_its_rematerialization_and_rows(tmp_path, monkeypatch):
+    """`remat: auto` compiles the step once and uses it; rows_per_batch 0 is resolved when the run begins and kept."""
     said = []
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
     settings = {"policy.remat": "auto", "packing.rows_per_batch": 0, "rounds": 1}
     with compile_log() as compiled:
         loop.play(small_run(tmp_path, **settings), said.append)
     assert [name for name, _ in compiled].count("jit(step)") == 1
-    assert "Rematerialisation `none`: a step needs " in "\n".join(said)
+    assert "Rematerialization `none`: a step needs " in "\n".join(said)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["packing"]["rows_per_batch"] == 1
     two = sharding.make_mesh(MeshConfig(fsdp=2), jax.local_devices()[:2])
-    kept = session._with_settled_packing(small_run(tmp_path, **settings), journal.open_journal(tmp_path), two)
-    assert kept.packing.rows_per_batch == 1
-    new = session._with_settled_packing(small_run(tmp_path, **settings), journal.open_journal(tmp_path / "new"), two)
-    assert new.packing.rows_per_batch == 2
+    before = journal.open_journal(tmp_path).config["packing"]
+    assert batch_shapes.resolve_packing(small_run(tmp_path, **settings), two, 1, before).rows_per_batch == 1
+    assert batch_shapes.resolve_packing(small_run(tmp_path, **settings), two, 1).rows_per_batch == 2
 
 
 def test_metrics_carry_the_names_people_know(played):
@@ -158,7 +157,7 @@ def test_a_finished_run_is_left_alone_and_can_be_prolonged(played, tmp_path):
         with pytest.raises(ValueError, match=r"objective.eta was 6.0, is 1.0"):
             loop.play(small_run(directory, **{"objective.eta": 1}), said.append)
         opened = journal.open_journal(directory)
-        journal.save(dataclasses.replace(opened, data="of other data"))
+        journal.save(dataclasses.replace(opened, data_fingerprint="of other data"))
         with pytest.raises(ValueError, match="the run began with other prompts and targets"):
             loop.play(small_run(directory), said.append)
         journal.save(opened)
@@ -203,7 +202,7 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeypat
 def play(directory, *place_and_signal):
     """Run tests/killed_run.py; its return code and output."""
     command = [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(directory), *place_and_signal]
-    environment = os.environ | {"TPAW_TEST_DEVICES": "1"}
+    environment = child_environment(TPAW_TEST_DEVICES="1")
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     return done.returncode, done.stdout + done.stderr
 

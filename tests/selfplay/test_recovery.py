@@ -57,7 +57,7 @@ def runs(tmp_path_factory):
 def policy_of(directory, round_number):
     run = small_run(directory)
     like = open_policy(run, sharding.make_mesh(run.mesh, jax.local_devices()[:1])).params
-    kept = ring.open_ring(journal.open_journal(directory, reading=True), 3)
+    kept = ring.open_ring(journal.open_journal(directory, read_only=True), 3)
     return ring.restore_policy(kept, round_number, like)
 
 
@@ -225,7 +225,7 @@ def remake_otherwise(directory):
 
 def what_is_there(directory):
     """What the journal says, and the content of all files that it calls whole."""
-    opened = journal.open_journal(directory, reading=True)
+    opened = journal.open_journal(directory, read_only=True)
     paths = [directory / name for name in opened.facts if opened.is_complete(name)]
     files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if not file.is_dir()]
     return opened.facts, {str(file.relative_to(directory)): file.read_bytes() for file in files}

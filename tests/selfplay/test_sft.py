@@ -16,7 +16,7 @@ from tpaw_jax.data import dataset, packing, templates
 from tpaw_jax.generation.policy import open_policy
 from tpaw_jax.report import run_report
 from tpaw_jax.runtime import preemption, sharding
-from tpaw_jax.selfplay import loop, sft
+from tpaw_jax.selfplay import loop
 from tpaw_jax.storage import journal, ring
 
 SETTINGS = {"objective.loss": "sft", "rounds": 1, "train.optimizer": "adamw", "train.epochs": 2}
@@ -36,7 +36,7 @@ def run(directory, notice=None, **overrides):
 def policy_of(directory):
     c = small_run(directory, **SETTINGS)
     like = open_policy(c, sharding.make_mesh(c.mesh, jax.local_devices()[:1])).params
-    return ring.restore_policy(ring.open_ring(journal.open_journal(directory, reading=True), 3), 1, like)
+    return ring.restore_policy(ring.open_ring(journal.open_journal(directory, read_only=True), 3), 1, like)
 
 
 def records(directory):
@@ -58,7 +58,7 @@ def test_the_loss_of_the_first_step_is_that_of_transformers(trained):
     c = small_run(directory)
     template = templates.make_template(transformers.AutoTokenizer.from_pretrained(STORIES), c.data)
     prompts, _, _ = dataset.load(c.data, template, c.seed)
-    rows = packing.pack(sft.trees_of_targets(prompts), PackingConfig(128, 2, 64, 1))
+    rows = packing.pack(packing.trees_of_targets(prompts), PackingConfig(128, 2, 64, 1))
     first = records(directory)[0]
     used = packing.epoch_order(rows, c.seed, 0, 0)
     model = transformers.LlamaForCausalLM.from_pretrained(STORIES, dtype=torch.float32)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpaw_jax.config import MeshConfig, TrainConfig
+from tpaw_jax.config import MeshConfig, ObjectiveConfig, TrainConfig
 from tpaw_jax.runtime import sharding
 from tpaw_jax.storage import journal, ring
 from tpaw_jax.training import train_step
@@ -23,7 +23,7 @@ def test_the_newest_players_are_kept_in_order(tmp_path):
         ring.push(kept, policy(float(t)), t)
         ring.finish_saves(kept)
         assert kept.policies == list(range(max(0, t - 2), t + 1))
-        assert ring.players(kept, t) == kept.policies[::-1]
+        assert ObjectiveConfig().players(t) == kept.policies[::-1]
     restored = ring.restore_policy(kept, 3, policy(0.0))
     assert (np.asarray(restored["layers"]["q"]["kernel"]) == 3).all()
 

@@ -28,16 +28,16 @@ def packed():
 def test_rows_are_counted_as_the_mask_counts_them(packed):
     *_, rows = packed
     batch = rows.batch
-    work = cost.of_rows(rows)
+    work = cost.work_of_rows(rows)
     mask = np.asarray(visible(Visibility(batch.segment_ids, batch.branch_ids)))
     assert work.tokens == batch.tokens.size
-    assert work.pairs == mask[np.asarray(batch.segment_ids) > 0].sum()
+    assert work.attended == mask[np.asarray(batch.segment_ids) > 0].sum()
     assert work.predictions == sum(len(r) for tree in packed[3] for r in tree.responses)
 
 
 def test_trees_are_rows_without_padding(packed):
     *_, trees, rows = packed
-    alone, together = cost.of_trees(trees), cost.of_rows(rows)
+    alone, together = cost.work_of_trees(trees), cost.work_of_rows(rows)
     assert alone[1:] == together[1:]
     assert alone.tokens == pytest.approx(together.tokens * rows.fill)
 
@@ -48,7 +48,11 @@ def test_pairs_are_counted_as_they_are_laid_out(packed):
     for start in range(0, 27, 8):
         group = triplets_of(prompts, rounds)[start : start + 8]
         expected += 2 * len(group) * max(len(x) + max(len(y), len(g)) for x, y, g in group)
-    assert cost.of_pairs(prompts, rounds, 8).tokens == cost.of_pairs(prompts, rounds, 8).predictions == expected
+    assert (
+        cost.work_of_padded_pairs(prompts, rounds, 8).tokens
+        == cost.work_of_padded_pairs(prompts, rounds, 8).predictions
+        == expected
+    )
 
 
 @pytest.mark.parametrize("length", [32, 128])
@@ -72,11 +76,11 @@ def test_a_round_costs_its_scoring_once_and_three_passes_an_epoch(packed):
     generations = {g.round: g for g in rounds}
     in_trees, in_pairs = cost.round_work(prompts, generations, sources, [2, 1, 0], run)
     of_newest = [packing.tree_of_responses(prompts, i, {2: r}) for i, r in enumerate(rounds[2].tokens)]
-    newest_alone = cost.of_rows(packing.pack(of_newest, run.packing))
-    one_epoch = cost.of_rows(rows)
+    newest_alone = cost.work_of_rows(packing.pack(of_newest, run.packing))
+    one_epoch = cost.work_of_rows(rows)
     assert in_trees.training == one_epoch * 6
     assert in_trees.scoring == one_epoch + newest_alone * 2
-    pairs = cost.of_pairs(prompts, rounds[::-1], cost.PAIRS)
+    pairs = cost.work_of_padded_pairs(prompts, rounds[::-1], cost.BASELINE_BATCH_SIZE)
     assert in_pairs.total == pairs * 12  # two epochs of three players, forward and backward
 
 

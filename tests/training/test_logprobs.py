@@ -67,7 +67,8 @@ def test_tree_loss_and_gradient_with_cached_scores_equal_pairs_with_live_referen
     scores = TeamScores(jnp.stack([score(r, rows.batch) for r in references]), jnp.ones(3, bool))
     trees, tree_gradient = jax.jit(jax.value_and_grad(lambda p: tree_loss(log_prob_fn, p, scores, rows.batch)))(params)
     triplets = pair_batch(triplets_of(prompts, window))
-    pairs, pair_gradient = jax.value_and_grad(lambda p: pair_loss(model, p, references, triplets, **PAPER))(params)
+    of_pairs = jax.jit(jax.value_and_grad(lambda p: pair_loss(model, p, references, triplets, **PAPER)))
+    pairs, pair_gradient = of_pairs(params)
     np.testing.assert_allclose(trees, pairs, rtol=1e-5)
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(pair_gradient))
     jax.tree.map(
@@ -83,8 +84,8 @@ def test_another_models_apply_fn_gives_the_same_log_probs(packed):
         dense = model.clone(attention=EINSUM._replace(prepare=lambda _: mask))
         return dense.apply({"params": params}, tokens, positions)
 
-    ours = logprobs.make_log_prob_fn(model, 64)(params, rows.batch)
-    theirs = logprobs.from_apply_fn(apply_fn)(params, rows.batch)
+    ours = jax.jit(logprobs.make_log_prob_fn(model, 64))(params, rows.batch)
+    theirs = jax.jit(logprobs.from_apply_fn(apply_fn))(params, rows.batch)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
@@ -156,8 +157,8 @@ def test_tiles_and_their_gradients_equal_the_dense_mask(seed, length, grouped):
     weight *= (segments > 0)[..., None, None]  # the output at padding does not matter
 
     def value_and_gradients(attention):
-        context = attention.prepare(visibility)
-        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(weight * attention.attend(*x, context)), (0, 1, 2)))
+        context = lambda: attention.prepare(visibility)
+        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(weight * attention.attend(*x, context())), (0, 1, 2)))
 
     found, expected = (value_and_gradients(a)(q, k, v) for a in (TILES, EINSUM))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)

@@ -11,7 +11,7 @@ from conftest import random_prompts
 
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainConfig
 from tpaw_jax.data import packing
-from tpaw_jax.models import EINSUM, TILES, Transformer, split
+from tpaw_jax.models import EINSUM, TILES, Transformer, shard_model
 from tpaw_jax.runtime import sharding
 from tpaw_jax.training import logprobs, scoring, train_step
 from tpaw_jax.training.train_step import StepScalars
@@ -23,7 +23,7 @@ def setup(stories, devices=1, rows_per_batch=2, most=4, compute=jnp.float32, rem
     trees = packing.trees_of_window(prompts, rounds[::-1], packing.first_sources(prompts, rounds))
     rows = packing.pack(trees, PackingConfig(row_length=128, max_responses_per_row=12))
     mesh = sharding.make_mesh(mesh or MeshConfig(fsdp=devices), jax.devices()[:devices])
-    model = split(Transformer(stories[0], dtype=compute, remat=remat, attention=TILES), stories[1], mesh)
+    model = shard_model(Transformer(stories[0], dtype=compute, remat=remat, attention=TILES), stories[1], mesh)
     log_prob_fn = logprobs.make_log_prob_fn(model, 64)
     config = TrainConfig(**{"optimizer": "adamw", "epsilon": 1e-4, **train})
     optimizer = train_step.make_optimizer(config)

@@ -17,5 +17,3 @@ from tpaw_jax.config.schema import SourceConfig as SourceConfig
 from tpaw_jax.config.schema import TaskConfig as TaskConfig
 from tpaw_jax.config.schema import TrainConfig as TrainConfig
 from tpaw_jax.config.schema import of_round as of_round
-from tpaw_jax.config.schema import option as option
-from tpaw_jax.config.schema import section as section

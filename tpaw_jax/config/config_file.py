@@ -8,19 +8,11 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import yaml
 
-from tpaw_jax.config.schema import (
-    DataConfig,
-    EvaluationConfig,
-    ObjectiveConfig,
-    PackingConfig,
-    RunConfig,
-    SamplingConfig,
-    TrainConfig,
-)
+from tpaw_jax.config.schema import EvaluationConfig, RunConfig
 
 SFT: dict[str, Any] = {
     "directory": "runs/sft",
@@ -47,7 +39,7 @@ def load(
     fields = dict(defaults or {})
     for path in map(Path, paths):
         in_file = _read(path)
-        parse(RunConfig, in_file, str(path))
+        parse(RunConfig, in_file, str(path))  # so that an error names this file
         fields = _merge(in_file, fields)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -100,12 +92,31 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-class Check(NamedTuple):
-    """A condition on the configuration; if it does not hold, the error is `{key} {problem}`."""
-
-    holds: bool
-    key: str
-    problem: str
+AT_LEAST = {
+    "rounds": 1,
+    "policy.head_chunk": 1,
+    "data.max_prompt_length": 1,
+    "data.max_prompts": 0,
+    "data.holdout_prompts": 0,
+    "sampling.max_new_tokens": 1,
+    "sampling.temperature": 0,
+    "sampling.top_k": 0,
+    "sampling.slots": 1,
+    "sampling.prefill_tokens": 1,
+    "sampling.min_new_tokens": 0,
+    "sampling.tensor": 1,
+    "objective.n_max": 1,
+    "objective.opponent_rounds": 0,
+    "packing.alignment": 0,
+    "packing.rows_per_batch": 0,
+    "packing.scoring_batches": 1,
+    "packing.max_responses_per_row": 2,
+    "train.epochs": 1,
+    "train.batch_triplets": 1,
+    "train.max_skipped_in_a_row": 1,
+    "train.save_every_steps": 1,
+}
+"""The least value of each integer option, and of the temperature."""
 
 
 def validate(config: RunConfig, where: str) -> None:
@@ -114,103 +125,65 @@ def validate(config: RunConfig, where: str) -> None:
     Raises:
         ValueError: a value is out of range or does not fit another one; names the first such key.
     """
-    checks = [
-        *_check_run(config),
-        *_check_data(config.data),
-        *_check_sampling(config.sampling),
-        *_check_objective(config.objective),
-        *_check_packing(config.packing, config.longest_triplet),
-        *_check_train(config.train),
-        *_check_evaluation(config.evaluation),
-    ]
-    for check in checks:
-        if not check.holds:
-            raise ValueError(f"{where}: {check.key} {check.problem}.")
+    values = flat(to_dict(config))
+    too_small = ((values[key] >= least, key, f"must be at least {least}") for key, least in AT_LEAST.items())
+    checks = [*too_small, *_check_values(config), *_check_tasks(config.evaluation)]
+    for holds, key, problem in checks:
+        if not holds:
+            raise ValueError(f"{where}: {key} {problem}.")
 
 
-def _check_run(c: RunConfig) -> list[Check]:
-    one_round, anew = c.rounds == 1, c.data.responses == "sampled"
+Check = tuple[bool, str, str]
+"""(whether it holds, key, problem): if the check does not hold, the error is `{key} {problem}`."""
+
+
+def _check_values(c: RunConfig) -> list[Check]:
+    data, sampling, objective, train = c.data, c.sampling, c.objective, c.train
+    one_round, sampled = c.rounds == 1, data.responses == "sampled"
+    measured = objective.tolerance == -1
     return [
-        Check(one_round or c.objective.loss != "sft", "rounds", "must be 1 where objective.loss is sft"),
-        Check(one_round or anew, "rounds", "must be 1 where data.responses is rejected: no round would answer anew"),
-        Check(bool(c.policy.path), "policy.path", "names no model"),
-        Check(c.rounds >= 1, "rounds", "must be at least 1"),
-        Check(c.policy.head_chunk >= 1, "policy.head_chunk", "must be at least 1"),
+        (one_round or objective.loss != "sft", "rounds", "must be 1 where objective.loss is sft"),
+        (one_round or sampled, "rounds", "must be 1 where data.responses is rejected: the responses never change"),
+        (bool(c.policy.path), "policy.path", "is not set"),
+        (len(data.sources) >= 1, "data.sources", "is empty"),
+        (all(s.path for s in data.sources), "data.sources", "has an entry without a path"),
+        (all(s.weight > 0 for s in data.sources), "data.sources", "has an entry whose weight is not above 0"),
+        (data.max_length > data.max_prompt_length, "data.max_length", "must exceed data.max_prompt_length"),
+        (0 < sampling.top_p <= 1, "sampling.top_p", "must be above 0 and at most 1"),
+        (
+            sampling.min_new_tokens <= sampling.max_new_tokens,
+            "sampling.min_new_tokens",
+            "must be at most sampling.max_new_tokens",
+        ),
+        (all(sampling.stop_strings), "sampling.stop_strings", "contains an empty string"),
+        (len(objective.lam) >= 1, "objective.lam", "needs at least one value"),
+        (min(objective.lam, default=1) > 0, "objective.lam", "must be above 0"),
+        (objective.tolerance >= 0 or measured, "objective.tolerance", "must be at least 0, or -1 to measure it"),
+        (
+            c.packing.row_length >= c.longest_tree,
+            "packing.row_length",
+            f"must be at least {c.longest_tree}, the maximum tokens of a prompt with its target and one response",
+        ),
+        (len(train.learning_rate) >= 1, "train.learning_rate", "needs at least one value"),
+        (0 <= train.warmup_ratio < 1, "train.warmup_ratio", "must be at least 0 and below 1"),
+        (train.max_grad_norm > 0, "train.max_grad_norm", "must be above 0"),
+        (train.save_every_minutes > 0, "train.save_every_minutes", "must be above 0"),
     ]
 
 
-def _check_data(c: DataConfig) -> list[Check]:
-    usable, counts = all(s.path and s.weight > 0 for s in c.sources), (c.max_prompts, c.holdout_prompts)
-    return [
-        Check(len(c.sources) >= 1, "data.sources", "names no data"),
-        Check(usable, "data.sources", "needs a path and a weight above 0 each"),
-        Check(c.max_prompt_length >= 1, "data.max_prompt_length", "must be at least 1"),
-        Check(c.max_length > c.max_prompt_length, "data.max_length", "must exceed data.max_prompt_length"),
-        Check(min(counts) >= 0, "data.max_prompts", "and holdout_prompts cannot be negative"),
-    ]
-
-
-def _check_sampling(c: SamplingConfig) -> list[Check]:
-    sizes, least, dtypes = (c.slots, c.prefill_tokens), c.min_new_tokens, ("", "float32", "bfloat16")
-    return [
-        Check(c.max_new_tokens >= 1, "sampling.max_new_tokens", "must be at least 1"),
-        Check(c.temperature >= 0, "sampling.temperature", "cannot be negative"),
-        Check(0 < c.top_p <= 1, "sampling.top_p", "must be above 0 and at most 1"),
-        Check(c.top_k >= 0, "sampling.top_k", "cannot be negative"),
-        Check(min(sizes) >= 1, "sampling.slots", "and prefill_tokens must be at least 1"),
-        Check(0 <= least <= c.max_new_tokens, "sampling.min_new_tokens", "must be from 0 to sampling.max_new_tokens"),
-        Check(c.tensor >= 1, "sampling.tensor", "must be at least 1"),
-        Check(all(c.stop_strings), "sampling.stop_strings", "cannot have an empty text"),
-        Check(c.cache_dtype in dtypes, "sampling.cache_dtype", "must be float32, bfloat16 or empty"),
-    ]
-
-
-def _check_objective(c: ObjectiveConfig) -> list[Check]:
-    return [
-        Check(c.n_max >= 1, "objective.n_max", "must be at least 1"),
-        Check(c.opponent_rounds >= 0, "objective.opponent_rounds", "cannot be negative"),
-        Check(len(c.lam) >= 1, "objective.lam", "needs at least one value"),
-        Check(min(c.lam, default=1) > 0, "objective.lam", "must be above 0"),
-        Check(c.tolerance >= 0 or c.tolerance == -1, "objective.tolerance", "must be -1 or above"),
-    ]
-
-
-def _check_packing(c: PackingConfig, longest: int) -> list[Check]:
-    needed = "must hold data.max_length + sampling.max_new_tokens tokens; of rejected responses, 2 data.max_length"
-    return [
-        Check(c.alignment >= 0, "packing.alignment", "cannot be negative"),
-        Check(c.rows_per_batch >= 0, "packing.rows_per_batch", "cannot be negative"),
-        Check(c.scoring_batches >= 1, "packing.scoring_batches", "must be at least 1"),
-        Check(c.max_responses_per_row >= 2, "packing.max_responses_per_row", "must be at least 2"),
-        Check(c.row_length >= longest, "packing.row_length", needed),
-    ]
-
-
-def _check_train(c: TrainConfig) -> list[Check]:
-    return [
-        Check(len(c.learning_rate) >= 1, "train.learning_rate", "needs at least one value"),
-        Check(0 <= c.warmup_ratio < 1, "train.warmup_ratio", "must be at least 0 and below 1"),
-        Check(c.epochs >= 1, "train.epochs", "must be at least 1"),
-        Check(c.batch_triplets >= 1, "train.batch_triplets", "must be at least 1"),
-        Check(c.max_grad_norm > 0, "train.max_grad_norm", "must be above 0"),
-        Check(c.max_skipped_in_a_row >= 1, "train.max_skipped_in_a_row", "must be at least 1"),
-        Check(c.save_every_steps >= 1, "train.save_every_steps", "must be at least 1"),
-        Check(c.save_every_minutes > 0, "train.save_every_minutes", "must be above 0"),
-    ]
-
-
-def _check_evaluation(c: EvaluationConfig) -> list[Check]:
-    checks = [Check(not c.each_round or bool(c.tasks), "evaluation.each_round", "needs evaluation.tasks")]
+def _check_tasks(c: EvaluationConfig) -> list[Check]:
+    checks: list[Check] = [(bool(c.tasks) or not c.each_round, "evaluation.each_round", "needs evaluation.tasks")]
     names = [task.name for task in c.tasks]
     for task in c.tasks:
-        key = f"evaluation.tasks, '{task.name}'"
-        named = bool(re.fullmatch(r"[\w.-]+", task.name) and task.path) and names.count(task.name) == 1
-        large_enough = task.max_new_tokens >= 1 and task.limit >= 0
-        compiles = _compiles(task.answer) and _compiles(task.response)
+        key = f"evaluation.tasks, '{task.name}':"
         checks += [
-            Check(named, "evaluation.tasks", "need a name of their own, of letters, digits, _ . and -, and a path"),
-            Check(large_enough, key, "has a max_new_tokens or limit that is too small"),
-            Check(compiles, key, "has no regular expression in answer or response"),
+            (names.count(task.name) == 1, key, "another task has this name"),
+            (bool(re.fullmatch(r"[\w.-]+", task.name)), key, "a name consists of letters, digits, _ . and -"),
+            (bool(task.path), key, "the path is not set"),
+            (task.max_new_tokens >= 1, key, "max_new_tokens must be at least 1"),
+            (task.limit >= 0, key, "limit must be at least 0"),
+            (_compiles(task.answer), key, "answer is not a valid regular expression"),
+            (_compiles(task.response), key, "response is not a valid regular expression"),
         ]
     return checks
 

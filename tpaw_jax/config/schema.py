@@ -95,7 +95,9 @@ class SamplingConfig:
     tensor: int = option(
         1, "devices that share one copy of the model during sampling; above 1, all processes sample together"
     )
-    cache_dtype: str = option("", "dtype of cached keys and values, float32 or bfloat16; empty: policy.compute_dtype")
+    cache_dtype: Literal["", "float32", "bfloat16"] = option(
+        "", "dtype of cached keys and values; empty: policy.compute_dtype"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +121,13 @@ class ObjectiveConfig:
         0.5, "attention to the player that separates target and response worst; 0: uniform weights", "TPAW"
     )
     tolerance: float = option(
-        -1.0, "largest target reward that eta applies to; -1: the scoring noise measured at the start of the round (A8)"
+        -1.0,
+        "largest target reward that eta applies to; -1: twice the scoring noise at the start of the round (A8)",
     )
+
+    def players(self, t: int) -> list[int]:
+        """The rounds whose policies are the main players of round `t`, newest first; fewer in the first rounds."""
+        return list(range(t, max(-1, t - self.n_max), -1))
 
     def opponents(self, t: int) -> list[int]:
         """The rounds whose responses make up D_O in round `t`, newest first; fewer in the first rounds."""
@@ -247,6 +254,11 @@ class RunConfig:
     def longest_triplet(self) -> int:
         """Maximum tokens of a prompt, its target and one other response together."""
         return self.data.max_length + self.longest_response
+
+    @property
+    def longest_tree(self) -> int:
+        """Maximum tokens that one row must hold: a triplet, or a prompt with its target in SFT."""
+        return self.data.max_length if self.objective.loss == "sft" else self.longest_triplet
 
 
 def of_round(values: Sequence[float], round_number: int) -> float:

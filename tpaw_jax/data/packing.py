@@ -106,6 +106,14 @@ def tree_of_responses(prompts: Prompts, prompt: int, responses: dict[int, np.nda
     return Tree(prompt, prompts.prompt_tokens[prompt], tuple(responses), tuple(responses.values()), ())
 
 
+def trees_of_targets(prompts: Prompts) -> list[Tree]:
+    """Each prompt with its target as the only response."""
+    return [
+        Tree(i, x, (TARGET,), (y,), ((0, 0, 1),))
+        for i, (x, y) in enumerate(zip(prompts.prompt_tokens, prompts.target_tokens, strict=True))
+    ]
+
+
 def pack(trees: Sequence[Tree], config: PackingConfig) -> Rows:
     """Pack trees into rows of `row_length` tokens and at most `max_responses_per_row` responses.
 
@@ -118,8 +126,10 @@ def pack(trees: Sequence[Tree], config: PackingConfig) -> Rows:
     return _write_rows(_assign_to_rows(trees, config), config)
 
 
-def check_rows(config: PackingConfig, shards: int, alignment: int) -> None:
-    """Check that batches split evenly over `shards` devices and that rows have the `alignment` attention needs.
+def check_rows(config: PackingConfig, longest_tree: int, shards: int, alignment: int) -> None:
+    """Check that rows hold `longest_tree` tokens of three aligned parts, and suit the devices.
+
+    Batches must split evenly over `shards` devices, and rows need the `alignment` of attention.
 
     Raises:
         ValueError: they do not. Names the configuration key.
@@ -132,7 +142,13 @@ def check_rows(config: PackingConfig, shards: int, alignment: int) -> None:
     if config.rows_per_batch % shards:
         raise ValueError(
             f"packing.rows_per_batch is {config.rows_per_batch}; it must be a multiple of the {shards} devices that "
-            "rows are split over."
+            "rows are split over. A resumed run keeps its value: use a number of devices that divides it."
+        )
+    padded = longest_tree + 3 * (config.alignment - 1)
+    if config.row_length < padded:
+        raise ValueError(
+            f"packing.row_length is {config.row_length}; it must be at least {padded}, because prompt, target and "
+            f"response are each padded to a multiple of {config.alignment} tokens."
         )
 
 
@@ -181,7 +197,7 @@ def empty_like(rows: Rows, count: int) -> Rows:
     """Build `count` padding rows with the shapes of `rows`."""
     shape = lambda x: np.zeros((count, *x.shape[1:]), x.dtype)
     batch = jax.tree.map(shape, rows.batch)
-    batch = batch.replace(responses=np.full_like(batch.responses, rows.prompt_index.shape[1]))
+    batch = batch.replace(response_ids=np.full_like(batch.response_ids, rows.prompt_index.shape[1]))
     return Rows(batch, np.full_like(shape(rows.prompt_index), -1), shape(rows.source))
 
 
@@ -190,18 +206,18 @@ def take(rows: Rows, indices: np.ndarray, size: int) -> Rows:
     return _pad(_select(rows, indices), size)
 
 
-def micro_batches_a_step(rows: Rows, batch_triplets: int, rows_per_batch: int) -> int:
+def micro_batches_per_step(rows: Rows, batch_triplets: int, rows_per_batch: int) -> int:
     """Choose the micro-batches per step, at least one, so that a step has about `batch_triplets` triplets."""
     return micro_batches_of(float(rows.triplets.mean()), batch_triplets, rows_per_batch)
 
 
 def micro_batches_of(triplets_a_row: float, batch_triplets: int, rows_per_batch: int) -> int:
-    """Like `micro_batches_a_step`, for rows with a mean of `triplets_a_row` triplets."""
+    """Like `micro_batches_per_step`, for rows with a mean of `triplets_a_row` triplets."""
     return max(1, round(batch_triplets / (max(triplets_a_row, 1.0) * max(1, rows_per_batch))))
 
 
 def most_micro_batches(batch_triplets: int, longest_triplet: int, config: PackingConfig) -> int:
-    """Return an upper bound of `micro_batches_a_step` for any data, which fixes the shape of a step.
+    """Return an upper bound of `micro_batches_per_step` for any data, which fixes the shape of a step.
 
     A full row holds at least `row_length / longest_triplet` triplets, or `max_responses_per_row / 2` if that is less.
     First-fit leaves at most one row less than half full, so the mean is at least half of that. `longest_triplet` is the
@@ -315,9 +331,9 @@ def _write_rows(members: Sequence[Sequence[Tree]], config: PackingConfig) -> Row
         positions=ints(length),
         segment_ids=ints(length),
         branch_ids=ints(length),
-        sources=ints(length),
+        hidden_index=ints(length),
         labels=ints(length),
-        responses=ints(length, most),
+        response_ids=ints(length, most),
         triplet_target=ints(most),
         triplet_generated=ints(most),
         triplet_weight=np.zeros((count, most), np.float32),
@@ -348,9 +364,9 @@ def _write_row(rows: Rows, row: int, trees: Sequence[Tree], alignment: int) -> N
             b.segment_ids[span] = segment
             b.branch_ids[span] = branch
             predicted = slice(prediction, prediction + len(tokens))
-            b.sources[predicted] = np.concatenate([[last_of_prompt], np.arange(token, token + read)])
+            b.hidden_index[predicted] = np.concatenate([[last_of_prompt], np.arange(token, token + read)])
             b.labels[predicted] = tokens
-            b.responses[predicted] = response
+            b.response_ids[predicted] = response
             rows.prompt_index[row, response] = tree.prompt
             rows.source[row, response] = tree.sources[branch - 1]
             token += _align(read, alignment)

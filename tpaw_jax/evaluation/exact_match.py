@@ -23,7 +23,7 @@ from tpaw_jax.generation.policy import Policy
 from tpaw_jax.generation.slots import Sampler
 from tpaw_jax.types import Prompts
 
-CONFIDENCE = 1.959963984540054
+Z = 1.959963984540054
 """95 % of a normal distribution lies within this many standard deviations of its mean."""
 
 
@@ -150,19 +150,20 @@ def same_answer(one: str, other: str) -> bool:
 
 def interval(correct: int, problems: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of the accuracy."""
-    share, z = correct / problems, CONFIDENCE**2
-    middle = (share + z / (2 * problems)) / (1 + z / problems)
-    half = CONFIDENCE * math.sqrt(share * (1 - share) / problems + z / (4 * problems**2)) / (1 + z / problems)
+    share, squared = correct / problems, Z**2
+    middle = (share + squared / (2 * problems)) / (1 + squared / problems)
+    root = math.sqrt(share * (1 - share) / problems + squared / (4 * problems**2))
+    half = Z * root / (1 + squared / problems)
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def greedy(sampling: SamplingConfig, tasks: Sequence[TaskConfig]) -> SamplingConfig:
+def greedy_sampling_config(sampling: SamplingConfig, tasks: Sequence[TaskConfig]) -> SamplingConfig:
     """The run's sampling settings, but greedy, and with the largest `max_new_tokens` of the tasks."""
     longest = max(task.max_new_tokens for task in tasks)
     return dataclasses.replace(sampling, temperature=0.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=longest)
 
 
-def chosen(config: EvaluationConfig, names: Sequence[str]) -> list[TaskConfig]:
+def select_tasks(config: EvaluationConfig, names: Sequence[str]) -> list[TaskConfig]:
     """The configured tasks with these names, or all of them if `names` is empty.
 
     Raises:
@@ -207,4 +208,6 @@ def make_evaluator(config: RunConfig, policy: Policy, tasks: Sequence[TaskConfig
         ValueError: a problem is malformed or has no answer.
     """
     loaded = [load_task(task, policy.template) for task in tasks]
-    return Evaluator(loaded, policy.sampler_with(greedy(config.sampling, tasks)), policy.template, policy.stop_fn)
+    return Evaluator(
+        loaded, policy.sampler_with(greedy_sampling_config(config.sampling, tasks)), policy.template, policy.stop_fn
+    )

@@ -25,8 +25,7 @@ from tpaw_jax.data import packing
 from tpaw_jax.generation import engine
 from tpaw_jax.generation.policy import Policy
 from tpaw_jax.runtime import sharding, tpu
-from tpaw_jax.training import logprobs, scoring
-from tpaw_jax.training.batch_shapes import settled_packing
+from tpaw_jax.training import batch_shapes, logprobs, scoring
 from tpaw_jax.types import Prompts
 
 DEFAULT_NEW_TOKENS = 256
@@ -39,15 +38,15 @@ class PolicyLM(TemplateLM):
     A context and its continuation together are truncated to `packing.row_length` and to the model's positions.
     """
 
-    def __init__(self, player: Policy, params: PyTree[Array], config: RunConfig, mesh: jax.sharding.Mesh) -> None:
+    def __init__(self, policy: Policy, params: PyTree[Array], config: RunConfig, mesh: jax.sharding.Mesh) -> None:
         super().__init__()
-        self.player, self.params, self.config = player, params, config
-        self.tokenizer = player.template.tokenizer
-        self.packing = settled_packing(config, mesh)
-        self.positions = player.model.config.max_position_embeddings
+        self.policy, self.params, self.config = policy, params, config
+        self.tokenizer = policy.template.tokenizer
+        self.packing = batch_shapes.resolve_packing(config, mesh, batch_shapes.needed_alignment(config))
+        self.positions = policy.model.config.max_position_embeddings
         padding = 2 * (self.packing.alignment - 1)  # of context and continuation, each padded to the alignment
         self.max_length = min(self.positions, self.packing.row_length - padding)
-        greedy_fn = logprobs.make_greedy_fn(player.model, config.policy.head_chunk)
+        greedy_fn = logprobs.make_greedy_fn(policy.model, config.policy.head_chunk)
         self._program = scoring.score_program(greedy_fn, mesh, tpu.options_of(mesh))
         self._rows = sharding.rows(mesh)
         self._samplers: dict[tuple[int, float, float, int], Any] = {}
@@ -81,7 +80,7 @@ class PolicyLM(TemplateLM):
         Raises:
             ValueError: the policy was trained without a chat template.
         """
-        template = self.player.template
+        template = self.policy.template
         if template.chat is None:
             raise ValueError(
                 "--chat-template: data.chat_template is 'none', so the policy was trained without a chat template; "
@@ -91,7 +90,7 @@ class PolicyLM(TemplateLM):
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The chat template, for lm-eval's records."""
-        return self.player.template.chat if chat_template else None
+        return self.policy.template.chat if chat_template else None
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-prob of each text in nats, computed in windows of `max_length` tokens that do not overlap."""
@@ -182,7 +181,7 @@ class PolicyLM(TemplateLM):
                 top_p=top_p,
                 top_k=top_k,
             )
-            self._samplers[key] = self.player.sampler_with(settings)
+            self._samplers[key] = self.policy.sampler_with(settings)
         return self._samplers[key]
 
 

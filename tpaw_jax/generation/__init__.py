@@ -10,27 +10,5 @@ Read in this order:
 5. `token_sampling`: logits to tokens, by temperature, top-k, top-p and the random stream of each token.
 6. `policy`: a model with its template and sampler, loaded from a configuration.
 7. `generation_file`: responses as JSON lines, from another engine or of an unfinished round.
-8. `completions`: `tpaw generate`. It is not re-exported, because importing Orbax takes seconds.
+8. `completions`: `tpaw generate`.
 """
-
-from tpaw_jax.generation.cache import PAGE as PAGE
-from tpaw_jax.generation.cache import Pages as Pages
-from tpaw_jax.generation.cache import PageTable as PageTable
-from tpaw_jax.generation.decoder import Decoder as Decoder
-from tpaw_jax.generation.decoder import decoder_from_apply_fn as decoder_from_apply_fn
-from tpaw_jax.generation.decoder import decoder_of as decoder_of
-from tpaw_jax.generation.engine import StopFn as StopFn
-from tpaw_jax.generation.engine import bucket as bucket
-from tpaw_jax.generation.engine import gather_from_processes as gather_from_processes
-from tpaw_jax.generation.engine import generate as generate
-from tpaw_jax.generation.engine import local_share as local_share
-from tpaw_jax.generation.engine import stop_at as stop_at
-from tpaw_jax.generation.policy import SPEED_ONLY_KEYS as SPEED_ONLY_KEYS
-from tpaw_jax.generation.policy import Policy as Policy
-from tpaw_jax.generation.policy import open_policy as open_policy
-from tpaw_jax.generation.policy import stop_tokens as stop_tokens
-from tpaw_jax.generation.slots import STEPS_PER_CHUNK as STEPS_PER_CHUNK
-from tpaw_jax.generation.slots import DecodeState as DecodeState
-from tpaw_jax.generation.slots import Sampler as Sampler
-from tpaw_jax.generation.slots import make_sampler as make_sampler
-from tpaw_jax.generation.token_sampling import round_key as round_key

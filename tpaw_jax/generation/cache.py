@@ -7,8 +7,8 @@ read and write the pool by the table that `Pages.table` returns. Attention reads
 pages of each slot by their softmax sums, so keys and values are never gathered; CPUs have a kernel for this in
 `cpu.kernels`. Slots and pages are split into R shards that are independent of each other.
 
-Dimensions of this file: U pages of a shard, P tokens of a page, W owners of a page at most, J pages of a slot, E = K H
-numbers of a token, G queries of a key head, M = R S slots, Z = R U W pairs of a page and an owner.
+Dimensions of this file: U pages per shard, P tokens per page, at most W owners per page, J pages per slot, E = K H
+numbers per token, G queries of a key head, M = R S slots, Z = R U W (page, owner) pairs.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class LayerPages(struct.PyTreeNode):
     """Keys and values of all pages in one layer. Each layer has its own arrays, so that XLA updates them in place.
 
     The heads of a token are one row of E numbers. A TPU pads such a row to a multiple of 128 at most, writes it in
-    place, and reads it once a step.
+    place, and reads it once per step.
     """
 
     keys: Float[Array, "R U P E"]
@@ -151,7 +151,7 @@ KVCache = tuple[LayerPages, ...]
 
 
 def empty(layers: int, shards: int, pages: int, heads: int, size: int, dtype: jnp.dtype) -> KVCache:
-    """A zeroed pool with `pages` pages a shard: 2 L R U P E elements of `dtype`."""
+    """A zeroed pool with `pages` pages per shard: 2 L R U P E elements of `dtype`."""
     zeros = lambda: jnp.zeros((shards, pages, PAGE, heads * size), dtype)
     return tuple(LayerPages(zeros(), zeros()) for _ in range(layers))
 

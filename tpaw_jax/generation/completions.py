@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from tpaw_jax.config import RunConfig, config_file
 from tpaw_jax.data import dataset, records
 from tpaw_jax.data.templates import Template
-from tpaw_jax.generation import engine, generation_file
+from tpaw_jax.generation import engine, generation_file, token_sampling
 from tpaw_jax.generation.policy import SPEED_ONLY_KEYS, Policy, open_policy, stop_tokens
 from tpaw_jax.models import hub
 from tpaw_jax.observe import tables
@@ -40,10 +40,10 @@ def answer(
 
     Raises:
         FileNotFoundError: the file `given` or the model does not exist.
-        ValueError: `num_generations` is below 1, or a prompt cannot be used.
+        ValueError: `num_generations` is not from 1 to 4096, or a prompt cannot be used.
     """
-    if num_generations < 1:
-        raise ValueError(f"--num-generations is {num_generations}; it must be at least 1.")
+    if not 1 <= num_generations <= token_sampling.MAX_SAMPLES:
+        raise ValueError(f"--num-generations is {num_generations}; it must be from 1 to {token_sampling.MAX_SAMPLES}.")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
     if given is not None and not given.is_file():
         raise FileNotFoundError(f"{given}: there is no such file of prompts.")
@@ -51,10 +51,10 @@ def answer(
     prompts, skipped = _load_prompts(config, policy, given)
     digest, total = _digest(config, policy, prompts, round_number, num_generations), len(prompts) * num_generations
     unfinished = out.with_name(f"{out.name}.{digest}.part")
-    finished = generation_file.resume(unfinished, prompts, say, num_generations)
+    finished = generation_file.read_and_repair(unfinished, prompts, say, num_generations)
     if finished:
         say(f"Resuming: {len(finished)} of {total} responses are already sampled.")
-    keeping = generation_file.appending(unfinished, prompts, num_generations=num_generations)
+    keeping = generation_file.appender(unfinished, prompts, num_generations=num_generations)
     with tables.progress("generating", total, "response") as bar, keeping as keep:
         bar.update(len(finished))
         generations = engine.generate(

@@ -123,7 +123,7 @@ def prefill(
 
 def _embed(model: Transformer, weights: DecodeWeights, tokens: Int[AnyArray, "R S"]) -> Float[Array, "M D"]:
     name, flat = "embed/embedding", jnp.reshape(tokens, -1)
-    return model.parallel.embed(weights.embed, name, flat, jnp.float32, take=_rows)
+    return model.parallel.embed(weights.embed, name, flat, jnp.float32, take=_take_rows)
 
 
 def _layer(
@@ -133,7 +133,7 @@ def _layer(
 
     attend([R, S, N + 2K, H]) -> (attention output [R, S, N, H], anything that the caller wants to keep).
     """
-    c, split = model.local_config, model.parallel
+    c, parallel = model.local_config, model.parallel
     product = functools.partial(_product, epsilon=c.rms_norm_eps, layer=i)
     select = lambda p: p if i is None else p[i]
     qkv_ME = product(x_MD, w.qkv, w.attention_norm)
@@ -145,9 +145,9 @@ def _layer(
         norm = lambda x, scale: rms_norm(x, select(scale), c.rms_norm_eps)
         heads_RSXH = jnp.concatenate([norm(q, w.q_norm), norm(k, w.k_norm), v], axis=2)
     attended, kept = attend(heads_RSXH)
-    x_MD += split.total(product(attended.reshape(len(x_MD), -1), w.o))
+    x_MD += parallel.reduce_from_tensor(product(attended.reshape(len(x_MD), -1), w.o))
     gate_MF, up_MF = jnp.split(product(x_MD, w.gate_up, w.mlp_norm), 2, axis=1)
-    return x_MD + split.total(product(nn.silu(gate_MF) * up_MF, w.down)), kept
+    return x_MD + parallel.reduce_from_tensor(product(nn.silu(gate_MF) * up_MF, w.down)), kept
 
 
 def _logits(model: Transformer, weights: DecodeWeights, x_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
@@ -162,7 +162,7 @@ def _split_heads(config, heads_RSXH):
     return jnp.split(heads_RSXH, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
 
 
-def _rows(table_VD, tokens_M):
+def _take_rows(table_VD, tokens_M):
     """table[tokens]. XLA's CPU backend converts an entire table of 16-bit floats to read one row, so read integers."""
     if isinstance(table_VD, PackedMatrix):
         return kernels.take(table_VD, tokens_M)

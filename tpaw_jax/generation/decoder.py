@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from tpaw_jax.generation import cache as kv
+from tpaw_jax.generation import cache as paged
 from tpaw_jax.generation import decode_step
 from tpaw_jax.generation.cpu import kernels
 from tpaw_jax.models.transformer import Transformer
@@ -22,8 +22,8 @@ class Decoder(NamedTuple):
     dtype: of the matrices in `params`; None: any
     init(shards, pages) -> cache
     prepare(params) -> weights, the form of the parameters that `decode` takes
-    prefill(params, prompts) -> (logits [R, N, V] after the last token of each prompt, rows: any pytree for `place`)
-    place(cache, rows, starts [R, C], pages [R, C]) -> cache, with `PAGE` tokens from each start written to its page
+    prefill(params, prompts) -> (logits [R, N, V] after the last token of each prompt, kv: any pytree for `place`)
+    place(cache, kv, starts [R, C], pages [R, C]) -> cache, with `PAGE` tokens from each start written to its page
     decode(weights, cache, tokens [R, S], positions [R, S], table) -> (logits [R, S, V], cache)
     prefills_with_weights: whether `prefill` takes the weights of `prepare` instead of `params`
     """
@@ -48,7 +48,7 @@ def decoder_of(model: Transformer, cache_dtype: str = "", platform: str = "") ->
     use_kernels = on_cpu and {dtype, jnp.dtype(model.dtype)} <= kernels.DTYPES and kernels.available()
 
     def init(shards, pages):
-        return kv.empty(c.num_layers, shards, pages, c.num_kv_heads, c.head_dim, dtype)
+        return paged.empty(c.num_layers, shards, pages, c.num_kv_heads, c.head_dim, dtype)
 
     def prefill(params, prompts):
         variables, rows = {"params": params}, (prompts.tokens, prompts.positions, prompts.segment_ids)
@@ -64,7 +64,7 @@ def decoder_of(model: Transformer, cache_dtype: str = "", platform: str = "") ->
         init=init,
         prepare=lambda params: decode_step.decode_weights(model, params, packed=use_kernels),
         prefill=prefill_with_weights if use_kernels else prefill,
-        place=lambda cache, rows, starts, pages: kv.write_prompts(cache, rows[0], rows[1], starts, pages),
+        place=lambda cache, kv, starts, pages: paged.write_prompts(cache, kv[0], kv[1], starts, pages),
         decode=lambda weights, cache, tokens, positions, table: decode_step.decode(
             model, weights, tokens, positions, cache, table
         ),
@@ -90,18 +90,18 @@ def decoder_from_apply_fn(apply_fn: Callable[[PyTree[Array], Array], Array]) -> 
         return logits_BV.reshape(*prompts.lengths.shape, -1), tokens_RT
 
     def place(cache, rows_RT, starts, pages):
-        places = jnp.minimum(starts[..., None] + jnp.arange(kv.PAGE), rows_RT.shape[1] - 1)
+        places = jnp.minimum(starts[..., None] + jnp.arange(paged.PAGE), rows_RT.shape[1] - 1)
         put = lambda old, row_T, places_CP, pages_C: old.at[pages_C].set(row_T[places_CP], mode="drop")
         return jax.vmap(put)(cache, rows_RT, places, pages)
 
     def decode(params, cache, tokens_RS, positions_RS, table):
         put = lambda old, page_S, offset_S, new_S: old.at[page_S, offset_S].set(new_S, mode="drop")
-        cache = jax.vmap(put)(cache, kv.page_of(table, positions_RS), positions_RS % kv.PAGE, tokens_RS)
+        cache = jax.vmap(put)(cache, paged.page_of(table, positions_RS), positions_RS % paged.PAGE, tokens_RS)
         pages_RSJ = jnp.minimum(table.of_slot, cache.shape[1] - 1)
         sequences = jax.vmap(lambda pool, pages_SJ: pool[pages_SJ])(cache, pages_RSJ).reshape(tokens_RS.size, -1)
         return last_logits(params, sequences, positions_RS.reshape(-1)).reshape(*tokens_RS.shape, -1), cache
 
     def init(shards: int, pages: int) -> Array:
-        return jnp.zeros((shards, pages, kv.PAGE), jnp.int32)
+        return jnp.zeros((shards, pages, paged.PAGE), jnp.int32)
 
     return Decoder(None, init, lambda params: params, prefill, place, decode)

@@ -269,7 +269,7 @@ class _Engine:
         return responses
 
     def _prefill(self) -> None:
-        """Prefill one row of prompts per shard; the row stays empty where a row's worth of tokens already waits."""
+        """Prefill one row of prompts per shard; an empty row where a row of prefilled tokens already waits."""
         shards, max_prompts = len(self.waiting), max(1, self.row // 16)
         tokens, positions, segments = np.zeros((3, shards, self.row), np.int32)
         first, lengths = np.zeros((shards, max_prompts), np.int32), np.ones((shards, max_prompts), np.int32)
@@ -304,10 +304,10 @@ class _Engine:
         batch = next(queue[0].batch for queue, f in zip(self.waiting, free, strict=True) if len(f))
         prompt_pages = math.ceil(self.longest / PAGE)
         slot = np.full((shards, ADMISSIONS_PER_CALL), slots, np.int32)
-        prompt, length, request, sample, limit = np.zeros((5, shards, ADMISSIONS_PER_CALL), np.int32)
+        index_in_row, length, prompt_id, sample, limit = np.zeros((5, shards, ADMISSIONS_PER_CALL), np.int32)
         starts = np.zeros((shards, ADMISSIONS_PER_CALL, prompt_pages), np.int32)
         admitted: list[tuple[int, int, int]] = []
-        sources: dict[tuple[int, int], int] = {}  # the slot with the same prompt from which a new slot gets pages
+        donors: dict[tuple[int, int], int] = {}  # the slot with the same prompt whose pages a new slot shares
         for r, queue in enumerate(self.waiting):
             for a, s in enumerate(free[r]):
                 if queue[0].batch is not batch:
@@ -316,33 +316,33 @@ class _Engine:
                 i, g = divmod(new.request, self.num_generations)
                 others = np.flatnonzero(self.occupant[r] // self.num_generations == i)
                 if others.size:
-                    sources[r, s] = int(others[0])
+                    donors[r, s] = int(others[0])
                 self.occupant[r, s], self.generated[r, s] = new.request, 0
-                slot[r, a], prompt[r, a], length[r, a] = s, new.prompt, self.lengths[i]
-                request[r, a], sample[r, a], limit[r, a] = self.prompts.ids[i], g, self.limits[i]
+                slot[r, a], index_in_row[r, a], length[r, a] = s, new.prompt, self.lengths[i]
+                prompt_id[r, a], sample[r, a], limit[r, a] = self.prompts.ids[i], g, self.limits[i]
                 starts[r, a] = new.start + PAGE * np.arange(prompt_pages)
                 admitted.append((r, a, s))
-        pages = self._give_pages(admitted, length, sources)
+        pages = self._give_pages(admitted, length, donors)
         flat = lambda x: x.reshape(shards, -1)
-        admission = Admission(slot, prompt, length, request, sample, limit, flat(starts), flat(pages))
+        admission = Admission(slot, index_in_row, length, prompt_id, sample, limit, flat(starts), flat(pages))
         self.state = self.sampler.admit(self.state, batch, self._place(admission), self.key)
 
     def _give_pages(
-        self, admitted: list[tuple[int, int, int]], length: np.ndarray, sources: Mapping[tuple[int, int], int]
+        self, admitted: list[tuple[int, int, int]], length: np.ndarray, donors: Mapping[tuple[int, int], int]
     ) -> np.ndarray:
         """Reserve the pages of admitted prompts; returns those to write, [R, A, pages of a prompt].
 
-        `admitted` are (shard, entry, slot), `length` [R, A] the prompts' tokens, and `sources` the slots whose full
+        `admitted` are (shard, entry, slot), `length` [R, A] the prompts' tokens, and `donors` the slots whose full
         pages a slot shares. Shared pages are already written.
         """
         unshared, all_tokens = np.zeros((2, *self.occupant.shape), int)
         for r, a, s in admitted:
             all_tokens[r, s] = length[r, a]
-            unshared[r, s] = 0 if (r, s) in sources else length[r, a]
-        self._reserve(unshared)  # before sharing, since a source may itself be admitted in this call
-        shared = {(r, s): int(length[r, a]) // PAGE for r, a, s in admitted if (r, s) in sources}
+            unshared[r, s] = 0 if (r, s) in donors else length[r, a]
+        self._reserve(unshared)  # before sharing, since a donor may itself be admitted in this call
+        shared = {(r, s): int(length[r, a]) // PAGE for r, a, s in admitted if (r, s) in donors}
         for (r, s), count in shared.items():
-            self.pages.share(r, s, sources[r, s], count)
+            self.pages.share(r, s, donors[r, s], count)
         self._reserve(all_tokens)
         pages = np.full((*length.shape, math.ceil(self.longest / PAGE)), self.pages.pages, np.int32)
         for r, a, s in admitted:

@@ -28,15 +28,17 @@ SECONDS_BETWEEN_APPENDS = 2.0
 """A bucket mounted as a file system accepts about one write per file and second, and each write blocks."""
 
 
-class Given(NamedTuple):
+class ExternalResponses(NamedTuple):
     """The contents of another engine's file."""
 
     generations: Generations
-    retokenised: int  # responses given as text
+    retokenized: int  # responses given as text
     without_log_probs: int  # responses
 
 
-def read(path: Path, prompts: Prompts, template: Template, vocabulary: int, longest: int, round_number: int) -> Given:
+def read(
+    path: Path, prompts: Prompts, template: Template, vocabulary: int, longest: int, round_number: int
+) -> ExternalResponses:
     """Read another engine's responses, one per prompt, and check every line.
 
     Raises:
@@ -48,7 +50,7 @@ def read(path: Path, prompts: Prompts, template: Template, vocabulary: int, long
     index_of = _index_by_id(prompts)
     responses: dict[int, Response] = {}
     lines: dict[int, int] = {}
-    retokenised = 0
+    retokenized = 0
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
@@ -58,7 +60,7 @@ def read(path: Path, prompts: Prompts, template: Template, vocabulary: int, long
         if i in lines:
             raise ValueError(f"{where}: prompt_id {record['prompt_id']} was already answered in line {lines[i]}.")
         _check_prompt_tokens(record, prompts.prompt_tokens[i], where)
-        retokenised += record.get("token_ids") is None
+        retokenized += record.get("token_ids") is None
         responses[i], lines[i] = _response(record, template, vocabulary, longest, where), number
     missing = [int(prompts.ids[i]) for i in range(len(prompts)) if i not in responses]
     if missing:
@@ -66,11 +68,11 @@ def read(path: Path, prompts: Prompts, template: Template, vocabulary: int, long
         raise ValueError(f"{path}: {len(missing)} of {len(prompts)} prompts are not answered: prompt_id {first}.")
     ordered = [responses[i] for i in range(len(prompts))]
     without = sum(bool(np.isnan(log_probs).any()) for _, log_probs in ordered)
-    return Given(generations_of(round_number, ordered), retokenised, without)
+    return ExternalResponses(generations_of(round_number, ordered), retokenized, without)
 
 
 @contextlib.contextmanager
-def appending(
+def appender(
     path: Path, prompts: Prompts, seconds: float = SECONDS_BETWEEN_APPENDS, num_generations: int = 1
 ) -> Iterator[Callable[[Mapping[int, Response]], None]]:
     """Yields a function that takes finished responses and appends them to the file, at most every `seconds`.
@@ -110,7 +112,7 @@ def append(path: Path, prompts: Prompts, responses: Mapping[int, Response], num_
     files.append_lines(path, lines)
 
 
-def resume(
+def read_and_repair(
     path: Path, prompts: Prompts, say: Callable[[str], None] = lambda text: None, num_generations: int = 1
 ) -> dict[int, Response]:
     """The responses that `append` wrote, by request. Removes truncated and corrupted lines from the file."""
@@ -125,7 +127,7 @@ def resume(
     return responses
 
 
-def of_all(paths: Iterable[Path], prompts: Prompts) -> dict[int, Response]:
+def read_partial(paths: Iterable[Path], prompts: Prompts) -> dict[int, Response]:
     """The responses that `append` wrote to several files, by prompt."""
     responses: dict[int, Response] = {}
     for path in paths:

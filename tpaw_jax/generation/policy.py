@@ -1,4 +1,4 @@
-"""A policy loaded for use: model, parameters, chat template and compiled sampler of one configuration."""
+"""The model of a configuration, loaded for sampling, scoring and training: parameters, chat template, sampler."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from tpaw_jax import models
 from tpaw_jax.config import RunConfig, SamplingConfig
 from tpaw_jax.data import templates
 from tpaw_jax.generation import engine, slots
+from tpaw_jax.generation.decoder import decoder_of
 from tpaw_jax.models import hub, splash_attention
 from tpaw_jax.models.tile_attention import TILES
-from tpaw_jax.models.transformer import split
+from tpaw_jax.models.transformer import shard_model
 from tpaw_jax.runtime import sharding
 
 SPEED_ONLY_KEYS = frozenset({"sampling.slots", "sampling.prefill_tokens", "sampling.tensor"})
-"""Configuration keys that change the speed of sampling, but not the sampled tokens."""
+"""Configuration keys that change the speed of sampling, and its tokens at most by floating-point rounding."""
 
 
 class Policy(NamedTuple):
@@ -47,11 +48,12 @@ def open_policy(config: RunConfig, mesh: Mesh) -> Policy:
     remat = "layer" if c.remat == "auto" else c.remat
     attention = splash_attention.splash_attention() if jax.default_backend() == "tpu" else TILES
     whole = models.Transformer(architecture, jnp.dtype(c.compute_dtype), dtype, remat, attention)
-    model = split(whole, params, mesh, config.train.reduce_dtype)
+    model = shard_model(whole, params, mesh, config.train.reduce_dtype)
     sampling_mesh = sharding.sampling_mesh(config.sampling.tensor)
     stops = stop_tokens(template, hub.load_generation_config(c.path))
-    decoder = engine.decoder_of(split(whole, params, sampling_mesh, key="sampling.tensor"), config.sampling.cache_dtype)
-    sampler_with = lambda settings: engine.make_sampler(decoder, settings, stops, sampling_mesh)
+    sampling_model = shard_model(whole, params, sampling_mesh, key="sampling.tensor")
+    decoder = decoder_of(sampling_model, config.sampling.cache_dtype)
+    sampler_with = lambda settings: slots.make_sampler(decoder, settings, stops, sampling_mesh)
     strings = config.sampling.stop_strings
     stop_fn = engine.stop_at(template.tokenizer.decode, strings) if strings else None
     return Policy(model, params, template, sampler_with(config.sampling), stop_fn, sampler_with)

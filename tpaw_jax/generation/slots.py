@@ -32,16 +32,16 @@ STEPS_PER_CHUNK = 8
 
 
 class DecodeState(struct.PyTreeNode):
-    """All slots. A slot is idle, or holds a request of which `generated` new tokens are sampled."""
+    """All slots. A slot is idle, or holds a response of which `generated` new tokens are sampled."""
 
     cache: PyTree[Array]
     active: Bool[Array, "R S"]
-    request: Int[Array, "R S"]  # the prompt's id
+    prompt_id: Int[Array, "R S"]
     sample: Int[Array, "R S"]  # which of the prompt's responses
     position: Int[Array, "R S"]  # of `last_token` in the sequence
     last_token: Int[Array, "R S"]
     generated: Int[Array, "R S"]
-    limit: Int[Array, "R S"]  # the most new tokens that the request may have
+    limit: Int[Array, "R S"]  # maximum new tokens of the response
     tokens: Int[Array, "R S M"]
     log_probs: Float[Array, "R S M"]
     steps: Int[Array, "R"]  # decode steps so far
@@ -61,20 +61,20 @@ class Prefilled(NamedTuple):
     """Prompts that are prefilled and wait for a slot of their shard."""
 
     logits: Float[Array, "R N V"]  # after the last token of each prompt
-    rows: PyTree[Array]  # keys and values, for `Decoder.place`
+    kv: PyTree[Array]  # keys and values, for `Decoder.place`
 
 
 class Admission(NamedTuple):
-    """Up to A prefilled prompts of each shard, the slots they enter, and the C pages their tokens go to."""
+    """Up to A prefilled prompts per shard, the slots they enter, and the C pages their tokens go to."""
 
-    slot: Int[AnyArray, "R A"]  # S: unused entry
-    prompt: Int[AnyArray, "R A"]  # index among the N prompts of its row
+    slot: Int[AnyArray, "R A"]  # S, which is out of range, for unused entries: the scatter drops them
+    index_in_row: Int[AnyArray, "R A"]  # among the N prompts of its prefilled row
     length: Int[AnyArray, "R A"]  # tokens
-    request: Int[AnyArray, "R A"]
+    prompt_id: Int[AnyArray, "R A"]
     sample: Int[AnyArray, "R A"]
     limit: Int[AnyArray, "R A"]
-    starts: Int[AnyArray, "R C"]  # the place in the row of each page's first token
-    pages: Int[AnyArray, "R C"]  # U: unused entry
+    starts: Int[AnyArray, "R C"]  # index in the prefilled row of each page's first token
+    pages: Int[AnyArray, "R C"]  # U for unused entries
 
 
 class Weights(NamedTuple):
@@ -87,7 +87,7 @@ class Weights(NamedTuple):
 class Sampler(NamedTuple):
     """The compiled programs that `make_sampler` returns, and what they were compiled for."""
 
-    init: Callable[[int, int], DecodeState]  # (slots a shard, pages a shard)
+    init: Callable[[int, int], DecodeState]  # (slots per shard, pages per shard)
     prepare: Callable[[PyTree[Array]], Weights]  # (params)
     prefill: Callable[[PyTree[Array], PackedPrompts], Prefilled]
     admit: Callable[[DecodeState, Prefilled, Admission, Array], DecodeState]  # the last argument is the round's key
@@ -168,16 +168,16 @@ def resize(state: DecodeState, slots: Int[Array, "R S"], pages: Int[Array, "R U"
 
 
 def _make_draw(config: SamplingConfig, stops: Int[Array, "n"]) -> Callable[..., tuple[Array, Array]]:
-    def draw(logits, key, request, sample, number):
+    def draw(logits, key, prompt_id, sample, number):
         """Sampled tokens and their log-probs, [...], for logits [..., V]."""
-        flat = lambda x: x.reshape(-1, *x.shape[request.ndim :])
+        flat = lambda x: x.reshape(-1, *x.shape[prompt_id.ndim :])
         banned = None
         if config.min_new_tokens and stops.size:
             is_stop_V = jnp.zeros(logits.shape[-1], bool).at[stops].set(True)
             banned = (flat(number) < config.min_new_tokens)[:, None] & is_stop_V
-        uniforms = token_sampling.uniforms(key, flat(request), flat(sample), flat(number))
+        uniforms = token_sampling.uniforms(key, flat(prompt_id), flat(sample), flat(number))
         tokens, log_probs = token_sampling.sample(flat(logits), uniforms, config, banned)
-        return tokens.reshape(request.shape), log_probs.reshape(request.shape)
+        return tokens.reshape(prompt_id.shape), log_probs.reshape(prompt_id.shape)
 
     return draw
 
@@ -188,7 +188,7 @@ def _make_new_state(decoder: Decoder, config: SamplingConfig) -> Callable[[int, 
         return DecodeState(
             cache=decoder.init(1, pages),
             active=ints().astype(bool),
-            request=ints(),
+            prompt_id=ints(),
             sample=ints(),
             position=ints(),
             last_token=ints(),
@@ -230,15 +230,15 @@ def _make_prefill(
 def _make_admit(decoder: Decoder, draw: Callable[..., tuple[Array, Array]], stops: Int[Array, "n"]) -> Any:
     def admit(state: DecodeState, staged: Prefilled, new: Admission, key) -> DecodeState:
         """Put prefilled prompts into slots, each with its first sampled token."""
-        logits_RAV = jnp.take_along_axis(staged.logits, new.prompt[..., None], axis=1)
-        first, log_probs = draw(logits_RAV, key, new.request, new.sample, jnp.zeros_like(new.request))
+        logits_RAV = jnp.take_along_axis(staged.logits, new.index_in_row[..., None], axis=1)
+        first, log_probs = draw(logits_RAV, key, new.prompt_id, new.sample, jnp.zeros_like(new.prompt_id))
         put = lambda old, values: jax.vmap(lambda o, s, v: o.at[s].set(v, mode="drop"))(old, new.slot, values)
         put_first = lambda old, v: jax.vmap(lambda o, s, v: o.at[s, 0].set(v, mode="drop"))(old, new.slot, v)
         ended = jnp.isin(first, stops) | (new.limit == 1)
         return state.replace(
-            cache=decoder.place(state.cache, staged.rows, new.starts, new.pages),
+            cache=decoder.place(state.cache, staged.kv, new.starts, new.pages),
             active=put(state.active, ~ended),
-            request=put(state.request, new.request),
+            prompt_id=put(state.prompt_id, new.prompt_id),
             sample=put(state.sample, new.sample),
             position=put(state.position, new.length),
             last_token=put(state.last_token, first),
@@ -263,7 +263,7 @@ def _make_decode(
 
         def one_token(state: DecodeState) -> DecodeState:
             logits, cache = decoder.decode(weights, state.cache, state.last_token, state.position, table)
-            tokens, log_probs = draw(logits, key, state.request, state.sample, state.generated)
+            tokens, log_probs = draw(logits, key, state.prompt_id, state.sample, state.generated)
             place = jnp.where(state.active, state.generated, config.max_new_tokens)  # idle slots write nowhere
             put = jax.vmap(jax.vmap(lambda old_M, i, new: old_M.at[i].set(new, mode="drop")))
             generated = state.generated + state.active

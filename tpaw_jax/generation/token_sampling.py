@@ -18,6 +18,9 @@ SAMPLING_STREAM = 0
 NUMBERS_PER_SAMPLE = 1 << 20
 """Token numbers reserved for each response; those of a prompt's next response follow."""
 
+MAX_SAMPLES = (1 << 32) // NUMBERS_PER_SAMPLE
+"""Responses per prompt with random streams of their own: `fold_in` takes 32 bits."""
+
 
 def round_key(seed: int, round_number: int) -> Array:
     """The random key of a round's sampling."""

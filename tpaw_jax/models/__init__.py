@@ -22,4 +22,4 @@ from tpaw_jax.models.tile_attention import TILES as TILES
 from tpaw_jax.models.transformer import REMAT_POLICIES as REMAT_POLICIES
 from tpaw_jax.models.transformer import ModelConfig as ModelConfig
 from tpaw_jax.models.transformer import Transformer as Transformer
-from tpaw_jax.models.transformer import split as split
+from tpaw_jax.models.transformer import shard_model as shard_model

@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tpaw_jax.models import config_json, gguf
 from tpaw_jax.models.transformer import ModelConfig, Transformer
+from tpaw_jax.runtime import sharding
 from tpaw_jax.storage import files
 
 TENSOR_NAMES = {  # flax path: Hugging Face name; {} is the layer, * marks kernels stored transposed, [out, in]
@@ -172,6 +174,13 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     tokens = jnp.zeros((1, 1), jnp.int32)
     variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)
     return {name: leaf.shape for name, leaf in traverse_util.flatten_dict(variables["params"], sep="/").items()}
+
+
+def abstract_params(config: ModelConfig, dtype: Any, mesh: Mesh) -> PyTree[jax.ShapeDtypeStruct]:
+    """The parameters' shapes, dtypes and shardings over `mesh`, without values."""
+    place = sharding.param_sharder(mesh)
+    of = {name: jax.ShapeDtypeStruct(s, dtype, sharding=place(name, s)) for name, s in param_shapes(config).items()}
+    return traverse_util.unflatten_dict(of, sep="/")
 
 
 def save_pretrained(

@@ -97,11 +97,11 @@ class Parallel(NamedTuple):
         """Tell whether the table `name` has its vocabulary sharded over `tensor`."""
         return self.tensor > 1 and "tensor" in _axes(self.specs.get(name, P()), 0)
 
-    def share(self, x: Array) -> Array:
+    def copy_to_tensor(self, x: Array) -> Array:
         """Use `x`, equal on all devices of `tensor`, as input of sharded layers; sums its gradient over `tensor`."""
         return copy_over_tensor(x) if self.tensor > 1 else x
 
-    def total(self, x: Array) -> Array:
+    def reduce_from_tensor(self, x: Array) -> Array:
         """Sum the partial results of the devices of `tensor`."""
         return sum_over_tensor(x) if self.tensor > 1 else x
 

@@ -127,7 +127,7 @@ class Block(nn.Module):
     def _project(self, x_MD, angles):
         # All tokens are on one axis, M = B T, so that XLA computes the weights' gradients as plain matmuls.
         c, rows = self.config, angles[0].shape[:2]
-        h_MD = self.parallel.share(self.attention_norm(x_MD))
+        h_MD = self.parallel.copy_to_tensor(self.attention_norm(x_MD))
         q_BTNH = self.q(h_MD).reshape(*rows, c.num_heads, c.head_dim)
         k_BTKH = self.k(h_MD).reshape(*rows, c.num_kv_heads, c.head_dim)
         v_BTKH = self.v(h_MD).reshape(*rows, c.num_kv_heads, c.head_dim)
@@ -136,9 +136,9 @@ class Block(nn.Module):
         return rotate(q_BTNH, angles), rotate(k_BTKH, angles), v_BTKH
 
     def _finish(self, x_MD, attended):
-        x_MD += self.parallel.total(self.o(attended.reshape(x_MD.shape[0], -1)))
-        h_MD = self.parallel.share(self.mlp_norm(x_MD))
-        return x_MD + self.parallel.total(self.down(nn.silu(self.gate(h_MD)) * self.up(h_MD)))
+        x_MD += self.parallel.reduce_from_tensor(self.o(attended.reshape(x_MD.shape[0], -1)))
+        h_MD = self.parallel.copy_to_tensor(self.mlp_norm(x_MD))
+        return x_MD + self.parallel.reduce_from_tensor(self.down(nn.silu(self.gate(h_MD)) * self.up(h_MD)))
 
 
 class Embedding(nn.Module):
@@ -251,7 +251,7 @@ class Transformer(nn.Module):
         return self.final_norm(x_MD).reshape(*tokens_BT.shape, -1), cache
 
 
-def split(
+def shard_model(
     model: Transformer, params: PyTree[Any], mesh: Mesh, reduce_dtype: str = "float32", key: str = "mesh.tensor"
 ) -> Transformer:
     """Prepare a model for use inside `shard_map`, with parameters sharded by `sharding.PARAM_AXES`.

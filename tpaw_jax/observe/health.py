@@ -12,7 +12,7 @@ MIN_RESPONSE_TOKENS = 2.0
 MAX_TRUNCATED = 0.9
 """Share of responses truncated at `sampling.max_new_tokens` from which the policy has stopped ending them."""
 
-MAX_HELD_OUT_LOSS = 1.0
+MAX_HELD_OUT_DROP = 1.0
 """Nats per token that the held-out log-prob may fall in a round before the policy counts as forgetting."""
 
 MAX_SAMPLER_GAP = 0.3
@@ -31,22 +31,22 @@ def warnings(summary: Mapping[str, Any], prompts: int, longest: int) -> list[str
         say(f"responses have {summary['response tokens']:.1f} tokens on average: the policy has stopped answering.")
     elif summary["at limit"] >= MAX_TRUNCATED:
         say(
-            f"{summary['at limit']:.0%} of the responses were truncated at sampling.max_new_tokens = {longest}: the "
-            "limit is too low, or the policy has stopped ending its responses."
+            f"{summary['at limit']:.0%} of the responses were truncated at {longest} tokens: sampling.max_new_tokens "
+            "is too low, or the policy has stopped ending its responses."
         )
     if (summary.get("sampler gap") or 0) > MAX_SAMPLER_GAP:
         say(
-            f"the log-probs that came with the responses are {summary['sampler gap']:.2g} nats per token away from the "
-            "scorer's: they come from another policy, other settings or another template."
+            f"the sampler's log-probs are {summary['sampler gap']:.2g} nats per token away from the scorer's: the "
+            "responses come from another policy, other settings or another template, or the sampler has a bug."
         )
     if summary["echoes"] == prompts:
         say("every response equals its target: there is nothing left to learn.")
     elif summary["margin"] < 0:
         say(f"the mean margin is {summary['margin']:.3g}: the policy now prefers its own responses to the targets.")
-    return of_training(summary) + sentences
+    return training_warnings(summary) + sentences
 
 
-def of_training(summary: Mapping[str, Any]) -> list[str]:
+def training_warnings(summary: Mapping[str, Any]) -> list[str]:
     """Sentences on what is wrong with the training of a round, self-play or supervised."""
     sentences = []
     say = lambda sentence: sentences.append(f"Round {summary['round']}: {sentence}")
@@ -55,6 +55,6 @@ def of_training(summary: Mapping[str, Any]) -> list[str]:
     if summary["skipped"]:
         say(f"{summary['skipped']} of {summary['steps']} steps were skipped: the loss or gradient was not finite.")
     before, after = summary["held-out before"], summary["held-out after"]
-    if before is not None and after is not None and not after > before - MAX_HELD_OUT_LOSS:
+    if before is not None and after is not None and not after > before - MAX_HELD_OUT_DROP:
         say(f"the held-out log-prob fell from {before:.3g} to {after:.3g} nats per token; lower the learning rate.")
     return sentences

@@ -32,6 +32,11 @@ class MetricsLog:
                 if isinstance(value, float):
                     self.tensorboard.add_scalar(f"round_{record['round']}/{name}", value, record["step"])
 
+    def close(self) -> None:
+        """Write what TensorBoard still buffers."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
 
 def open_metrics(directory: Path, round_number: int, step: int, tensorboard: bool) -> MetricsLog:
     """The log of a run that resumes at (round, step): drops the round's records from there on, and corrupted lines.

@@ -42,30 +42,38 @@ class Stopwatch:
 
 
 class Profiler:
-    """Traces the given steps of each stage of a run's first round, for XProf or TensorBoard.
+    """Traces the given steps of each stage, once per run, for XProf or TensorBoard.
 
-    A step is an optimizer step in training, a batch in scoring, and a chunk of decode steps in sampling.
+    A step is an optimizer step in training, a batch in scoring, and a call of refill and decode in sampling.
     """
 
     def __init__(self, directory: Path, steps: range) -> None:
         self.directory, self.steps = directory, steps
+        self._stage, self._tracing = "", False
         self._seen: dict[str, int] = {}
-        self._tracing = ""
 
-    def step(self, stage: str) -> None:
-        """Call before each step of a stage."""
-        number = self._seen[stage] = self._seen.get(stage, -1) + 1
-        if self._tracing and (stage != self._tracing or number >= self.steps.stop):
-            self.stop()
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Steps inside the block belong to this stage; its end also ends a trace."""
+        self._stage = name
+        try:
+            yield
+        finally:
+            self._stop()
+
+    def step(self) -> None:
+        """Call between the steps of a stage."""
+        number = self._seen[self._stage] = self._seen.get(self._stage, -1) + 1
+        if number >= self.steps.stop:
+            self._stop()
         if self.steps and number == self.steps.start:
-            jax.profiler.start_trace(str(self.directory / f"{stage}_{jax.process_index():04d}"))
-            self._tracing = stage
+            jax.profiler.start_trace(str(self.directory / f"{self._stage}_{jax.process_index():04d}"))
+            self._tracing = True
 
-    def stop(self) -> None:
-        """End a running trace."""
+    def _stop(self) -> None:
         if self._tracing:
             jax.profiler.stop_trace()
-            self._tracing = ""
+            self._tracing = False
 
 
 def parse_steps(text: str) -> range:

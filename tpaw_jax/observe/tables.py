@@ -57,7 +57,7 @@ def progress(description: str, total: int, unit: str) -> Iterator[Any]:
         yield bar
 
 
-def of_summaries(summaries: Sequence[Mapping[str, Any]], verbose: bool = False) -> str:
+def round_table(summaries: Sequence[Mapping[str, Any]], verbose: bool = False) -> str:
     """The table of rounds: one column per round, one row per metric; all of them if `verbose`.
 
     Accuracies of tasks (`eval/...`) follow the rewards; the seconds of the stages (`... s`) follow the cost.

@@ -4,9 +4,3 @@ Read in this order: `workload` (what the rounds compute), `lowering` (the progra
 program moves), `roofline` (a compiled stage and its predicted time), `expected` (the same counted by hand), `planner`
 (the report).
 """
-
-from tpaw_jax.planning.lowering import Target as Target
-from tpaw_jax.planning.lowering import target_of as target_of
-from tpaw_jax.planning.planner import comparison as comparison
-from tpaw_jax.planning.planner import plan as plan
-from tpaw_jax.planning.planner import text as text

@@ -38,7 +38,7 @@ def step_flops(target: Target, load: Workload, remat: str, micro_batches: int) -
     recomputed = 1.0 if remat == "layer" else 0.0
     head = 4.0 - (remat in KEEPS_LOGITS)
     row, rows = load.computed, target.config.packing.rows_per_batch * micro_batches
-    passes = Work(row.tokens * (3 + recomputed), row.predictions * head, row.pairs * (3.5 + recomputed))
+    passes = Work(row.tokens * (3 + recomputed), row.predictions * head, row.attended * (3.5 + recomputed))
     return _per_device(target, passes * rows, load.row * (3 * rows), target.mesh.size)
 
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -18,8 +17,7 @@ from tpaw_jax.generation import engine, token_sampling
 from tpaw_jax.generation.cache import PAGE, Pages, PageTable
 from tpaw_jax.generation.slots import DecodeState
 from tpaw_jax.models import ModelConfig, Transformer, splash_attention
-from tpaw_jax.models.hub import param_shapes
-from tpaw_jax.models.transformer import split
+from tpaw_jax.models.transformer import shard_model
 from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.training import scoring, train_step
 from tpaw_jax.training.logprobs import make_log_prob_fn
@@ -48,16 +46,13 @@ def target_of(config: RunConfig, architecture: ModelConfig, topology: tpu.Topolo
     devices = topology.devices()
     mesh = sharding.make_mesh(config.mesh, devices)
     policy, rows = config.policy, config.packing
-    settled = dataclasses.replace(
-        rows,
-        rows_per_batch=rows.rows_per_batch or sharding.row_shards(mesh),
-        alignment=rows.alignment or splash_attention.alignment(rows.row_length),
-    )
-    packing.check_rows(settled, sharding.row_shards(mesh), splash_attention.alignment(rows.row_length))
+    alignment = splash_attention.alignment(rows.row_length)
+    settled = batch_shapes.resolve_packing(config, mesh, alignment)
+    packing.check_rows(settled, config.longest_tree, sharding.row_shards(mesh), alignment)
     dtype, compute = jnp.dtype(policy.param_dtype), jnp.dtype(policy.compute_dtype)
     remat = "layer" if policy.remat == "auto" else policy.remat
     unsharded = Transformer(architecture, compute, dtype, remat, splash_attention.splash_attention())
-    params = _params(architecture, dtype, mesh)
+    params = hub.abstract_params(architecture, dtype, mesh)
     one_process = [d for d in devices if d.process_index == devices[0].process_index]
     tensor = config.sampling.tensor
     sampling_mesh = sharding.sampling_mesh(tensor, one_process if tensor == 1 else devices)
@@ -65,10 +60,10 @@ def target_of(config: RunConfig, architecture: ModelConfig, topology: tpu.Topolo
         config=dataclasses.replace(config, packing=settled),
         topology=topology,
         mesh=mesh,
-        model=split(unsharded, params, mesh, config.train.reduce_dtype),
+        model=shard_model(unsharded, params, mesh, config.train.reduce_dtype),
         params=params,
         sampling_mesh=sampling_mesh,
-        sampling_model=split(unsharded, params, sampling_mesh, key="sampling.tensor"),
+        sampling_model=shard_model(unsharded, params, sampling_mesh, key="sampling.tensor"),
     )
 
 
@@ -158,12 +153,6 @@ def sampling_params(target: Target) -> PyTree[jax.ShapeDtypeStruct]:
     dtype = jnp.dtype(target.config.policy.compute_dtype)
     cast = lambda x, place: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype, sharding=place)
     return jax.tree.map(cast, target.params, shardings)
-
-
-def _params(architecture: ModelConfig, dtype: Any, mesh: Mesh) -> PyTree[jax.ShapeDtypeStruct]:
-    shapes = {name: jax.ShapeDtypeStruct(s, dtype) for name, s in param_shapes(architecture).items()}
-    params = traverse_util.unflatten_dict(shapes, sep="/")
-    return _abstract(params, sharding.param_shardings(params, mesh))
 
 
 def _abstract(tree: PyTree[Any], shardings: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:

@@ -32,7 +32,7 @@ PROMPTS = 50_000
 STAGES = ("step", "scoring", "prefill", "decode")
 
 LONGEST_ROW = 16384
-"""Longest row that a search tries: the tree's attention rule has bits for no more tokens."""
+"""Longest row that a search tries: the splash-attention rule packs three indices into 32 bits."""
 
 SEARCHED = ("most rows a device", "longest row")
 """Keys of the results of a search."""
@@ -151,7 +151,7 @@ def hours(target: Target, load: Workload, stages: dict[str, Stage]) -> dict[str,
         seconds["scoring"] += math.ceil(batches) * stages["scoring"].seconds
         seconds["training"] += config.train.epochs * math.ceil(r.rows / (rows * micro_batches)) * step.seconds
     total = sum(seconds.values())
-    pairs = seconds["sampling"] + sum(r.pairs for r in load.rounds) / rate
+    pairs = seconds["sampling"] + sum(r.padded_pair_flops for r in load.rounds) / rate
     triplets = rows * micro_batches * load.triplets_per_row
     return {
         **{f"{name} h": s / 3600 for name, s in seconds.items()},
@@ -161,7 +161,7 @@ def hours(target: Target, load: Workload, stages: dict[str, Stage]) -> dict[str,
         "triplets/s of training": triplets / step.seconds,
         "new tokens/s of sampling": load.new_tokens / sampling,
         "padded pairs, hours": pairs / 3600,
-        "padded pairs, FLOPs": sum(r.pairs for r in load.rounds) / sum(r.trees for r in load.rounds),
+        "padded pairs, FLOPs": sum(r.padded_pair_flops for r in load.rounds) / sum(r.tree_flops for r in load.rounds),
     }
 
 
@@ -186,7 +186,7 @@ def largest(target: Target, remat: str, say: Callable[[str], None]) -> dict[str,
     one, two = step(1, c.row_length), step(2, c.row_length)
     most = int(one.fits) + int(one.fits and two.fits)
     if most == 2:
-        most = max(2, 1 + int((chip.memory - one.peak) / max(two.peak - one.peak, GIB / 64)))
+        most = max(2, 1 + int((chip.hbm_bytes - one.peak) / max(two.peak - one.peak, GIB / 64)))
         while most > 2 and not step(most, c.row_length).fits:
             most -= 1
         while step(most + 1, c.row_length).fits:
@@ -206,7 +206,7 @@ def _step(target: Target, load: Workload) -> tuple[str, Stage]:
         flops = expected.step_flops(target, load, remat, used)
         trips = [_head_chunks(target, load)] if most == 1 else [used, _head_chunks(target, load)]
         stage = roofline.compile_stage(lowered, target.mesh, target.topology.chip, flops, trips)
-        if config.policy.remat != "auto" or stage.peak <= SHARE_TO_USE * stage.chip.memory:  # the run's own rule
+        if config.policy.remat != "auto" or stage.peak <= SHARE_TO_USE * stage.chip.hbm_bytes:  # the run's own rule
             break
     return remat, stage
 
@@ -261,7 +261,7 @@ def _warnings(target: Target, load: Workload, stages: dict[str, Stage]) -> list[
     config, warnings = target.config, []
     for name, stage in stages.items():
         if not stage.fits:
-            needed, available = (stage.peak + stage.resident) / GIB, stage.chip.memory / GIB
+            needed, available = (stage.peak + stage.resident) / GIB, stage.chip.hbm_bytes / GIB
             warnings.append(f"{name} does not fit: it needs {needed:.2f} GiB, and a device has {available:.2f} GiB.")
     if config.policy.remat in ("auto", "offload"):
         warnings.append("The predicted times leave out the transfers of remat `offload` to host memory and back.")

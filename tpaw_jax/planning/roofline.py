@@ -52,41 +52,45 @@ class Stage(NamedTuple):
     chip: tpu.Chip
 
     @property
-    def compute(self) -> float:
+    def compute_seconds(self) -> float:
         """Seconds of arithmetic at the chip's peak."""
-        return self.flops.executed / self.chip.flops
+        return self.flops.executed / self.chip.peak_flops
 
     @property
-    def memory(self) -> float:
+    def memory_seconds(self) -> float:
         """Seconds of memory traffic at the chip's peak bandwidth."""
-        return self.traffic / self.chip.hbm
+        return self.traffic / self.chip.hbm_bandwidth
 
     @property
-    def overlapped(self) -> float:
+    def overlapped_seconds(self) -> float:
         """Seconds of collectives that overlap with computation."""
         return sum(e.seconds for e in self.exchanges if e.asynchronous)
 
     @property
-    def exposed(self) -> float:
+    def exposed_seconds(self) -> float:
         """Seconds of collectives that computation waits for."""
         return sum(e.seconds for e in self.exchanges if not e.asynchronous)
 
     @property
     def seconds(self) -> float:
         """Predicted seconds of one run."""
-        return max(self.compute, self.memory, self.overlapped) + self.exposed
+        return max(self.compute_seconds, self.memory_seconds, self.overlapped_seconds) + self.exposed_seconds
 
     @property
     def bottleneck(self) -> str:
         """What takes most of the time: compute, memory or interconnect."""
-        times = {"compute": self.compute, "memory": self.memory, "interconnect": self.overlapped}
+        times = {
+            "compute": self.compute_seconds,
+            "memory": self.memory_seconds,
+            "interconnect": self.overlapped_seconds,
+        }
         longest = max(times, key=lambda name: times[name])
-        return "interconnect" if self.exposed > times[longest] else longest
+        return "interconnect" if self.exposed_seconds > times[longest] else longest
 
     @property
     def mfu(self) -> float:
         """Useful FLOPs per second, as a share of the chip's peak."""
-        return self.flops.useful / (self.seconds * self.chip.flops)
+        return self.flops.useful / (self.seconds * self.chip.peak_flops)
 
 
 def compile_stage(
@@ -121,7 +125,7 @@ def compile_stage(
     peak = compiled.memory_analysis().peak_memory_in_bytes
     return Stage(
         compile_seconds=seconds,
-        fits=peak + resident <= chip.memory,
+        fits=peak + resident <= chip.hbm_bytes,
         peak=peak,
         resident=resident,
         flops=flops,
@@ -153,10 +157,10 @@ def collective_seconds(c: Collective, mesh: Mesh, chip: tpu.Chip) -> float:
     """
     sent, count = c.sent(_group_size(c, mesh)) / c.times, _group_size(c, mesh)
     if c.kind == hlo.BETWEEN_SLICES:
-        return sent / chip.network
+        return sent / chip.dcn_bandwidth
     if c.kind == "collective-permute":
-        return sent / chip.link
-    width = chip.link * _links([mesh.devices.flat[i] for i in c.group] or list(mesh.devices.flat), mesh)
+        return sent / chip.ici_bandwidth
+    width = chip.ici_bandwidth * _links([mesh.devices.flat[i] for i in c.group] or list(mesh.devices.flat), mesh)
     return (c.size * count / 4 if c.kind == "all-to-all" else sent) / width
 
 
@@ -181,7 +185,7 @@ def record(stage: Stage) -> dict[str, Any]:
         "fits": stage.fits,
         "peak GiB": stage.peak / GIB,
         "beside it GiB": stage.resident / GIB,
-        "of GiB": stage.chip.memory / GIB,
+        "of GiB": stage.chip.hbm_bytes / GIB,
         "compile s": stage.compile_seconds,
         "TFLOP executed": stage.flops.executed / 1e12,
         "TFLOP useful": stage.flops.useful / 1e12,
@@ -200,10 +204,10 @@ def record(stage: Stage) -> dict[str, Any]:
             }
             for e in stage.exchanges
         ],
-        "predicted compute s": stage.compute,
-        "predicted memory s": stage.memory,
-        "predicted exchange beside s": stage.overlapped,
-        "predicted exchange alone s": stage.exposed,
+        "predicted compute s": stage.compute_seconds,
+        "predicted memory s": stage.memory_seconds,
+        "predicted exchange beside s": stage.overlapped_seconds,
+        "predicted exchange alone s": stage.exposed_seconds,
         "predicted s": stage.seconds,
         "predicted MFU": stage.mfu,
         "binds": stage.bottleneck,

@@ -23,13 +23,13 @@ SAMPLE = 1024
 """Prompts that are drawn and packed to estimate a round."""
 
 
-class Round(NamedTuple):
+class RoundEstimate(NamedTuple):
     """The work of one round."""
 
     rows: float  # of D_O, one epoch
     scored_rows: float  # of all players
-    trees: float  # FLOPs of scoring and training as packed trees, without recomputation
-    pairs: float  # the same as padded pairs with live references
+    tree_flops: float  # FLOPs of scoring and training as packed trees, without recomputation
+    padded_pair_flops: float  # the same as padded pairs, with references in each step
 
 
 class Workload(NamedTuple):
@@ -38,7 +38,7 @@ class Workload(NamedTuple):
     prompts: int
     prompt_tokens: float  # of all prompts
     new_tokens: float  # of all responses of a round
-    rounds: tuple[Round, ...]
+    rounds: tuple[RoundEstimate, ...]
     row: Work  # average row of the last round, real tokens only
     computed: Work  # the same row as a TPU computes it: with padding, in full head chunks and full attention blocks
     triplets_per_row: float  # of the last round
@@ -62,7 +62,7 @@ def assumed(config: RunConfig, model: ModelConfig, prompts: int) -> Workload:
         prompts=prompts,
         prompt_tokens=float(np.mean([len(x) for x in sample.prompt_tokens])) * prompts,
         new_tokens=float(new_tokens.mean()) * prompts,
-        rounds=tuple(Round(*(scale * value for value in of_sample)) for of_sample, _ in rounds),
+        rounds=tuple(RoundEstimate(*(scale * value for value in of_sample)) for of_sample, _ in rounds),
         row=_useful(rows) * (1 / len(rows)),
         computed=computed * (1 / len(rows)),
         triplets_per_row=float(rows.triplets.mean()),
@@ -88,7 +88,7 @@ def _blank(lengths: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def _round(
     config: RunConfig, model: ModelConfig, sample: Prompts, new_tokens: np.ndarray, t: int
-) -> tuple[Round, packing.Rows]:
+) -> tuple[RoundEstimate, packing.Rows]:
     """Round t on the sample alone, and its packed rows."""
     players = min(t + 1, config.objective.n_max)
     opponents = len(config.objective.opponents(t))
@@ -97,22 +97,22 @@ def _round(
     rows = packing.pack(packing.trees_of_window(sample, window, sources), config.packing)
     newest = [packing.tree_of_responses(sample, i, {t: r}) for i, r in enumerate(window[0].tokens)]
     passes = 1 + config.train.epochs * (1 + BACKWARD)
-    trees = cost.flops(model, _useful(rows) * passes + cost.of_trees(newest) * (players - 1))
-    pairs = cost.flops(model, cost.pairs_of_round(sample, window, players, config.train.epochs).total)
+    trees = cost.flops(model, _useful(rows) * passes + cost.work_of_trees(newest) * (players - 1))
+    pairs = cost.flops(model, cost.padded_pairs_of_round(sample, window, players, config.train.epochs).total)
     scored = len(rows) + (players - 1) * packing.row_count(newest, config.packing)
-    return Round(len(rows), scored, trees, pairs), rows
+    return RoundEstimate(len(rows), scored, trees, pairs), rows
 
 
 def _useful(rows: packing.Rows) -> Work:
     """The work of the rows' real tokens, without padding."""
     tokens = float((np.asarray(rows.batch.segment_ids) > 0).sum())
-    return cost.of_rows(rows)._replace(tokens=tokens)
+    return cost.work_of_rows(rows)._replace(tokens=tokens)
 
 
 def _computed(rows: packing.Rows, config: RunConfig) -> tuple[Work, float]:
     """The work of rows as a TPU computes them, and the computed attention blocks as a share of causal attention's."""
     batch, chunk, length = rows.batch, config.policy.head_chunk, config.packing.row_length
-    live = (np.asarray(batch.responses) < rows.prompt_index.shape[1]).sum(axis=1)
+    live = (np.asarray(batch.response_ids) < rows.prompt_index.shape[1]).sum(axis=1)
     rules = jax.jit(splash_attention.plan)(Visibility(batch.segment_ids, batch.branch_ids))
     seen = np.asarray(rules.blocks)
     query, keys = length // seen.shape[1], length // seen.shape[2]

@@ -62,7 +62,7 @@ def read(run: str) -> RunRecord:
     """
     name, _, path = ("", "", run) if Path(run).is_dir() or "=" not in run else run.partition("=")
     directory = Path(path)
-    opened = journal.open_journal(directory, reading=True)
+    opened = journal.open_journal(directory, read_only=True)
     if not opened.config:
         raise FileNotFoundError(f"{directory}: this is not a run directory (journal.json is missing).")
     settings = config_file.parse(config.RunConfig, opened.config, str(directory))

@@ -1,9 +1,6 @@
 """The machine a run uses: host, processes, devices.
 
 Read in this order: `host` (huge pages, prefetching in a thread), `preemption` (signals), `processes` (a pod's processes
-as one run), `tpu` (chips, topologies, compiler options), `sharding` (the mesh and how arrays are split over it). Only
-`host` is re-exported: the others import JAX, and the command line must restart with huge pages before that.
+as one run), `tpu` (chips, topologies, compiler options), `sharding` (the mesh and how arrays are split over it). The
+command line imports `host` before JAX, because a process must restart to get huge pages.
 """
-
-from tpaw_jax.runtime.host import Prefetch as Prefetch
-from tpaw_jax.runtime.host import restart_with_huge_pages as restart_with_huge_pages

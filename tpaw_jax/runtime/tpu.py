@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 class Chip(NamedTuple):
     """The published figures of one chip of a generation (cloud.google.com/tpu/docs has a page for each)."""
 
-    flops: float  # per second, bfloat16 matmuls
-    memory: float  # bytes of HBM that the compiler allows a program
-    hbm: float  # bytes per second
-    link: float  # bytes per second over one ICI link in one direction
-    network: float  # bytes per second between slices, over the data center's network
-    host: tuple[int, ...]  # the shape of the chips of one host
+    peak_flops: float  # per second, bfloat16 matmuls
+    hbm_bytes: float  # of memory that the compiler allows a program
+    hbm_bandwidth: float  # bytes per second
+    ici_bandwidth: float  # bytes per second over one ICI link in one direction
+    dcn_bandwidth: float  # bytes per second between slices, over the data center's network
+    host: tuple[int, ...]  # shape of the chips of one host
 
 
 CHIPS = {  # links: half the published bidirectional bandwidth; `tpaw plan` rejects v4, whose chips are two devices each

@@ -9,6 +9,4 @@ Read in this order:
 5. `round_store`: responses and scores, in memory and on disk.
 6. `round_summary`: what a run prints and stores about a round.
 7. `sft`: supervised fine-tuning as a run of one round; `export`: a checkpoint for transformers and vLLM.
-
-The modules are not re-exported: importing Orbax takes seconds, and commands such as `tpaw report` do not need it.
 """

@@ -22,18 +22,16 @@ def write(run: Path, round_number: int | None, out: Path) -> str:
         FileNotFoundError: `run` holds no run.
         ValueError: the policy is not in the ring, or `out` holds something else.
     """
-    opened = journal.open_journal(run, reading=True)
+    opened = journal.open_journal(run, read_only=True)
     if not opened.config:
         raise FileNotFoundError(f"{run}: this is not a run directory; journal.json is missing.")
     settings = config_file.parse(config.RunConfig, opened.config, str(run))
     mesh = sharding.make_mesh(config.MeshConfig())  # any mesh can read what any other wrote
     policy = settings.policy
-    architecture, theta_0 = models.load_pretrained(
-        policy.path, jnp.dtype(policy.param_dtype), sharding.param_sharder(mesh)
-    )
+    architecture = models.load_architecture(policy.path)
     kept = ring.open_ring(opened, settings.objective.n_max)
     wanted = ring.select_policy(kept, round_number)
-    params = ring.restore_policy(kept, wanted, theta_0)
+    params = ring.restore_policy(kept, wanted, hub.abstract_params(architecture, jnp.dtype(policy.param_dtype), mesh))
     template = templates.make_template(hub.load_tokenizer(policy.tokenizer or policy.path), settings.data)
     if template.chat is not None:
         template.tokenizer.chat_template = template.chat

@@ -1,13 +1,12 @@
 """The loop of self-play: sample -> pack -> score -> train -> push, round after round.
 
-Each stage writes its result to disk before the next one begins. `plan` decides from the journal which stages are left,
-so a run that is started again resumes after its last finished stage, and regenerates what was lost or corrupted.
+Sampling, scoring and training write their results to disk. `plan` decides from the journal which stages are left, so a
+run that is started again resumes after its last finished stage, and regenerates what was lost or corrupted.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +55,20 @@ def play(
         CorruptedFile: file after file reads back corrupted.
     """
     directory, notice = Path(config.directory), notice or PreemptionNotice()
-    say_once = say if processes.is_main() else lambda text: None
+    say = say if processes.is_main() else lambda text: None
+    corrupted_files = 0
     with files.locked(directory) if processes.is_main() else contextlib.nullcontext():
-        for attempt in itertools.count(1):
+        while True:
             try:
                 return _play_session(*open_session(config, say, profiled, notice, verbose), generations, strict)
             except CorruptedFile as corrupted:
-                if attempt == MAX_CORRUPTED_FILES or directory.absolute() not in corrupted.path.absolute().parents:
+                corrupted_files += 1
+                outside = directory.absolute() not in corrupted.path.absolute().parents
+                if outside or corrupted_files >= MAX_CORRUPTED_FILES:
                     raise
-                recovery.quarantine(directory, corrupted, say_once)
+                recovery.quarantine(directory, corrupted, say)
             except RegeneratedDifferently as change:
-                say_once(str(change))
-    raise AssertionError("unreachable")
+                say(str(change))
 
 
 def _play_session(
@@ -78,31 +79,36 @@ def _play_session(
             return sft.train(session, loaded, strict)
         return play_rounds(session, loaded, generations, strict)
     except (Preempted, CorruptedFile, Diverged):
-        ring.finish_saves(session.ring)
+        with contextlib.suppress(RegeneratedDifferently):  # the next start reads it from the journal
+            ring.finish_saves(session.ring)
         raise
 
 
 def play_rounds(
     session: Session, loaded: dict[int, PyTree[Array]], generations: Path | None, strict: bool
 ) -> list[dict[str, Any]]:
-    """Play the rounds that are left. `loaded` holds the policy in memory, by round; training donates it."""
+    """Play the rounds that are left.
+
+    `loaded` is {round: policy} for the one policy in memory, or empty. Being a dict, it lets a round take the policy
+    without leaving a reference in the callers, whose memory would never be freed.
+    """
     store = round_store.open_store(session.journal, session.prompts)
     for todo in plan.rounds_to_play(session.ring, store, session.first, session.config.rounds, generations):
         t = todo.number
-        this = stages.begin(session, store, t)
+        this = stages.begin(session, store, todo)
         policy = stages.load_policy(session, loaded, t)
         if todo.generate:
             store = stages.generate(this, store, policy, generations)
         if todo.train:
             trees, rows = stages.pack(this, store)
-            scores, scored = stages.score(this, store, trees, rows, policy)
+            scores, scoring_work = stages.score(this, store, trees, rows, policy)
             evaluated = stages.evaluate(this, policy, " before") if t == 0 else {}
             policy, trained = round_training.train(this, rows, scores, policy)
             evaluated |= stages.evaluate(this, policy)
-            warnings = round_summary.finish(this, store, rows, scored, trained, evaluated)
+            warnings = round_summary.finish(this, store, rows, scoring_work, trained, evaluated)
             stages.push(this, policy)
             if strict and warnings:
                 raise Diverged(f"{' '.join(warnings)} The run is strict and stops here; theta_{t + 1} is in the ring.")
             loaded[t + 1] = policy
-        del policy  # two policies may not fit into memory
-    return stages.end(session, session.config.rounds)
+        del policy  # before the next round's is restored: two may not fit into memory
+    return stages.end(session)

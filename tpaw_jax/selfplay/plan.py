@@ -10,7 +10,7 @@ from tpaw_jax.config import ObjectiveConfig
 from tpaw_jax.runtime import processes
 from tpaw_jax.selfplay import round_store
 from tpaw_jax.selfplay.round_store import Store
-from tpaw_jax.storage import recovery, ring
+from tpaw_jax.storage import recovery
 from tpaw_jax.storage.journal import Journal
 from tpaw_jax.storage.ring import Ring
 
@@ -26,7 +26,7 @@ class RoundPlan(NamedTuple):
 def rounds_to_play(
     kept: Ring, store: Store, first: int, rounds: int, generations: Path | None = None
 ) -> list[RoundPlan]:
-    """The rounds from `first` on that miss a result; with `generations`, only the round that these answer.
+    """The rounds from `first` on that lack a result; with `generations`, only the one round that this file is for.
 
     Raises:
         ValueError: `generations` is given, but an earlier round must be regenerated first.
@@ -63,27 +63,29 @@ def first_round(kept: Ring, objective: ObjectiveConfig, say: Callable[[str], Non
 
 
 def _can_start_at(kept: Ring, objective: ObjectiveConfig, start: int, newest: int) -> bool:
-    """Whether every round from `start` to the one after the newest policy finds its players and opponents."""
+    """Whether the run can resume at `start`.
+
+    For each round up to the one after the newest policy, the policies, responses and scores that it needs must exist or
+    be regenerated before it.
+    """
     complete, policies = kept.journal.is_complete, set(kept.policies)
-    responses = lambda r: f"{round_store.round_name(r)}/generations.npz"
-    scores = lambda r, player: f"{round_store.round_name(r)}/scores_of_player_{player:04d}.npz"
     stays = lambda t: t > newest - kept.n_max  # an older policy leaves the ring as soon as it is regenerated
-    available = policies | {t for t in (start,) if stays(t)}
+    available = policies | ({start} if stays(start) else set())
     for t in range(start, newest + 2):
         if t + 1 in policies:  # a finished round can miss only its responses
-            if not complete(responses(t)) and t not in available | {start}:
+            if not complete(round_store.generations_name(t)) and t not in available | {start}:
                 return False
             continue
         window = objective.opponents(t)
-        if not all(complete(responses(r)) for r in window if r < start):
+        if not all(complete(round_store.generations_name(r)) for r in window if r < start):
             return False
-        for player in ring.players(kept, t):
-            scored = all(complete(scores(r, player)) for r in window if r >= player)
+        for player in objective.players(t):
+            scored = all(complete(round_store.scores_name(r, player)) for r in window if r >= player)
             if player not in available | {t} and not scored:
                 return False
         if stays(t + 1):
             available.add(t + 1)
-    return start == 0 or start in policies
+    return True
 
 
 def _lost_policies(opened: Journal, first: int) -> list[int]:

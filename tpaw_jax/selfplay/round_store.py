@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +22,10 @@ from tpaw_jax.types import TARGET, Generations, Prompts, TeamScores
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """The results of the rounds so far. `scores[player][source]` is [prompts] nats, NaN where not scored yet."""
+    """The results of the rounds so far. `scores[player][source]` is [prompts] nats, NaN where not scored yet.
+
+    `add_scores` fills `scores` in place; `append` returns a new store.
+    """
 
     journal: Journal
     prompts: Prompts
@@ -50,9 +52,8 @@ def open_store(opened: Journal, prompts: Prompts) -> Store:
     sources = first_sources(prompts, list(generations.values()))
     store = Store(opened, prompts, generations, sources, {})
     for name in opened.names("scoring"):
-        player = int(re.findall(r"\d+", Path(name).name)[0])
         arrays = files.read_arrays(opened.directory / name)
-        _merge(store, player, arrays["prompt_index"], arrays["source"], arrays["log_probs"])
+        _merge(store, player_of(Path(name)), arrays["prompt_index"], arrays["source"], arrays["log_probs"])
     return store
 
 
@@ -72,7 +73,7 @@ def append(store: Store, generations: Generations) -> Store:
         log_probs=np.concatenate(generations.log_probs).astype(np.float32),
     )
     digest = hashlib.sha256(lengths.tobytes() + tokens.tobytes()).hexdigest()
-    name = f"{round_name(generations.round)}/generations.npz"
+    name = generations_name(generations.round)
     journal.write(store.journal, name, "sampling", generations.round, content, digest)
     together = {**store.generations, generations.round: generations}
     sources = first_sources(store.prompts, list(together.values()))
@@ -95,7 +96,7 @@ def missing(store: Store, player: int, trees: Sequence[Tree]) -> list[Tree]:
 
 def add_scores(store: Store, round_number: int, player: int, rows: Rows, log_probs: np.ndarray) -> None:
     """Store the log-probs that `player` gave the responses of `rows`; they are on disk when it returns."""
-    real, name = rows.prompt_index >= 0, f"{round_name(round_number)}/scores_of_player_{player:04d}.npz"
+    real, name = rows.prompt_index >= 0, scores_name(round_number, player)
     found = {
         "prompt_index": rows.prompt_index[real],
         "source": rows.source[real],
@@ -138,6 +139,21 @@ def round_directory(directory: Path, round_number: int) -> Path:
 def round_name(round_number: int) -> str:
     """The name of a round's directory."""
     return f"round_{round_number:04d}"
+
+
+def generations_name(round_number: int) -> str:
+    """The name of a round's responses in the journal."""
+    return f"{round_name(round_number)}/generations.npz"
+
+
+def scores_name(round_number: int, player: int) -> str:
+    """The name of the scores that `player` computed in a round, in the journal."""
+    return f"{round_name(round_number)}/scores_of_player_{player:04d}.npz"
+
+
+def player_of(path: Path) -> int:
+    """The player of a file of scores."""
+    return int(path.stem.removeprefix("scores_of_player_"))
 
 
 def _column(store: Store, player: int, source: int) -> np.ndarray:

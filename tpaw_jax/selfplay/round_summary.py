@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from tpaw_jax.data.packing import Rows
 from tpaw_jax.observe import health, metrics, tables
 from tpaw_jax.runtime import processes
 from tpaw_jax.selfplay.round_store import Store, round_directory, round_name
-from tpaw_jax.selfplay.session import Round, Session, Trained
+from tpaw_jax.selfplay.round_training import Trained
+from tpaw_jax.selfplay.session import Round, Session
 from tpaw_jax.storage import files, journal
 from tpaw_jax.training import cost, train_step
 from tpaw_jax.training.cost import RoundWork, Work
@@ -28,11 +29,6 @@ def read_all(directory: Path, rounds: int) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
-def table(session: Session, summaries: Sequence[dict[str, Any]]) -> str:
-    """Summaries as a table, one column per round."""
-    return tables.of_summaries(summaries, session.verbose)
-
-
 def finish(
     this: Round, store: Store, rows: Rows, scored: Work, trained: Trained, evaluated: dict[str, float]
 ) -> list[str]:
@@ -41,11 +37,12 @@ def finish(
     with this.watch.time("other"):
         trees, pairs = _work(this, store)
         computed, in_pairs = cost.flops(session.model, trees.total), cost.flops(session.model, pairs.total)
-        done = cost.flops(session.model, scored + trees.training * trained.share)  # by this process
+        done = cost.flops(session.model, scored + trees.training * trained.share)
         busy = seconds["scoring"] + seconds["training"]
         session.say(
             f"Measured: {done / 1e12:.3g} TFLOP in {busy:.3g} s of scoring and training, {done / busy / 1e9:.3g} "
-            f"GFLOP/s. Padded pairs with {len(this.players)} live references need {in_pairs / computed:.1f} x as much."
+            f"GFLOP/s. Padded pairs with {len(this.players)} reference models in each step need "
+            f"{in_pairs / computed:.1f} x as much."
         )
         summary = {
             "round": t,
@@ -74,7 +71,7 @@ def write(session: Session, summary: dict[str, Any]) -> None:
     """Write a round's `summary.json`, and print it as a table."""
     content = (json.dumps(summary, indent=2) + "\n").encode()
     journal.write(session.journal, f"{round_name(summary['round'])}/summary.json", "summary", summary["round"], content)
-    session.say(table(session, [summary]) + "\n")
+    session.say(tables.round_table([summary], session.verbose) + "\n")
 
 
 def warn(session: Session, warnings: list[str]) -> list[str]:
@@ -114,14 +111,14 @@ def manifest(this: Round) -> str:
 
 
 def expected_cost(this: Round, store: Store) -> str:
-    """A sentence: FLOPs of scoring and training, as packed trees and as padded pairs with live references."""
+    """A sentence: FLOPs of scoring and training, as packed trees and as padded pairs with references in each step."""
     trees, pairs = _work(this, store)
     tera = lambda work: f"{cost.flops(this.session.model, work) / 1e12:.3g}"
     ratio = cost.flops(this.session.model, pairs.total) / cost.flops(this.session.model, trees.total)
     return (
         f"Expected: {tera(trees.total)} TFLOP ({tera(trees.scoring)} scoring, {tera(trees.training)} training) over "
-        f"{trees.total.tokens:.3g} tokens. Padded pairs with {len(this.players)} live references would need "
-        f"{tera(pairs.total)} TFLOP over {pairs.total.tokens:.3g} tokens, {ratio:.1f} x as much."
+        f"{trees.total.tokens:.3g} tokens. Padded pairs with {len(this.players)} reference models in each step would "
+        f"need {tera(pairs.total)} TFLOP over {pairs.total.tokens:.3g} tokens, {ratio:.1f} x as much."
     )
 
 

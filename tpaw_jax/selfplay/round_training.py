@@ -19,18 +19,28 @@ from tpaw_jax.runtime import processes, sharding
 from tpaw_jax.runtime.host import Prefetch
 from tpaw_jax.runtime.preemption import Preempted
 from tpaw_jax.selfplay.round_store import round_directory
-from tpaw_jax.selfplay.session import Round, Session, Trained
+from tpaw_jax.selfplay.session import Round, Session
 from tpaw_jax.storage import files, ring
 from tpaw_jax.training import scoring, train_step
 from tpaw_jax.training.batch_shapes import most_micro_batches
 from tpaw_jax.training.train_step import StepScalars
 from tpaw_jax.types import TeamScores, TrainState
 
-STEPS_PER_ROUND = 1 << 24
-"""A pod's preemption service numbers steps over the whole run: step s of round t is t * STEPS_PER_ROUND + s."""
+STEP_ID_STRIDE = 1 << 24
+"""A pod's preemption service numbers steps over the whole run: step s of round t is t * STEP_ID_STRIDE + s."""
 
-MEASURED_FROM, MEASURED_TO = 3, 7
-"""The steps that measure a round's speed: after those that compile and fill the queue."""
+TIMED_FROM, TIMED_TO = 3, 7
+"""The steps between which `SaveSchedule` times a round: after those that compile and fill the queue."""
+
+
+class Trained(NamedTuple):
+    """What the training of a round reports."""
+
+    steps: int
+    share: float  # fraction of the round's steps that ran since the last start
+    noise: float  # largest |P_t| before the first update, nats times lam
+    held_out_before: float | None  # mean log-prob of held-out targets, nats per token
+    held_out_after: float | None
 
 
 class StepInputs(NamedTuple):
@@ -60,7 +70,7 @@ def train(this: Round, rows: packing.Rows, scores: TeamScores, policy: PyTree[Ar
         state, first, noise = _first_state(session, policy, make_inputs, t)
     del policy  # the step donates it
     tolerance = 2 * noise if config.objective.tolerance < 0 else config.objective.tolerance
-    with this.watch.time("training"):
+    with this.watch.time("training"), session.profiler.stage("training"):
         state = _run_steps(this, state, first, len(step_rows), lambda step: make_inputs(step, tolerance, False))
     if session.evaluator is not None:  # a kill during the evaluation must not cost the last steps
         ring.save_training(session.ring, state, t, len(step_rows))
@@ -102,12 +112,12 @@ def _run_steps(
         bar.update(first)
         for step in range(first, steps):
             inputs, waited = next(batches), batches.waited
-            session.profiler.step("training")
+            session.profiler.step()
             state, step_metrics = session.step(state, *inputs.arguments)
             recorder.push(step, inputs, step_metrics, waited)
             bar.update()
             bar.set_postfix_str(recorder.speed, refresh=False)
-            preempted, last = session.notice.received_at(STEPS_PER_ROUND * t + step), step + 1 == steps
+            preempted, last = session.notice.received_at(STEP_ID_STRIDE * t + step), step + 1 == steps
             if config.validate_each_epoch and (step + 1) % (steps // config.epochs) == 0 and not last:
                 recorder.validate(step, state.params)
             if preempted or (saves.due(step) and not last):
@@ -117,12 +127,13 @@ def _run_steps(
                 where = f"Round {t}: training stopped after step {step + 1} of {steps}"
                 raise Preempted(f"{where}; run the same command to resume there.")
         recorder.flush()
+    log.close()
     return state
 
 
 def rows_of_steps(rows: packing.Rows, config: RunConfig, t: int) -> list[np.ndarray]:
     """The indices of the rows of each step of a round, over all epochs."""
-    wanted = packing.micro_batches_a_step(rows, config.train.batch_triplets, config.packing.rows_per_batch)
+    wanted = packing.micro_batches_per_step(rows, config.train.batch_triplets, config.packing.rows_per_batch)
     size = min(most_micro_batches(config), wanted) * config.packing.rows_per_batch
     orders = [packing.epoch_order(rows, config.seed, t, epoch) for epoch in range(config.train.epochs)]
     return [order[i : i + size] for order in orders for i in range(0, len(order), size)]
@@ -135,7 +146,7 @@ def held_out_log_prob(session: Session, policy: PyTree[Array]) -> float | None:
         return None
     config = session.config.packing
     log_probs = scoring.score(session.scorer, policy, rows, config.rows_per_batch, config.scoring_batches)
-    tokens = np.sum(np.asarray(rows.batch.responses) < rows.prompt_index.shape[1])
+    tokens = np.sum(np.asarray(rows.batch.response_ids) < rows.prompt_index.shape[1])
     return float(log_probs.sum() / tokens)
 
 
@@ -145,8 +156,8 @@ def _first_state(
     """The training state to begin with, fresh or restored; the step to begin at; and the noise of the scores.
 
     The noise is the largest |P_t| of the first step, nats times lam, computed by the compiled step without an update.
-    On paper theta = theta_t gives 0; what is left is rounding between the train step and the scorer. A resumed round
-    measures it again, since the machine may be another.
+    In exact arithmetic it is 0, because theta = theta_t; what is left is rounding between train step and scorer. A
+    resumed round measures it again, since the machine may be another.
     """
     state = train_step.init_state(policy, session.optimizer, session.mesh)
     state, step_metrics = session.step(state, *make_inputs(0, 0.0, True).arguments)
@@ -163,7 +174,7 @@ def _first_state(
 
 @dataclasses.dataclass
 class SaveSchedule:
-    """When to save the training state: every `steps` steps, or more often if they take longer than `minutes` minutes.
+    """When to save the training state: every `steps` steps, or every `minutes` minutes if that comes first.
 
     Process 0 measures the speed once per round, for all processes.
     """
@@ -176,10 +187,10 @@ class SaveSchedule:
     def due(self, step: int) -> bool:
         """Whether to save after this step; call it once after every step."""
         self.seen += 1
-        if self.seen == MEASURED_FROM:
+        if self.seen == TIMED_FROM:
             self.since = time.perf_counter()
-        if self.seen == MEASURED_TO:
-            seconds = (time.perf_counter() - self.since) / (MEASURED_TO - MEASURED_FROM)
+        if self.seen == TIMED_TO:
+            seconds = (time.perf_counter() - self.since) / (TIMED_TO - TIMED_FROM)
             measured = processes.all_gather(seconds=np.array([seconds]))[0]["seconds"]
             self.steps = max(1, int(min(self.steps, 60 * self.minutes / float(measured[0]))))
         return (step + 1) % self.steps == 0

@@ -31,12 +31,12 @@ from tpaw_jax.storage import files, journal, recovery, ring
 from tpaw_jax.storage.journal import Journal
 from tpaw_jax.training import batch_shapes, memory, scoring, train_step
 from tpaw_jax.training.logprobs import LogProbFn, make_log_prob_fn
-from tpaw_jax.types import TARGET, Prompts
+from tpaw_jax.types import Prompts
 
 Say = Callable[[str], None]
 """Prints a text of one or more lines."""
 
-MAY_CHANGE = SPEED_ONLY_KEYS | {
+KEYS_THAT_MAY_CHANGE = SPEED_ONLY_KEYS | {
     "directory",
     "rounds",
     "sample_texts",
@@ -48,7 +48,7 @@ MAY_CHANGE = SPEED_ONLY_KEYS | {
     "evaluation.each_round",
     "evaluation.tasks",
 }
-"""Configuration keys that a resumed run may have other values of: they change no result."""
+"""Configuration keys that may differ in a resumed run: they change results by rounding at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,29 +92,18 @@ class Round(NamedTuple):
         return round_directory(self.session.directory, self.number)
 
 
-class Trained(NamedTuple):
-    """What the training of a round reports."""
-
-    steps: int
-    share: float  # of the steps that this process ran: below 1 in a resumed round
-    noise: float  # largest |P_t| before the first update, nats times lam
-    held_out_before: float | None  # mean log-prob of held-out targets, nats per token
-    held_out_after: float | None
-
-
 def open_session(
     config: RunConfig, say: Say, profiled: range, notice: PreemptionNotice, verbose: bool = False
 ) -> tuple[Session, dict[int, PyTree[Array]]]:
     """Open or create the run directory, load model and data, and build the programs.
 
-    Returns the session, and the policy to begin with by its round. Corrupted files are quarantined first, and
+    Returns the session, and {its first round: the policy of that round}. Corrupted files are quarantined first, and
     `Session.first` is the round that regenerates them.
 
     Raises:
         ValueError: the configuration cannot be used, or not with what the directory holds; or a process of the pod
             differs from the others.
     """
-    say = say if processes.is_main() else lambda text: None
     config, mesh, opened = _open_run(config, say)
     policy = open_policy(config, mesh)
     prompts, held_out, report = dataset.load(config.data, policy.template, config.seed)
@@ -126,7 +115,7 @@ def open_session(
     tasks = config.evaluation.tasks if config.evaluation.each_round else ()
     evaluator = exact_match.make_evaluator(config, policy, tasks) if tasks else None
     kept = ring.open_ring(opened, config.objective.n_max)
-    _bind_to_data(opened, config, report.fingerprint)  # last: a configuration that cannot be used binds nobody
+    _bind_to_data(opened, config, report.fingerprint)  # last, so that an unusable configuration is not stored
     ring.remove_unfinished(kept)
     session = Session(
         config=config,
@@ -135,7 +124,7 @@ def open_session(
         model=policy.model.config,
         template=policy.template,
         prompts=prompts,
-        held_out=packing.pack(_target_trees(held_out), config.packing),
+        held_out=packing.pack(packing.trees_of_targets(held_out), config.packing),
         sampler=policy.sampler,
         stop_fn=policy.stop_fn,
         evaluator=evaluator,
@@ -157,23 +146,26 @@ def open_session(
 def _open_run(config: RunConfig, say: Say) -> tuple[RunConfig, Mesh, Journal]:
     """Check the pod, the directory and the configuration, and quarantine corrupted files.
 
-    Returns the configuration with its packing settled, the mesh and the journal.
+    Returns the configuration with its packing resolved, the mesh and the journal.
     """
     directory = Path(config.directory)
     processes.check_same({"the configuration": json.dumps(to_dict(config)), **processes.facts_of_this_host()})
     processes.check_shared_directory(directory)
     mesh, opened = sharding.make_mesh(config.mesh), journal.open_journal(directory)
-    config = _with_settled_packing(config, opened, mesh)
+    alignment = batch_shapes.needed_alignment(config)
+    # rows_per_batch and alignment decide which triplets share a step: a resumed run keeps the values it began with
+    packed = batch_shapes.resolve_packing(config, mesh, alignment, opened.config.get("packing"))
+    config = dataclasses.replace(config, packing=packed)
     _check_unchanged(opened, config)
     recovery.quarantine_corruption(opened, say)
-    packing.check_rows(config.packing, sharding.row_shards(mesh), batch_shapes.needed_alignment(config))
+    packing.check_rows(config.packing, config.longest_tree, sharding.row_shards(mesh), alignment)
     return config, mesh, opened
 
 
 def _programs(
     config: RunConfig, policy: Policy, optimizer: optax.GradientTransformation, mesh: Mesh, say: Say
 ) -> tuple[LogProbFn, train_step.TrainStep]:
-    """The log-prob function and the train step. Rematerialisation is as configured; `auto` is the first that fits."""
+    """The log-prob function and the train step. Rematerialization is as configured; `auto` is the first that fits."""
 
     def with_remat(remat: str) -> tuple[LogProbFn, Any]:
         log_prob_fn = make_log_prob_fn(policy.model.clone(remat=remat), config.policy.head_chunk)
@@ -190,19 +182,9 @@ def _programs(
     compile_with = lambda remat: with_remat(remat)[1].lower(state, *inputs, train_step.NO_SCALARS).compile()
     fit = memory.choose_remat(compile_with, limit)
     say(
-        f"Rematerialisation `{fit.remat}`: a step needs {fit.needed / 2**30:.2f} of {limit / 2**30:.2f} GiB per device."
+        f"Rematerialization `{fit.remat}`: a step needs {fit.needed / 2**30:.2f} of {limit / 2**30:.2f} GiB per device."
     )
     return with_remat(fit.remat)[0], fit.compiled
-
-
-def _with_settled_packing(config: RunConfig, opened: Journal, mesh: Mesh) -> RunConfig:
-    """The configuration with packing.rows_per_batch and packing.alignment filled in.
-
-    They decide which triplets share a step, so a resumed run keeps the values it began with; a new run takes what the
-    devices need.
-    """
-    before = opened.config.get("packing", {})
-    return dataclasses.replace(config, packing=batch_shapes.settled_packing(config, mesh, before))
 
 
 def _warn_of_long_sequences(config: RunConfig, policy: Policy, prompts: Prompts, say: Say) -> None:
@@ -225,7 +207,7 @@ def _check_unchanged(opened: Journal, config: RunConfig) -> None:
         return
     before = parse(RunConfig, opened.config, str(opened.directory / "journal.json"))  # with defaults of newer keys
     old, new = flat(to_dict(before)), flat(to_dict(config))
-    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in MAY_CHANGE]
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in KEYS_THAT_MAY_CHANGE]
     if changed:
         differences = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
         raise ValueError(
@@ -241,12 +223,12 @@ def _bind_to_data(opened: Journal, config: RunConfig, fingerprint: str) -> None:
         ValueError: records, template or tokenizer have changed.
     """
     processes.check_same({"the fingerprint of the data": fingerprint})
-    if opened.data not in ("", fingerprint):
+    if opened.data_fingerprint not in ("", fingerprint):
         raise ValueError(
             f"{opened.directory}: the run began with other prompts and targets. The data files, the chat template or "
             "the tokenizer have changed since. Restore them, or choose another directory."
         )
-    opened.config, opened.data = to_dict(config), fingerprint
+    opened.config, opened.data_fingerprint = to_dict(config), fingerprint
     journal.save(opened)
     files.write_bytes(opened.directory / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
     files.write_json(opened.directory / "versions.json", processes.facts_of_this_host())
@@ -273,10 +255,6 @@ def _first_policy(session: Session, theta_0: PyTree[Array]) -> PyTree[Array]:
     ring.push(session.ring, theta_0, first)
     ring.finish_saves(session.ring)
     return theta_0
-
-
-def _target_trees(prompts: Prompts) -> list[packing.Tree]:
-    return [packing.tree_of_responses(prompts, i, {TARGET: y}) for i, y in enumerate(prompts.target_tokens)]
 
 
 def _data_lines(report: dataset.DataReport, prompts: Prompts, held_out: Prompts) -> str:

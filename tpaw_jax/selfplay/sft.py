@@ -16,9 +16,10 @@ from tpaw_jax.observe import health
 from tpaw_jax.observe.health import Diverged
 from tpaw_jax.observe.profiling import Stopwatch
 from tpaw_jax.selfplay import round_summary, round_training, stages
-from tpaw_jax.selfplay.session import Round, Session, Trained
+from tpaw_jax.selfplay.round_training import Trained
+from tpaw_jax.selfplay.session import Round, Session
 from tpaw_jax.training import cost
-from tpaw_jax.types import TARGET, Prompts, TeamScores
+from tpaw_jax.types import TeamScores
 
 
 def train(session: Session, loaded: dict[int, PyTree[Array]], strict: bool) -> list[dict[str, Any]]:
@@ -30,7 +31,7 @@ def train(session: Session, loaded: dict[int, PyTree[Array]], strict: bool) -> l
     """
     if session.first == 0:
         this = Round(session, 0, [], Stopwatch())
-        rows = packing.pack(trees_of_targets(session.prompts), session.config.packing)
+        rows = packing.pack(packing.trees_of_targets(session.prompts), session.config.packing)
         tokens = sum(map(len, session.prompts.target_tokens))
         session.say(
             f"{len(session.prompts)} targets, {tokens} tokens, in {len(rows)} rows that are {rows.fill:.1%} full."
@@ -45,22 +46,14 @@ def train(session: Session, loaded: dict[int, PyTree[Array]], strict: bool) -> l
         stages.push(this, policy)
         if strict and warnings:
             raise Diverged(f"{' '.join(warnings)} The run is strict and stops here; theta_1 is in the ring.")
-    return stages.end(session, 1)
-
-
-def trees_of_targets(prompts: Prompts) -> list[packing.Tree]:
-    """Each prompt with its target as the only response."""
-    return [
-        packing.Tree(i, x, (TARGET,), (y,), ((0, 0, 1),))
-        for i, (x, y) in enumerate(zip(prompts.prompt_tokens, prompts.target_tokens, strict=True))
-    ]
+    return stages.end(session)
 
 
 def _finish(this: Round, rows: packing.Rows, trained: Trained, evaluated: dict[str, float]) -> list[str]:
     """Write and print the summary. Returns the warnings of `health`."""
     session = this.session
     mean, last = round_summary.last_epoch(session, 0)
-    work = cost.of_rows(rows) * (session.config.train.epochs * (1 + cost.BACKWARD))
+    work = cost.work_of_rows(rows) * (session.config.train.epochs * (1 + cost.BACKWARD))
     done, seconds = cost.flops(session.model, work * trained.share), this.watch.seconds["training"]
     summary = {
         "round": 0,
@@ -77,4 +70,4 @@ def _finish(this: Round, rows: packing.Rows, trained: Trained, evaluated: dict[s
         "training s": round(seconds, 2),
     }
     round_summary.write(session, summary)
-    return round_summary.warn(session, health.of_training(summary))
+    return round_summary.warn(session, health.training_warnings(summary))

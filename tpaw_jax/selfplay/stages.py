@@ -1,4 +1,6 @@
-"""The stages of a round, in the order in which the loop runs them. Each writes its result to disk before it returns."""
+"""The stages of a round but training, in the order in which the loop runs them.
+
+Sampling and scoring write their results to disk before they return. `push` saves in the background."""
 
 from __future__ import annotations
 
@@ -13,11 +15,13 @@ from jaxtyping import Array, PyTree
 from tpaw_jax.data import packing
 from tpaw_jax.data.packing import Rows, Tree
 from tpaw_jax.generation import engine, generation_file
+from tpaw_jax.observe import tables
 from tpaw_jax.observe.profiling import Stopwatch
 from tpaw_jax.observe.tables import progress
 from tpaw_jax.runtime import processes
 from tpaw_jax.runtime.host import Prefetch
 from tpaw_jax.selfplay import round_store, round_summary
+from tpaw_jax.selfplay.plan import RoundPlan
 from tpaw_jax.selfplay.round_store import Store
 from tpaw_jax.selfplay.session import Round, Session
 from tpaw_jax.storage import files, ring
@@ -25,11 +29,13 @@ from tpaw_jax.training import cost, scoring
 from tpaw_jax.types import Generations, TeamScores
 
 
-def begin(session: Session, store: Store, t: int) -> Round:
-    """Start round `t`: print its inputs, its expected cost and, if the disk may fill up, a warning."""
-    this = Round(session, t, ring.players(session.ring, t), Stopwatch())
+def begin(session: Session, store: Store, todo: RoundPlan) -> Round:
+    """Start a round: print its inputs, its expected cost and, if the disk may fill up, a warning."""
+    t = todo.number
+    this = Round(session, t, session.config.objective.players(t), Stopwatch())
     session.say(round_summary.manifest(this))
-    session.say(round_summary.expected_cost(this, store))
+    if todo.train:
+        session.say(round_summary.expected_cost(this, store))
     if t in store.generations:
         session.say(f"Round {t}: all {len(session.prompts)} responses were sampled before.")
     if warning := round_summary.disk_warning(session):
@@ -81,7 +87,7 @@ def score(
     """The log-probs of all players on `rows`, and the work it took to complete them.
 
     The newest player scores all of D_O on the round's own rows; the others score only what they have not scored in
-    earlier rounds. While one player scores, the next one is restored from the ring. On a pod it is not: restoring is a
+    earlier rounds. While one player scores, the next one is restored from the ring, except on a pod: restoring is a
     collective, and collectives must run in the same order on all processes.
     """
     session, t = this.session, this.number
@@ -92,7 +98,7 @@ def score(
         session.say(f"Round {t}: player {player} has already scored every response.")
     load = lambda player: policy if player == t else ring.restore_policy(session.ring, player, session.like)
     depth = 1 if jax.process_count() == 1 else 0
-    with this.watch.time("scoring"):
+    with this.watch.time("scoring"), session.profiler.stage("scoring"):
         with Prefetch(load, busy, depth=depth) as loaded:
             for player in busy:
                 params = next(loaded)
@@ -100,7 +106,7 @@ def score(
                 log_probs = _score_rows(this, player, params, own)
                 del params  # so that at most this player, the next one and the policy are in memory
                 round_store.add_scores(store, t, player, own, log_probs)
-                work += cost.of_rows(own)
+                work += cost.work_of_rows(own)
         return round_store.team_scores(store, rows, this.players, session.config.objective.n_max), work
 
 
@@ -124,12 +130,12 @@ def push(this: Round, policy: PyTree[Array]) -> None:
     files.write_json(this.directory / "timings.json", this.watch.report())
 
 
-def end(session: Session, rounds: int) -> list[dict[str, Any]]:
+def end(session: Session) -> list[dict[str, Any]]:
     """Wait for the last checkpoint, then print and return the summaries of all rounds."""
     ring.finish_saves(session.ring)
     processes.barrier("all rounds are finished")
-    summaries = round_summary.read_all(session.directory, rounds)
-    session.say(round_summary.table(session, summaries))
+    summaries = round_summary.read_all(session.directory, session.config.rounds)
+    session.say(tables.round_table(summaries, session.verbose))
     return summaries
 
 
@@ -142,16 +148,20 @@ def _sample(this: Round, policy: PyTree[Array]) -> Generations:
     indices, together = engine.local_share(session.sampler, len(prompts))
     path = this.directory / f"sampled_{jax.process_index():04d}.jsonl"
     saves = processes.is_main() or not together
-    with this.watch.time("sampling"), progress(f"round {this.number} sampling", len(indices), "response") as bar:
+    with (
+        this.watch.time("sampling"),
+        session.profiler.stage("sampling"),
+        progress(f"round {this.number} sampling", len(indices), "response") as bar,
+    ):
         if saves:
-            generation_file.resume(path, prompts, session.say)
+            generation_file.read_and_repair(path, prompts, session.say)
         processes.barrier("partial responses are read")
-        saved = generation_file.of_all(sorted(this.directory.glob("sampled_*.jsonl")), prompts)
+        saved = generation_file.read_partial(sorted(this.directory.glob("sampled_*.jsonl")), prompts)
         finished = {n: saved[i] for n, i in enumerate(indices) if i in saved}
         if together:
             processes.check_same({"the responses that were sampled before": str(sorted(finished))})
         bar.update(len(finished))
-        with generation_file.appending(path, prompts) as append:
+        with generation_file.appender(path, prompts) as append:
             sampled = engine.generate(
                 session.sampler,
                 policy,
@@ -172,7 +182,7 @@ def _sampling_progress(this: Round, bar: Any) -> Callable[[int, int], None]:
     def show(requests: int, new_tokens: int) -> None:
         nonlocal tokens
         tokens += new_tokens
-        this.session.profiler.step("sampling")
+        this.session.profiler.step()
         this.session.notice.check(f"Round {this.number}: sampling stopped; finished responses are saved")
         bar.update(requests)
         bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
@@ -186,8 +196,8 @@ def _read(this: Round, path: Path) -> Generations:
     longest, vocabulary = session.config.sampling.max_new_tokens, session.model.vocab_size
     given = generation_file.read(path, session.prompts, session.template, vocabulary, longest, t)
     session.say(
-        f"Round {t}: read {len(session.prompts)} responses from {path}; {given.retokenised} were text and have been "
-        f"tokenised, {given.without_log_probs} had no log-probs."
+        f"Round {t}: read {len(session.prompts)} responses from {path}; {given.retokenized} were text and have been "
+        f"tokenized, {given.without_log_probs} had no log-probs."
     )
     return given.generations
 
@@ -198,7 +208,7 @@ def _score_rows(this: Round, player: int, params: PyTree[Array], rows: Rows) -> 
     with progress(f"round {this.number} player {player} scoring", tokens(rows), "token") as bar:
 
         def show(batch: Rows) -> None:
-            session.profiler.step("scoring")
+            session.profiler.step()
             session.notice.check(f"Round {this.number}: scoring stopped; the scores of finished players are saved")
             bar.update(tokens(batch))
 

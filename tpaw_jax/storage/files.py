@@ -84,7 +84,7 @@ def locked(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            holder = file.read().strip() or "its number is unknown"
+            holder = file.read().strip() or "an unknown process"
             raise ValueError(
                 f"{directory}: another process is using this directory: {holder}. Wait until it ends, stop it, or "
                 "choose another directory."

@@ -40,10 +40,10 @@ class Journal:
 
     directory: Path
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    data: str = ""  # the fingerprint of prompts and targets
+    data_fingerprint: str = ""  # of prompts and targets
     facts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    reading: bool = False  # read-only, because another process may be running
-    found: str = ""  # the file that was read instead, if journal.json was corrupted or missing
+    read_only: bool = False  # read-only, because another process may be running
+    read_from: str = ""  # the file that was read instead, if journal.json was corrupted or missing
 
     def is_complete(self, name: str) -> bool:
         """Whether a file or checkpoint is finished and was not found corrupted."""
@@ -56,8 +56,8 @@ class Journal:
         return sorted(of_stage, key=lambda name: (self.facts[name]["round"], name))
 
 
-def open_journal(directory: Path, reading: bool = False) -> Journal:
-    """Read the journal of a run's directory, or start one if there is no run; with `reading`, never write it.
+def open_journal(directory: Path, read_only: bool = False) -> Journal:
+    """Read the journal of a run's directory, or start one if there is no run; with `read_only`, never write it.
 
     Raises:
         ValueError: the directory holds a run, but both of its journals are missing or corrupted.
@@ -68,21 +68,21 @@ def open_journal(directory: Path, reading: bool = False) -> Journal:
         content = _read(path)
         if content is not None:
             found = "" if path == paths[0] else path.name
-            return Journal(directory, content["config"], content["data"], content["facts"], reading, found)
+            return Journal(directory, content["config"], content["data"], content["facts"], read_only, found)
     if any(path.exists() for path in paths) or any((directory / "ring" / "policies").glob("[0-9]*")):
         raise ValueError(
             f"{directory}: this directory holds a run, but its {paths[0].name} and {paths[1].name} are missing or "
             "damaged, so the run cannot tell which of its files are complete. Restore one of the two from a backup, or "
             "choose another directory."
         )
-    return Journal(directory, reading=reading)
+    return Journal(directory, read_only=read_only)
 
 
 def save(journal: Journal) -> None:
     """Write the journal, on process 0 only, and keep the version before it."""
-    if journal.reading or not processes.is_main():
+    if journal.read_only or not processes.is_main():
         return
-    content = {"version": _VERSION, "config": journal.config, "data": journal.data, "facts": journal.facts}
+    content = {"version": _VERSION, "config": journal.config, "data": journal.data_fingerprint, "facts": journal.facts}
     path = journal.directory / "journal.json"
     text = json.dumps({"checksum": _checksum(content), **content}, indent=1) + "\n"
     files.write_partial(path, text.encode())
@@ -164,7 +164,7 @@ def check(journal: Journal) -> dict[str, str]:
             continue
         fault = _checkpoint_fault(path, facts) if "files" in facts else _file_fault(path, facts)
         partial = files.partial_path(path)
-        if fault and not journal.reading and partial.exists() and not _file_fault(partial, facts):
+        if fault and not journal.read_only and partial.exists() and not _file_fault(partial, facts):
             os.replace(partial, path)
         elif fault:
             faults[name] = fault

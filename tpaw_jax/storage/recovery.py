@@ -18,8 +18,8 @@ from tpaw_jax.storage.journal import Journal
 
 def quarantine_corruption(opened: Journal, say: Callable[[str], None]) -> None:
     """Check all files and checkpoints of a run against its journal, and rename the corrupted ones to `*.damaged`."""
-    if opened.found:
-        say(f"{opened.directory / 'journal.json'} is corrupted or missing; the run uses {opened.found} instead.")
+    if opened.read_from:
+        say(f"{opened.directory / 'journal.json'} is corrupted or missing; the run uses {opened.read_from} instead.")
     for name, fault in journal.check(opened).items():
         say(f"{opened.directory / name}: {fault}. {_consequence(opened, name)}")
         journal.quarantine(opened, name)

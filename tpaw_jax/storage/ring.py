@@ -153,11 +153,6 @@ def select_policy(ring: Ring, round_number: int | None) -> int:
     return selected
 
 
-def players(ring: Ring, round_number: int) -> list[int]:
-    """The rounds whose policies are the main players of a round, newest first; fewer than N_max in the first rounds."""
-    return [j for j in range(round_number, max(-1, round_number - ring.n_max), -1)]
-
-
 @jax.jit
 def digests_of(tree: PyTree[Array]) -> PyTree[UInt32[Array, ""]]:
     """A digest of each array: the weighted sum of its values' bits modulo 2^32, with an odd weight for each position.
@@ -234,7 +229,8 @@ def _restore(ring: Ring, path: Path, like: PyTree[Array]) -> PyTree[Any]:
         same = jax.tree.leaves_with_path(jax.tree.map(lambda a, b: int(a) == int(b), now, written))
         wrong = [jax.tree_util.keystr(leaf, simple=True, separator="/") for leaf, equal in same if not equal]
         if not wrong:
-            if not ring.journal.is_complete(_name(ring, path)):  # a kill came before the journal listed it as complete
+            listed = ring.journal.read_only or ring.journal.is_complete(_name(ring, path))
+            if not listed:  # a kill came before the journal listed it as complete
                 journal.raise_if_different(ring.journal, _name(ring, path), _record(ring, path, read["digests"]))
             return read["values"]
         faults = [

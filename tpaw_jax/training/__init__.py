@@ -11,20 +11,3 @@ Read the files in this order:
 
 With a model of your own, wrap it with `from_apply_fn` and pass the result to `make_scorer` and `make_train_step`.
 """
-
-from tpaw_jax.training.logprobs import ApplyFn as ApplyFn
-from tpaw_jax.training.logprobs import LogProbFn as LogProbFn
-from tpaw_jax.training.logprobs import from_apply_fn as from_apply_fn
-from tpaw_jax.training.logprobs import make_greedy_fn as make_greedy_fn
-from tpaw_jax.training.logprobs import make_log_prob_fn as make_log_prob_fn
-from tpaw_jax.training.scoring import Scorer as Scorer
-from tpaw_jax.training.scoring import make_scorer as make_scorer
-from tpaw_jax.training.scoring import score as score
-from tpaw_jax.training.train_step import StepScalars as StepScalars
-from tpaw_jax.training.train_step import TrainStep as TrainStep
-from tpaw_jax.training.train_step import by_triplet as by_triplet
-from tpaw_jax.training.train_step import init_state as init_state
-from tpaw_jax.training.train_step import learning_rates as learning_rates
-from tpaw_jax.training.train_step import make_optimizer as make_optimizer
-from tpaw_jax.training.train_step import make_step as make_step
-from tpaw_jax.training.train_step import make_train_step as make_train_step

@@ -20,12 +20,15 @@ def most_micro_batches(config: RunConfig) -> int:
     return packing.most_micro_batches(config.train.batch_triplets, config.longest_triplet, config.packing)
 
 
-def settled_packing(config: RunConfig, mesh: Mesh, before: Mapping[str, Any] | None = None) -> PackingConfig:
+def resolve_packing(
+    config: RunConfig, mesh: Mesh, alignment: int, before: Mapping[str, Any] | None = None
+) -> PackingConfig:
     """Resolve `rows_per_batch` and `alignment` where they are 0 (automatic).
 
-    A resumed run passes its previous packing fields as `before`, and they take precedence over the devices' needs.
+    The devices need rows for each of their shards, and `alignment`. A resumed run passes its previous packing fields as
+    `before`, and they take precedence over these needs.
     """
-    needs = {"rows_per_batch": sharding.row_shards(mesh), "alignment": needed_alignment(config)}
+    needs = {"rows_per_batch": sharding.row_shards(mesh), "alignment": alignment}
     return dataclasses.replace(
         config.packing,
         **{key: getattr(config.packing, key) or (before or {}).get(key) or value for key, value in needs.items()},

@@ -20,7 +20,7 @@ from tpaw_jax.types import Generations, Prompts
 BACKWARD = 2
 """Cost of a backward pass, in forward passes."""
 
-PAIRS = 8
+BASELINE_BATCH_SIZE = 8
 """Triplets in a batch of padded pairs, each padded to the longest of the batch: SPIN's batch size per device."""
 
 
@@ -29,7 +29,7 @@ class Work(NamedTuple):
 
     tokens: float  # tokens in the layers, including padding
     predictions: float  # tokens in the output head
-    pairs: float  # (query, key) pairs that are not masked
+    attended: float  # (query, key) pairs that are not masked
 
     def __add__(self, other: Work) -> Work:  # type: ignore[override]
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
@@ -61,30 +61,30 @@ def flops(model: ModelConfig, work: Work) -> float:
         + 2 * model.hidden_size * model.num_kv_heads * model.head_dim
         + 3 * model.hidden_size * model.intermediate_size
     )
-    layers = model.num_layers * (2 * weights * work.tokens + 4 * attention * work.pairs)
+    layers = model.num_layers * (2 * weights * work.tokens + 4 * attention * work.attended)
     return layers + 2 * model.hidden_size * model.vocab_size * work.predictions
 
 
-def of_trees(trees: Sequence[Tree]) -> Work:
+def work_of_trees(trees: Sequence[Tree]) -> Work:
     """Count a pass over trees, without the padding of their rows."""
     work = NOTHING
     for tree in trees:
         prompt, read = len(tree.prompt_tokens), [len(r) - 1 for r in tree.responses]
-        pairs = _causal(prompt) + sum(n * prompt + _causal(n) for n in read)
-        work += Work(tree.length(), tree.predictions, pairs)
+        attended = _causal(prompt) + sum(n * prompt + _causal(n) for n in read)
+        work += Work(tree.length(), tree.predictions, attended)
     return work
 
 
-def of_rows(rows: Rows) -> Work:
+def work_of_rows(rows: Rows) -> Work:
     """Count a pass over packed rows. The layers compute padding too; attention and the head skip it."""
     segments = np.asarray(rows.batch.segment_ids)
-    predictions = int((np.asarray(rows.batch.responses) < rows.prompt_index.shape[1]).sum())
+    predictions = int((np.asarray(rows.batch.response_ids) < rows.prompt_index.shape[1]).sum())
     # A token at position p attends to p + 1 keys: its prompt, and its own response up to itself.
-    pairs = int((np.asarray(rows.batch.positions) + 1)[segments > 0].sum())
-    return Work(segments.size, predictions, pairs)
+    attended = int((np.asarray(rows.batch.positions) + 1)[segments > 0].sum())
+    return Work(segments.size, predictions, attended)
 
 
-def of_pairs(prompts: Prompts, window: Sequence[Generations], batch: int) -> Work:
+def work_of_padded_pairs(prompts: Prompts, window: Sequence[Generations], batch: int) -> Work:
     """Count a pass over padded pairs: each triplet as two sequences, x y and x y_gen.
 
     Sequences are padded to the longest in each batch of `batch` triplets. Logits are computed for all tokens, as in
@@ -103,9 +103,9 @@ def of_pairs(prompts: Prompts, window: Sequence[Generations], batch: int) -> Wor
     return work
 
 
-def pairs_of_round(prompts: Prompts, window: Sequence[Generations], players: int, epochs: int) -> RoundWork:
+def padded_pairs_of_round(prompts: Prompts, window: Sequence[Generations], players: int, epochs: int) -> RoundWork:
     """Count a round with padded pairs, where every step runs the forward pass of every player."""
-    one_epoch = of_pairs(prompts, window, PAIRS)
+    one_epoch = work_of_padded_pairs(prompts, window, BASELINE_BATCH_SIZE)
     return RoundWork(one_epoch * (epochs * players), one_epoch * (epochs * (1 + BACKWARD)))
 
 
@@ -140,12 +140,12 @@ def round_work(
     window = [newest, *(generations[r] for r in config.objective.opponents(t)[1:])]
     sources = {t: np.full(len(prompts), t), **sources}
     length = config.packing.row_length
-    padded = lambda trees: of_trees(trees)._replace(tokens=length * packing.row_count(trees, config.packing))
+    padded = lambda trees: work_of_trees(trees)._replace(tokens=length * packing.row_count(trees, config.packing))
     one_epoch = padded(packing.trees_of_window(prompts, window, sources))
     newest_alone = padded([packing.tree_of_responses(prompts, i, {t: r}) for i, r in enumerate(newest.tokens)])
     scored = one_epoch + newest_alone * (len(players) - 1)
     trees = RoundWork(scored, one_epoch * (config.train.epochs * (1 + BACKWARD)))
-    return trees, pairs_of_round(prompts, window, len(players), config.train.epochs)
+    return trees, padded_pairs_of_round(prompts, window, len(players), config.train.epochs)
 
 
 def _causal(length: int) -> float:

@@ -79,12 +79,12 @@ def _predictions(model: Transformer, params: PyTree[Array], batch: TreeBatch) ->
         batch.branch_ids,
         method="hidden",
     )
-    hidden_BPD = jnp.take_along_axis(hidden_BTD, batch.sources[..., None], axis=1)
+    hidden_BPD = jnp.take_along_axis(hidden_BTD, batch.hidden_index[..., None], axis=1)
     name = head_name(params)
     table_VD = parallel.table(head_table(params), name, hidden_BPD.dtype)
-    live_BP, labels_BP, axis = batch.responses < batch.triplet_weight.shape[-1], jnp.asarray(batch.labels), None
+    live_BP, labels_BP, axis = batch.response_ids < batch.triplet_weight.shape[-1], jnp.asarray(batch.labels), None
     if parallel.splits_vocabulary(name):
-        hidden_BPD, axis = parallel.share(hidden_BPD), "tensor"
+        hidden_BPD, axis = parallel.copy_to_tensor(hidden_BPD), "tensor"
         labels_BP = labels_BP - lax.axis_index(axis) * table_VD.shape[0]
     return hidden_BPD, table_VD, labels_BP, live_BP, axis
 
@@ -98,7 +98,7 @@ def from_apply_fn(apply_fn: ApplyFn) -> LogProbFn:
         logits_BTV = apply_fn(params, batch.tokens, batch.positions, mask).astype(jnp.float32)
         log_probs_BTV = jax.nn.log_softmax(logits_BTV)
         rows = jnp.arange(batch.tokens.shape[0])[:, None]
-        return sum_by_response(log_probs_BTV[rows, batch.sources, batch.labels], batch)
+        return sum_by_response(log_probs_BTV[rows, batch.hidden_index, batch.labels], batch)
 
     return log_prob_fn
 
@@ -281,4 +281,4 @@ def sum_by_response(per_token: Float[Array, "B P"], batch: TreeBatch) -> Float[A
     """Sum a value per token, such as log-probs, over each response."""
     count = batch.triplet_weight.shape[-1]
     total = lambda values, responses: jax.ops.segment_sum(values, responses, num_segments=count + 1)[:count]
-    return jax.vmap(total)(per_token.astype(jnp.float32), batch.responses)
+    return jax.vmap(total)(per_token.astype(jnp.float32), batch.response_ids)

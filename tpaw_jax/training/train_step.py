@@ -291,7 +291,7 @@ def _triplets(
 
 def _tokens(batch: TreeBatch) -> Array:
     """Number of predicted tokens in a batch."""
-    return jnp.sum(batch.responses < batch.triplet_weight.shape[-1]).astype(jnp.float32)
+    return jnp.sum(batch.response_ids < batch.triplet_weight.shape[-1]).astype(jnp.float32)
 
 
 def _lengths(batch: TreeBatch) -> tuple[Array, Array]:
