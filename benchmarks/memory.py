@@ -3,7 +3,7 @@
     python benchmarks/memory.py --model smollm2 --row-length 2048 --budget-gib 4
 
 The team step with three players against plain SFT of the same rows, made by the same step factory; the head alone,
-chunked against full logits, at vocabularies of 49,152 and 151,936; and for each rematerialisation policy the longest
+chunked against full logits, at vocabularies of 49,152 and 151,936; and for each rematerialization policy the longest
 row whose step fits a budget. Nothing is executed.
 """
 

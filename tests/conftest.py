@@ -10,7 +10,7 @@ os.environ.update(JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # pytest's workers and the processes that tests start share it
     CACHE = tempfile.TemporaryDirectory(prefix="tpaw-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
-os.environ.update(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2", JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1")
+os.environ.update(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0", JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1")
 FEW_PASSES = "--xla_backend_optimization_level=0"  # halves the compile time; `make test-all` compiles as a run does
 if "TPAW_ALL_TESTS" not in os.environ and FEW_PASSES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FEW_PASSES}".strip()
@@ -40,6 +40,11 @@ STORIES = ROOT / "configs" / "demo" / "stories260K"
 FIXTURES = ROOT / "tests" / "fixtures"
 
 needs_compiler = pytest.mark.skipif(not kernels.available(), reason="there is no AVX-512 or no C++ compiler")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that play in several processes come first: at the end, one worker would wait for them."""
+    items.sort(key=lambda item: item.path.name != "test_processes.py")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The team loss: the specification's vectors, its exact identities, and its behaviour under transformations."""
+"""The team loss: the specification's vectors, its exact identities, and its behavior under transformations."""
 
 import json
 

@@ -80,7 +80,7 @@ def main() -> None:
     )
     built = time.perf_counter()
     trainer.train()
-    # The pass is part of building the trainer. The rest of that, tokenising, took 0.1 s where nothing is precomputed.
+    # The pass is part of building the trainer. The rest of that, tokenizing, took 0.1 s where nothing is precomputed.
     pass_seconds = built - begun if precomputed else 0.0
     seconds, triplets = clock.times[-1] - clock.times[WARM_UP], len(rows) - WARM_UP * batch
     a_triplet = seconds / triplets + pass_seconds / len(rows) / EPOCHS

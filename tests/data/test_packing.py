@@ -42,11 +42,11 @@ def test_rows_hold_every_triplet_once_and_nothing_else(seed, count, row_length):
     for row in range(len(rows)):
         b = {name: np.asarray(getattr(rows.batch, name)[row]) for name in rows.batch.__dataclass_fields__}
         texts = {}
-        for response in np.unique(b["responses"][b["responses"] < rows.prompt_index.shape[1]]):
-            of_response = b["responses"] == response
+        for response in np.unique(b["response_ids"][b["response_ids"] < rows.prompt_index.shape[1]]):
+            of_response = b["response_ids"] == response
             texts[response] = b["labels"][of_response].tolist()
             prompt = prompts.prompt_tokens[rows.prompt_index[row, response]]
-            sources = b["sources"][of_response]
+            sources = b["hidden_index"][of_response]
             # The first prediction comes from the prompt's end, the others from the response's own tokens, in order.
             assert b["positions"][sources].tolist() == list(range(len(prompt) - 1, len(prompt) - 1 + of_response.sum()))
             assert b["branch_ids"][sources[0]] == 0

@@ -23,7 +23,7 @@ def directory(tmp_path_factory):
     return path
 
 
-def write_gguf(path, directory, quantisation, **fields):
+def write_gguf(path, directory, quantization, **fields):
     """The model of `directory` as GGUF: matrices in one block format, norms in float32, q and k rows interleaved."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_uint32("llama.embedding_length", 64)
@@ -41,7 +41,7 @@ def write_gguf(path, directory, quantisation, **fields):
             if projection in hf:
                 rows, columns = values.shape
                 values = values.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-        kind = quantisation if values.ndim == 2 else Q.F32
+        kind = quantization if values.ndim == 2 else Q.F32
         writer.add_tensor(names[hf], gguf.quants.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -51,11 +51,11 @@ def write_gguf(path, directory, quantisation, **fields):
 
 
 @pytest.mark.parametrize(
-    ("quantisation", "tolerance"),
+    ("quantization", "tolerance"),
     [(Q.F32, 0), (Q.F16, 1e-4), (Q.BF16, 1e-3), (Q.Q8_0, 1e-3), (Q.Q5_0, 6e-3), (Q.Q4_1, 1e-2), (Q.Q4_0, 1e-2)],
 )
-def test_block_formats_give_the_models_parameters(tmp_path, directory, quantisation, tolerance):
-    path = write_gguf(tmp_path / "model.gguf", directory, quantisation)
+def test_block_formats_give_the_models_parameters(tmp_path, directory, quantization, tolerance):
+    path = write_gguf(tmp_path / "model.gguf", directory, quantization)
     config, params = models.load_pretrained(path)
     expected_config, expected = models.load_pretrained(directory)
     assert (config.num_heads, config.num_kv_heads, config.tie_embeddings) == (4, 2, expected_config.tie_embeddings)

@@ -128,7 +128,7 @@ def test_packed_segments_equal_separate_sequences(stories):
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "layer"])
-def test_rematerialisation_changes_no_gradient(stories, remat):
+def test_rematerialization_changes_no_gradient(stories, remat):
     config, params = stories
     tokens = np.arange(3, 35, dtype=np.int32)[None]
     loss = lambda model, p: jnp.sum(jax.nn.log_softmax(model.apply({"params": p}, tokens))[..., 7])

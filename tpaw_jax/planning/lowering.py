@@ -16,10 +16,10 @@ from tpaw_jax.data import packing
 from tpaw_jax.generation import engine, token_sampling
 from tpaw_jax.generation.cache import PAGE, Pages, PageTable
 from tpaw_jax.generation.slots import DecodeState
-from tpaw_jax.models import ModelConfig, Transformer, splash_attention
+from tpaw_jax.models import ModelConfig, Transformer, hub, splash_attention
 from tpaw_jax.models.transformer import shard_model
 from tpaw_jax.runtime import sharding, tpu
-from tpaw_jax.training import scoring, train_step
+from tpaw_jax.training import batch_shapes, scoring, train_step
 from tpaw_jax.training.logprobs import make_log_prob_fn
 from tpaw_jax.types import PackedPrompts
 

@@ -1,4 +1,4 @@
-"""Plots of runs, as SVG whose text and lines take the page's colours, and as PNG."""
+"""Plots of runs, as SVG whose text and lines take the page's colors, and as PNG."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-COLOURS = ("#3b82f6", "#f97316", "#10b981", "#e11d48", "#a855f7", "#ca8a04", "#06b6d4", "#84cc16")
-"""Colours of the series, readable on light and dark pages."""
+COLORS = ("#3b82f6", "#f97316", "#10b981", "#e11d48", "#a855f7", "#ca8a04", "#06b6d4", "#84cc16")
+"""Colors of the series, readable on light and dark pages."""
 
 _TEXT, _GRID = "#123456", "#654321"
-"""Placeholder colours that `svg` replaces by the page's own."""
+"""Placeholder colors that `svg` replaces by the page's own."""
 
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -54,14 +54,14 @@ def lines(title: str, xlabel: str, ylabel: str, series: Sequence[Series], marks:
 
     def draw(axes: Any) -> None:
         for i, one in enumerate(series):
-            colour, marker = COLOURS[i % len(COLOURS)], "o" if marks else None
+            color, marker = COLORS[i % len(COLORS)], "o" if marks else None
             values = np.asarray(one.values, float)
             present = ~np.isnan(values).all(axis=0)
             x, values = np.asarray(one.x, float)[present], values[:, present]
-            axes.plot(x, np.nanmean(values, axis=0), color=colour, lw=1.6, marker=marker, ms=4, label=one.label)
+            axes.plot(x, np.nanmean(values, axis=0), color=color, lw=1.6, marker=marker, ms=4, label=one.label)
             if len(values) > 1:
                 low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-                axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+                axes.fill_between(x, low, high, color=color, alpha=0.18, lw=0)
         if not any(np.nan_to_num(one.values).any() for one in series):
             axes.set_ylim(-0.05, 1)
         low, high = axes.get_ylim()
@@ -80,9 +80,9 @@ def histograms(title: str, xlabel: str, values: Mapping[str, np.ndarray]) -> Fig
         everything = np.concatenate(list(values.values()))
         bins = np.linspace(everything.min(), max(everything.max(), everything.min() + 1e-6), 25)
         for i, (label, labelled) in enumerate(values.items()):
-            colour = COLOURS[i % len(COLOURS)]
-            axes.hist(labelled, bins, histtype="stepfilled", color=colour, alpha=0.15)
-            axes.hist(labelled, bins, histtype="step", color=colour, lw=1.4, label=label)
+            color = COLORS[i % len(COLORS)]
+            axes.hist(labelled, bins, histtype="stepfilled", color=color, alpha=0.15)
+            axes.hist(labelled, bins, histtype="step", color=color, lw=1.4, label=label)
 
     return _figure(title, xlabel, "responses", draw, len(values))
 
@@ -93,7 +93,7 @@ def stacked(title: str, xlabel: str, rows: Sequence[str], parts: Mapping[str, Se
     def draw(axes: Any) -> None:
         start = np.zeros(len(rows))
         for i, (label, sizes) in enumerate(parts.items()):
-            axes.barh(rows, sizes, left=start, color=COLOURS[i % len(COLOURS)], label=label, height=0.6)
+            axes.barh(rows, sizes, left=start, color=COLORS[i % len(COLORS)], label=label, height=0.6)
             start = start + np.asarray(sizes)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
@@ -116,7 +116,7 @@ def _figure(title: str, xlabel: str, ylabel: str, draw: Callable[[Any], None], l
 
 
 def svg(figure: Figure) -> str:
-    """An <svg> element that takes its text colour and line colour from the surrounding page."""
+    """An <svg> element that takes its text color and line color from the surrounding page."""
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

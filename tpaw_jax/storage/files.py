@@ -1,4 +1,4 @@
-"""Atomic file writes, a lock for directories, and readers that recognise corrupted files."""
+"""Atomic file writes, a lock for directories, and readers that recognize corrupted files."""
 
 from __future__ import annotations
 
