@@ -14,6 +14,8 @@ import numpy as np
 from tpaw_jax import models
 from tpaw_jax.config import SamplingConfig
 from tpaw_jax.generation import engine, generation_file
+from tpaw_jax.generation.decoder import decoder_of
+from tpaw_jax.generation.slots import make_sampler
 from tpaw_jax.models import Transformer
 from tpaw_jax.models.transformer import shard_model
 
@@ -24,7 +26,7 @@ def answer(stories, path, temperature, slots, mesh=None, die_after=None):
     config = SamplingConfig(max_new_tokens=40, slots=slots, temperature=temperature)
     model = Transformer(stories[0])
     model = model if mesh is None else shard_model(model, stories[1], mesh)
-    sampler = engine.make_sampler(engine.decoder_of(model), config, (1, 403), mesh)
+    sampler = make_sampler(decoder_of(model), config, (1, 403), mesh)
 
     def keep(responses):
         generation_file.append(path, prompts, responses)

@@ -19,6 +19,8 @@ import numpy as np
 from tpaw_jax.config import SamplingConfig
 from tpaw_jax.generation import engine
 from tpaw_jax.generation.cpu import kernels
+from tpaw_jax.generation.decoder import decoder_of
+from tpaw_jax.generation.slots import make_sampler
 from tpaw_jax.models import Transformer
 from tpaw_jax.models.tile_attention import TILES
 from tpaw_jax.observe.profiling import compile_log
@@ -36,7 +38,7 @@ def main() -> None:
     ids = tuple(np.array(p, np.int32) for p in work["prompts"])
     prompts = Prompts(np.arange(count, dtype=np.int32), ids, ids)
     config = SamplingConfig(max_new_tokens=work["longest"]["response"], slots=slots)
-    sampler = engine.make_sampler(engine.decoder_of(model), config, ())
+    sampler = make_sampler(decoder_of(model), config, ())
     watch = Watch(sampler)
     answer = lambda limits: engine.generate(watch.sampler, params, prompts, seed=0, round_number=0, limits=limits)
     with compile_log() as compiled:

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from tpaw_jax.config import MeshConfig, SamplingConfig
 from tpaw_jax.generation import engine, token_sampling
 from tpaw_jax.generation.cache import Pages
+from tpaw_jax.generation.decoder import decoder_from_apply_fn, decoder_of
+from tpaw_jax.generation.slots import make_sampler
 from tpaw_jax.models import Transformer
 from tpaw_jax.models.transformer import shard_model
 from tpaw_jax.observe.profiling import compile_log
@@ -31,8 +33,8 @@ def prompts():
 
 def generate(stories, prompts, decoder=None, mesh=None, params=None, num_generations=1, stop_fn=None, **config):
     settings = SamplingConfig(**{"max_new_tokens": 12, "slots": 4, **config})
-    decoder = decoder or engine.decoder_of(Transformer(stories[0]))
-    sampler = engine.make_sampler(decoder, settings, STOPS, mesh)
+    decoder = decoder or decoder_of(Transformer(stories[0]))
+    sampler = make_sampler(decoder, settings, STOPS, mesh)
     params = stories[1] if params is None else params
     return engine.generate(
         sampler, params, prompts, seed=3, round_number=2, num_generations=num_generations, stop_fn=stop_fn
@@ -45,7 +47,7 @@ def assert_same_tokens(a, b):
 
 
 def test_decoding_as_on_a_tpu_gives_the_same_tokens(stories, prompts, all_passes):
-    of = lambda platform: engine.decoder_of(Transformer(stories[0]), platform=platform)
+    of = lambda platform: decoder_of(Transformer(stories[0]), platform=platform)
     here, as_there = (generate(stories, prompts, decoder=of(platform)) for platform in ("cpu", "tpu"))
     assert_same_tokens(here, as_there)
     for p, q in zip(here.log_probs, as_there.log_probs, strict=True):
@@ -69,7 +71,7 @@ def test_responses_of_a_prompt_share_its_pages(stories, monkeypatch):
     used.clear()
     assert_same_tokens(generate(stories, prompts, num_generations=4, slots=1), together)
     assert max(used) == 3
-    as_on_a_tpu = engine.decoder_of(Transformer(stories[0]), platform="tpu")
+    as_on_a_tpu = decoder_of(Transformer(stories[0]), platform="tpu")
     assert_same_tokens(generate(stories, prompts, num_generations=4, slots=8, decoder=as_on_a_tpu), together)
     assert_same_tokens(generate(stories, prompts, num_generations=4, slots=3), together)
 
@@ -91,9 +93,7 @@ def test_responses_do_not_depend_on_slots_order_or_other_prompts(stories, prompt
 def test_every_request_round_and_seed_has_its_own_stream(stories, prompts):
     twins = prompts.take([7, 7])
     apart = type(twins)(np.array([100, 101], np.int32), twins.prompt_tokens, twins.target_tokens)
-    sampler = engine.make_sampler(
-        engine.decoder_of(Transformer(stories[0])), SamplingConfig(max_new_tokens=12, slots=2), ()
-    )
+    sampler = make_sampler(decoder_of(Transformer(stories[0])), SamplingConfig(max_new_tokens=12, slots=2), ())
     draw = lambda who, seed, t: engine.generate(sampler, stories[1], who, seed=seed, round_number=t).tokens
     first, second = draw(apart, 0, 0)
     assert first.tolist() != second.tolist()  # one prompt under two ids
@@ -105,7 +105,7 @@ def test_every_request_round_and_seed_has_its_own_stream(stories, prompts):
 
 def test_cached_decoding_equals_recomputing_the_sequence(stories, prompts):
     model = Transformer(stories[0])
-    twin = engine.decoder_from_apply_fn(lambda p, tokens: model.apply({"params": p}, tokens))
+    twin = decoder_from_apply_fn(lambda p, tokens: model.apply({"params": p}, tokens))
     plain, cached = generate(stories, prompts, decoder=twin), generate(stories, prompts)
     assert_same_tokens(cached, plain)
     for a, b in zip(cached.log_probs, plain.log_probs, strict=True):
@@ -145,9 +145,7 @@ def counting_prefills(sampler):
 
 def test_a_prompt_with_several_responses_is_prefilled_once(stories, prompts):
     settings = SamplingConfig(max_new_tokens=12, slots=4)
-    sampler, computed = counting_prefills(
-        engine.make_sampler(engine.decoder_of(Transformer(stories[0])), settings, STOPS)
-    )
+    sampler, computed = counting_prefills(make_sampler(decoder_of(Transformer(stories[0])), settings, STOPS))
     engine.generate(sampler, stories[1], prompts, seed=3, round_number=2, num_generations=3)
     assert sum(computed) == 11
 
@@ -158,8 +156,8 @@ def test_shards_share_their_prefills(stories):
     tokens = sum(map(len, many.prompt_tokens))
     settings = SamplingConfig(max_new_tokens=12, slots=16, prefill_tokens=128)
     mesh = sharding.sampling_mesh(1)
-    decoder = engine.decoder_of(shard_model(Transformer(stories[0]), stories[1], mesh))
-    sampler, computed = counting_prefills(engine.make_sampler(decoder, settings, STOPS, mesh))
+    decoder = decoder_of(shard_model(Transformer(stories[0]), stories[1], mesh))
+    sampler, computed = counting_prefills(make_sampler(decoder, settings, STOPS, mesh))
     engine.generate(sampler, stories[1], many, seed=3, round_number=2)
     assert sum(computed) == 120
     assert len(computed) <= 2 * -(-tokens // (8 * 128))
@@ -169,9 +167,7 @@ def test_the_rest_of_a_row_takes_a_later_prompt_that_fits(stories):
     rng = np.random.default_rng(7)
     ids = tuple(rng.integers(3, 512, n).astype(np.int32) for n in (100, 100, 28, 28))
     settings = SamplingConfig(max_new_tokens=4, slots=4, prefill_tokens=128)
-    sampler, computed = counting_prefills(
-        engine.make_sampler(engine.decoder_of(Transformer(stories[0])), settings, STOPS)
-    )
+    sampler, computed = counting_prefills(make_sampler(decoder_of(Transformer(stories[0])), settings, STOPS))
     prompts = Prompts(np.arange(4, dtype=np.int32), ids, ids)
     engine.generate(sampler, stories[1], prompts, seed=3, round_number=2)
     assert computed == [2, 2]
@@ -214,7 +210,7 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(stories, st
 
 def test_a_bfloat16_cache_changes_log_probs_a_little(stories, prompts):
     whole, half = (
-        generate(stories, prompts, temperature=0.0, decoder=engine.decoder_of(Transformer(stories[0]), dtype))
+        generate(stories, prompts, temperature=0.0, decoder=decoder_of(Transformer(stories[0]), dtype))
         for dtype in ("", "bfloat16")
     )
     gaps = []
@@ -230,7 +226,7 @@ def test_the_last_response_is_finished_when_more_slots_must_finish_than_are_left
     """41 slots cannot be halved, and the engine waits for two finished slots at a time."""
     prompts, limits = random_prompts(np.random.default_rng(1), 41)[0], [12] + 40 * [1]
     settings = SamplingConfig(max_new_tokens=12, slots=41)
-    sampler = engine.make_sampler(engine.decoder_of(Transformer(stories[0])), settings, STOPS)
+    sampler = make_sampler(decoder_of(Transformer(stories[0])), settings, STOPS)
     found = engine.generate(sampler, stories[1], prompts, seed=3, round_number=2, limits=limits)
     assert 1 < len(found.tokens[0]) <= 12
     assert all(len(tokens) == 1 for tokens in found.tokens[1:])
@@ -239,7 +235,7 @@ def test_the_last_response_is_finished_when_more_slots_must_finish_than_are_left
 def test_every_request_has_its_own_limit(stories, prompts):
     whole = generate(stories, prompts, slots=5)
     settings = SamplingConfig(max_new_tokens=12, slots=3)
-    sampler = engine.make_sampler(engine.decoder_of(Transformer(stories[0])), settings, STOPS)
+    sampler = make_sampler(decoder_of(Transformer(stories[0])), settings, STOPS)
     answer = lambda limits: engine.generate(sampler, stories[1], prompts, seed=3, round_number=2, limits=limits)
     limits = [1 + i % 12 for i in range(len(prompts))]
     for found, expected, limit in zip(answer(limits).tokens, whole.tokens, limits, strict=True):
@@ -277,7 +273,7 @@ def test_sixty_four_prompts_get_the_same_responses_everywhere(stories, temperatu
 
 def test_programs_are_compiled_once_for_each_number_of_slots_and_pages(stories, prompts):
     settings = SamplingConfig(max_new_tokens=100, slots=16, prefill_tokens=128)
-    sampler = engine.make_sampler(engine.decoder_of(Transformer(stories[0])), settings, ())
+    sampler = make_sampler(decoder_of(Transformer(stories[0])), settings, ())
     many = random_prompts(np.random.default_rng(6), 40)[0]
     limits = [1 + i * 37 % 100 for i in range(len(many))]
     shapes = {"prefill": set(), "decode": set(), "resize": set()}
@@ -310,8 +306,8 @@ def test_programs_are_compiled_once_for_each_number_of_slots_and_pages(stories, 
 def drawn(logits, **config):
     """Counts of each token among 20,000 sampled ones, for a model that always has these logits."""
     always = jnp.asarray(logits, jnp.float32)
-    decoder = engine.decoder_from_apply_fn(lambda _, tokens: jnp.broadcast_to(always, (*tokens.shape, len(logits))))
-    sampler = engine.make_sampler(decoder, SamplingConfig(max_new_tokens=100, slots=50, **config), ())
+    decoder = decoder_from_apply_fn(lambda _, tokens: jnp.broadcast_to(always, (*tokens.shape, len(logits))))
+    sampler = make_sampler(decoder, SamplingConfig(max_new_tokens=100, slots=50, **config), ())
     prompts = random_prompts(np.random.default_rng(0), 200, vocabulary=len(logits))[0]
     made = engine.generate(sampler, {"none": always}, prompts, seed=0, round_number=0)
     return np.bincount(np.concatenate(made.tokens), minlength=len(logits))

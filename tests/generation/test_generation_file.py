@@ -14,6 +14,8 @@ from tpaw_jax.config import DataConfig, SamplingConfig
 from tpaw_jax.config.config_file import to_dict
 from tpaw_jax.data import templates
 from tpaw_jax.generation import engine, generation_file
+from tpaw_jax.generation.decoder import decoder_of
+from tpaw_jax.generation.slots import make_sampler
 from tpaw_jax.models import Transformer, hub
 from tpaw_jax.selfplay import loop, round_summary
 from tpaw_jax.types import Prompts
@@ -167,7 +169,7 @@ def test_sampling_resumes_with_the_missing_responses(stories):
     ids = lambda n: np.arange(1, n + 1, dtype=np.int32)
     prompts = Prompts(np.arange(6, dtype=np.int32), tuple(ids(n) for n in range(2, 8)), tuple(ids(1) for _ in range(6)))
     settings = SamplingConfig(max_new_tokens=10, slots=2)
-    sampler = engine.make_sampler(engine.decoder_of(Transformer(stories[0])), settings, (1,))
+    sampler = make_sampler(decoder_of(Transformer(stories[0])), settings, (1,))
     generate = lambda **more: engine.generate(sampler, stories[1], prompts, seed=1, round_number=0, **more)
     kept = {}
     whole = generate(on_finished=kept.update)

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from tpaw_jax.config import SamplingConfig
 from tpaw_jax.generation import decode_step, engine
 from tpaw_jax.generation.cpu import kernels
+from tpaw_jax.generation.decoder import decoder_of
+from tpaw_jax.generation.slots import make_sampler
 from tpaw_jax.models import Transformer
 from tpaw_jax.models.transformer import rms_norm
 from tpaw_jax.types import PackedPrompts
@@ -126,8 +128,8 @@ def test_prefill_of_several_rows_with_padding(stories):
 @needs_compiler
 def test_sampling_holds_no_second_copy_of_the_policy(stories):
     prompts = random_prompts(np.random.default_rng(8), 4)[0]
-    decoder = engine.decoder_of(Transformer(stories[0], dtype=jnp.bfloat16), cache_dtype="float32")
-    sampler = engine.make_sampler(decoder, SamplingConfig(max_new_tokens=3, slots=2), ())
+    decoder = decoder_of(Transformer(stories[0], dtype=jnp.bfloat16), cache_dtype="float32")
+    sampler = make_sampler(decoder, SamplingConfig(max_new_tokens=3, slots=2), ())
     held = lambda: sum(x.nbytes for x in jax.live_arrays() if x.dtype == jnp.bfloat16)
     before, seen = held(), []
 
@@ -152,7 +154,7 @@ def test_the_sampler_works_without_kernels(stories, monkeypatch, all_passes, dty
     model, found = Transformer(stories[0], dtype=dtype), []
     for there in (True, False):
         monkeypatch.setattr(kernels, "available", lambda there=there: there)
-        sampler = engine.make_sampler(engine.decoder_of(model), SamplingConfig(max_new_tokens=8, slots=3), ())
+        sampler = make_sampler(decoder_of(model), SamplingConfig(max_new_tokens=8, slots=3), ())
         found.append(engine.generate(sampler, stories[1], prompts, seed=3, round_number=2))
     with_kernels, without = found
     compared, gaps = 0, []

@@ -10,6 +10,8 @@ from tpaw_jax import models
 from tpaw_jax.config import PackingConfig, SamplingConfig
 from tpaw_jax.data import packing
 from tpaw_jax.generation import engine
+from tpaw_jax.generation.decoder import decoder_of
+from tpaw_jax.generation.slots import make_sampler
 from tpaw_jax.training.logprobs import make_log_prob_fn
 from tpaw_jax.types import TARGET, Prompts
 
@@ -24,7 +26,7 @@ def prompts_of(prompt_ids, targets):
 
 def greedy(model, params, prompts, max_new_tokens, stops):
     config = SamplingConfig(temperature=0, max_new_tokens=max_new_tokens, slots=len(prompts))
-    sampler = engine.make_sampler(engine.decoder_of(model), config, stops)
+    sampler = make_sampler(decoder_of(model), config, stops)
     return engine.generate(sampler, params, prompts, seed=0, round_number=0)
 
 

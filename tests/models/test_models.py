@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 from tpaw_jax import models
 from tpaw_jax.config import SamplingConfig
 from tpaw_jax.generation import engine
+from tpaw_jax.generation.decoder import decoder_of
+from tpaw_jax.generation.slots import make_sampler
 from tpaw_jax.models import Transformer, config_json
 from tpaw_jax.models.attention import rope_frequencies
 
@@ -88,8 +90,8 @@ def test_sampled_tokens_have_the_log_probs_of_transformers(hugging_face, platfor
     model, directory = hugging_face
     config, params = models.load_pretrained(directory)
     prompts = random_prompts(np.random.default_rng(6), 3, vocabulary=256, longest=150)[0]
-    decoder = engine.decoder_of(Transformer(config), platform=platform)
-    sampler = engine.make_sampler(decoder, SamplingConfig(max_new_tokens=6, slots=2), ())
+    decoder = decoder_of(Transformer(config), platform=platform)
+    sampler = make_sampler(decoder, SamplingConfig(max_new_tokens=6, slots=2), ())
     made = engine.generate(sampler, params, prompts, seed=1, round_number=0)
     for prompt, tokens, log_probs in zip(prompts.prompt_tokens, made.tokens, made.log_probs, strict=True):
         assert len(tokens) == 6

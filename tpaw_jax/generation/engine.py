@@ -19,10 +19,7 @@ from jaxtyping import Array, PyTree
 
 from tpaw_jax.generation import token_sampling
 from tpaw_jax.generation.cache import PAGE, Pages
-from tpaw_jax.generation.decoder import decoder_from_apply_fn as decoder_from_apply_fn
-from tpaw_jax.generation.decoder import decoder_of as decoder_of
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK, Admission, Prefilled, Sampler, Snapshot, Weights
-from tpaw_jax.generation.slots import make_sampler as make_sampler
 from tpaw_jax.runtime import processes, sharding
 from tpaw_jax.types import AnyArray, Generations, PackedPrompts, Prompts
 

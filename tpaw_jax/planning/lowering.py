@@ -15,7 +15,8 @@ from tpaw_jax.config import RunConfig
 from tpaw_jax.data import packing
 from tpaw_jax.generation import engine, token_sampling
 from tpaw_jax.generation.cache import PAGE, Pages, PageTable
-from tpaw_jax.generation.slots import DecodeState
+from tpaw_jax.generation.decoder import decoder_of
+from tpaw_jax.generation.slots import DecodeState, make_sampler
 from tpaw_jax.models import ModelConfig, Transformer, hub, splash_attention
 from tpaw_jax.models.transformer import shard_model
 from tpaw_jax.runtime import sharding, tpu
@@ -143,8 +144,8 @@ def slots_of(target: Target, typical_tokens: int) -> tuple[DecodeState, PageTabl
 def _sampler(target: Target) -> engine.Sampler:
     config = target.config.sampling
     cache_dtype = config.cache_dtype or target.config.policy.compute_dtype
-    decoder = engine.decoder_of(target.sampling_model, cache_dtype, platform="tpu")
-    return engine.make_sampler(decoder, config, [0], target.sampling_mesh)
+    decoder = decoder_of(target.sampling_model, cache_dtype, platform="tpu")
+    return make_sampler(decoder, config, [0], target.sampling_mesh)
 
 
 def sampling_params(target: Target) -> PyTree[jax.ShapeDtypeStruct]:
