@@ -346,13 +346,20 @@ def test_inverse_cdf_finds_the_index_where_the_sum_passes(weights, uniform):
     assert upto[found] - weights[found] <= goal + slack
 
 
+NUCLEUS = jax.jit(token_sampling._nucleus)
+
+
 @settings(deadline=None, max_examples=50)
 @given(
     logits=st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=200, unique=True),
     top_p=st.floats(0.01, 0.99),
 )
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(logits, top_p):
-    kept = np.asarray(token_sampling._nucleus(jnp.asarray([logits], jnp.float32), top_p)[0])
+    padded = np.full((1, 200), -np.inf, np.float32)  # one shape; what has no probability is never in the nucleus
+    padded[0, : len(logits)] = logits
+    nucleus = np.asarray(NUCLEUS(padded, top_p))[0]
+    assert not nucleus[len(logits) :].any()
+    kept = nucleus[: len(logits)]
     weights = np.exp(np.asarray(logits, np.float64) - max(logits))
     probabilities = weights / weights.sum()
     assert probabilities[kept].sum() >= top_p - 1e-5

@@ -222,30 +222,36 @@ def results(directory):
     return found
 
 
-def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The directory of a run that is never stopped."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    assert play(directory, "never")[0] == 0
+    return directory
+
+
+def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(tmp_path, undisturbed):
     from killed_run import PLACES
 
-    assert play(tmp_path / "whole", "never")[0] == 0
     for place in PLACES:  # one run, killed and started again in every stage
         code, output = play(tmp_path / "killed", place)
         assert code == -signal.SIGKILL, (place, output[-2000:])
-    assert_same_as_whole(tmp_path, "killed")
+    assert_same_as(undisturbed, tmp_path / "killed")
 
 
-def test_a_run_told_to_stop_goes_on_to_the_same_end(tmp_path):
-    assert play(tmp_path / "whole", "never")[0] == 0
+def test_a_run_told_to_stop_goes_on_to_the_same_end(tmp_path, undisturbed):
     for place, where in (("sampling", "sampling stopped"), ("training", "training stopped after step 5 of")):
         code, output = play(tmp_path / "stopped", place, "SIGTERM")
         assert code == preemption.EXIT_CODE, (place, output[-2000:])
         assert where in output
         assert "run the same command to resume there" in output
-    assert_same_as_whole(tmp_path, "stopped")
+    assert_same_as(undisturbed, tmp_path / "stopped")
 
 
-def assert_same_as_whole(tmp_path, disturbed):
-    code, output = play(tmp_path / disturbed, "never")
+def assert_same_as(undisturbed, disturbed):
+    code, output = play(disturbed, "never")
     assert code == 0, output[-2000:]
-    whole, killed = results(tmp_path / "whole"), results(tmp_path / disturbed)
+    whole, killed = results(undisturbed), results(disturbed)
     assert killed.keys() == whole.keys()
     for name, value in whole.items():
         if name.endswith("generations.npz"):
@@ -254,8 +260,8 @@ def assert_same_as_whole(tmp_path, disturbed):
             pair = killed[name].pop("log_probs"), value.pop("log_probs")
             np.testing.assert_allclose(*pair, atol=1e-5)
         assert killed[name] == value, name
-    like = open_policy(small_run(tmp_path / "whole"), sharding.make_mesh(small_run("x").mesh, jax.devices()[:1]))
-    rings = [ring.open_ring(journal.open_journal(tmp_path / run), 3) for run in ("whole", disturbed)]
+    like = open_policy(small_run(undisturbed), sharding.make_mesh(small_run("x").mesh, jax.devices()[:1]))
+    rings = [ring.open_ring(journal.open_journal(run), 3) for run in (undisturbed, disturbed)]
     policies = [ring.restore_policy(kept, 3, like.params) for kept in rings]
     jax.tree.map(np.testing.assert_array_equal, *policies)
 
