@@ -72,7 +72,8 @@ def test_a_round_tells_what_it_should_cost_and_what_it_did(played):
     for t, row in enumerate(table):
         of_round = said.split(f"Round {t} of 3")[1]
         assert "Expected: " in of_round
-        assert f"Padded pairs with {t + 1} reference models in each step need {row['saving']:.1f} x as much" in of_round
+        models = "1 reference model" if t == 0 else f"{t + 1} reference models"
+        assert f"Padded pairs with {models} in each step need {row['saving']:.1f} x as much" in of_round
         assert row["saving"] == pytest.approx(row["TFLOP in pairs"] / row["TFLOP"])
         seconds = json.loads((directory / f"round_{t:04d}" / "timings.json").read_text())
         stages = {"sampling", "packing", "scoring", "held-out", "dry run", "training", "ring", "other"}

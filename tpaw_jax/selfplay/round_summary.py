@@ -41,7 +41,7 @@ def finish(
         busy = seconds["scoring"] + seconds["training"]
         session.say(
             f"Measured: {done / 1e12:.3g} TFLOP in {busy:.3g} s of scoring and training, {done / busy / 1e9:.3g} "
-            f"GFLOP/s. Padded pairs with {len(this.players)} reference models in each step need "
+            f"GFLOP/s. Padded pairs with {_references(this)} in each step need "
             f"{in_pairs / computed:.1f} x as much."
         )
         summary = {
@@ -117,7 +117,7 @@ def expected_cost(this: Round, store: Store) -> str:
     ratio = cost.flops(this.session.model, pairs.total) / cost.flops(this.session.model, trees.total)
     return (
         f"Expected: {tera(trees.total)} TFLOP ({tera(trees.scoring)} scoring, {tera(trees.training)} training) over "
-        f"{trees.total.tokens:.3g} tokens. Padded pairs with {len(this.players)} reference models in each step would "
+        f"{trees.total.tokens:.3g} tokens. Padded pairs with {_references(this)} in each step would "
         f"need {tera(pairs.total)} TFLOP over {pairs.total.tokens:.3g} tokens, {ratio:.1f} x as much."
     )
 
@@ -192,6 +192,11 @@ def _response_metrics(this: Round, store: Store) -> dict[str, float | None]:
 def _work(this: Round, store: Store) -> tuple[RoundWork, RoundWork]:
     session = this.session
     return cost.round_work(session.prompts, store.generations, store.sources, this.players, session.config)
+
+
+def _references(this: Round) -> str:
+    count = len(this.players)
+    return f"{count} reference model{'s' if count > 1 else ''}"
 
 
 def _shorten(text: str, most: int = 160) -> str:
