@@ -61,7 +61,7 @@ def main() -> None:
 
 def headline(comparisons: list[dict]) -> str:
     """Triplets per second of each contender, by size of workload."""
-    lines = ["| prompts | tpaw_jax, 3 references | Tunix DPO | TRL DPO | TRL, precomputed |"]
+    lines = ["| triplets/s, by number of prompts | tpaw_jax, 3 references | Tunix DPO | TRL DPO | TRL, precomputed |"]
     lines.append("| --- | --- | --- | --- | --- |")
     for one in comparisons:
         if not one["peers_with_huge_pages"]:
