@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -37,6 +38,22 @@ MODELS = {  # Llama's architecture with random weights
 
 CAPS = {"prompt": 128, "target": 128, "generated": 64}
 """The longest of each at a quarter of the paper's scale: 512 prompt tokens, 1024 in all, 256 new ones."""
+
+
+def fullest_row_length(trees: Sequence[packing.Tree], config: PackingConfig, lengths: Sequence[int]) -> int:
+    """The row length of `lengths` that needs the fewest tokens in total for a fixed set of trees.
+
+    Raises:
+        ValueError: the longest tree exceeds all `lengths`.
+    """
+    longest = max(tree.length(config.alignment) for tree in trees)
+    fitting = [length for length in sorted(lengths) if length >= longest]
+    if not fitting:
+        raise ValueError(
+            f"The longest tree has {longest} tokens, more than every row length in {list(lengths)}; add a longer one."
+        )
+    total_tokens = lambda n: n * packing.row_count(trees, dataclasses.replace(config, row_length=n))
+    return min(fitting, key=total_tokens)
 
 
 class Setup(NamedTuple):

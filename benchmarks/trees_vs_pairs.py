@@ -60,7 +60,7 @@ def main() -> None:
         if options.row_length
         else range(int(3072 * options.scale), int(8192 * options.scale) + 1, 64)
     )
-    config = PackingConfig(row_length=packing.fullest_row_length(trees, PackingConfig(), lengths))
+    config = PackingConfig(row_length=common.fullest_row_length(trees, PackingConfig(), lengths))
     setup = common.set_up(options.model, config, data, remat="dots", chunk=448)
     keys = jax.random.split(jax.random.key(1), PLAYERS)
     nudged = lambda key: jax.tree.map(lambda p: p * (1 + 1e-3 * jax.random.normal(key, p.shape)), setup.params)

@@ -1,7 +1,5 @@
 """The commands: tpaw sft | play | eval | report | generate | prompts | export | plan."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

@@ -5,8 +5,6 @@ Every function takes the log-probs of responses, summed over their tokens, in na
 functions work under jit, vmap and grad, and compute in float32 or higher precision.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

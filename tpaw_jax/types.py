@@ -12,11 +12,9 @@ Device-side types are pytrees of fixed shape. Their arrays may have extra leadin
 micro-batches of a step); the annotations give the trailing axes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 from flax import struct
@@ -38,16 +36,14 @@ class Prompts:
     ids: np.ndarray  # [prompts] int32; seeds a prompt's random stream, so reordering or subsetting does not change it
     prompt_tokens: tuple[np.ndarray, ...]
     target_tokens: tuple[np.ndarray, ...]
-    rejected_tokens: tuple[
-        np.ndarray, ...
-    ] = ()  # the data's rejected responses, one per prompt, or () if there are none
+    rejected_tokens: tuple[np.ndarray, ...] = ()  # the data's rejected responses; () if it has none
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
 
-    def take(self, indices: Sequence[int] | np.ndarray) -> Prompts:
+    def take(self, indices: Sequence[int] | np.ndarray) -> Self:
         """The prompts at `indices`, with their ids."""
-        return Prompts(
+        return type(self)(
             self.ids[np.asarray(indices, int)],
             tuple(self.prompt_tokens[i] for i in indices),
             tuple(self.target_tokens[i] for i in indices),

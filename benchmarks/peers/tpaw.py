@@ -36,7 +36,7 @@ def main() -> None:
     ]
     sources = packing.first_sources(prompts, generations)
     trees = packing.trees_of_window(prompts, generations, sources)
-    packed = PackingConfig(row_length=packing.fullest_row_length(trees, PackingConfig(), ROW_LENGTHS))
+    packed = PackingConfig(row_length=common.fullest_row_length(trees, PackingConfig(), ROW_LENGTHS))
     setup = common.set_up("small", packed, (prompts, generations), remat="dots", chunk=448)
     rows_per_step = packing.micro_batches_per_step(setup.rows, STEP_TRIPLETS, 1)
     players = [jax.tree.map(lambda p, j=j: p * (1 + 1e-4 * j), setup.params) for j in range(PLAYERS)]

@@ -1,14 +1,19 @@
 """Prefix trees: layout, packing, and the tokens they save."""
 
+import sys
+
 import numpy as np
 import pytest
-from conftest import random_prompts
+from conftest import ROOT, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpaw_jax.config import PackingConfig
 from tpaw_jax.data import packing
 from tpaw_jax.types import TARGET, TeamScores
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import common
 
 
 def pack_window(seed, count, n_max=3, **config):
@@ -149,10 +154,10 @@ def test_rows_of_the_default_length_are_full_at_the_papers_scale():
 @pytest.mark.parametrize("seed", range(3))
 def test_a_small_set_is_packed_full_in_rows_of_the_right_length(seed):
     trees = ultrachat_like(24, 0.25, seed)
-    length = packing.fullest_row_length(trees, PackingConfig(), range(768, 2049, 64))
+    length = common.fullest_row_length(trees, PackingConfig(), range(768, 2049, 64))
     assert packing.pack(trees, PackingConfig(row_length=length)).fill >= 0.92
 
 
 def test_row_lengths_below_the_longest_tree_are_an_error():
     with pytest.raises(ValueError, match=r"longest tree has \d+ tokens, more than every row length in \[64\]"):
-        packing.fullest_row_length(ultrachat_like(3, 0.25, 0), PackingConfig(), [64])
+        common.fullest_row_length(ultrachat_like(3, 0.25, 0), PackingConfig(), [64])

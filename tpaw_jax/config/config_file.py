@@ -1,7 +1,5 @@
 """Read a configuration from YAML files and command-line overrides, check it, and turn it back into plain values."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import re

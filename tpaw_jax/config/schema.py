@@ -1,7 +1,5 @@
 """The run's configuration as frozen dataclasses. Each option has a doc line, and a source for its default if any."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal

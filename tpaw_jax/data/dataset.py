@@ -1,7 +1,5 @@
 """Load a run's data: mix the sources, tokenize, truncate, hold prompts out, and fingerprint the result."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Sequence

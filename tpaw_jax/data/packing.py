@@ -4,8 +4,6 @@ All triplets of a prompt share x and y, so a tree computes them once. Responses 
 and counted by multiplicity. Trees are assigned to rows by first-fit-decreasing bin packing.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 
@@ -173,24 +171,6 @@ def _assign_to_rows(trees: Sequence[Tree], config: PackingConfig) -> list[list[T
         members[row].append(pieces[i])
         free[row] -= needs[i]
     return members
-
-
-def fullest_row_length(trees: Sequence[Tree], config: PackingConfig, lengths: Sequence[int]) -> int:
-    """Choose the row length of `lengths` that needs the fewest tokens in total; the shortest of several best.
-
-    Use it for a fixed set of trees. Where each round brings new trees, choose long rows: they fill well for any trees.
-
-    Raises:
-        ValueError: the longest tree exceeds all `lengths`.
-    """
-    longest = max(tree.length(config.alignment) for tree in trees)
-    fitting = [length for length in sorted(lengths) if length >= longest]
-    if not fitting:
-        raise ValueError(
-            f"The longest tree has {longest} tokens, more than every row length in {list(lengths)}; add a longer one."
-        )
-    total_tokens = lambda length: length * row_count(trees, dataclasses.replace(config, row_length=length))
-    return min(fitting, key=total_tokens)
 
 
 def empty_like(rows: Rows, count: int) -> Rows:

@@ -5,8 +5,6 @@ Reading has two steps: `read_source` yields raw records from files, saved datase
 (from 1), the field, and the turn (from 0).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path

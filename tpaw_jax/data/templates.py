@@ -4,8 +4,6 @@ A prompt is rendered with the model's chat template up to the point where the as
 response text followed by one end-of-turn token, the one that the template writes after an assistant turn.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

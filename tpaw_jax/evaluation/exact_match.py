@@ -3,8 +3,6 @@
 A task's problems are records in any format that training reads; the right answer is extracted from the target text.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

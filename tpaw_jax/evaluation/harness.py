@@ -4,8 +4,6 @@ Continuations of one context are packed as responses of one prompt, so the conte
 computed once. Tokenization, truncation and stop strings follow lm-eval's own `hf` model.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -11,8 +11,6 @@ Dimensions of this file: U pages per shard, P tokens per page, at most W owners 
 numbers per token, G queries of a key head, M = R S slots, Z = R U W (page, owner) pairs.
 """
 
-from __future__ import annotations
-
 import functools
 import heapq
 import math

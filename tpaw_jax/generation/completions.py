@@ -1,7 +1,5 @@
 """`tpaw generate`: sample responses to prompts outside of a run, and resume where a stopped call left off."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ Each weight is read for only a few rows, so weights are laid out for fast readin
 fused. With the CPU kernels (`cpu.kernels`) the matrices are packed, and prefill uses the packed matrices too.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """What sampling needs from a model: prefill of packed prompts, and one decode step for all slots."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ prefilled prompt; near the end, empty slots are dropped so that decode steps get
 always queued behind the running one, so the device never waits for the host.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence

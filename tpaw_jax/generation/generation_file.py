@@ -6,8 +6,6 @@ different tokenizer or template is detected. A run's own lines end with `check`,
 prompt has several responses, `sample` numbers them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """The model of a configuration, loaded for sampling, scoring and training: parameters, chat template, sampler."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 

@@ -6,8 +6,6 @@ The host alone decides which request enters which slot and which pages it gets; 
 of decode steps.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence

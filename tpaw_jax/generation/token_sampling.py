@@ -4,8 +4,6 @@ The random number of a token comes from fold_in over (seed, round, prompt id, to
 does not depend on the number of slots, the order of requests, the devices or a restart.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int

@@ -1,7 +1,5 @@
 """Attention masks of packed trees, rotary embeddings, and the einsum attention that tests compare with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

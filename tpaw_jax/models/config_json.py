@@ -1,7 +1,5 @@
 """Convert between Hugging Face's config.json and `ModelConfig`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tpaw_jax.models.attention import RopeScaling

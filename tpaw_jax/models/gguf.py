@@ -1,7 +1,5 @@
 """Read GGUF files as if they were Hugging Face checkpoints: same tensor names, shapes and row order."""
 
-from __future__ import annotations
-
 import contextlib
 import mmap
 from collections.abc import Iterator

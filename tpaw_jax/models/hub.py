@@ -4,13 +4,11 @@ One table maps parameter names. Tensors are read one at a time from memory-mappe
 sharding, so the host holds only its part of one stacked parameter at a time.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,19 +47,6 @@ INDEX_FILE = "model.safetensors.index.json"
 
 Sharder = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """(flax path, shape) -> sharding of the parameter."""
-
-
-class TensorSource(Protocol):
-    """Tensors on disk, addressed by their Hugging Face names."""
-
-    def names(self) -> set[str]:
-        """List all tensors."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor."""
-
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Read the part of a tensor at `index`."""
 
 
 class SafetensorsSource:
@@ -105,6 +90,9 @@ class SafetensorsSource:
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         return self._slices[name][index]
 
+
+TensorSource = SafetensorsSource | gguf.GGUFSource
+"""Tensors on disk, addressed by their Hugging Face names."""
 
 DOWNLOADED_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 

@@ -11,8 +11,6 @@ All of this runs inside `shard_map`, on one device's shards.
 in the train step.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Mapping

@@ -9,8 +9,6 @@ query attends to any key are skipped, by a table computed from the rows, so new 
 Tests compare it with `attention.attend` under the mask `attention.visible`.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

@@ -7,8 +7,6 @@ compilation, and memory is O(T). The backward pass recomputes the attention weig
 (FlashAttention, arXiv 2205.14135). Tests compare it with `attention.attend` under the mask `attention.visible`.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

@@ -1,7 +1,5 @@
 """One decoder for Llama, Llama 3.1, Mistral (no sliding window), Qwen2, Qwen2.5 and Qwen3, chosen by configuration."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

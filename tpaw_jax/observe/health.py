@@ -1,7 +1,5 @@
 """Warnings of divergence, computed from the summary of a round."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """metrics.jsonl, one record per step, and the same numbers in TensorBoard."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Where the time goes: seconds per stage, traces for XProf, compile times."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import time

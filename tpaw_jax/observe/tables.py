@@ -1,7 +1,5 @@
 """What a run prints: progress bars, and the table of rounds."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

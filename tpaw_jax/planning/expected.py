@@ -4,8 +4,6 @@ The plan reports these numbers beside those of the compiled program: a large dif
 something other than what the design says.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

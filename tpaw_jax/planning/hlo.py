@@ -4,8 +4,6 @@ XLA's own analysis counts the body of a loop once; here it counts once per itera
 computations and collectives as the TPU compiler of libtpu 0.0.42 prints them.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

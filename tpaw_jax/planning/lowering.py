@@ -1,7 +1,5 @@
 """Lower the programs of a run for the devices of a TPU topology. Neither the devices nor any weights are needed."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any, NamedTuple

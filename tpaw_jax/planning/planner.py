@@ -4,8 +4,6 @@ Memory, collectives and their overlap come from the TPU's own compiler. FLOPs ar
 follow from the roofline (`roofline`): they are predictions and labelled so; nothing here was measured on a TPU.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -5,8 +5,6 @@ exposed collectives, which computation waits for. FLOPs are counted by hand; mem
 the compiled program (`hlo`). All times are predictions: no kernel reaches a chip's full peak.
 """
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What the rounds of a run compute, at assumed lengths of prompts and responses, before there is any data."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Plots of runs, as SVG whose text and lines take the page's colors, and as PNG."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence

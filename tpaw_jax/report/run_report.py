@@ -4,8 +4,6 @@ Runs with the same given name, or whose configurations differ only in `IGNORED` 
 curve is the mean of a group's runs, its band spans their minimum and maximum.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import html
 import json

@@ -1,7 +1,5 @@
 """Work of the host beside the device: memory in huge pages, and prefetching in a thread."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import sys
@@ -44,7 +42,7 @@ class Prefetch(Iterator[Result], Generic[Item, Result]):
         self._pending: deque[Future[Result]] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tpaw-prefetch")
 
-    def __enter__(self) -> Prefetch[Item, Result]:
+    def __enter__(self) -> "Prefetch[Item, Result]":
         return self
 
     def __exit__(self, *error: object) -> None:

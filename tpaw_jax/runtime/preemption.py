@@ -1,7 +1,5 @@
 """How a run stops on SIGTERM, SIGINT or a pod's preemption notice without losing work."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -30,7 +28,7 @@ class PreemptionNotice:
         self.received = False
         self._previous_handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> PreemptionNotice:
+    def __enter__(self) -> "PreemptionNotice":
         alone = jax.process_count() == 1  # on a pod JAX's service handles SIGTERM, so that all processes stop together
         if alone and threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
             for number in (signal.SIGTERM, signal.SIGINT):

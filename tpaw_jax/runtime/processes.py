@@ -4,8 +4,6 @@ Every process runs the same code on the same data and holds its shards of every 
 files, to a directory that all processes share. With one process, these functions do nothing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """The device mesh, and one table that says how every array is split over it."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any

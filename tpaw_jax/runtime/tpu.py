@@ -1,7 +1,5 @@
 """Cloud TPU generations, their topologies, and the options of their compiler."""
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Exporting a policy of a run's ring to a directory that transformers and vLLM load."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import jax.numpy as jnp

@@ -4,8 +4,6 @@ Sampling, scoring and training write their results to disk. `plan` decides from 
 run that is started again resumes after its last finished stage, and regenerates what was lost or corrupted.
 """
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from typing import Any

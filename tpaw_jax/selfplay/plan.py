@@ -1,7 +1,5 @@
 """The plan of a run: which rounds are left, and which stages of each, computed from the journal and the ring."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple

@@ -5,8 +5,6 @@ file atomically: `round_0002/generations.npz`, `round_0002/scores_of_player_0001
 list is ignored.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Sequence

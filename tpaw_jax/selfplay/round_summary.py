@@ -1,7 +1,5 @@
 """What a run reports of a round: its inputs, its expected cost, sample texts, and its summary."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The training of a round, theta_t to theta_(t+1) on D_O: prefetched batches, saved states, logged steps."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable

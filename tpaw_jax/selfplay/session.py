@@ -1,7 +1,5 @@
 """A session: the run directory, model, data and compiled programs that all rounds of a run share."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable

@@ -4,8 +4,6 @@ Data, packing, train step, ring and journal are those of self-play. A prompt is 
 and only the target's tokens count in the loss.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

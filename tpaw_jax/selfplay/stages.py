@@ -2,8 +2,6 @@
 
 Sampling and scoring write their results to disk before they return. `push` saves in the background."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Atomic file writes, a lock for directories, and readers that recognize corrupted files."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

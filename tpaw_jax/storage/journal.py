@@ -5,8 +5,6 @@ only if the journal lists it. A corrupted file is renamed to `*.damaged` and sta
 run can tell whether the regenerated file is identical.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

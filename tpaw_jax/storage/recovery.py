@@ -4,8 +4,6 @@ The policy of a round answers its prompts again; a policy is trained again on it
 journal then tells whether the result is identical. If it is not, everything computed from it is regenerated too.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -5,8 +5,6 @@ saves and restores its own shards; process 0 removes. A checkpoint holds a diges
 devices before writing and compared after reading, on any mesh.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import re

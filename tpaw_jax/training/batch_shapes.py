@@ -1,7 +1,5 @@
 """The fixed batch shapes of a run: automatic configuration values are resolved from the devices."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

@@ -4,8 +4,6 @@ Model FLOPs are counted: a multiply-add is two, and a backward pass costs two fo
 rematerialization or by the chunked head is not counted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -31,10 +29,10 @@ class Work(NamedTuple):
     predictions: float  # tokens in the output head
     attended: float  # (query, key) pairs that are not masked
 
-    def __add__(self, other: Work) -> Work:  # type: ignore[override]
+    def __add__(self, other: "Work") -> "Work":  # type: ignore[override]
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def __mul__(self, passes: float) -> Work:  # type: ignore[override]
+    def __mul__(self, passes: float) -> "Work":  # type: ignore[override]
         return Work(*(passes * a for a in self))
 
 

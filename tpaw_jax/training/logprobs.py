@@ -4,8 +4,6 @@ The output head runs only over the predictions of a row, in chunks, so the [B, T
 logits of the predictions are kept only if a rematerialization policy says so. Softmax and sums are float32.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Memory of compiled programs, and the choice of a rematerialization policy that fits."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

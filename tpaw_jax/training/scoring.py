@@ -1,7 +1,5 @@
 """Score packed responses under frozen players, one player at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

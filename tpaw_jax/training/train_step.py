@@ -4,8 +4,6 @@ Learning rate, lam, tolerance and the number of micro-batches are data, so round
 program. A step whose loss or gradient is not finite updates nothing but its counters.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ with 512 rows of bfloat16 reach half the speed of the CPU's bfloat16 instruction
 machine when they are first needed; without AVX-512 or a C++ compiler they are not `available`.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib
