@@ -41,6 +41,25 @@ def quick_compiles():
             yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def equal_programs_are_compiled_once():
+    """Several tests plan the same stage of the same topology."""
+    compile_stage, stages = roofline.compile_stage, {}
+
+    def shared(lowered, mesh, *rest, **named):
+        if not isinstance(lowered, jax.stages.Lowered):  # a test's own
+            return compile_stage(lowered, mesh, *rest, **named)
+        effort = jax.config.jax_exec_time_optimization_effort
+        key = lowered.as_text(), repr(mesh.devices.tolist()), effort, repr((rest, named))
+        if key not in stages:
+            stages[key] = compile_stage(lowered, mesh, *rest, **named)
+        return stages[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roofline, "compile_stage", shared)
+        yield
+
+
 def target(topology, model=SMALL, mesh=None, **overrides):
     settings = {
         "policy.path": "unused",
