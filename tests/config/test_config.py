@@ -131,3 +131,12 @@ def test_later_files_override_earlier_ones_and_errors_name_the_file(tmp_path):
 def test_the_readmes_reference_is_the_dataclasses():
     reference = runpy.run_path(str(ROOT / "scripts" / "config_reference.py"))["reference"]
     assert reference().strip() in (ROOT / "docs" / "configuration.md").read_text(), "run `make config-reference`"
+
+
+def test_rows_of_sft_need_no_room_for_a_response(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    row = ["data.max_length=1024", "packing.row_length=1024"]
+    assert config_file.load(path, [*row, "rounds=1", "objective.loss=sft"]).packing.row_length == 1024
+    with pytest.raises(ValueError, match=r"packing\.row_length must be at least 1280"):
+        config_file.load(path, row)

@@ -161,3 +161,9 @@ def test_a_small_set_is_packed_full_in_rows_of_the_right_length(seed):
 def test_row_lengths_below_the_longest_tree_are_an_error():
     with pytest.raises(ValueError, match=r"longest tree has \d+ tokens, more than every row length in \[64\]"):
         common.fullest_row_length(ultrachat_like(3, 0.25, 0), PackingConfig(), [64])
+
+
+def test_rows_must_hold_the_longest_triplet_with_its_padding():
+    packing.check_rows(PackingConfig(64, 2, alignment=4), 55, 2, 4)
+    with pytest.raises(ValueError, match="row_length is 64; it must be at least 65, because prompt, target and"):
+        packing.check_rows(PackingConfig(64, 2, alignment=4), 56, 2, 4)

@@ -79,3 +79,16 @@ def test_incomplete_checkpoints_are_removed_and_corrupted_ones_reported(tmp_path
             file.write_bytes(b"")
     with pytest.raises(ValueError, match="policies/00000: the checkpoint cannot be read"):
         ring.restore_policy(kept, 0, policy(0.0))
+
+
+def test_a_reader_changes_nothing_of_a_run_that_regenerates_a_policy(tmp_path):
+    kept = ring.open_ring(journal.open_journal(tmp_path), 3)
+    for t in range(2):
+        ring.push(kept, policy(float(t)), t)
+        ring.finish_saves(kept)
+    kept.journal.facts["ring/policies/00000"] |= {"lost": True, "same": "what was lost"}
+    journal.save(kept.journal)
+    reader = ring.open_ring(journal.open_journal(tmp_path, read_only=True), 3)
+    restored = ring.restore_policy(reader, 0, policy(1.0))
+    assert (np.asarray(restored["layers"]["q"]["kernel"]) == 0).all()
+    assert ring.open_ring(journal.open_journal(tmp_path), 3).policies == [0, 1]
