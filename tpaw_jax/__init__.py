@@ -41,7 +41,7 @@ _PUBLIC = {
     ),
     "types": ("Generations", "Prompts", "TeamScores", "TrainState", "TreeBatch"),
 }
-_MODULE_OF = {name: folder for folder, names in _PUBLIC.items() for name in names}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __all__ = sorted(_MODULE_OF)
 

@@ -138,7 +138,7 @@ Check = tuple[bool, str, str]
 def _check_values(c: RunConfig) -> list[Check]:
     data, sampling, objective, train = c.data, c.sampling, c.objective, c.train
     one_round, sampled = c.rounds == 1, data.responses == "sampled"
-    measured = objective.tolerance == -1
+    measured, response = objective.tolerance == -1, "" if objective.loss == "sft" else " and one response"
     return [
         (one_round or objective.loss != "sft", "rounds", "must be 1 where objective.loss is sft"),
         (one_round or sampled, "rounds", "must be 1 where data.responses is rejected: the responses never change"),
@@ -160,7 +160,7 @@ def _check_values(c: RunConfig) -> list[Check]:
         (
             c.packing.row_length >= c.longest_tree,
             "packing.row_length",
-            f"must be at least {c.longest_tree}, the maximum tokens of a prompt with its target and one response",
+            f"must be at least {c.longest_tree}, the maximum tokens of a prompt with its target{response}",
         ),
         (len(train.learning_rate) >= 1, "train.learning_rate", "needs at least one value"),
         (0 <= train.warmup_ratio < 1, "train.warmup_ratio", "must be at least 0 and below 1"),
