@@ -1,7 +1,4 @@
-"""Play a small run in this process that gets a signal at a chosen place: python killed_run.py DIRECTORY PLACE [SIGNAL].
-
-PLACE is a key of PLACES, or `never`; the signal is SIGKILL unless named. Used by test_loop.py.
-"""
+"""A small run whose process gets a signal at a chosen place, for test_loop.py."""
 
 import dataclasses
 import os
@@ -16,14 +13,8 @@ from tpaw_jax.selfplay import loop, round_store, round_training
 from tpaw_jax.storage import ring
 from tpaw_jax.training import scoring
 
-DIRECTORY, PLACE, *SIGNAL = sys.argv[1:] if __name__ == "__main__" else ("", "never")
 
-
-def die(*_, **__):
-    os.kill(os.getpid(), signal.Signals[SIGNAL[0]] if SIGNAL else signal.SIGKILL)
-
-
-def at_call(module, name, number, after=False):
+def at_call(die, module, name, number, after=False):
     """Die at the given call of a function, before or after its work."""
     original, calls = getattr(module, name), []
 
@@ -39,7 +30,7 @@ def at_call(module, name, number, after=False):
     setattr(module, name, wrapped)
 
 
-def while_training(steps):
+def while_training(die, steps):
     """Die after so many steps of a round have been dispatched."""
     original = round_training.train
 
@@ -58,23 +49,24 @@ def while_training(steps):
 
 
 PLACES = {
-    "sampling": lambda: at_call(engine._Engine, "_collect", 2),
-    "keeping": lambda: at_call(generation_file, "append", 1, after=True),
-    "sampled": lambda: at_call(round_store, "append", 1, after=True),
-    "scoring": lambda: at_call(scoring, "score", 1, after=True),
-    "scored": lambda: at_call(round_store, "add_scores", 2, after=True),
-    "training": lambda: while_training(6),
-    "saving": lambda: at_call(ring, "save_training", 1, after=True),
-    "pushing": lambda: at_call(ring, "push", 1, after=True),
+    "sampling": lambda die: at_call(die, engine._Engine, "_collect", 2),
+    "keeping": lambda die: at_call(die, generation_file, "append", 1, after=True),
+    "sampled": lambda die: at_call(die, round_store, "append", 1, after=True),
+    "scoring": lambda die: at_call(die, scoring, "score", 1, after=True),
+    "scored": lambda die: at_call(die, round_store, "add_scores", 2, after=True),
+    "training": lambda die: while_training(die, 6),
+    "saving": lambda die: at_call(die, ring, "save_training", 1, after=True),
+    "pushing": lambda die: at_call(die, ring, "push", 1, after=True),
 }
 
-if __name__ == "__main__":
-    if PLACE != "never":
-        PLACES[PLACE]()
+
+def play(directory, place=None, by=signal.SIGKILL):
+    """Play the run; the process sends itself the signal `by` at `place`, a key of PLACES."""
+    if place is not None:
+        PLACES[place](lambda: os.kill(os.getpid(), by))
     with preemption.PreemptionNotice() as notice:
         try:
-            # One device: the eight that the tests see would only slow this down.
-            loop.play(conftest.small_run(DIRECTORY, **{"mesh.fsdp": -1}), notice=notice)
+            loop.play(conftest.small_run(directory, **{"mesh.fsdp": -1}), notice=notice)
         except preemption.Preempted as stopped:
             print(stopped)
             sys.exit(preemption.EXIT_CODE)

@@ -1,12 +1,7 @@
-"""Answer 64 prompts and die by SIGKILL in the middle: python killed_sampling.py FILE TEMPERATURE.
-
-Used by test_engine.py, which goes on from the file.
-"""
+"""Sampling of 64 prompts, in a process that may be killed in the middle, for test_engine.py."""
 
 import os
 import signal
-import sys
-from pathlib import Path
 
 import conftest
 import numpy as np
@@ -37,6 +32,6 @@ def answer(stories, path, temperature, slots, mesh=None, die_after=None):
     return engine.generate(sampler, stories[1], prompts, seed=3, round_number=2, finished=before, on_finished=keep)
 
 
-if __name__ == "__main__":
-    stories = models.load_pretrained(conftest.STORIES)
-    answer(stories, Path(sys.argv[1]), float(sys.argv[2]), slots=4, die_after=20)
+def die_sampling(path, temperature):
+    """Die by SIGKILL after 20 responses."""
+    answer(models.load_pretrained(conftest.STORIES), path, temperature, slots=4, die_after=20)

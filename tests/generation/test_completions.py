@@ -95,6 +95,12 @@ def changed_model(directory):
     return directory
 
 
+@pytest.mark.parametrize("num_generations", [0, 4097])
+def test_a_number_of_responses_that_no_random_stream_has_is_refused(tmp_path, num_generations):
+    with pytest.raises(ValueError, match=f"--num-generations is {num_generations}; it must be from 1 to 4096"):
+        completions.answer(small_run(tmp_path / "run"), None, tmp_path / "out.jsonl", num_generations=num_generations)
+
+
 @pytest.mark.parametrize("num_generations", [1, 2])
 def test_a_stopped_call_resumes_and_gives_the_same_result(tmp_path, monkeypatch, num_generations):
     run, real = small_run(tmp_path / "run"), engine.generate

@@ -1,14 +1,14 @@
 """Responses depend only on their request, slots refill, and tokens follow the right distribution."""
 
 import signal
-import subprocess
-import sys
 
+import forked
 import jax
 import jax.numpy as jnp
+import killed_sampling
 import numpy as np
 import pytest
-from conftest import child_environment, random_prompts
+from conftest import random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -251,8 +251,6 @@ def test_every_request_has_its_own_limit(stories, prompts):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_sixty_four_prompts_get_the_same_responses_everywhere(stories, temperature, tmp_path):
     """With 4, 16 and 64 slots, on one device and on eight, and in a run that is killed and resumed."""
-    import killed_sampling
-
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
     params = jax.device_put(stories[1], sharding.param_shardings(stories[1], mesh))
     reference = killed_sampling.answer(stories, tmp_path / "whole.jsonl", temperature, slots=16)
@@ -264,9 +262,8 @@ def test_sixty_four_prompts_get_the_same_responses_everywhere(stories, temperatu
         path, decodes_on = tmp_path / f"{tensor}_devices.jsonl", sharding.sampling_mesh(tensor)
         assert_same_tokens(killed_sampling.answer(spread, path, temperature, slots=slots, mesh=decodes_on), reference)
     path = tmp_path / "killed.jsonl"
-    command = [sys.executable, killed_sampling.__file__, str(path), str(temperature)]
-    killed = subprocess.run(command, env=child_environment(TPAW_TEST_DEVICES="1"), timeout=300, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    killed = forked.start(killed_sampling.die_sampling, path, temperature, output=tmp_path / "killed.log").finish()
+    assert killed[0] == -signal.SIGKILL, killed[1]
     assert 20 <= len(path.read_text().splitlines()) < 64
     assert_same_tokens(killed_sampling.answer(stories, path, temperature, slots=16), reference)
 

@@ -2,42 +2,33 @@
 
 import json
 import socket
-import subprocess
-import sys
-from subprocess import PIPE, STDOUT
 
+import forked
 import numpy as np
+import pod_run
 import pytest
-from conftest import ROOT, STORIES, child_environment
+from conftest import STORIES
 
 from tpaw_jax import models
 from tpaw_jax.config import MeshConfig
 from tpaw_jax.runtime import processes, sharding
 from tpaw_jax.storage import files, journal, ring
 
-SCRIPT = ROOT / "tests" / "pod_run.py"
 
-
-def start(directory, processes, devices, *overrides, of_process=lambda process: ()):
-    """Play a run in several processes with `devices` devices each; return their outputs and exit codes."""
+def start(directory, count, devices, of_process=lambda process: {}, **settings):
+    """Play a run in `count` processes with `devices` devices each; return their exit codes and outputs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = lambda p: [sys.executable, str(SCRIPT), *map(str, (directory, port, processes, p, devices)), *overrides]
-    running = [
-        subprocess.Popen([*command(p), *of_process(p)], stdout=PIPE, stderr=STDOUT, text=True, env=child_environment())
-        for p in range(processes)
-    ]
-    try:
-        return [p.communicate(timeout=400)[0] for p in running], [p.returncode for p in running]
-    finally:
-        for p in running:
-            p.kill()
+    of_all = [(directory, port, count, p, settings | of_process(p)) for p in range(count)]
+    output = lambda p: directory.with_name(f"{directory.name}_{p}.log")
+    running = [forked.start(pod_run.play, *of, output=output(p), devices=devices) for p, of in enumerate(of_all)]
+    return zip(*[child.finish() for child in running], strict=True)
 
 
-def play(directory, processes, devices, *overrides):
-    outputs, codes = start(directory, processes, devices, *overrides)
-    assert codes == [0] * processes, outputs
+def play(directory, count, devices, **settings):
+    codes, outputs = start(directory, count, devices, **settings)
+    assert not any(codes), outputs
     return json.loads((directory / "table.json").read_text())
 
 
@@ -85,20 +76,20 @@ def test_two_processes_of_four_devices_play_the_rounds_of_one_device(alone, tmp_
 def test_a_run_resumes_with_other_devices_and_processes(alone, tmp_path):
     """Round 0 on eight devices, round 1 in two processes of two, round 2 on one device."""
     for rounds, (count, devices) in enumerate([(1, 8), (2, 2), (1, 1)], start=1):
-        play(tmp_path, count, devices, f"rounds={rounds}")
+        play(tmp_path, count, devices, rounds=rounds)
     assert_same_run(tmp_path, alone[0], 3)
 
 
 def test_processes_sample_together_where_devices_share_a_model(alone, tmp_path):
     """Two processes of four devices, a copy of the model per two devices: one program for all, and the same tokens."""
-    play(tmp_path, 2, 4, "sampling.tensor=2", "sampling.slots=4", "rounds=1")
+    play(tmp_path, 2, 4, **{"sampling.tensor": 2, "sampling.slots": 4, "rounds": 1})
     for a, b in zip(tokens(tmp_path, 0), tokens(alone[0], 0), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_processes_that_differ_are_named(tmp_path):
-    differing = lambda process: (f"train.b1={0.9 - process / 10}",)
-    outputs, codes = start(tmp_path, 2, 1, of_process=differing)
+    differing = lambda process: {"train.b1": 0.9 - process / 10}
+    codes, outputs = start(tmp_path, 2, 1, of_process=differing)
     assert 0 not in codes
     assert all("the configuration is" in output and "on process 1" in output for output in outputs), outputs
 

@@ -3,16 +3,16 @@
 import dataclasses
 import json
 import signal
-import subprocess
-import sys
 
+import forked
 import jax
+import killed_run
 import numpy as np
 import pytest
 import torch
 import transformers
 import yaml
-from conftest import ROOT, child_environment, small_run
+from conftest import ROOT, small_run
 
 from tpaw_jax import cli
 from tpaw_jax.config import MeshConfig
@@ -201,11 +201,8 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeypat
 
 
 def play(directory, *place_and_signal):
-    """Run tests/killed_run.py; its return code and output."""
-    command = [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(directory), *place_and_signal]
-    environment = child_environment(TPAW_TEST_DEVICES="1")
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    return done.returncode, done.stdout + done.stderr
+    """Play the run of killed_run.py in a process of its own; its exit code and output."""
+    return forked.start(killed_run.play, directory, *place_and_signal, output=directory.with_suffix(".log")).finish()
 
 
 def results(directory):
@@ -227,14 +224,12 @@ def results(directory):
 def undisturbed(tmp_path_factory):
     """The directory of a run that is never stopped."""
     directory = tmp_path_factory.mktemp("undisturbed")
-    assert play(directory, "never")[0] == 0
+    assert play(directory)[0] == 0
     return directory
 
 
 def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(tmp_path, undisturbed):
-    from killed_run import PLACES
-
-    for place in PLACES:  # one run, killed and started again in every stage
+    for place in killed_run.PLACES:  # one run, killed and started again in every stage
         code, output = play(tmp_path / "killed", place)
         assert code == -signal.SIGKILL, (place, output[-2000:])
     assert_same_as(undisturbed, tmp_path / "killed")
@@ -242,7 +237,7 @@ def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(tmp_path, undis
 
 def test_a_run_told_to_stop_goes_on_to_the_same_end(tmp_path, undisturbed):
     for place, where in (("sampling", "sampling stopped"), ("training", "training stopped after step 5 of")):
-        code, output = play(tmp_path / "stopped", place, "SIGTERM")
+        code, output = play(tmp_path / "stopped", place, signal.SIGTERM)
         assert code == preemption.EXIT_CODE, (place, output[-2000:])
         assert where in output
         assert "run the same command to resume there" in output
@@ -250,7 +245,7 @@ def test_a_run_told_to_stop_goes_on_to_the_same_end(tmp_path, undisturbed):
 
 
 def assert_same_as(undisturbed, disturbed):
-    code, output = play(disturbed, "never")
+    code, output = play(disturbed)
     assert code == 0, output[-2000:]
     whole, killed = results(undisturbed), results(disturbed)
     assert killed.keys() == whole.keys()

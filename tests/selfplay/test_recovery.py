@@ -13,6 +13,7 @@ from conftest import small_run
 
 from tpaw_jax.config import ObjectiveConfig, config_file
 from tpaw_jax.generation.policy import open_policy
+from tpaw_jax.observe.health import Diverged
 from tpaw_jax.runtime import preemption, sharding
 from tpaw_jax.selfplay import loop, plan, session
 from tpaw_jax.storage import files, journal, recovery, ring
@@ -97,6 +98,49 @@ def test_what_is_damaged_is_found_and_made_again_as_it_was(runs, tmp_path, name,
         )
     else:
         assert_same(directory, four)
+
+
+def test_responses_are_regenerated_where_those_of_the_round_before_are_gone(runs, tmp_path):
+    """Round 1 is not trained again, so it needs no responses of round 0, not even to tell its cost."""
+    directory = tmp_path / "run"
+    shutil.copytree(runs[0], directory)
+    for t in (0, 1):
+        remove(directory / f"round_{t:04d}" / "generations.npz")
+    loop.play(small_run(directory, rounds=4), lambda _: None)
+    assert not (directory / "round_0000" / "generations.npz").exists()
+    assert_same(directory, runs[1])
+
+
+def test_a_run_stops_where_file_after_file_reads_back_corrupted(tmp_path, monkeypatch):
+    """Restarts for another reason in between do not count."""
+    corrupted = files.CorruptedFile(tmp_path / "round_0000" / "generations.npz", "its checksum differs")
+    outcomes = [corrupted, journal.RegeneratedDifferently("the regenerated one differs")] * 100
+    left = iter(outcomes)
+
+    def open_session(*_):
+        raise next(left)
+
+    monkeypatch.setattr(loop, "open_session", open_session)
+    with pytest.raises(files.CorruptedFile, match="its checksum differs"):
+        loop.play(small_run(tmp_path), lambda _: None)
+    assert len(outcomes) - len(list(left)) == 2 * loop.MAX_CORRUPTED_FILES - 1
+
+
+def test_a_strict_run_that_diverged_says_so_although_its_policy_is_regenerated_differently(tmp_path, monkeypatch):
+    """The next start reads of the other policy from the journal; a restart now would play on."""
+
+    outcomes = iter([Diverged("Round 1: every response is truncated."), AssertionError("the run plays on")])
+
+    def finish_saves(_):
+        raise journal.RegeneratedDifferently("the regenerated one differs")
+
+    def play_rounds(*_):
+        monkeypatch.setattr(ring, "finish_saves", finish_saves)
+        raise next(outcomes)
+
+    monkeypatch.setattr(loop, "play_rounds", play_rounds)
+    with pytest.raises(Diverged, match="every response is truncated"):
+        loop.play(small_run(tmp_path), lambda _: None, strict=True)
 
 
 def test_a_damaged_training_state_is_left_and_the_round_trained_from_its_beginning(runs, tmp_path, monkeypatch):

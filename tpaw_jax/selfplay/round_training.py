@@ -1,5 +1,6 @@
 """The training of a round, theta_t to theta_(t+1) on D_O: prefetched batches, saved states, logged steps."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -100,13 +101,13 @@ def _run_steps(
 ) -> TrainState:
     """Run the steps from `first` on. The device never waits for the host: inputs are prefetched, metrics come late."""
     session, t, config = this.session, this.number, this.session.config.train
-    log = metrics.open_metrics(session.directory, t, first, session.config.tensorboard)
-    recorder = StepRecorder(session, log, this.players, t)
     saves = SaveSchedule(config.save_every_steps, config.save_every_minutes)
     with (
+        contextlib.closing(metrics.open_metrics(session.directory, t, first, session.config.tensorboard)) as log,
         progress(f"round {t} training", steps, "step") as bar,
         Prefetch(make_inputs, range(first, steps), depth=2) as batches,
     ):
+        recorder = StepRecorder(session, log, this.players, t)
         bar.update(first)
         for step in range(first, steps):
             inputs, waited = next(batches), batches.waited
@@ -125,7 +126,6 @@ def _run_steps(
                 where = f"Round {t}: training stopped after step {step + 1} of {steps}"
                 raise Preempted(f"{where}; run the same command to resume there.")
         recorder.flush()
-    log.close()
     return state
 
 
