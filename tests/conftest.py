@@ -18,7 +18,7 @@ if "TPAW_ALL_TESTS" not in os.environ and FEW_PASSES not in os.environ.get("XLA_
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", int(os.environ.get("TPAW_TEST_DEVICES", "8")))
+jax.config.update("jax_num_cpu_devices", 8)
 
 from jaxtyping import install_import_hook
 

@@ -3,6 +3,7 @@
 import functools
 import multiprocessing
 import os
+import runpy
 import sys
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -13,43 +14,61 @@ from unittest import mock
 import conftest
 import jax
 
-MODULES = ("killed_run", "killed_sampling", "pod_run")
+MODULES = ("forked", "killed_run", "killed_sampling", "pod_run", "tpaw_jax.cli", "tpaw_jax.planning.planner")
 
 
 class Child(NamedTuple):
     process: BaseProcess
-    output: Path
+    output: Path  # a file
 
-    def finish(self, timeout: float = 400) -> tuple[int | None, str]:
-        """(exit code, standard output and error) of the process; it is killed if it does not end in time."""
+    def finish(self, timeout: float = 400) -> tuple[int | None, str, str]:
+        """(exit code, standard output, standard error) of the process; it is killed if it does not end in time."""
         self.process.join(timeout)
         self.process.kill()
         self.process.join()
-        return self.process.exitcode, self.output.read_text()
+        return self.process.exitcode, self.output.read_text(), _errors(self.output).read_text()
 
 
-def start(function, *arguments, output: Path, devices: int = 1) -> Child:
-    """Call a function of one of MODULES in a new process with so many virtual devices."""
-    process = _server().Process(target=_call, args=(function, arguments, output, devices))
+def start(function, *arguments, output: Path, **config) -> Child:
+    """Call a function in a new process, which exits with what it returns; it has one device unless `config` says more.
+
+    Args:
+        function: one of an importable module.
+        output: the file of what it prints.
+        config: settings of JAX.
+    """
+    config = {"jax_num_cpu_devices": 1} | config
+    process = _server().Process(target=_call, args=(function, arguments, output, config))
     process.start()
     return Child(process, output)
+
+
+def run_script(script: Path, *arguments: str) -> None:
+    """Run a Python script as a command does."""
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
 
 
 @functools.cache
 def _server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(MODULES)
-    here = str(Path(__file__).parent)
-    environment = conftest.child_environment()
-    environment["PYTHONPATH"] = os.pathsep.join((environment["PYTHONPATH"], here))
+    environment = conftest.child_environment(GLIBC_TUNABLES="")  # as it is: no process restarts for huge pages
+    environment["PYTHONPATH"] = os.pathsep.join((environment["PYTHONPATH"], str(Path(__file__).parent)))
     with mock.patch.dict(os.environ, environment):
         forkserver.ensure_running()
     return context
 
 
-def _call(function, arguments, output, devices):
-    with output.open("w") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    jax.config.update("jax_num_cpu_devices", devices)
-    function(*arguments)
+def _call(function, arguments, output, config):
+    for path, stream in ((output, sys.stdout), (_errors(output), sys.stderr)):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    for name, value in config.items():
+        jax.config.update(name, value)
+    sys.exit(function(*arguments))
+
+
+def _errors(output):
+    return output.with_name(output.name + ".errors")

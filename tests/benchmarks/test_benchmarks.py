@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 
+import forked
 import pytest
-from conftest import FEW_PASSES, ROOT, STORIES, child_environment
+from conftest import ROOT, STORIES
 
 TINY = ["--model", "tiny"]
 RUNS = {  # script: arguments, and the benchmarks of its lines
@@ -35,19 +34,12 @@ RUNS = {  # script: arguments, and the benchmarks of its lines
 }
 
 
-def run(script, *arguments):
-    """The JSON lines of a benchmark; one device, and no restart: this process has its allocator already."""
-    environment = child_environment(GLIBC_TUNABLES="", JAX_NUM_CPU_DEVICES="1", XLA_FLAGS=FEW_PASSES)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+def run(output, script, *arguments):
+    """The JSON lines of a benchmark, from the file `output`."""
+    path = ROOT / "benchmarks" / script
+    code, printed, errors = forked.start(forked.run_script, path, *arguments, output=output).finish()
+    assert code == 0, errors[-3000:]
+    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
 
 LONG = pytest.mark.skipif(
@@ -59,9 +51,9 @@ LONG = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "script", [pytest.param(s, marks=LONG) if s in ("memory.py", "trees_vs_pairs.py") else s for s in RUNS]
 )
-def test_a_benchmark_prints_its_lines(script):
+def test_a_benchmark_prints_its_lines(tmp_path, script):
     arguments, names = RUNS[script]
-    lines = run(script, *arguments)
+    lines = run(tmp_path / "lines", script, *arguments)
     assert [line["benchmark"] for line in lines] == names
     for line in lines:
         if line["benchmark"] == "trees_vs_pairs_loss":
@@ -92,7 +84,7 @@ def test_a_benchmark_prints_its_lines(script):
             assert line["row_length"] in (1024, 2048)
 
 
-def test_the_benchmark_of_a_round_accounts_for_all_its_time():
+def test_the_benchmark_of_a_round_accounts_for_all_its_time(tmp_path):
     tiny = {
         "rounds": 2,
         "policy.path": STORIES,
@@ -102,7 +94,7 @@ def test_the_benchmark_of_a_round_accounts_for_all_its_time():
         "sampling.max_new_tokens": 8,
     }
     options = [word for key, value in tiny.items() for word in (f"--{key}", str(value))]
-    lines = run("round.py", "--config", str(ROOT / "configs" / "demo.yaml"), *options)
+    lines = run(tmp_path / "lines", "round.py", "--config", str(ROOT / "configs" / "demo.yaml"), *options)
     lines = [line for line in lines if line.get("benchmark") == "round"]
     assert [line["round"] for line in lines] == [0, 1]
     for line in lines:
@@ -112,15 +104,16 @@ def test_the_benchmark_of_a_round_accounts_for_all_its_time():
 
 
 @LONG
-def test_our_sides_of_the_peer_comparisons_run():
+def test_our_sides_of_the_peer_comparisons_run(tmp_path):
     lines = run(
+        tmp_path / "lines",
         "sampling.py",
         *TINY,
         *["--batch", "4", "--dtype", "float32", "--requests", "8", "--repeats", "1", "--only", "tpaw_jax"],
     )
     assert [(line["benchmark"], line["contender"]) for line in lines] == [("sampling", "tpaw_jax")]
     assert 0 < lines[0]["slots_busy"] <= 1
-    lines = run("peers.py", "--prompts", "4", "--repeats", "1", "--only", "tpaw_jax")
+    lines = run(tmp_path / "lines", "peers.py", "--prompts", "4", "--repeats", "1", "--only", "tpaw_jax")
     assert [line["benchmark"] for line in lines] == ["peers", "peers_summary"]
     assert lines[0]["triplets"] == 12
     assert lines[0]["triplets_per_second"] < lines[0]["triplets_per_second_in_steps"]

@@ -4,15 +4,15 @@ import dataclasses
 import functools
 import json
 import os
-import subprocess
-import sys
 
+import forked
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, STORIES, child_environment
+from conftest import ROOT, STORIES
 from jax.experimental.compilation_cache import compilation_cache
 
+from tpaw_jax import cli
 from tpaw_jax.config import config_file
 from tpaw_jax.generation.cache import Pages
 from tpaw_jax.models import ModelConfig, config_json, hub
@@ -322,22 +322,19 @@ def test_the_command_plans_without_weights(tmp_path, name, topologies, stages, c
     out = tmp_path / "plan.json"
     arguments = ["--config", str(ROOT / "configs" / f"{name}.yaml"), "--architecture", str(tmp_path)]
     arguments += ["--topology", topologies, "--stages", stages, "--json", str(out)]
-    done = subprocess.run(
-        [sys.executable, "-m", "tpaw_jax.cli", "plan", *arguments, "--sampling.tensor", "2"],
-        capture_output=True,
-        text=True,
-        env=child_environment(JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0"),
-        timeout=300,
-        check=False,
+    command = forked.start(
+        cli.main,
+        ["plan", *arguments, "--sampling.tensor", "2"],
+        output=tmp_path / "printed",
+        jax_exec_time_optimization_effort=-1.0,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, printed, errors = command.finish()
+    assert code == 0, errors[-2000:]
     assert [plan["chips"] for plan in json.loads(out.read_text())] == chips
-    assert ("decode: peak GiB" in done.stdout) == (len(chips) > 1)  # the comparison
+    assert ("decode: peak GiB" in printed) == (len(chips) > 1)  # the comparison
 
 
 def test_an_unknown_stage_is_told(capsys):
-    from tpaw_jax import cli
-
     arguments = ["--config", str(ROOT / "configs" / "demo.yaml"), "--topology", "v5e:2x2", "--stages", "stepp"]
     assert cli.main(["plan", *arguments, "--policy.path", str(STORIES)]) == 2
     assert "there is no stage 'stepp'. The stages are step, scoring, prefill, decode" in capsys.readouterr().err

@@ -16,19 +16,21 @@ from tpaw_jax.storage import files, journal, ring
 
 
 def start(directory, count, devices, of_process=lambda process: {}, **settings):
-    """Play a run in `count` processes with `devices` devices each; return their exit codes and outputs."""
+    """Play a run in `count` processes with `devices` devices each; return their exit codes, outputs and errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     of_all = [(directory, port, count, p, settings | of_process(p)) for p in range(count)]
     output = lambda p: directory.with_name(f"{directory.name}_{p}.log")
-    running = [forked.start(pod_run.play, *of, output=output(p), devices=devices) for p, of in enumerate(of_all)]
+    running = [
+        forked.start(pod_run.play, *of, output=output(p), jax_num_cpu_devices=devices) for p, of in enumerate(of_all)
+    ]
     return zip(*[child.finish() for child in running], strict=True)
 
 
 def play(directory, count, devices, **settings):
-    codes, outputs = start(directory, count, devices, **settings)
-    assert not any(codes), outputs
+    codes, _, errors = start(directory, count, devices, **settings)
+    assert not any(codes), errors
     return json.loads((directory / "table.json").read_text())
 
 
@@ -89,9 +91,9 @@ def test_processes_sample_together_where_devices_share_a_model(alone, tmp_path):
 
 def test_processes_that_differ_are_named(tmp_path):
     differing = lambda process: {"train.b1": 0.9 - process / 10}
-    codes, outputs = start(tmp_path, 2, 1, of_process=differing)
+    codes, _, errors = start(tmp_path, 2, 1, of_process=differing)
     assert 0 not in codes
-    assert all("the configuration is" in output and "on process 1" in output for output in outputs), outputs
+    assert all("the configuration is" in error and "on process 1" in error for error in errors), errors
 
 
 def test_one_process_needs_no_others():

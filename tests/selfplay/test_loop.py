@@ -201,8 +201,10 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeypat
 
 
 def play(directory, *place_and_signal):
-    """Play the run of killed_run.py in a process of its own; its exit code and output."""
-    return forked.start(killed_run.play, directory, *place_and_signal, output=directory.with_suffix(".log")).finish()
+    """Play the run of killed_run.py in a process of its own; its exit code and what it printed."""
+    child = forked.start(killed_run.play, directory, *place_and_signal, output=directory.with_suffix(".log"))
+    code, output, errors = child.finish()
+    return code, output + errors
 
 
 def results(directory):
