@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, no network, and shapes checked at the package's boundaries."""
 
+import dataclasses
 import functools
 import gc
 import importlib.util
@@ -34,6 +35,8 @@ from tpaw_jax import models
 from tpaw_jax.config import config_file
 from tpaw_jax.generation.cpu import kernels
 from tpaw_jax.models import hub
+from tpaw_jax.selfplay import session
+from tpaw_jax.training import scoring
 from tpaw_jax.types import Generations, Prompts
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +51,48 @@ needs_compiler = pytest.mark.skipif(not kernels.available(), reason="there is no
 def pytest_collection_modifyitems(items):
     """Tests that play in several processes come first: at the end, one worker would wait for them."""
     items.sort(key=lambda item: item.path.name != "test_processes.py")
+
+
+SHARED_PROGRAMS = {}
+"""What runs in this process share; a test that counts compiles clears it."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def equal_runs_share_programs():
+    """Runs of equal settings on equal devices share their programs: tracing them takes longer than such a run."""
+    open_policy, make_programs, make_scorer = session.open_policy, session._programs, scoring.make_scorer
+
+    def shared_policy(config, mesh):
+        policy = open_policy(config, mesh)
+        return policy._replace(sampler=SHARED_PROGRAMS.setdefault(("sampler", key(config, policy)), policy.sampler))
+
+    def shared_programs(config, policy, optimizer, mesh, say):
+        names, said = ("step", key(config, policy)), []
+        if names not in SHARED_PROGRAMS:
+            SHARED_PROGRAMS[names] = make_programs(config, policy, optimizer, mesh, said.append), said
+        for text in SHARED_PROGRAMS[names][1]:
+            say(text)
+        return SHARED_PROGRAMS[names][0]
+
+    def shared_scorer(log_prob_fn, mesh=None, compiler_options=None):
+        names = "scorer", log_prob_fn, mesh
+        if names not in SHARED_PROGRAMS:
+            SHARED_PROGRAMS[names] = make_scorer(log_prob_fn, mesh, compiler_options)
+        return SHARED_PROGRAMS[names]
+
+    def key(config, policy):
+        settings = dataclasses.replace(config, directory="", rounds=0)
+        return repr(settings), repr(policy.model.config), repr(jax.devices())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "open_policy", shared_policy)
+        patch.setattr(session, "_programs", shared_programs)
+        patch.setattr(scoring, "make_scorer", shared_scorer)
+        yield
+
+
+def pytest_sessionfinish():
+    gc.freeze()  # pytest collects garbage a few times more
 
 
 @pytest.fixture(scope="session")

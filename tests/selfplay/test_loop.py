@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import ROOT, small_run
+from conftest import ROOT, SHARED_PROGRAMS, small_run
 
 from tpaw_jax import cli
 from tpaw_jax.config import MeshConfig
@@ -40,6 +40,7 @@ SMALL_PROGRAMS = 16
 def played(tmp_path_factory):
     """One three-round run on one device, what it said, and what it compiled."""
     directory, said = tmp_path_factory.mktemp("run"), []
+    SHARED_PROGRAMS.clear()
     with pytest.MonkeyPatch.context() as patch, compile_log() as compiled:
         patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
         table = loop.play(small_run(directory), said.append)
