@@ -74,6 +74,7 @@ def equal_runs_share_programs():
             say(text)
         return SHARED_PROGRAMS[names][0]
 
+    @functools.wraps(make_scorer)
     def shared_scorer(log_prob_fn, mesh=None, compiler_options=None):
         names = "scorer", log_prob_fn, mesh
         if names not in SHARED_PROGRAMS:
