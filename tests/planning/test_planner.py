@@ -26,12 +26,12 @@ TIED = dataclasses.replace(SMALL, tie_embeddings=True, model_type="qwen2", qkv_b
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compiles():
-    """The compiler's least effort: what it schedules differs, what it computes and exchanges does not.
+    """The compiler's lowest level: what it schedules differs, what it computes and exchanges does not.
 
     A program for a TPU that is not here cannot be read back from the compilation cache.
     """
     os.environ.update({name: value for name, value in tpu.QUIET.items() if name not in os.environ})
-    wanted = {"jax_exec_time_optimization_effort": -1.0, "jax_compilation_cache_dir": None}
+    wanted = {"jax_optimization_level": "O0", "jax_compilation_cache_dir": None}
     before = {name: getattr(jax.config, name) for name in wanted}
     for settings in (wanted, before):
         for name, value in settings.items():
@@ -49,8 +49,8 @@ def equal_programs_are_compiled_once():
     def shared(lowered, mesh, *rest, **named):
         if not isinstance(lowered, jax.stages.Lowered):  # a test's own
             return compile_stage(lowered, mesh, *rest, **named)
-        effort = jax.config.jax_exec_time_optimization_effort
-        key = lowered.as_text(), repr(mesh.devices.tolist()), effort, repr((rest, named))
+        level = jax.config.jax_optimization_level
+        key = lowered.as_text(), repr(mesh.devices.tolist()), level, repr((rest, named))
         if key not in stages:
             stages[key] = compile_stage(lowered, mesh, *rest, **named)
         return stages[key]
@@ -143,12 +143,12 @@ def test_decoding_reads_every_weight_and_page_once_a_step_and_little_else(
 ):
     monkeypatch.setattr(lowering, "Pages", functools.partial(Pages, sharers=sharers))
     model = ModelConfig("llama", 32768, 2048, 8192, 3, heads, kv_heads, head_dim, 10000.0, 1e-5, 8192, False)
-    least_effort = jax.config.jax_exec_time_optimization_effort  # which leaves out what moves data beside products
-    jax.config.update("jax_exec_time_optimization_effort", 0.0)
+    quick = jax.config.jax_optimization_level  # which leaves out what moves data beside products
+    jax.config.update("jax_optimization_level", "UNKNOWN")  # the default
     try:
         planned = planner.plan(target(topology, model, **{"sampling.slots": 512}), stages=("decode",))
     finally:
-        jax.config.update("jax_exec_time_optimization_effort", least_effort)
+        jax.config.update("jax_optimization_level", quick)
     found = planned["stages"]["decode"]
     assert 1 < found["memory traffic GiB"] / found["memory traffic GiB, by hand"] < most
 
@@ -326,7 +326,7 @@ def test_the_command_plans_without_weights(tmp_path, name, topologies, stages, c
         cli.main,
         ["plan", *arguments, "--sampling.tensor", "2"],
         output=tmp_path / "printed",
-        jax_exec_time_optimization_effort=-1.0,
+        jax_optimization_level="O0",
     )
     code, printed, errors = command.finish()
     assert code == 0, errors[-2000:]

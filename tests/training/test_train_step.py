@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 import transformers
 from conftest import random_prompts
 
@@ -146,6 +145,8 @@ def test_scaling_a_unit_rate_is_the_optimizer_itself(optimizer):
 
 
 def test_rmsprop_is_torchs():
+    import torch
+
     rng = np.random.default_rng(0)
     start, gradients = rng.normal(size=7).astype(np.float32), rng.normal(size=(4, 7)).astype(np.float32)
     theirs = torch.nn.Parameter(torch.tensor(start))
@@ -163,6 +164,8 @@ def test_rmsprop_is_torchs():
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_schedules_are_transformers_one_step_earlier(schedule):
+    import torch
+
     name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
     steps, warmup = 40, 4
     peer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from tpaw_jax.types import AnyArray
@@ -148,7 +149,7 @@ class LayerPages(struct.PyTreeNode):
 KVCache = tuple[LayerPages, ...]
 
 
-def empty(layers: int, shards: int, pages: int, heads: int, size: int, dtype: jnp.dtype) -> KVCache:
+def empty(layers: int, shards: int, pages: int, heads: int, size: int, dtype: DTypeLike) -> KVCache:
     """A zeroed pool with `pages` pages per shard: 2 L R U P E elements of `dtype`."""
     zeros = lambda: jnp.zeros((shards, pages, PAGE, heads * size), dtype)
     return tuple(LayerPages(zeros(), zeros()) for _ in range(layers))

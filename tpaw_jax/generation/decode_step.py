@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from tpaw_jax.generation import cache as kv
@@ -95,7 +96,7 @@ def decode(
 
 
 def prefill(
-    model: Transformer, weights: DecodeWeights, prompts: PackedPrompts, dtype: jnp.dtype
+    model: Transformer, weights: DecodeWeights, prompts: PackedPrompts, dtype: DTypeLike
 ) -> tuple[Float[Array, "R N V"], tuple[Float[Array, "L R T K H"], Float[Array, "L R T K H"]]]:
     """Float32 logits after each prompt's last token, and the rows' keys and values in `dtype`; for packed weights.
 

@@ -349,7 +349,7 @@ class _Engine:
     def _drop_empty_slots(self) -> None:
         """Halve the number of slots as often as the occupied ones fit and the minimum number of slots allows."""
         shards, slots = self.occupant.shape
-        used = int((self.occupant >= 0).sum(axis=1).max())
+        used = int(np.max(np.sum(self.occupant >= 0, axis=1)))
         fewer = slots
         on_cpu = self.sampler.mesh.devices.flat[0].platform == "cpu"
         fewest = MIN_SLOTS_CPU if on_cpu else shards * MIN_SLOTS_PER_DEVICE

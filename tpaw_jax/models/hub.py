@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -122,7 +123,7 @@ def resolve(path: str | Path, patterns: Sequence[str] = DOWNLOADED_FILES) -> Pat
 
 
 def load_pretrained(
-    path: str | Path, dtype: jnp.dtype = jnp.float32, sharder: Sharder | None = None
+    path: str | Path, dtype: DTypeLike = jnp.float32, sharder: Sharder | None = None
 ) -> tuple[ModelConfig, PyTree[Array]]:
     """Load the architecture and parameters of a Hugging Face directory, a hub id or a GGUF file.
 

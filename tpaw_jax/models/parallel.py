@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from tpaw_jax.runtime import sharding
@@ -37,7 +38,7 @@ class Parallel(NamedTuple):
     reduce_dtype: str = "float32"  # dtype in which gradients are reduced over `fsdp`
     scatter_stages: tuple[int, ...] = ()  # see `sharding.scatter_stages`; (): reduce-scatter in one stage
 
-    def layer(self, params: PyTree[Array], dtype: jnp.dtype) -> PyTree[Array]:
+    def layer(self, params: PyTree[Array], dtype: DTypeLike) -> PyTree[Array]:
         """Gather one layer's parameters over `fsdp`, with matrices in the compute dtype."""
 
         def gather(path, x):
@@ -54,7 +55,7 @@ class Parallel(NamedTuple):
         table: Any,  # [v, d]: an array, or whatever `take` reads
         name: str,
         tokens: Int[Array, "M"],
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         take: Callable[[Any, Array], Array] = lambda table, tokens: table[tokens],
     ) -> Float[Array, "M D"]:
         """Look up tokens in the sharded embedding table `name`.
@@ -76,7 +77,7 @@ class Parallel(NamedTuple):
             embedded = take(table, tokens).astype(dtype)
         return lax.all_to_all(embedded, "fsdp", split_axis=0, concat_axis=1, tiled=True) if by_column else embedded
 
-    def table(self, table: Float[Array, "v d"], name: str, dtype: jnp.dtype) -> Float[Array, "v D"]:
+    def table(self, table: Float[Array, "v d"], name: str, dtype: DTypeLike) -> Float[Array, "v D"]:
         """Gather the output embedding over `fsdp`: all columns of the device's part of the vocabulary."""
         return self._gather(table, self.specs.get(name, P()), dtype)
 
@@ -103,7 +104,7 @@ class Parallel(NamedTuple):
         """Sum the partial results of the devices of `tensor`."""
         return sum_over_tensor(x) if self.tensor > 1 else x
 
-    def _gather(self, x: Array, spec: P, dtype: jnp.dtype) -> Array:
+    def _gather(self, x: Array, spec: P, dtype: DTypeLike) -> Array:
         axis = next((i for i in range(x.ndim) if "fsdp" in _axes(spec, i)), None)
         if axis is None:
             return x.astype(dtype)
@@ -115,7 +116,7 @@ UNSHARDED = Parallel()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _all_gather(x: Array, axis: int, dtype: jnp.dtype, reduce_dtype: str, stages: tuple[int, ...]) -> Array:
+def _all_gather(x: Array, axis: int, dtype: DTypeLike, reduce_dtype: str, stages: tuple[int, ...]) -> Array:
     """All-gather `x` along `axis` over `fsdp`, in `dtype`. Its gradient is reduce-scattered in `reduce_dtype`."""
     return lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from tpaw_jax.models.attention import (
@@ -76,7 +77,7 @@ class RMSNorm(nn.Module):
     """RMS normalization with a learned scale, over the last axis, in float32."""
 
     epsilon: float
-    param_dtype: jnp.dtype
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
@@ -95,8 +96,8 @@ class Block(nn.Module):
     """One pre-norm layer: attention and a gated SiLU feed-forward."""
 
     config: ModelConfig
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
     attention: Attention
     parallel: Parallel
 
@@ -143,7 +144,7 @@ class Embedding(nn.Module):
     """A token embedding table, or a device's shard of one."""
 
     shape: tuple[int, ...]  # (vocabulary, features)
-    param_dtype: jnp.dtype
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self) -> Float[Array, "v d"]:
@@ -164,8 +165,8 @@ class Transformer(nn.Module):
     """
 
     config: ModelConfig
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     remat: str = "none"
     attention: Attention = EINSUM
     parallel: Parallel = UNSHARDED
