@@ -18,7 +18,7 @@ ifeq ($(MODEL),smollm2)
 	$(MAKE) $(VENV)/smollm2
 	$(MAKE) smollm2-run
 else
-	$(BIN)/tpaw play --config configs/demo.yaml --export runs/demo/exported
+	$(BIN)/tpaw demo --export runs/demo/exported
 endif
 
 .PHONY: smollm2-run

@@ -11,7 +11,7 @@ import argparse
 import common
 import numpy as np
 
-from tpaw_jax.cli import _overrides
+from tpaw_jax.cli import overrides
 from tpaw_jax.config import config_file
 from tpaw_jax.data import dataset
 from tpaw_jax.generation import engine
@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--prompts", type=int, default=32)
     options, rest = parser.parse_known_args()
-    whole, half = (answered(options.config, _overrides(rest), options.prompts, of) for of in ("float32", "bfloat16"))
+    whole, half = (
+        answered(options.config, overrides.read(rest), options.prompts, of) for of in ("float32", "bfloat16")
+    )
     gaps, alike = [], 0
     for a, b, p, q in zip(whole.tokens, half.tokens, whole.log_probs, half.log_probs, strict=True):
         same = int(np.argmin(np.append(a[: len(b)] == b[: len(a)], False)))

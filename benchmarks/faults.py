@@ -82,7 +82,14 @@ class Play:
 
     def __init__(self, directory: Path, open_files: int | None = None) -> None:
         settings = [word for key, value in SETTINGS.items() for word in (f"--{key}", str(value))]
-        command = [sys.executable, "-m", "tpaw_jax.cli", "play", "--config", str(ROOT / "configs" / "demo.yaml")]
+        command = [
+            sys.executable,
+            "-m",
+            "tpaw_jax.cli",
+            "play",
+            "--config",
+            str(ROOT / "tpaw_jax" / "demo" / "demo.yaml"),
+        ]
         descriptor, name = tempfile.mkstemp(suffix=".log", dir=tempfile.gettempdir())
         self.log = Path(name)
         self.begun = time.perf_counter()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import common
 
-from tpaw_jax.cli import _overrides
+from tpaw_jax.cli import overrides
 from tpaw_jax.config import config_file
 from tpaw_jax.observe.profiling import compile_log
 from tpaw_jax.runtime.host import restart_with_huge_pages
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     options, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as directory, compile_log() as compiled:
-        run = config_file.load(options.config, [*_overrides(rest), f"directory={directory}"])
+        run = config_file.load(options.config, [*overrides.read(rest), f"directory={directory}"])
         compiled_before = []
 
         def say(text: str) -> None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpaw_jax.cli import _overrides
+from tpaw_jax.cli import overrides
 from tpaw_jax.config import config_file
 from tpaw_jax.data import dataset, packing
 from tpaw_jax.generation.policy import open_policy
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--run", required=True, type=Path, help="a run of that configuration")
     options, rest = parser.parse_known_args()
-    run = config_file.load(options.config, _overrides(rest))
+    run = config_file.load(options.config, overrides.read(rest))
     mesh = sharding.make_mesh(run.mesh)
     player = open_policy(run, mesh)
     prompts, *_ = dataset.load(run.data, player.template, run.seed)

@@ -8,7 +8,6 @@ Compiling: forward and backward for a chip of each topology, seconds, without a 
 """
 
 import argparse
-import os
 import time
 
 import common
@@ -23,7 +22,7 @@ from tpaw_jax.data import packing
 from tpaw_jax.models import splash_attention as splash
 from tpaw_jax.models.attention import EINSUM, Visibility
 from tpaw_jax.planning import workload
-from tpaw_jax.runtime import tpu
+from tpaw_jax.runtime import host, tpu
 
 
 def main() -> None:
@@ -33,7 +32,7 @@ def main() -> None:
     parser.add_argument("--topology", nargs="*", default=["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    os.environ.update({name: value for name, value in tpu.QUIET.items() if name not in os.environ})
+    host.quiet_libtpu(compute=False)
     parity(options.trees, options.seed)
     for length in options.row_length:
         blocks(length, options.seed)

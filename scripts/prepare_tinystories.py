@@ -1,6 +1,6 @@
 """Turn TinyStories text into JSONL with the start of each story as prompt and the rest as completion.
 
-    python scripts/prepare_tinystories.py tinystories.txt configs/demo/tinystories.jsonl --stories 400
+    python scripts/prepare_tinystories.py tinystories.txt tpaw_jax/demo/tinystories.jsonl --stories 400
 
 Stories in the text are separated by <|endoftext|>.
 """

@@ -40,7 +40,8 @@ from tpaw_jax.training import scoring
 from tpaw_jax.types import Generations, Prompts
 
 ROOT = Path(__file__).parent.parent
-STORIES = ROOT / "configs" / "demo" / "stories260K"
+DEMO = ROOT / "tpaw_jax" / "demo"
+STORIES = DEMO / "stories260K"
 FIXTURES = ROOT / "tests" / "fixtures"
 gc.freeze()  # JAX keeps many objects alive; looking through them again and again takes a tenth of the tests' time
 gc.set_threshold(200_000, 50, 50)
@@ -151,7 +152,7 @@ def small_run(directory, *over, **overrides):
     shrunk = {
         "directory": str(directory),
         "policy.path": str(STORIES),
-        "data.sources": f"[{{path: {ROOT / 'configs' / 'demo' / 'tinystories.jsonl'}}}]",
+        "data.sources": f"[{{path: {DEMO / 'tinystories.jsonl'}}}]",
         "data.max_prompts": 12,
         "data.holdout_prompts": 4,
         "data.max_prompt_length": 24,
@@ -166,4 +167,4 @@ def small_run(directory, *over, **overrides):
         "mesh.fsdp": 1,
     }
     settings = [f"{key}={value}" for key, value in (shrunk | overrides).items()]
-    return config_file.load([ROOT / "configs" / "demo.yaml", *over], settings)
+    return config_file.load([DEMO / "demo.yaml", *over], settings)

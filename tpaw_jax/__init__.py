@@ -10,15 +10,14 @@ package, folders import each other's modules. A folder imports only from those l
     generation/  sampling                           training/   log-probs, scoring, the train step
     evaluation/  exact match, lm-eval               selfplay/   the loop over rounds
     report/      the HTML report                    planning/   memory and time on a TPU, predicted
-    cli          the commands
+    cli/         the commands                       demo/       the model and the data of `tpaw demo`
 
 Start with `objective`, `types` and `selfplay/loop`.
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
-
-__version__ = "0.1.0"
 
 _PUBLIC = {
     "config": ("ObjectiveConfig", "PackingConfig", "RunConfig", "SamplingConfig", "TrainConfig", "load"),
@@ -47,6 +46,8 @@ __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("tpaw_jax")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'tpaw_jax' has no attribute {name!r}")
     value = getattr(import_module(f"tpaw_jax.{_MODULE_OF[name]}"), name)

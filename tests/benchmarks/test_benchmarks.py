@@ -5,7 +5,7 @@ import os
 
 import forked
 import pytest
-from conftest import ROOT, STORIES
+from conftest import DEMO, ROOT, STORIES
 
 TINY = ["--model", "tiny"]
 RUNS = {  # script: arguments, and the benchmarks of its lines
@@ -26,7 +26,7 @@ RUNS = {  # script: arguments, and the benchmarks of its lines
         ["--trees", "12", "--row-length", "2048", "--topology", "v5e:2x2"],
         ["tree_attention_parity", "tree_attention_blocks", "tree_attention_compile"],
     ),
-    "cache_dtype.py": (["--config", str(ROOT / "configs" / "demo.yaml"), "--prompts", "4"], ["cache_dtype"]),
+    "cache_dtype.py": (["--config", str(DEMO / "demo.yaml"), "--prompts", "4"], ["cache_dtype"]),
     "memory.py": (
         [*TINY, "--row-length", "512", "--policies", "layer", "--budget-gib", "0.02", "--longest", "2048"],
         ["memory_step", "memory_head", "memory_head", "memory_longest_row"],
@@ -88,13 +88,13 @@ def test_the_benchmark_of_a_round_accounts_for_all_its_time(tmp_path):
     tiny = {
         "rounds": 2,
         "policy.path": STORIES,
-        "data.sources": f"[{{path: {ROOT / 'configs' / 'demo' / 'tinystories.jsonl'}}}]",
+        "data.sources": f"[{{path: {DEMO / 'tinystories.jsonl'}}}]",
         "data.max_prompts": 12,
         "data.holdout_prompts": 4,
         "sampling.max_new_tokens": 8,
     }
     options = [word for key, value in tiny.items() for word in (f"--{key}", str(value))]
-    lines = run(tmp_path / "lines", "round.py", "--config", str(ROOT / "configs" / "demo.yaml"), *options)
+    lines = run(tmp_path / "lines", "round.py", "--config", str(DEMO / "demo.yaml"), *options)
     lines = [line for line in lines if line.get("benchmark") == "round"]
     assert [line["round"] for line in lines] == [0, 1]
     for line in lines:

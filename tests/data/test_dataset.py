@@ -5,7 +5,7 @@ import json
 import datasets
 import numpy as np
 import pytest
-from conftest import ROOT, STORIES
+from conftest import DEMO, STORIES
 
 from tpaw_jax.config import DataConfig, SourceConfig
 from tpaw_jax.data import dataset, templates
@@ -199,7 +199,7 @@ def test_unusable_templates_are_told(stories_tokenizer):
 
 
 def test_the_embedded_demo_data_reads(stories_tokenizer):
-    prompts, _, report = load([(str(ROOT / "configs" / "demo" / "tinystories.jsonl"),)], stories_tokenizer)
+    prompts, _, report = load([(str(DEMO / "tinystories.jsonl"),)], stories_tokenizer)
     assert len(prompts) == 400
     assert report.skipped == ()
     assert STORIES.is_dir()

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import ROOT, STORIES, small_run
+from conftest import DEMO, STORIES, small_run
 
 from tpaw_jax import cli
 from tpaw_jax.config import DataConfig, EvaluationConfig, TaskConfig
@@ -87,7 +87,7 @@ def stories_task(tmp_path_factory):
         "rounds": 1,
     }
     out = directory / "first.jsonl"
-    arguments = ["--config", str(ROOT / "configs" / "demo.yaml"), "--policy.path", str(STORIES), "--mesh.fsdp", "1"]
+    arguments = ["--config", str(DEMO / "demo.yaml"), "--policy.path", str(STORIES), "--mesh.fsdp", "1"]
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])

@@ -6,7 +6,7 @@ import jax
 import lm_eval
 import pytest
 import yaml
-from conftest import ROOT, STORIES
+from conftest import DEMO, STORIES
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -86,7 +86,7 @@ def theirs(tasks):
 def ours(tasks):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-        run = config_file.load(ROOT / "configs" / "demo.yaml", settings("packing.max_responses_per_row=6"))
+        run = config_file.load(DEMO / "demo.yaml", settings("packing.max_responses_per_row=6"))
         mesh = sharding.make_mesh(run.mesh)
         player = open_policy(run, mesh)
         policy = harness.PolicyLM(player, player.params, run, mesh)
@@ -125,7 +125,7 @@ def test_generations_are_those_of_the_hf_model(ours, theirs):
 
 
 def test_texts_longer_than_the_model_are_scored_in_windows(stories_tokenizer):
-    run = config_file.load(ROOT / "configs" / "demo.yaml", settings())
+    run = config_file.load(DEMO / "demo.yaml", settings())
     mesh = sharding.make_mesh(run.mesh)
     player = open_policy(run, mesh)
     policy = harness.PolicyLM(player, player.params, run, mesh)
@@ -155,7 +155,7 @@ def test_nothing_to_score_is_told():
 
 def test_conversations_become_the_tokens_that_the_policy_was_trained_on():
     run = config_file.load(
-        ROOT / "configs" / "demo.yaml",
+        DEMO / "demo.yaml",
         settings(f"data.chat_template='{CHAT}'".replace("\n", "\\n"), "data.system_prompt=Be brief"),
     )
     mesh = sharding.make_mesh(run.mesh)
@@ -167,14 +167,14 @@ def test_conversations_become_the_tokens_that_the_policy_was_trained_on():
     request = type("Request", (), {"args": ("The dog", {"max_gen_toks": 600})})()
     with pytest.raises(ValueError, match="a task asks for 600 new tokens, but the model has 512 positions"):
         policy.generate_until([request])
-    plain = config_file.load(ROOT / "configs" / "demo.yaml", settings())
+    plain = config_file.load(DEMO / "demo.yaml", settings())
     policy = harness.PolicyLM(open_policy(plain, mesh), player.params, plain, mesh)
     with pytest.raises(ValueError, match=r"data\.chat_template is 'none'"):
         policy.apply_chat_template(history)
 
 
 def test_the_command_prints_lm_evals_table(tasks, tmp_path, capsys):
-    words = ["eval", "--config", str(ROOT / "configs" / "demo.yaml"), "--policy.path", str(STORIES), "--mesh.fsdp", "1"]
+    words = ["eval", "--config", str(DEMO / "demo.yaml"), "--policy.path", str(STORIES), "--mesh.fsdp", "1"]
     words += ["--harness-path", str(tasks)]
     out = tmp_path / "results.json"
     assert cli.main([*words, "--harness", "choice", "--limit", "3", "--out", str(out)]) == 0

@@ -3,13 +3,12 @@
 import dataclasses
 import functools
 import json
-import os
 
 import forked
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, STORIES
+from conftest import DEMO, ROOT, STORIES
 from jax.experimental.compilation_cache import compilation_cache
 
 from tpaw_jax import cli
@@ -18,7 +17,7 @@ from tpaw_jax.generation.cache import Pages
 from tpaw_jax.models import ModelConfig, config_json, hub
 from tpaw_jax.planning import expected, lowering, planner, roofline, workload
 from tpaw_jax.planning.roofline import Flops
-from tpaw_jax.runtime import tpu
+from tpaw_jax.runtime import host, tpu
 
 SMALL = ModelConfig("llama", 2048, 512, 1024, 2, 4, 2, 128, 10000.0, 1e-5, 8192, False)
 TIED = dataclasses.replace(SMALL, tie_embeddings=True, model_type="qwen2", qkv_bias=True)
@@ -30,7 +29,7 @@ def quick_compiles():
 
     A program for a TPU that is not here cannot be read back from the compilation cache.
     """
-    os.environ.update({name: value for name, value in tpu.QUIET.items() if name not in os.environ})
+    host.quiet_libtpu(compute=False)
     wanted = {"jax_optimization_level": "O0", "jax_compilation_cache_dir": None}
     before = {name: getattr(jax.config, name) for name in wanted}
     for settings in (wanted, before):
@@ -335,6 +334,6 @@ def test_the_command_plans_without_weights(tmp_path, name, topologies, stages, c
 
 
 def test_an_unknown_stage_is_told(capsys):
-    arguments = ["--config", str(ROOT / "configs" / "demo.yaml"), "--topology", "v5e:2x2", "--stages", "stepp"]
+    arguments = ["--config", str(DEMO / "demo.yaml"), "--topology", "v5e:2x2", "--stages", "stepp"]
     assert cli.main(["plan", *arguments, "--policy.path", str(STORIES)]) == 2
     assert "there is no stage 'stepp'. The stages are step, scoring, prefill, decode" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import ROOT, SHARED_PROGRAMS, small_run
+from conftest import DEMO, SHARED_PROGRAMS, small_run
 
 from tpaw_jax import cli
 from tpaw_jax.config import MeshConfig
@@ -179,7 +179,7 @@ def test_the_export_is_loaded_by_transformers_and_generates_our_tokens(played, t
 
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "Once upon a time", "completion": "there was"}) + "\n")
-    config, made = ROOT / "configs" / "demo.yaml", tmp_path / "made.jsonl"
+    config, made = DEMO / "demo.yaml", tmp_path / "made.jsonl"
     options = ["--data.sources", f"[{{path: {prompts}}}]", "--data.holdout_prompts", "0", "--data.max_prompts", "0"]
     options += ["--sampling.temperature", "0", "--sampling.max_new_tokens", "16", "--model", str(out)]
     assert cli.main(["generate", "--config", str(config), "--out", str(made), *options]) == 0

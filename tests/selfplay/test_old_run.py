@@ -5,7 +5,7 @@ import shutil
 
 import jax
 import pytest
-from conftest import FIXTURES, ROOT
+from conftest import DEMO, FIXTURES, ROOT
 
 from tpaw_jax.config import config_file
 from tpaw_jax.selfplay import loop
@@ -22,7 +22,10 @@ def records(path):
 
 def test_a_run_of_version_0_1_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-    monkeypatch.chdir(ROOT)  # the run's paths are relative
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo").symlink_to(DEMO)  # where version 0.1 had the data
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
     shutil.copytree(OLD / "run", tmp_path / "run")
     config = config_file.load(OLD / "run" / "config.yaml", [f"directory={tmp_path / 'run'}"])
     said = []

@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import ROOT, STORIES, small_run
+from conftest import DEMO, STORIES, small_run
 
 from tpaw_jax import cli
+from tpaw_jax.cli import training
 from tpaw_jax.config import PackingConfig, config_file
 from tpaw_jax.data import dataset, packing, templates
 from tpaw_jax.generation.policy import open_policy
@@ -119,8 +120,8 @@ def test_the_command_has_zephyrs_recipe_for_defaults(tmp_path, capsys, monkeypat
     c = config_file.load(path, ["train.b2=0.9"], config_file.SFT)
     assert (c.train.learning_rate, c.train.schedule, c.train.batch_triplets) == ((2e-5,), "cosine", 128)
     assert (c.train.epochs, c.train.b2, c.data.max_length, c.objective.loss) == (3, 0.9, 2048, "sft")
-    monkeypatch.setattr(cli, "_train", lambda *_: pytest.fail("trained"))
-    assert cli.main(["play", "--config", str(ROOT / "configs" / "demo.yaml"), "--objective.loss", "sft"]) == 2
+    monkeypatch.setattr(training, "_train", lambda *_: pytest.fail("trained"))
+    assert cli.main(["play", "--config", str(DEMO / "demo.yaml"), "--objective.loss", "sft"]) == 2
     assert "rounds must be 1" in capsys.readouterr().err
     asked = ["--config", str(path), "--objective.loss", "sft", "--rounds", "1"]
     assert cli.main(["play", *asked]) == 2

@@ -14,6 +14,18 @@ from typing import Generic, TypeVar
 HUGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
 """GLIBC_TUNABLES that keep buffers in huge pages and do not return them to the system between steps."""
 
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+}
+"""Environment variables that keep libtpu, on a machine without a TPU, from searching for one and from logging."""
+
+TPU_LOGS = {"TPU_STDERR_LOG_LEVEL": "3", "GRPC_VERBOSITY": "ERROR"}
+"""Environment variables that keep libtpu's log out of the terminal; it is in TPU_LOG_DIR, by default /tmp/tpu_logs."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -28,6 +40,15 @@ def restart_with_huge_pages() -> None:
         return
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "GLIBC_TUNABLES": HUGE_PAGES})
+
+
+def quiet_libtpu(compute: bool = True) -> None:
+    """Keep libtpu from writing to the terminal, and, without a TPU or `compute`, from searching for one.
+
+    It must be called before JAX makes its first array. Variables that the user has set keep their values.
+    """
+    for name, value in (TPU_LOGS if compute and _has_tpu() else NO_TPU).items():
+        os.environ.setdefault(name, value)
 
 
 class Prefetch(Iterator[Result], Generic[Item, Result]):
@@ -75,5 +96,8 @@ def _has_accelerator() -> bool:
         return platforms != "cpu"
     if entry_points(group="jax_plugins") or importlib.util.find_spec("jax_plugins"):
         return True
-    chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
-    return bool(chips) and importlib.util.find_spec("libtpu") is not None  # without a chip, libtpu serves `tpaw plan`
+    return _has_tpu() and importlib.util.find_spec("libtpu") is not None  # without a chip, libtpu serves `tpaw plan`
+
+
+def _has_tpu() -> bool:
+    return any([*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")])

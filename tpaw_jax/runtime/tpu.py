@@ -47,15 +47,6 @@ COMPILER_OPTIONS = {
 }
 """Options for the training step and scoring on every generation: run collectives asynchronously with computation."""
 
-QUIET = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_LOG_DIR": "disabled",
-}
-"""Environment variables that keep libtpu, on a machine without a TPU, from searching for one and from logging."""
-
 
 def options_of(mesh: Mesh) -> dict[str, str]:
     """The compiler options for the mesh's devices; none if they are not TPUs."""

@@ -1,0 +1,90 @@
+"""The commands that use a model."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from tpaw_jax.cli.overrides import refuse
+
+
+def evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Answer the tasks of a configuration greedily and print the accuracy."""
+    from tpaw_jax.config import config_file
+    from tpaw_jax.evaluation import exact_match
+    from tpaw_jax.generation.policy import open_policy
+    from tpaw_jax.runtime import sharding
+    from tpaw_jax.storage import files, journal, ring
+
+    checkpoint = Path(options.checkpoint) if options.checkpoint else None
+    of_run = checkpoint if checkpoint and (checkpoint / "journal.json").exists() else None
+    if checkpoint and not of_run:
+        overrides = [*overrides, f"policy.path={checkpoint}"]
+    run = config_file.load(options.config, overrides)
+    tasks = []
+    if not options.harness:
+        tasks = exact_match.select_tasks(run.evaluation, options.tasks.split(",") if options.tasks else [])
+    policy = open_policy(run, sharding.make_mesh(run.mesh))
+    params = policy.params
+    if of_run:
+        kept = ring.open_ring(journal.open_journal(of_run, read_only=True), run.objective.n_max)
+        params = ring.restore_policy(kept, ring.select_policy(kept, options.round), sharding.abstract(policy.params))
+    if options.harness:
+        _harness(options, run, policy, params)
+        return
+    evaluator = exact_match.make_evaluator(run, policy, tasks)
+    results = evaluator.results(params)
+    for result in results:
+        print(result)
+    if options.out:
+        records = [{"task": result.name, **record} for result in results for record in result.records]
+        files.write_json_lines(Path(options.out), records)
+        print(f"The {len(records)} responses are in {options.out}.")
+
+
+def _harness(options: argparse.Namespace, run: Any, policy: Any, params: Any) -> None:
+    from tpaw_jax.runtime import sharding
+    from tpaw_jax.storage import files
+
+    try:
+        from lm_eval.utils import make_table
+
+        from tpaw_jax.evaluation import harness
+    except ImportError as error:
+        raise ImportError("--harness needs lm-eval; pip install 'tpaw_jax[eval]'.") from error
+    model = harness.PolicyLM(policy, params, run, sharding.make_mesh(run.mesh))
+    results = harness.run(
+        model,
+        options.harness.split(","),
+        options.harness_path,
+        options.chat_template,
+        options.num_fewshot,
+        options.limit,
+    )
+    print(make_table(results))
+    if options.out:
+        kept = {key: results[key] for key in ("results", "configs", "versions", "n-samples", "samples")}
+        files.write_bytes(Path(options.out), json.dumps(kept, indent=1, default=str).encode())
+        print(f"Scores and samples are in {options.out}.")
+
+
+def generate(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Sample responses to the prompts of a configuration or of a file, one JSON line per response."""
+    from tpaw_jax.config import config_file
+    from tpaw_jax.generation import completions
+    from tpaw_jax.runtime import sharding
+
+    if options.model:
+        overrides = [*overrides, f"policy.path={options.model}"]
+    run = config_file.load(options.config, overrides)
+    count = 1 if options.num_generations is None else options.num_generations
+    given = Path(options.prompts) if options.prompts else None
+    completions.answer(run, sharding.make_mesh(run.mesh), Path(options.out), given, options.round or 0, count)
+
+
+def export(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Write a policy of a run as a Hugging Face directory."""
+    from tpaw_jax.selfplay import export as exporting
+
+    refuse(overrides)
+    print(exporting.write(Path(options.run), options.round, Path(options.out)))
