@@ -75,7 +75,8 @@ def install(options: argparse.Namespace, overrides: list[str]) -> list[list[str]
     """Install the package with its TPU dependencies on every host of every slice."""
     script = (
         f"set -e; mkdir -p tpaw_jax; gcloud storage cat {shlex.quote(options.source)} | tar xz -C tpaw_jax; "
-        "python3.11 -m venv venv; venv/bin/pip install -q -c tpaw_jax/requirements.lock -e 'tpaw_jax[tpu]'"
+        '"$(tpaw_jax/scripts/find_python.sh)" -m venv venv; '
+        "venv/bin/pip install -q -c tpaw_jax/requirements.lock -e 'tpaw_jax[tpu]'"
     )
     return _on_all_hosts(options, script)
 

@@ -86,7 +86,7 @@ def test_collectives_count_as_often_as_their_loops_run_and_chains_once():
     assert (gather.size, gather.group, gather.asynchronous) == (1024, (0, 1, 2, 3), True)
     assert gather.bytes == 32 * 1024
     scatter = found["reduce-scatter", 32]
-    assert (scatter.size, scatter.group, scatter.asynchronous) == (64 * 128 * 4, (0, 1, 2, 3), True)
+    assert (scatter.size, scatter.group, scatter.asynchronous) == (64 * 128 * 4, (0, 1, 2, 3), False)  # made so again
     inner = found["all-reduce", 96]  # 32 times 3, which the text does not know
     assert (inner.size, inner.group, inner.asynchronous) == (4 * 128 * 4, (0, 2), False)
     assert found["all-to-all", 1].group == (0, 1)

@@ -1,7 +1,7 @@
 """Count the bytes that a compiled program (HLO text) moves: through a device's memory, and between devices.
 
 XLA's own analysis counts the body of a loop once; here it counts once per iteration. The parser reads shapes,
-computations and collectives as the TPU compiler of libtpu 0.0.42 prints them.
+computations and collectives as the TPU compilers of libtpu 0.0.42 to 0.0.52 print them.
 """
 
 import functools
@@ -96,7 +96,9 @@ class Program(NamedTuple):
                 kind = _kind(part)
                 if kind is None:
                     continue
-                chain = re.search(r'(chain_id|async_collective_name)="([^"]+)"', part.attributes)
+                # `async_collective_name` is no sign of overlap: XLA puts it on what it made synchronous again
+                # (convert_async_collectives_to_sync.cc), because there was nothing to compute meanwhile.
+                chain = re.search(r'chain_id="([^"]+)"', part.attributes)
                 overlaps = chain is not None or part.opcode.endswith("-start") or kind == BETWEEN_SLICES
                 inner = _inner_collective(part, self.computations)
                 body = self.computations[inside].instructions
@@ -109,7 +111,7 @@ class Program(NamedTuple):
                 new = Collective(kind, size, _group(inner.attributes), times, overlaps)
                 if len(new.group) == 1:
                     continue
-                key = (kind, chain.group(2) if chain else f"{name}/{part.name}")
+                key = (kind, chain.group(1) if chain else f"{name}/{part.name}")
                 old = collectives.get(key)
                 if old is None or (new.times, new.size) > (old.times, old.size):
                     collectives[key] = new
