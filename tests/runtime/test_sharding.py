@@ -13,6 +13,24 @@ from tpaw_jax.models import parallel
 from tpaw_jax.runtime import sharding, tpu
 
 
+def test_compiler_options_change_those_of_the_devices():
+    on_tpu = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind="TPU v5 lite")]))
+    assert tpu.options_of(on_tpu) == tpu.COMPILER_OPTIONS
+    changed = tpu.options_of(on_tpu, ["xla_enable_async_all_reduce=", "xla_tpu_scoped_vmem_limit_kib=1", "xla_new=a=b"])
+    assert "xla_enable_async_all_reduce" not in changed
+    assert changed["xla_tpu_scoped_vmem_limit_kib"] == "1"
+    assert changed["xla_new"] == "a=b"
+    assert len(changed) == len(tpu.COMPILER_OPTIONS)
+    assert tpu.options_of(sharding.make_mesh(MeshConfig())) == {}
+
+
+def test_compiler_options_that_the_compiler_does_not_know_are_told():
+    mesh = sharding.make_mesh(MeshConfig())
+    tpu.check_options(mesh, ["xla_backend_optimization_level=1"])
+    with pytest.raises(ValueError, match=r"mesh.compiler_options: the compiler rejects them .*xla_nonsense"):
+        tpu.check_options(mesh, ["xla_nonsense=1"])
+
+
 def test_topologies_are_parsed_or_rejected():
     assert tpu.parse_topology("v5e:16x16").chips == 256
     assert tpu.parse_topology("2 x v5e:16x16").chips == 512

@@ -162,6 +162,11 @@ def _check_values(c: RunConfig) -> list[Check]:
             "packing.row_length",
             f"must be at least {c.longest_tree}, the maximum tokens of a prompt with its target{response}",
         ),
+        (
+            all(re.match(r"\w+=", text) for text in c.mesh.compiler_options),
+            "mesh.compiler_options",
+            "has an entry that is not name=value",
+        ),
         (len(train.learning_rate) >= 1, "train.learning_rate", "needs at least one value"),
         (0 <= train.warmup_ratio < 1, "train.warmup_ratio", "must be at least 0 and below 1"),
         (train.max_grad_norm > 0, "train.max_grad_norm", "must be above 0"),

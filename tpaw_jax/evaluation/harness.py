@@ -45,7 +45,7 @@ class PolicyLM(TemplateLM):
         padding = 2 * (self.packing.alignment - 1)  # of context and continuation, each padded to the alignment
         self.max_length = min(self.positions, self.packing.row_length - padding)
         greedy_fn = logprobs.make_greedy_fn(policy.model, config.policy.head_chunk)
-        self._program = scoring.score_program(greedy_fn, mesh, tpu.options_of(mesh))
+        self._program = scoring.score_program(greedy_fn, mesh, tpu.options_of(mesh, config.mesh.compiler_options))
         self._rows = sharding.rows(mesh)
         self._samplers: dict[tuple[int, float, float, int], Any] = {}
 

@@ -81,7 +81,12 @@ def team_step(target: Target, remat: str, micro_batches: int) -> jax.stages.Lowe
     optimizer = train_step.make_optimizer(config.train)
     log_prob_fn = make_log_prob_fn(target.model.clone(remat=remat), config.policy.head_chunk)
     step: Any = train_step.make_train_step(
-        log_prob_fn, optimizer, config.objective, mesh, config.train.reduce_dtype, tpu.options_of(mesh)
+        log_prob_fn,
+        optimizer,
+        config.objective,
+        mesh,
+        config.train.reduce_dtype,
+        tpu.options_of(mesh, config.mesh.compiler_options),
     )
     inputs = (*packing.empty_step(config.packing, config.objective.n_max, micro_batches), train_step.NO_SCALARS)
     state = train_step.abstract_state(target.params, optimizer, mesh)
@@ -92,7 +97,7 @@ def scoring_pass(target: Target) -> jax.stages.Lowered:
     """A frozen player's forward pass over `packing.scoring_batches` batches of rows."""
     config, mesh = target.config, target.mesh
     log_prob_fn = make_log_prob_fn(target.model, config.policy.head_chunk)
-    program = scoring.score_program(log_prob_fn, mesh, tpu.options_of(mesh))
+    program = scoring.score_program(log_prob_fn, mesh, tpu.options_of(mesh, config.mesh.compiler_options))
     count = config.packing.rows_per_batch * config.packing.scoring_batches
     rows = packing.empty_like(packing.pack([], config.packing), count)
     return program.lower(target.params, _abstract(rows.batch, sharding.rows(mesh)))

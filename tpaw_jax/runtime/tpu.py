@@ -48,9 +48,29 @@ COMPILER_OPTIONS = {
 """Options for the training step and scoring on every generation: run collectives asynchronously with computation."""
 
 
-def options_of(mesh: Mesh) -> dict[str, str]:
-    """The compiler options for the mesh's devices; none if they are not TPUs."""
-    return COMPILER_OPTIONS if generation(mesh.devices.flat[0]) else {}
+def options_of(mesh: Mesh, changes: Sequence[str] = ()) -> dict[str, str]:
+    """The compiler options for the mesh's devices: `COMPILER_OPTIONS` on TPUs, with `changes` (name=value, or name=)."""
+    options = dict(COMPILER_OPTIONS) if generation(mesh.devices.flat[0]) else {}
+    for change in changes:
+        name, _, value = change.partition("=")
+        options.pop(name, None)
+        if value:
+            options[name] = value
+    return options
+
+
+def check_options(mesh: Mesh, changes: Sequence[str]) -> None:
+    """Compile nothing with the options of `changes`.
+
+    Raises:
+        ValueError: the compiler knows no such option, or not such a value.
+    """
+    if changes:
+        nothing = jax.jit(lambda: 0, compiler_options=options_of(mesh, changes))
+        try:
+            nothing.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError(f"mesh.compiler_options: the compiler rejects them ({error}).") from error
 
 
 class Topology(NamedTuple):

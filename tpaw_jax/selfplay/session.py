@@ -36,6 +36,7 @@ Say = Callable[[str], None]
 
 KEYS_THAT_MAY_CHANGE = SPEED_ONLY_KEYS | {
     "directory",
+    "mesh.compiler_options",
     "rounds",
     "sample_texts",
     "tensorboard",
@@ -126,7 +127,7 @@ def open_session(
         sampler=policy.sampler,
         stop_fn=policy.stop_fn,
         evaluator=evaluator,
-        scorer=scoring.make_scorer(log_prob_fn, mesh, tpu.options_of(mesh)),
+        scorer=scoring.make_scorer(log_prob_fn, mesh, tpu.options_of(mesh, config.mesh.compiler_options)),
         optimizer=optimizer,
         step=step,
         journal=opened,
@@ -155,6 +156,7 @@ def _open_run(config: RunConfig, say: Say) -> tuple[RunConfig, Mesh, Journal]:
     packed = batch_shapes.resolve_packing(config, mesh, alignment, opened.config.get("packing"))
     config = dataclasses.replace(config, packing=packed)
     _check_unchanged(opened, config)
+    tpu.check_options(mesh, config.mesh.compiler_options)
     recovery.quarantine_corruption(opened, say)
     packing.check_rows(config.packing, config.longest_tree, sharding.row_shards(mesh), alignment)
     return config, mesh, opened
@@ -168,7 +170,12 @@ def _programs(
     def with_remat(remat: str) -> tuple[LogProbFn, Any]:
         log_prob_fn = make_log_prob_fn(policy.model.clone(remat=remat), config.policy.head_chunk)
         return log_prob_fn, train_step.make_train_step(
-            log_prob_fn, optimizer, config.objective, mesh, config.train.reduce_dtype, tpu.options_of(mesh)
+            log_prob_fn,
+            optimizer,
+            config.objective,
+            mesh,
+            config.train.reduce_dtype,
+            tpu.options_of(mesh, config.mesh.compiler_options),
         )
 
     if config.policy.remat != "auto":
