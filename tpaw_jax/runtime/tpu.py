@@ -49,7 +49,7 @@ COMPILER_OPTIONS = {
 
 
 def options_of(mesh: Mesh, changes: Sequence[str] = ()) -> dict[str, str]:
-    """The compiler options for the mesh's devices: `COMPILER_OPTIONS` on TPUs, with `changes` (name=value, or name=)."""
+    """The compiler options for the mesh's devices: `COMPILER_OPTIONS` on TPUs, changed by `mesh.compiler_options`."""
     options = dict(COMPILER_OPTIONS) if generation(mesh.devices.flat[0]) else {}
     for change in changes:
         name, _, value = change.partition("=")
