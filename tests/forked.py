@@ -14,7 +14,15 @@ from unittest import mock
 import conftest
 import jax
 
-MODULES = ("forked", "killed_run", "killed_sampling", "pod_run", "tpaw_jax.cli", "tpaw_jax.planning.planner")
+MODULES = (
+    "forked",
+    "killed_run",
+    "killed_sampling",
+    "pod_run",
+    "torchless",
+    "tpaw_jax.cli",
+    "tpaw_jax.planning.planner",
+)
 
 
 class Child(NamedTuple):

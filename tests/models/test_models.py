@@ -2,13 +2,15 @@
 
 import json
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torchless
 import transformers
-from conftest import STORIES, child_environment, random_prompts
+from conftest import STORIES, random_prompts
 from safetensors.numpy import load_file, save_file
 
 from tpaw_jax import models
@@ -241,25 +243,10 @@ def test_loading_reads_each_parameter_once_and_in_parts(monkeypatch, stories):
     jax.tree.map(np.testing.assert_array_equal, params, stories[1])
 
 
-def test_nothing_at_run_time_needs_torch(smollm2_path):
+def test_nothing_at_run_time_needs_torch(smollm2_path, tmp_path):
     """The package, a GGUF tokenizer and a template, in a process where torch cannot be found."""
-    import subprocess
-    import sys
-
-    program = f"""
-import importlib.util, sys
-assert importlib.util.find_spec("torch") is None
-from tpaw_jax import cli, config
-from tpaw_jax.data import templates
-from tpaw_jax.models import hub
-from tpaw_jax.selfplay import loop
-template = templates.make_template(hub.load_tokenizer({str(smollm2_path)!r}), config.DataConfig())
-assert len(template.prompt_tokens([dict(role="user", content="What is the capital of France?")])) == 37
-assert "torch" not in sys.modules
-"""
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, _, errors = forked.start(torchless.run, smollm2_path, output=tmp_path / "printed").finish()
+    assert code == 0, errors[-2000:]
 
 
 def test_the_hubs_cache_of_links_is_read(tmp_path, stories):
