@@ -79,15 +79,7 @@ def team_step(target: Target, remat: str, micro_batches: int) -> jax.stages.Lowe
     """The train step over `micro_batches` batches of rows."""
     config, mesh = target.config, target.mesh
     optimizer = train_step.make_optimizer(config.train)
-    log_prob_fn = make_log_prob_fn(target.model.clone(remat=remat), config.policy.head_chunk)
-    step: Any = train_step.make_train_step(
-        log_prob_fn,
-        optimizer,
-        config.objective,
-        mesh,
-        config.train.reduce_dtype,
-        tpu.options_of(mesh, config.mesh.compiler_options),
-    )
+    step: Any = train_step.configured_step(config, target.model.clone(remat=remat), optimizer, mesh)[1]
     inputs = (*packing.empty_step(config.packing, config.objective.n_max, micro_batches), train_step.NO_SCALARS)
     state = train_step.abstract_state(target.params, optimizer, mesh)
     return step.lower(state, *_abstract(inputs, train_step.input_shardings(mesh)))

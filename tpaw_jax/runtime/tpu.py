@@ -48,7 +48,7 @@ COMPILER_OPTIONS = {
 """Options for the training step and scoring on every generation: run collectives asynchronously with computation."""
 
 
-def options_of(mesh: Mesh, changes: Sequence[str] = ()) -> dict[str, str]:
+def options_of(mesh: Mesh, changes: Sequence[str]) -> dict[str, str]:
     """The compiler options for the mesh's devices: `COMPILER_OPTIONS` on TPUs, changed by `mesh.compiler_options`."""
     options = dict(COMPILER_OPTIONS) if generation(mesh.devices.flat[0]) else {}
     for change in changes:

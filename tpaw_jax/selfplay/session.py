@@ -28,7 +28,7 @@ from tpaw_jax.selfplay.round_store import round_directory
 from tpaw_jax.storage import files, journal, recovery, ring
 from tpaw_jax.storage.journal import Journal
 from tpaw_jax.training import batch_shapes, memory, scoring, train_step
-from tpaw_jax.training.logprobs import LogProbFn, make_log_prob_fn
+from tpaw_jax.training.logprobs import LogProbFn
 from tpaw_jax.types import Prompts
 
 Say = Callable[[str], None]
@@ -168,15 +168,7 @@ def _programs(
     """The log-prob function and the train step. Rematerialization is as configured; `auto` is the first that fits."""
 
     def with_remat(remat: str) -> tuple[LogProbFn, Any]:
-        log_prob_fn = make_log_prob_fn(policy.model.clone(remat=remat), config.policy.head_chunk)
-        return log_prob_fn, train_step.make_train_step(
-            log_prob_fn,
-            optimizer,
-            config.objective,
-            mesh,
-            config.train.reduce_dtype,
-            tpu.options_of(mesh, config.mesh.compiler_options),
-        )
+        return train_step.configured_step(config, policy.model.clone(remat=remat), optimizer, mesh)
 
     if config.policy.remat != "auto":
         return with_remat(config.policy.remat)

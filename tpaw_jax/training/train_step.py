@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
-from tpaw_jax.config import ObjectiveConfig, TrainConfig, of_round
+from tpaw_jax.config import ObjectiveConfig, RunConfig, TrainConfig, of_round
+from tpaw_jax.models import Transformer
 from tpaw_jax.objective import TeamLoss, team_loss
-from tpaw_jax.runtime import sharding
-from tpaw_jax.training.logprobs import LogProbFn, sum_by_response
+from tpaw_jax.runtime import sharding, tpu
+from tpaw_jax.training.logprobs import LogProbFn, make_log_prob_fn, sum_by_response
 from tpaw_jax.types import AnyArray, TeamScores, TrainState, TreeBatch
 
 
@@ -153,6 +154,16 @@ def make_train_step(
     if objective.loss == "sft":
         return make_step(supervised, optimizer, mesh, reduce_dtype, compiler_options, _tokens)
     return make_step(team, optimizer, mesh, reduce_dtype, compiler_options)
+
+
+def configured_step(
+    config: RunConfig, model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[LogProbFn, TrainStep]:
+    """Build the log-prob function and the train step of a run; a plan compiles the same program."""
+    log_prob_fn = make_log_prob_fn(model, config.policy.head_chunk)
+    options = tpu.options_of(mesh, config.mesh.compiler_options)
+    reduce_dtype = config.train.reduce_dtype
+    return log_prob_fn, make_train_step(log_prob_fn, optimizer, config.objective, mesh, reduce_dtype, options)
 
 
 def make_step(
