@@ -22,10 +22,11 @@ def test_records_from_the_resumed_step_on_are_dropped_and_a_torn_line_too(tmp_pa
 
 def test_tensorboard_gets_the_numbers(tmp_path):
     log = metrics.open_metrics(tmp_path, 0, 0, tensorboard=True)
-    log.write(round=0, step=3, loss=1.5)
+    for step in range(3):
+        log.write(round=0, step=step, loss=1.5)
     log.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"round_0/loss" in events.read_bytes()
+    assert events.read_bytes().count(b"round_0/loss") == 3
 
 
 def test_missing_players_leave_no_metrics():
