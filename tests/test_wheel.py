@@ -14,6 +14,8 @@ import pytest
 from conftest import FEW_PASSES, ROOT, STORIES
 from packaging.metadata import Metadata
 
+from tpaw_jax.runtime import host
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
@@ -47,7 +49,8 @@ def run(wheel, tmp_path_factory):
     (installed / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # without its own .pth files
     pip = [sys.executable, "-m", "pip", "--python", str(place / "env" / "bin" / "python"), "install", "--quiet"]
     subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True)
-    kept = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    set_by_tests = {"JAX_PLATFORMS", *host.NO_TPU}  # as in a user's shell, nothing tells libtpu to be quiet
+    kept = {name: value for name, value in os.environ.items() if name not in set_by_tests}
     kept |= {"XLA_FLAGS": FEW_PASSES, "PYTHONPATH": str(ROOT / "tests" / "without_torch")}
 
     def run(program, *arguments):
