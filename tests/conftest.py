@@ -123,12 +123,6 @@ def all_passes(monkeypatch):
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
 
 
-def child_environment(**variables):
-    """The environment of a process that a test starts: as here, but torch cannot be found."""
-    paths = [str(ROOT / "tests" / "without_torch"), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | variables
-
-
 def random_prompts(rng, count, vocabulary=512, longest=30):
     """Prompts, targets and three rounds of generations of random tokens, some of them equal."""
     ids = lambda low, high: rng.integers(3, vocabulary, rng.integers(low, high)).astype(np.int32)

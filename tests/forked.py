@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import conftest
 import jax
 
 MODULES = (
@@ -62,9 +61,10 @@ def run_script(script: Path, *arguments: str) -> None:
 def _server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(MODULES)
-    environment = conftest.child_environment(GLIBC_TUNABLES="")  # as it is: no process restarts for huge pages
-    environment["PYTHONPATH"] = os.pathsep.join((environment["PYTHONPATH"], str(Path(__file__).parent)))
-    with mock.patch.dict(os.environ, environment):
+    here = Path(__file__).parent
+    paths = [str(here / "without_torch"), str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # With GLIBC_TUNABLES set, no process restarts for huge pages.
+    with mock.patch.dict(os.environ, GLIBC_TUNABLES="", PYTHONPATH=os.pathsep.join(paths)):
         forkserver.ensure_running()
     return context
 
