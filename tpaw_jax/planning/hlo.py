@@ -1,7 +1,7 @@
 """Count the bytes that a compiled program (HLO text) moves: through a device's memory, and between devices.
 
 XLA's own analysis counts the body of a loop once; here it counts once per iteration. The parser reads shapes,
-computations and collectives as the TPU compilers of libtpu 0.0.42 to 0.0.52 print them.
+computations and collectives as the TPU compilers of libtpu 0.0.42 and 0.0.50 print them.
 """
 
 import functools

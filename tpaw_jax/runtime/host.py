@@ -24,7 +24,7 @@ NO_TPU = {
 """Environment variables that keep libtpu, on a machine without a TPU, from searching for one and from logging."""
 
 TPU_LOGS = {"TPU_STDERR_LOG_LEVEL": "3", "GRPC_VERBOSITY": "ERROR"}
-"""Environment variables that keep libtpu's log out of the terminal; it is in TPU_LOG_DIR, by default /tmp/tpu_logs."""
+"""Environment variables that keep libtpu's log out of the terminal. Not tried on a TPU yet."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
