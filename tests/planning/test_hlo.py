@@ -98,6 +98,52 @@ def test_a_loop_of_unknown_length_runs_once_unless_told():
     assert times == [32]
 
 
+OFFLOADED = """HloModule offloaded, is_scheduled=true
+
+%gather_of (x: bf16[8,128]) -> bf16[32,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[32,128]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%scatter_of (y: f32[32,128]) -> f32[8,128] {
+  %y = f32[32,128]{1,0} parameter(0)
+  ROOT %reduce-scatter.1 = f32[8,128]{1,0} reduce-scatter(%y), channel_id=2, replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%matmul (a: bf16[32,128], b: bf16[128,1]) -> bf16[32,1] {
+  %a = bf16[32,128]{1,0} parameter(0)
+  %b = bf16[128,1]{1,0} parameter(1)
+  ROOT %product = bf16[32,1]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+ENTRY %main (p: bf16[8,128], q: f32[32,128], r: bf16[32,128], s: bf16[128,1]) -> f32[8,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  %q = f32[32,128]{1,0} parameter(1)
+  %r = bf16[32,128]{1,0} parameter(2)
+  %s = bf16[128,1]{1,0} parameter(3)
+  %gather-start = ((), (), (s32[1]{0:S(2)})) call-start(), async_execution_thread="sparsecore", to_apply=%gather_of
+  %gather-update = ((bf16[8,128]{1,0}), bf16[32,128]{1,0}) call-update(%gather-start, %p)
+  %product.1 = bf16[32,1]{1,0} fusion(%r, %s), kind=kOutput, calls=%matmul
+  %gathered = bf16[32,128]{1,0} call-done(%gather-update)
+  %scatter-start = ((), (), (s32[1]{0:S(2)})) call-start(), async_execution_thread="sparsecore", to_apply=%scatter_of
+  %product.2 = bf16[32,1]{1,0} fusion(%gathered, %s), kind=kOutput, calls=%matmul
+  %scatter-update = ((f32[32,128]{1,0}), f32[8,128]{1,0}) call-update(%scatter-start, %q)
+  %small = s32[1]{0} broadcast(%product.2), dimensions={}
+  ROOT %scattered = f32[8,128]{1,0} call-done(%scatter-update)
+}
+"""
+
+
+def test_a_collective_on_the_sparse_cores_overlaps_if_a_matmul_runs_between_its_operands_and_its_end():
+    program = hlo.parse(OFFLOADED)
+    found = {c.kind: c for c in program.collectives()}
+    gather, scatter = found["all-gather"], found["reduce-scatter"]
+    assert (gather.size, gather.group, gather.times, gather.asynchronous) == (32 * 128 * 2, (0, 1, 2, 3), 1, True)
+    assert (scatter.size, scatter.asynchronous) == (32 * 128 * 4, False)  # the matmul is before its operands exist
+    products = 2 * (32 * 128 + 128 + 32) * 2
+    assert program.traffic() == pytest.approx(gather.bytes + scatter.bytes + products, abs=128)
+
+
 TRAFFIC = """HloModule traffic
 
 %slice_of (stack: f32[4,8,128], i: s32[]) -> f32[8,128] {

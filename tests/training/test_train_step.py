@@ -17,12 +17,24 @@ from tpaw_jax.training.train_step import StepScalars
 from tpaw_jax.types import TeamScores
 
 
-def setup(stories, devices=1, rows_per_batch=2, most=4, compute=jnp.float32, remat="layer", mesh=None, **train):
+def setup(
+    stories,
+    devices=1,
+    rows_per_batch=2,
+    most=4,
+    compute=jnp.float32,
+    remat="layer",
+    mesh=None,
+    sum_over_data=False,
+    **train,
+):
     prompts, rounds = random_prompts(np.random.default_rng(0), 10)
     trees = packing.trees_of_window(prompts, rounds[::-1], packing.first_sources(prompts, rounds))
     rows = packing.pack(trees, PackingConfig(row_length=128, max_responses_per_row=12))
     mesh = sharding.make_mesh(mesh or MeshConfig(fsdp=devices), jax.devices()[:devices])
     model = shard_model(Transformer(stories[0], dtype=compute, remat=remat, attention=TILES), stories[1], mesh)
+    parallel = model.parallel._replace(sum_over_data=sum_over_data)
+    model = model.clone(parallel=parallel)
     log_prob_fn = logprobs.make_log_prob_fn(model, 64)
     config = TrainConfig(**{"optimizer": "adamw", "epsilon": 1e-4, **train})
     optimizer = train_step.make_optimizer(config)
@@ -31,7 +43,9 @@ def setup(stories, devices=1, rows_per_batch=2, most=4, compute=jnp.float32, rem
     scorer = scoring.make_scorer(log_prob_fn, mesh)
     scored = scoring.score(scorer, params, rows, rows_per_batch)
     scores = TeamScores(np.stack([scored, scored + 3, scored - 2]), np.ones(3, bool))
-    step = train_step.make_train_step(log_prob_fn, optimizer, ObjectiveConfig(), mesh)
+    step = train_step.make_train_step(
+        log_prob_fn, optimizer, ObjectiveConfig(), mesh, summed_over_data=parallel.summed_over_data()
+    )
     inputs = packing.step_batch(rows, scores, np.arange(len(rows)), rows_per_batch, most)
     return step, train_step.init_state(params, optimizer, mesh), inputs, scores
 
@@ -251,21 +265,45 @@ def test_a_users_model_trains_on_one_device_without_a_mesh(stories):
     assert_close(host(found.params), host(expected.params), rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def steps_of_one_device(stories):
+    return five_steps(*setup(stories, rows_per_batch=8, most=1))
+
+
+def five_steps(step, state, inputs, scores):
+    losses = []
+    for _ in range(5):
+        state, metrics = step(state, *inputs, scalars(learning_rate=1e-4, tolerance=1e-3))  # above rounding errors
+        losses.append(float(metrics["loss"]))
+    return losses, state.params, scores.log_probs
+
+
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)], ids=["fsdp", "data, fsdp and tensor"]
+    ("mesh", "remat", "sum_over_data"),
+    [
+        (MeshConfig(fsdp=8), "layer", False),
+        (MeshConfig(data=2, fsdp=2, tensor=2), "layer", True),
+        (MeshConfig(data=2, fsdp=4), "dots", True),
+        (MeshConfig(fsdp=2, tensor=4), "none", False),
+        (MeshConfig(data=4, fsdp=1, tensor=2), "head", True),
+    ],
+    ids=str,
 )
-def test_eight_devices_take_the_steps_of_one(stories, mesh):
-    runs = []
-    for devices, arrangement in ((1, None), (8, mesh)):
-        step, state, inputs, scores = setup(stories, devices=devices, mesh=arrangement, rows_per_batch=8, most=1)
-        losses = []
-        for _ in range(5):
-            state, metrics = step(state, *inputs, scalars(learning_rate=1e-4))
-            losses.append(float(metrics["loss"]))
-        if devices == 8:
-            kernel = state.params["layers"]["q"]["kernel"]
-            assert kernel.addressable_shards[0].data.shape == (5, 64 // mesh.fsdp, 64 // mesh.tensor)
-        runs.append((losses, host(state.params), scores.log_probs))
-    np.testing.assert_allclose(runs[1][0], runs[0][0], rtol=1e-5)
-    np.testing.assert_allclose(runs[1][2], runs[0][2], rtol=1e-5, atol=1e-4)
-    assert_close(runs[1][1], runs[0][1], rtol=0, atol=1e-5)
+def test_eight_devices_take_the_steps_of_one(stories, steps_of_one_device, mesh, remat, sum_over_data):
+    """Whatever the forward pass keeps, and wherever the gradients are summed over `data`."""
+    run = setup(stories, 8, 8, 1, remat=remat, mesh=mesh, sum_over_data=sum_over_data)
+    losses, params, log_probs = five_steps(*run)
+    kernel = params["layers"]["q"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (5, 64 // mesh.fsdp, 64 // mesh.tensor)
+    np.testing.assert_allclose(losses, steps_of_one_device[0], rtol=1e-5)
+    np.testing.assert_allclose(log_probs, steps_of_one_device[2], rtol=1e-5, atol=1e-4)
+    assert_close(host(params), host(steps_of_one_device[1]), rtol=0, atol=1e-5)
+
+
+def test_the_gradients_that_are_summed_early_are_those_that_only_a_gather_makes(stories):
+    """The table of a tied model is looked up too, and norms are not gathered: both are summed after the loop."""
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4), jax.devices()[:8])
+    parallel = shard_model(Transformer(stories[0]), stories[1], mesh).parallel
+    assert parallel.summed_over_data() == frozenset()
+    early = parallel._replace(sum_over_data=True).summed_over_data()
+    assert early == {f"layers/{name}/kernel" for name in ("q", "k", "v", "o", "gate", "up", "down")}

@@ -29,6 +29,9 @@ from tpaw_jax.runtime import sharding
 LANES = 128
 """Size of a TPU tile along an array's last axis."""
 
+QKV = ("q", "k", "v")
+"""The projections of a layer's attention, whose matrices are sharded alike."""
+
 
 class Parallel(NamedTuple):
     """How a model's parameters are sharded, and how their gradients are reduced."""
@@ -37,6 +40,20 @@ class Parallel(NamedTuple):
     tensor: int = 1  # size of the `tensor` axis
     reduce_dtype: str = "float32"  # dtype in which gradients are reduced over `fsdp`
     scatter_stages: tuple[int, ...] = ()  # see `sharding.scatter_stages`; (): reduce-scatter in one stage
+    sum_over_data: bool = False  # the backward pass also sums the gradients of `summed_over_data` over `data`
+
+    def summed_over_data(self) -> frozenset[str]:
+        """The parameters whose gradients are summed over `data` where they are scattered, beside computation.
+
+        This moves the fewest bytes only if a step has one micro-batch. A table that is also looked up is left out,
+        because its gradient has a second part.
+        """
+        if not self.sum_over_data:
+            return frozenset()
+        gathered = {
+            name for name, spec in self.specs.items() if any("fsdp" in _axes(spec, i) for i in range(len(spec)))
+        }
+        return frozenset(gathered - {"embed/embedding"})
 
     def layer(self, params: PyTree[Array], dtype: DTypeLike) -> PyTree[Array]:
         """Gather one layer's parameters over `fsdp`, with matrices in the compute dtype."""
@@ -46,9 +63,27 @@ class Parallel(NamedTuple):
             spec = P(*self.specs.get(name, P())[1:])  # drop the layer axis
             if name.split("/")[1] in ("q_norm", "k_norm") and self.tensor > 1:
                 x = copy_over_tensor(x)  # all heads share this scale, so its gradient sums over all devices' heads
-            return self._gather(x, spec, dtype if x.ndim > 1 else x.dtype)
+            return self._gather(x, spec, dtype if x.ndim > 1 else x.dtype, self.sum_over_data)
 
         return jax.tree_util.tree_map_with_path(gather, params)
+
+    def join_qkv(self, params: PyTree[Array]) -> tuple[PyTree[Array], Callable[[PyTree[Array]], PyTree[Array]]]:
+        """Join the matrices of q, k and v of all layers, because the compiler sends small ones synchronously.
+
+        Return the parameters, and the function that splits the matrices of one gathered layer. Matrices that are not
+        gathered are left as they are.
+        """
+        if "fsdp" not in _axes(self.specs.get("layers/q/kernel", P()), 1):
+            return params, lambda layer: layer
+        kernels = [params[name]["kernel"] for name in QKV]
+        ends = np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1]
+
+        def split(layer):
+            parts = zip(QKV, jnp.split(layer["q"]["kernel"], ends, axis=-1), strict=True)
+            return {**layer, **{name: {**layer[name], "kernel": kernel} for name, kernel in parts}}
+
+        without = {name: {key: x for key, x in params[name].items() if key != "kernel"} for name in ("k", "v")}
+        return {**params, "q": {**params["q"], "kernel": jnp.concatenate(kernels, axis=-1)}, **without}, split
 
     def embed(
         self,
@@ -79,7 +114,7 @@ class Parallel(NamedTuple):
 
     def table(self, table: Float[Array, "v d"], name: str, dtype: DTypeLike) -> Float[Array, "v D"]:
         """Gather the output embedding over `fsdp`: all columns of the device's part of the vocabulary."""
-        return self._gather(table, self.specs.get(name, P()), dtype)
+        return self._gather(table, self.specs.get(name, P()), dtype, name in self.summed_over_data())
 
     def local_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a device's shard of a parameter."""
@@ -104,11 +139,11 @@ class Parallel(NamedTuple):
         """Sum the partial results of the devices of `tensor`."""
         return sum_over_tensor(x) if self.tensor > 1 else x
 
-    def _gather(self, x: Array, spec: P, dtype: DTypeLike) -> Array:
+    def _gather(self, x: Array, spec: P, dtype: DTypeLike, sum_over_data: bool) -> Array:
         axis = next((i for i in range(x.ndim) if "fsdp" in _axes(spec, i)), None)
         if axis is None:
             return x.astype(dtype)
-        return _all_gather(x, axis, jnp.dtype(dtype), self.reduce_dtype, self.scatter_stages)
+        return _all_gather(x, axis, jnp.dtype(dtype), self, sum_over_data)
 
 
 UNSHARDED = Parallel()
@@ -116,17 +151,18 @@ UNSHARDED = Parallel()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _all_gather(x: Array, axis: int, dtype: DTypeLike, reduce_dtype: str, stages: tuple[int, ...]) -> Array:
+def _all_gather(x: Array, axis: int, dtype: DTypeLike, parallel: Parallel, sum_over_data: bool) -> Array:
     """All-gather `x` along `axis` over `fsdp`, in `dtype`. Its gradient is reduce-scattered in `reduce_dtype`."""
     return lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
-def _all_gather_forward(x, axis, dtype, reduce_dtype, stages):
-    return _all_gather(x, axis, dtype, reduce_dtype, stages), jnp.zeros((), x.dtype)
+def _all_gather_forward(x, axis, dtype, parallel, sum_over_data):
+    return _all_gather(x, axis, dtype, parallel, sum_over_data), jnp.zeros((), x.dtype)
 
 
-def _all_gather_backward(axis, dtype, reduce_dtype, stages, like, gradient):
-    return (_sum_scattered(gradient.astype(reduce_dtype), axis, stages).astype(like.dtype),)
+def _all_gather_backward(axis, dtype, parallel, sum_over_data, like, gradient):
+    own = _sum_scattered(gradient.astype(parallel.reduce_dtype), axis, parallel.scatter_stages)
+    return ((lax.psum(own, "data") if sum_over_data else own).astype(like.dtype),)
 
 
 def _sum_scattered(x: Array, axis: int, stages: tuple[int, ...]) -> Array:
@@ -136,8 +172,9 @@ def _sum_scattered(x: Array, axis: int, stages: tuple[int, ...]) -> Array:
     the remaining dimensions. If shards of the last axis are not a multiple of `LANES`, they are first moved to the
     leading axis, because the TPU compiler would otherwise use an all-reduce, which moves twice the bytes.
     """
+    # The barriers keep the compiler from cutting a sum before it scatters it: it would then send twice the bytes.
     if len(stages) <= 1:
-        return lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
+        return lax.optimization_barrier(lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True))
     count = math.prod(stages)
     devices = np.arange(count).reshape(stages)
     move_to_front = axis == x.ndim - 1 and x.shape[axis] // count % LANES
@@ -148,6 +185,7 @@ def _sum_scattered(x: Array, axis: int, stages: tuple[int, ...]) -> Array:
         groups = np.moveaxis(devices, i, -1).reshape(-1, size).tolist()
         along = 0 if move_to_front else axis
         x = lax.psum_scatter(x, "fsdp", scatter_dimension=along, tiled=True, axis_index_groups=groups)
+        x = lax.optimization_barrier(x)
     return x.reshape(shape) if move_to_front else x
 
 

@@ -20,6 +20,7 @@ from tpaw_jax.models.attention import (
     rope_frequencies,
     rotate,
 )
+from tpaw_jax.models.layer_scan import scan_layers
 from tpaw_jax.models.parallel import UNSHARDED, Parallel
 from tpaw_jax.runtime import sharding
 
@@ -231,23 +232,51 @@ class Transformer(nn.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Compute the hidden states of packed prompts, and their keys and values, each [L, B, T, K, H]."""
-        return self._rows(tokens, positions, Visibility(segment_ids), with_cache=True)
+        return self._rows(tokens, positions, Visibility(segment_ids), with_cache=True)[:2]
+
+    def hidden_and_head(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        branch_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "v D"]]:
+        """Compute what `hidden` does. Return it and the output embedding: all its columns, in the compute dtype."""
+        hidden, _, head = self._rows(tokens, positions, Visibility(segment_ids, branch_ids), with_cache=False)
+        return hidden, self.parallel.table(head, f"{self._head_name}/embedding", self.dtype)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Compute float32 logits from hidden states."""
-        name = "embed" if self.config.tie_embeddings else "head"
-        table = self.parallel.table(getattr(self, name)(), f"{name}/embedding", self.dtype)
+        name = f"{self._head_name}/embedding"
+        table = self.parallel.table(self._head(), name, self.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        return self.parallel.whole_vocabulary(logits, f"{name}/embedding")
+        return self.parallel.whole_vocabulary(logits, name)
+
+    @property
+    def _head_name(self):
+        return "embed" if self.config.tie_embeddings else "head"
+
+    def _head(self):
+        return getattr(self, self._head_name)()
 
     def _rows(self, tokens_BT, positions_BT, visibility, with_cache):
-        c = self.config
-        context = self.attention.prepare(visibility)
+        context, angles = self.attention.prepare(visibility), rotary_angles(self.config, positions_BT)
         x_MD = self.parallel.embed(self.embed(), "embed/embedding", tokens_BT.reshape(-1), self.dtype)
-        x_MD, cache = self.layers(x_MD, rotary_angles(c, positions_BT), context, with_cache)
-        if self.is_initializing() and not c.tie_embeddings:
-            self.head()
-        return self.final_norm(x_MD).reshape(*tokens_BT.shape, -1), cache
+        cache, head = None, self._head()
+        if self.parallel.specs and not with_cache:
+            x_MD, head = self._scan_sharded(x_MD, (angles, context), head)
+        else:
+            x_MD, cache = self.layers(x_MD, angles, context, with_cache)
+        return self.final_norm(x_MD).reshape(*tokens_BT.shape, -1), cache, head
+
+    def _scan_sharded(self, x_MD, inputs, head):
+        block = Block(self.local_config, self.dtype, self.param_dtype, self.attention, self.parallel, parent=None)
+        apply = lambda params, *inputs: block.apply({"params": params}, *inputs, False)[0]
+        if self.remat != "none":
+            apply = jax.checkpoint(apply, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        params, split = self.parallel.join_qkv(self.layers.variables["params"])
+        gather = lambda shards: split(self.parallel.layer(shards, self.dtype))
+        return scan_layers(gather, apply, params, x_MD, inputs, head)
 
 
 def shard_model(

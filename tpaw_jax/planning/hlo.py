@@ -20,12 +20,14 @@ BETWEEN_SLICES = "between slices"
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 _NO_TRAFFIC = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
-    *("partition-id", "replica-id", "opt-barrier", "iota", "async-update", "recv"),
+    *("partition-id", "replica-id", "opt-barrier", "iota", "async-update", "recv", "call-start", "call-update"),
 }
 _VIEWS = ("bitcast", "reshape", "get-tuple-element", "opt-barrier")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 """Opcodes that update their first operand in place, and the index of the operand that holds the new values."""
+_END = re.compile(r'\s*\}(, execution_thread="[^"]*")?\s*')
+"""The line that ends a computation; a kernel's attributes may end a line with }} and more text."""
 
 
 class Instruction(NamedTuple):
@@ -91,6 +93,7 @@ class Program(NamedTuple):
     def collectives(self) -> list[Collective]:
         """All collectives. The parts of one that is split over a chain of fusions count once."""
         collectives: dict[tuple[str, str], Collective] = {}
+        overlapped = self._overlapped_calls()
         for name, times in self._runs():
             for inside, part in self._with_fused(name):
                 kind = _kind(part)
@@ -100,6 +103,7 @@ class Program(NamedTuple):
                 # (convert_async_collectives_to_sync.cc), because there was nothing to compute meanwhile.
                 chain = re.search(r'chain_id="([^"]+)"', part.attributes)
                 overlaps = chain is not None or part.opcode.endswith("-start") or kind == BETWEEN_SLICES
+                overlaps = overlaps or name in overlapped
                 inner = _inner_collective(part, self.computations)
                 body = self.computations[inside].instructions
                 input_size = sum(_size(body[o].shape, any_memory=True) for o in part.operands if o in body)
@@ -138,11 +142,41 @@ class Program(NamedTuple):
                         yield from runs_of(body, times * trips, unknown)
                     else:
                         yield from runs_of(body, times * (unknown[0] if unknown else 1), unknown[1:])
-                elif i.opcode in ("call", "conditional"):
+                elif i.opcode in ("call", "call-start", "conditional"):
                     for called in _called_by_name(i.attributes):
                         yield from runs_of(called, times, unknown)
 
         yield from runs_of(self.entry, 1, self.unknown_trips)
+
+    def _overlapped_calls(self) -> set[str]:
+        """Computations that another core (SparseCore) runs while this one computes something before it waits for them.
+
+        The call starts where it gets its operands, at `call-update` if there is one. What counts as computation is a
+        loop, a kernel, or what moves as many bytes as the call returns or has a matmul.
+        """
+        calls = set()
+        for computation in self.computations.values():
+            body = computation.instructions
+            running: dict[str, str] = {}  # the call-start or call-update, and the computation
+            for i in body.values():
+                if i.opcode == "call-start":
+                    running[i.name] = _called_by_name(i.attributes)[0]
+                elif i.opcode == "call-update":
+                    running[i.name] = running.pop(i.operands[0])
+                    calls.discard(running[i.name])
+                elif i.opcode == "call-done":
+                    running.pop(i.operands[0], None)
+                else:
+                    calls.update(called for called in running.values() if self._covers(i, body, called))
+        return calls
+
+    def _covers(self, i: Instruction, body: dict[str, Instruction], called: str) -> bool:
+        parts = [part for _, part in self._with_fused(i.called)] if i.called in self.computations else [i]
+        if any(
+            part.opcode in ("while", "convolution", "dot") or "tpu_custom_call" in part.attributes for part in parts
+        ):
+            return True
+        return self._moved(i, body) >= _size(self.computations[called].root.shape, any_memory=True)
 
     def _trips(self, condition: str) -> int:
         """Trip count of a loop: the largest integer constant in its condition; 0 if there is none."""
@@ -246,7 +280,7 @@ def parse(text: str, unknown_trips: Sequence[int] = ()) -> Program:
             instruction = _instruction(line)
             lines[instruction.name] = instruction
             root = instruction if line.lstrip().startswith("ROOT ") else root
-        elif name and line.strip() == "}":  # a kernel's attributes may end a line with }} and more text
+        elif name and _END.fullmatch(line):
             computations[name] = Computation(lines, root or list(lines.values())[-1])
             name = ""
     if not entry:

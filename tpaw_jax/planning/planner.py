@@ -134,14 +134,14 @@ def hours(target: Target, load: Workload, stages: dict[str, Stage]) -> dict[str,
     A decode step samples one token in every busy slot; a train step takes as many rows as it has room for. Padded pairs
     with live references are assumed to reach the step's own FLOPs per second.
     """
-    config, chips = target.config, target.topology.chips
-    shards = sharding.row_shards(target.sampling_mesh) * (chips // target.sampling_mesh.size)  # of all processes
+    config, devices = target.config, target.topology.device_count
+    shards = sharding.row_shards(target.sampling_mesh) * (devices // target.sampling_mesh.size)  # of all processes
     decode_steps = load.new_tokens / (shards * lowering.slots_per_shard(target) * SLOTS_BUSY)
     prefills = load.prompt_tokens / (shards * lowering.prefill_row(config))
     sampling = decode_steps * stages["decode"].seconds / STEPS_PER_CHUNK + prefills * stages["prefill"].seconds
     rows, step = config.packing.rows_per_batch, stages["step"]
     micro_batches = _micro_batches(config, load)
-    rate = step.flops.useful / step.seconds * chips
+    rate = step.flops.useful / step.seconds * devices
     seconds = {"sampling": 0.0, "scoring": 0.0, "training": 0.0}
     for r in load.rounds:
         seconds["sampling"] += sampling
@@ -154,7 +154,7 @@ def hours(target: Target, load: Workload, stages: dict[str, Stage]) -> dict[str,
     return {
         **{f"{name} h": s / 3600 for name, s in seconds.items()},
         "hours": total / 3600,
-        "chip-hours": total * chips / 3600,
+        "chip-hours": total * target.topology.chips / 3600,
         "triplets a step": triplets,
         "triplets/s of training": triplets / step.seconds,
         "new tokens/s of sampling": load.new_tokens / sampling,
@@ -169,7 +169,7 @@ def largest(target: Target, remat: str, say: Callable[[str], None]) -> dict[str,
     The steps of one and two rows give an estimate of the most rows, which is verified by compiling that number and the
     next. The row length is doubled, at one row per device, while the step fits.
     """
-    chip, c = target.topology.chip, target.config.packing
+    chip, c = target.topology.chip.device, target.config.packing
     shards = sharding.row_shards(target.mesh)
     compiled: dict[tuple[int, int], Stage] = {}
 
@@ -203,7 +203,7 @@ def _step(target: Target, load: Workload) -> tuple[str, Stage]:
         lowered = lowering.team_step(target, remat, most)
         flops = expected.step_flops(target, load, remat, used)
         trips = [_head_chunks(target, load)] if most == 1 else [used, _head_chunks(target, load)]
-        stage = roofline.compile_stage(lowered, target.mesh, target.topology.chip, flops, trips)
+        stage = roofline.compile_stage(lowered, target.mesh, target.topology.chip.device, flops, trips)
         if config.policy.remat != "auto" or stage.peak <= SHARE_TO_USE * stage.chip.hbm_bytes:  # the run's own rule
             break
     return remat, stage
@@ -211,7 +211,7 @@ def _step(target: Target, load: Workload) -> tuple[str, Stage]:
 
 def _other_stage(target: Target, load: Workload, name: str) -> Stage:
     """Compile scoring, prefill or decode."""
-    chip, typical = target.topology.chip, load.tokens_per_sequence
+    chip, typical = target.topology.chip.device, load.tokens_per_sequence
     policy = expected.param_bytes(target.params)
     if name == "scoring":
         flops, trips = expected.scoring_flops(target, load), [_head_chunks(target, load)]
@@ -234,6 +234,7 @@ def _description(target: Target, load: Workload, remat: str) -> dict[str, Any]:
         "model": target.config.policy.path,
         "topology": target.topology.name,
         "chips": target.topology.chips,
+        "devices": target.topology.device_count,
         "mesh": dict(target.mesh.shape),
         "parameters": sum(math.prod(p.shape) for p in jax.tree.leaves(target.params)),
         "remat": remat,

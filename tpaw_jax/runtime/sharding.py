@@ -48,10 +48,10 @@ PARAM_AXES = {  # flax path -> logical axes
 
 
 def preset_of(topology: tpu.Topology) -> MeshConfig:
-    """The mesh sizes for a topology: fsdp over one slice, or over 16 chips if a larger slice has a dimension of 16."""
-    size = topology.chips // topology.slices
+    """The mesh for a topology: fsdp over one slice, or over 16 devices if a larger slice has a dimension of 16."""
+    size = topology.device_count // topology.slices
     fsdp = 16 if 16 in topology.shape and size > 16 else size
-    return MeshConfig(data=topology.chips // fsdp, fsdp=fsdp)
+    return MeshConfig(data=topology.device_count // fsdp, fsdp=fsdp)
 
 
 PRESETS = {  # the names that mesh.preset takes, besides auto

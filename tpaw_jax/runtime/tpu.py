@@ -13,49 +13,85 @@ from jax.sharding import Mesh
 
 
 class Chip(NamedTuple):
-    """The published figures of one chip of a generation (cloud.google.com/tpu/docs has a page for each)."""
+    """The published figures of one chip of a generation (docs.cloud.google.com/tpu/docs has a page for each)."""
 
     peak_flops: float  # per second, bfloat16 matmuls
-    hbm_bytes: float  # of memory that the compiler allows a program
+    hbm_bytes: float  # of memory that the compiler allows programs
     hbm_bandwidth: float  # bytes per second
-    ici_bandwidth: float  # bytes per second over one ICI link in one direction
+    ici_bandwidth: float  # bytes per second over one ICI link in one direction: half the published bidirectional one
     dcn_bandwidth: float  # bytes per second between slices, over the data center's network
     host: tuple[int, ...]  # shape of the chips of one host
+    devices: int = 1  # that JAX sees in it
+
+    @property
+    def device(self) -> "Chip":
+        """The figures of one of its devices. They share the links: a ring through all of them uses each link once."""
+        n, own = self.devices, ("peak_flops", "hbm_bytes", "hbm_bandwidth", "dcn_bandwidth")
+        return self._replace(devices=1, **{name: getattr(self, name) / n for name in own})
 
 
-CHIPS = {  # links: half the published bidirectional bandwidth; `tpaw plan` rejects v4, whose chips are two devices each
+CHIPS = {
     "v4": Chip(275e12, 31.25 * 2**30, 1228e9, 50e9, 6.25e9, (2, 2, 1)),
     "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 50e9, 3.125e9, (2, 2)),
     "v5p": Chip(459e12, 95.74 * 2**30, 2765e9, 100e9, 6.25e9, (2, 2, 1)),
     "v6e": Chip(918e12, 31.25 * 2**30, 1638e9, 100e9, 12.5e9, (2, 2)),
+    "tpu7x": Chip(2307e12, 2 * 94.74 * 2**30, 7380e9, 100e9, 12.5e9, (2, 2, 1), devices=2),
 }
 GENERATIONS = tuple(CHIPS)
 
-COMPILER_OPTIONS = {
+_ASYNCHRONOUS = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
     "xla_enable_async_all_gather": "true",
     "xla_enable_async_all_reduce": "true",
     "xla_enable_async_reduce_scatter_fusion": "true",
     "xla_tpu_decompose_every_reduce_scatters_hlos": "true",
+    "xla_jf_crs_combiner_threshold_in_bytes": "65536",  # what is combined is sent synchronously
+}
+_BY_FUSION = _ASYNCHRONOUS | {  # the TensorCore sends parts of a collective between the tiles of a matmul
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
-    "xla_tpu_scoped_vmem_limit_kib": "17408",  # default 16 MiB; a fused reduce-scatter of an 8B model takes 16.25
+    "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": "true",
+    "xla_tpu_scoped_vmem_limit_kib": "18432",  # default 16 MiB; a fused reduce-scatter of an 8B model takes 17.12
 }
-"""Options for the training step and scoring on every generation: run collectives asynchronously with computation."""
+_BY_SPARSE_CORE = _ASYNCHRONOUS | {  # the SparseCores run collectives beside the TensorCore
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "false",
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "false",
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+    "xla_tpu_use_tc_device_shape_on_sc": "true",
+    "xla_sc_disable_megacore_partitioning": "true",
+}
+
+COMPILER_OPTIONS = {
+    "v4": _ASYNCHRONOUS,
+    "v5e": _BY_FUSION,  # the only generation for which the compiler of libtpu 0.0.50 accepts it
+    "v5p": _BY_SPARSE_CORE,
+    "v6e": _BY_SPARSE_CORE,
+    "tpu7x": _BY_SPARSE_CORE,
+}
+"""Options for the training step and scoring by generation, with which collectives run beside computation.
+
+Those of the SparseCores are from MaxText's benchmarks/xla_flags_library.py.
+"""
 
 
 def options_of(mesh: Mesh, changes: Sequence[str]) -> dict[str, str]:
     """The compiler options for the mesh's devices: `COMPILER_OPTIONS` on TPUs, changed by `mesh.compiler_options`."""
-    options = dict(COMPILER_OPTIONS) if generation(mesh.devices.flat[0]) else {}
+    name = generation(mesh.devices.flat[0])
+    options = dict(COMPILER_OPTIONS[name]) if name else {}
     for change in changes:
-        name, _, value = change.partition("=")
-        options.pop(name, None)
+        option, _, value = change.partition("=")
+        options.pop(option, None)
         if value:
-            options[name] = value
+            options[option] = value
     return options
 
 
@@ -96,6 +132,11 @@ class Topology(NamedTuple):
         """The figures of one of its chips."""
         return CHIPS[self.generation]
 
+    @property
+    def device_count(self) -> int:
+        """The number of devices that JAX sees in all slices."""
+        return self.chips * self.chip.devices
+
     def devices(self) -> list[Any]:
         """Devices to compile for. They need not exist on this machine, but libtpu must be installed.
 
@@ -118,10 +159,8 @@ class Topology(NamedTuple):
             devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
         except jax.errors.JaxRuntimeError as error:
             raise ValueError(f"{self.name}: the TPU compiler does not support this slice ({error}).") from error
-        if len(devices) != self.chips:
-            raise ValueError(
-                f"{self.name}: the compiler reports {len(devices)} devices for {self.chips} chips, not one per chip."
-            )
+        if len(devices) != self.device_count:  # v4: two for a chip, where a TPU VM has one
+            raise ValueError(f"{self.name}: the compiler reports {len(devices)} devices, not {self.device_count}.")
         return devices
 
 
@@ -169,7 +208,7 @@ def arrange(devices: list[Any], sizes: tuple[int, ...], slices: int = 1) -> np.n
 
     within = (sizes[0] // slices, *sizes[1:])
     if max(within) == math.prod(within):  # JAX may order them as one ring, no part of which is a line (see `lines`)
-        ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), *d.coords))
+        ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), *_place(d)))
         return np.asarray(ordered).reshape(sizes)
     if slices > 1:
         across = (slices, *[1] * (len(sizes) - 1))
@@ -178,11 +217,11 @@ def arrange(devices: list[Any], sizes: tuple[int, ...], slices: int = 1) -> np.n
 
 
 def lines(devices: Sequence[Any]) -> tuple[int, ...]:
-    """The lengths of the torus dimensions that an axis of devices fills, outermost first.
+    """The lengths of the torus dimensions that an axis of devices fills, outermost first. A chip's devices are one.
 
     An axis of all 16 chips of `v5e:4x4` gives (4, 4). Devices that fill no box in order give their number.
     """
-    coords = [tuple(d.coords) for d in devices]
+    coords = [_place(d) for d in devices]
     spanned = [sorted(set(along)) for along in zip(*coords, strict=True)]
     box = list(itertools.product(*spanned))
     for order in itertools.permutations(range(len(spanned))):
@@ -192,8 +231,13 @@ def lines(devices: Sequence[Any]) -> tuple[int, ...]:
     return (len(coords),)
 
 
+def _place(device: Any) -> tuple[int, ...]:
+    """A device's place in the torus and on its chip."""
+    return *device.coords, getattr(device, "core_on_chip", 0)
+
+
 def generation(device: jax.Device) -> str | None:
     """The generation of a TPU device, one of `GENERATIONS`; None for any other device."""
     kind = device.device_kind.lower()
-    names = {"v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v5": "v5p", "v6": "v6e", "v4": "v4"}
+    names = {"v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v5": "v5p", "v6": "v6e", "v4": "v4", "7x": "tpu7x"}
     return next((name for part, name in names.items() if part in kind), None) if "tpu" in kind else None

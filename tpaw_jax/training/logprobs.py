@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from tpaw_jax.models.attention import Visibility, visible
-from tpaw_jax.models.transformer import KEEPS_LOGITS, Transformer, head_name, head_table
+from tpaw_jax.models.transformer import KEEPS_LOGITS, Transformer, head_name
 from tpaw_jax.types import TreeBatch
 
 VOCABULARY_BLOCK = 1024
@@ -69,17 +69,17 @@ def make_greedy_fn(model: Transformer, head_chunk: int) -> Callable[[PyTree[Arra
 def _predictions(model: Transformer, params: PyTree[Array], batch: TreeBatch) -> tuple[Any, ...]:
     """Hidden states [B, P, D], output embedding, labels, mask of real predictions, and mesh axis of the vocabulary."""
     parallel = model.parallel
-    hidden_BTD: Any = model.apply(
+    outputs: Any = model.apply(
         {"params": params},
         batch.tokens,
         batch.positions,
         batch.segment_ids,
         batch.branch_ids,
-        method="hidden",
+        method="hidden_and_head",
     )
+    hidden_BTD, table_VD = outputs
     hidden_BPD = jnp.take_along_axis(hidden_BTD, batch.hidden_index[..., None], axis=1)
     name = head_name(params)
-    table_VD = parallel.table(head_table(params), name, hidden_BPD.dtype)
     live_BP, labels_BP, axis = batch.response_ids < batch.triplet_weight.shape[-1], jnp.asarray(batch.labels), None
     if parallel.splits_vocabulary(name):
         hidden_BPD, axis = parallel.copy_to_tensor(hidden_BPD), "tensor"

@@ -5,7 +5,7 @@ program. A step whose loss or gradient is not finite updates nothing but its cou
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from tpaw_jax.config import ObjectiveConfig, RunConfig, TrainConfig, of_round
 from tpaw_jax.models import Transformer
 from tpaw_jax.objective import TeamLoss, team_loss
 from tpaw_jax.runtime import sharding, tpu
+from tpaw_jax.training import batch_shapes
 from tpaw_jax.training.logprobs import LogProbFn, make_log_prob_fn, sum_by_response
 from tpaw_jax.types import AnyArray, TeamScores, TrainState, TreeBatch
 
@@ -45,6 +46,15 @@ the step returns the means.
 """
 
 TrainStep = Callable[[TrainState, TreeBatch, TeamScores, AnyArray, StepScalars], tuple[TrainState, Metrics]]
+
+
+def _triplet_count(batch: TreeBatch) -> Array:
+    return jnp.sum(batch.triplet_weight)
+
+
+def _tokens(batch: TreeBatch) -> Array:
+    """Number of predicted tokens in a batch."""
+    return jnp.sum(batch.response_ids < batch.triplet_weight.shape[-1]).astype(jnp.float32)
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -125,6 +135,8 @@ def make_train_step(
     mesh: Mesh | None = None,
     reduce_dtype: str = "float32",
     compiler_options: Mapping[str, str] | None = None,
+    *,
+    summed_over_data: Collection[str] = (),
 ) -> TrainStep:
     """Build the compiled train step of the objective; see `make_step` for the other arguments and the result.
 
@@ -151,19 +163,28 @@ def make_train_step(
         }
         return -jnp.sum(log_probs_BR) / total, jax.lax.stop_gradient(sums)
 
-    if objective.loss == "sft":
-        return make_step(supervised, optimizer, mesh, reduce_dtype, compiler_options, _tokens)
-    return make_step(team, optimizer, mesh, reduce_dtype, compiler_options)
+    loss, counted = (supervised, _tokens) if objective.loss == "sft" else (team, _triplet_count)
+    return make_step(
+        loss, optimizer, mesh, reduce_dtype, compiler_options, counted=counted, summed_over_data=summed_over_data
+    )
 
 
 def configured_step(
     config: RunConfig, model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[LogProbFn, TrainStep]:
     """Build the log-prob function and the train step of a run; a plan compiles the same program."""
-    log_prob_fn = make_log_prob_fn(model, config.policy.head_chunk)
+    parallel = model.parallel._replace(sum_over_data=batch_shapes.most_micro_batches(config) == 1)
+    log_prob_fn = make_log_prob_fn(model.clone(parallel=parallel), config.policy.head_chunk)
     options = tpu.options_of(mesh, config.mesh.compiler_options)
-    reduce_dtype = config.train.reduce_dtype
-    return log_prob_fn, make_train_step(log_prob_fn, optimizer, config.objective, mesh, reduce_dtype, options)
+    return log_prob_fn, make_train_step(
+        log_prob_fn,
+        optimizer,
+        config.objective,
+        mesh,
+        config.train.reduce_dtype,
+        options,
+        summed_over_data=parallel.summed_over_data(),
+    )
 
 
 def make_step(
@@ -172,7 +193,9 @@ def make_step(
     mesh: Mesh | None = None,
     reduce_dtype: str = "float32",
     compiler_options: Mapping[str, str] | None = None,
-    counted: Callable[[TreeBatch], Array] = lambda batch: jnp.sum(batch.triplet_weight),
+    *,
+    counted: Callable[[TreeBatch], Array] = _triplet_count,
+    summed_over_data: Collection[str] = (),
 ) -> TrainStep:
     """Build the compiled step(state, batch, scores, micro_batches, scalars) -> (state, metrics). It donates the state.
 
@@ -187,6 +210,7 @@ def make_step(
         reduce_dtype: dtype in which gradients are reduced over devices.
         compiler_options: XLA options.
         counted: batch -> the number that the loss is a mean over.
+        summed_over_data: parameters whose gradients the loss's backward pass has summed over `data` already.
     """
     mesh = sharding.single_device_mesh() if mesh is None else mesh
 
@@ -195,7 +219,7 @@ def make_step(
         param_specs = jax.tree.map(lambda s: s.spec, sharding.param_shardings(state.params, mesh))
         input_specs = jax.tree.map(lambda s: s.spec, input_shardings(mesh))
         loss, sums, gradients = jax.shard_map(
-            _loss_and_gradients(micro_loss, param_specs, reduce_dtype),
+            _loss_and_gradients(micro_loss, param_specs, reduce_dtype, summed_over_data),
             mesh=mesh,
             in_specs=(param_specs, *input_specs, P()),
             out_specs=(P(), P(), param_specs),
@@ -213,8 +237,15 @@ def make_step(
     return jax.jit(step, donate_argnums=0, in_shardings=in_shardings, compiler_options=options)
 
 
-def _loss_and_gradients(micro_loss, param_specs, reduce_dtype):
+def _loss_and_gradients(micro_loss, param_specs, reduce_dtype, summed_over_data):
     """The part of the step that each device computes: loss, metric sums and gradients, reduced over all devices."""
+
+    def sum_over_rows(path, gradient, spec):
+        # Over an axis that shards the parameter, the backward pass of its gather has already summed.
+        done = {a for axes in spec if axes for a in (axes if isinstance(axes, tuple) else (axes,))}
+        done |= {"data"} if sharding.path_name(path) in summed_over_data else set()
+        axes = [a for a in sharding.MESH_AXES_OF["batch"] if a not in done]
+        return jax.lax.psum(gradient.astype(reduce_dtype), axes).astype(jnp.float32) if axes else gradient
 
     def per_device(params, batch, scores, micro_batches, scalars, total):
         gradient = jax.value_and_grad(micro_loss, has_aux=True)
@@ -222,7 +253,7 @@ def _loss_and_gradients(micro_loss, param_specs, reduce_dtype):
         (loss, sums), gradients = _accumulate(gradient_of, micro_batches, len(batch.tokens))
         psum = lambda x: jax.lax.psum(x, sharding.MESH_AXES_OF["batch"])
         largest = jax.lax.pmax(sums["max"], sharding.MESH_AXES_OF["batch"])
-        reduced = jax.tree.map(lambda g, spec: _sum_over_rows(g, spec, reduce_dtype), gradients, param_specs)
+        reduced = jax.tree_util.tree_map_with_path(sum_over_rows, gradients, param_specs)
         return psum(loss), {**psum(sums), "max": largest}, reduced
 
     return per_device
@@ -246,14 +277,6 @@ def _accumulate(gradient_of, micro_batches, max_micro_batches):
     zero_sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
     zero_gradients = jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), gradients)
     return jax.lax.fori_loop(0, micro_batches, add, ((jnp.zeros(()), zero_sums), zero_gradients))
-
-
-def _sum_over_rows(gradient: Array, spec: P, reduce_dtype: str) -> Array:
-    """Sum a gradient over the devices that have other rows but the same parameter shard."""
-    sharded = {a for axes in spec if axes for a in (axes if isinstance(axes, tuple) else (axes,))}
-    # Over an axis that shards the parameter, the backward pass of its gather has already summed.
-    axes = [a for a in sharding.MESH_AXES_OF["batch"] if a not in sharded]
-    return jax.lax.psum(gradient.astype(reduce_dtype), axes).astype(jnp.float32) if axes else gradient
 
 
 def input_shardings(mesh: Mesh) -> tuple[Any, ...]:
@@ -296,11 +319,6 @@ def _triplets(
         tolerance=scalars.tolerance,
     )
     return out, chosen, rejected
-
-
-def _tokens(batch: TreeBatch) -> Array:
-    """Number of predicted tokens in a batch."""
-    return jnp.sum(batch.response_ids < batch.triplet_weight.shape[-1]).astype(jnp.float32)
 
 
 def _lengths(batch: TreeBatch) -> tuple[Array, Array]:
