@@ -22,23 +22,37 @@ import json
 import shlex
 import subprocess
 import sys
+from typing import NamedTuple
 
-CHIPS_A_HOST = 4
-RUNTIMES = {
-    "v4": "tpu-ubuntu2204-base",
-    "v5litepod": "v2-alpha-tpuv5-lite",
-    "v5p": "v2-alpha-tpuv5",
-    "v6e": "v2-alpha-tpuv6e",
+
+class Generation(NamedTuple):
+    """How Google names a generation's slices, and what a host of theirs boots."""
+
+    runtime: str  # of the hosts of a queued resource; "": slices come from GKE alone
+    accelerator: str  # GKE's name
+    cores: int  # per chip, in the number at the end of a type's name
+    shapes: dict[int, str]  # chips of a slice: its shape
+
+
+TORUS_2D = {n: f"{a}x{n // a}" for n, a in ((1, 1), (4, 2), (8, 2), (16, 4), (32, 4), (64, 8), (128, 8), (256, 16))}
+TORUS_3D = {
+    4: "2x2x1",
+    8: "2x2x2",
+    16: "2x2x4",
+    32: "2x4x4",
+    64: "4x4x4",
+    128: "4x4x8",
+    256: "4x8x8",
+    512: "8x8x8",
 }
-GKE = {  # accelerator type: (GKE's name of the chip, cores per chip in the type's size)
-    "v4": ("tpu-v4-podslice", 2),
-    "v5litepod": ("tpu-v5-lite-podslice", 1),
-    "v5p": ("tpu-v5p-slice", 2),
-    "v6e": ("tpu-v6e-slice", 1),
-}
-TOPOLOGIES = {  # torus dimensions: {chips of a slice: its shape}
-    2: {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
-    3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"},
+# Sources: docs.cloud.google.com/tpu/docs/runtimes for runtimes; .../v5e, .../v6e, .../v5p and .../tpu7x for shapes and
+# hosts; xpk's system_characteristics.py for GKE's names and the cores of a type.
+GENERATIONS = {
+    "v4": Generation("tpu-ubuntu2204-base", "tpu-v4-podslice", 2, TORUS_3D),
+    "v5litepod": Generation("v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", 1, TORUS_2D),
+    "v5p": Generation("v2-alpha-tpuv5", "tpu-v5p-slice", 2, TORUS_3D),
+    "v6e": Generation("v2-alpha-tpuv6e", "tpu-v6e-slice", 1, TORUS_2D),
+    "tpu7x": Generation("", "tpu7x", 2, TORUS_3D),
 }
 MOUNT = "/mnt/runs"
 
@@ -109,19 +123,14 @@ def xpk(options: argparse.Namespace, overrides: list[str]) -> list[list[str]]:
 
 def manifest(options: argparse.Namespace, overrides: list[str]) -> dict:
     """A JobSet with one job per slice and one pod per host; if one slice is preempted, all restart."""
-    generation, size = options.type.rsplit("-", 1)
-    accelerator, cores = GKE[generation]
-    chips = int(size) // cores
-    shape = TOPOLOGIES[3 if generation in ("v4", "v5p") else 2].get(chips)
-    if shape is None:
-        raise SystemExit(f"--type {options.type}: unknown shape for {chips} chips; add it to TOPOLOGIES in this file.")
-    hosts = max(1, chips // CHIPS_A_HOST)
+    generation, chips = _slice(options)
+    hosts, chips_a_host = _hosts(generation, chips)
     container = {
         "name": "tpaw",
         "image": options.image,
         "command": _host_command(options, overrides, restarts=0),
         "securityContext": {"privileged": True},
-        "resources": {"limits": {"google.com/tpu": CHIPS_A_HOST}},
+        "resources": {"limits": {"google.com/tpu": chips_a_host}},
         "volumeMounts": [{"name": "runs", "mountPath": MOUNT}],
     }
     bucket = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": {"bucketName": options.bucket}}
@@ -130,8 +139,8 @@ def manifest(options: argparse.Namespace, overrides: list[str]) -> dict:
         "spec": {
             "restartPolicy": "Never",
             "nodeSelector": {
-                "cloud.google.com/gke-tpu-accelerator": accelerator,
-                "cloud.google.com/gke-tpu-topology": shape,
+                "cloud.google.com/gke-tpu-accelerator": generation.accelerator,
+                "cloud.google.com/gke-tpu-topology": generation.shapes[chips],
             },
             "containers": [container],
             "volumes": [{"name": "runs", "csi": bucket}],
@@ -167,11 +176,29 @@ def _on_all_hosts(options: argparse.Namespace, script: str) -> list[list[str]]:
     return [[*ssh, name, f"--zone={options.zone}", "--worker=all", f"--command={script}"] for name in names]
 
 
+def _slice(options: argparse.Namespace) -> tuple[Generation, int]:
+    """The generation of --type and the number of its chips."""
+    name, _, size = options.type.rpartition("-")
+    if name not in GENERATIONS:
+        raise SystemExit(f"--type {options.type}: the generation must be one of {', '.join(GENERATIONS)}.")
+    generation = GENERATIONS[name]
+    names = {str(chips * generation.cores): chips for chips in generation.shapes}
+    if size not in names:
+        raise SystemExit(f"--type {options.type}: the number must be one of {', '.join(names)}.")
+    return generation, names[size]
+
+
+def _hosts(generation: Generation, chips: int) -> tuple[int, int]:
+    """The number of hosts and the chips of each: up to eight chips in a 2D slice have one host, others four a host."""
+    one_host = 8 if generation.shapes is TORUS_2D else 4
+    return (1, chips) if chips <= one_host else (chips // 4, 4)
+
+
 def _runtime(options: argparse.Namespace) -> str:
-    generation = options.type.rsplit("-", 1)[0]
-    if generation not in RUNTIMES:
-        raise SystemExit(f"--type {options.type}: the generation must be one of {', '.join(RUNTIMES)}.")
-    return RUNTIMES[generation]
+    generation, _ = _slice(options)
+    if not generation.runtime:
+        raise SystemExit(f"--type {options.type}: these slices come from GKE; use the actions xpk or manifest.")
+    return generation.runtime
 
 
 def _split(words: list[str]) -> tuple[list[str], str, list[str]]:

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from tpaw_jax.config import MeshConfig
 from tpaw_jax.models import parallel
-from tpaw_jax.runtime import sharding, tpu
+from tpaw_jax.runtime import host, sharding, tpu
 
 
 def test_compiler_options_change_those_of_the_devices():
@@ -39,6 +39,12 @@ def test_topologies_are_parsed_or_rejected():
     for wrong in ("v5e", "v5e-16", "v9:4x4", "v5e:4by4"):
         with pytest.raises(ValueError, match="is not a topology"):
             tpu.parse_topology(wrong)
+
+
+@pytest.mark.parametrize(("name", "hosts"), [("v5e:2x2", 1), ("v5e:2x4", 1), ("v6e:2x4", 1), ("v5e:4x4", 4)])
+def test_up_to_eight_chips_of_a_plane_have_one_host(name, hosts):
+    host.quiet_libtpu(compute=False)
+    assert len({device.process_index for device in tpu.parse_topology(name).devices()}) == hosts
 
 
 def test_presets_split_parameters_over_a_slice_and_rows_over_slices():

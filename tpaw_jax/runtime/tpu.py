@@ -20,7 +20,7 @@ class Chip(NamedTuple):
     hbm_bandwidth: float  # bytes per second
     ici_bandwidth: float  # bytes per second over one ICI link in one direction: half the published bidirectional one
     dcn_bandwidth: float  # bytes per second between slices, over the data center's network
-    host: tuple[int, ...]  # shape of the chips of one host
+    host: tuple[int, ...]  # shape of the chips of one host in a slice of several
     devices: int = 1  # that JAX sees in it
 
     @property
@@ -151,7 +151,8 @@ class Topology(NamedTuple):
         options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
         if len(self.shape) == 3:  # the name does not imply it, and without it gathers become sums
             options["wrap"] = wraps(self.shape)
-        host = tuple(map(min, self.chip.host, self.shape))
+        one_host = len(self.shape) == 2 and self.chips // self.slices <= 8  # of up to 8 chips
+        host = self.shape if one_host else tuple(map(min, self.chip.host, self.shape))
         if host != self.chip.host:
             options["chips_per_host_bounds"] = [*host, *[1] * (3 - len(host))]
         name = f"{self.generation}:{'x'.join(map(str, self.shape))}"
