@@ -150,7 +150,7 @@ study: $(VENV)/demo $(VENV)/smollm2
 
 # The environments of the trainers that benchmarks/peers.py compares with.
 .PHONY: peers
-peers: $(VENV)-tunix/ready $(VENV)-trl/ready
+peers: $(VENV)-tunix/ready $(VENV)-trl/ready $(VENV)-maxtext/ready
 
 $(VENV)-tunix/ready:
 	$(PYTHON) -m venv $(VENV)-tunix
@@ -163,5 +163,13 @@ $(VENV)-trl/ready:
 	$(VENV)-trl/bin/pip install --quiet trl==1.16.0
 	touch $@
 
+# Of maxtext[tpu-post-train], only what DPO imports: the rest is for TPUs and for vLLM.
+$(VENV)-maxtext/ready:
+	$$(scripts/find_python.sh 3.12) -m venv $(VENV)-maxtext
+	$(VENV)-maxtext/bin/pip install --quiet maxtext==0.2.5 google-tunix==0.1.7 jax==0.12.0.1 qwix==0.1.8 aqtp==0.9.0 \
+	  cloud-accelerator-diagnostics drjax==0.2.1 gcsfs grain==0.2.18 ml-collections ml-goodput-measurement omegaconf \
+	  pathwaysutils==0.1.13 pydantic sentencepiece tiktoken tokamax==0.0.17
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-tunix $(VENV)-trl runs
+	rm -rf $(VENV) $(VENV)-tunix $(VENV)-trl $(VENV)-maxtext runs

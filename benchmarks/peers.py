@@ -6,10 +6,10 @@
 All train the same model (Llama, 8 layers, 19 M parameters) in float32 on the same prompts, targets and three
 generations each, UltraChat-like lengths at a quarter of the scale. Ours scores with a team of three players and trains
 two epochs, all of it counted. Theirs has one reference, live in every step or, where TRL precomputes it, passed once
-for two epochs; Tunix and TRL are timed in steps alone after two of warm-up, on the first `--steps` batches of the
-workload. Contenders run one after the other, alone, in every repeat.
+for two epochs; MaxText, Tunix and TRL are timed in steps alone after two of warm-up, on the first `--steps` batches of
+the workload. Contenders run one after the other, alone, in every repeat.
 
-They run as they come. `--huge-pages` gives Tunix and TRL the allocator settings too that `tpaw` sets for itself.
+They run as they come. `--huge-pages` gives the others the allocator settings too that `tpaw` sets for itself.
 """
 
 import argparse
@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 CONTENDERS = {  # name: (virtual environment, script, further arguments)
     "tpaw_jax": ("", "tpaw.py", []),
     "tunix": (".venv-tunix", "tunix_dpo.py", []),
+    "maxtext": (".venv-maxtext", "maxtext_dpo.py", []),
     "trl": (".venv-trl", "trl_dpo.py", ["live"]),
     "trl precomputed": (".venv-trl", "trl_dpo.py", ["precomputed"]),
 }
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="of the peers: the best of 4, 8 and 16 here")
     parser.add_argument("--steps", type=int, default=10, help="of the peers that are timed, at most")
     parser.add_argument("--huge-pages", action="store_true", help="the peers too")
-    parser.add_argument("--environments", type=Path, default=ROOT, help="where .venv-tunix and .venv-trl are")
+    parser.add_argument("--environments", type=Path, default=ROOT, help="where .venv-tunix and the others are")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     options = parser.parse_args()
     for prompts in options.prompts:
