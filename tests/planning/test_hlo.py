@@ -93,6 +93,19 @@ def test_collectives_count_as_often_as_their_loops_run_and_chains_once():
     assert found["all-reduce", 1].group == ()
 
 
+def test_a_chain_that_goes_through_a_loop_counts_once():
+    """Its start is outside, and a part of it in the body that runs three times."""
+    start = "  %count.4 = (s32[], s32[]) constant({...})\n"
+    through = LOOPS.replace(
+        "  ROOT %tuple.3 =", "  %there = f32[8,128]{1,0} fusion(%value, %value), calls=%part.9\n  ROOT %tuple.3 ="
+    )
+    through = through.replace(start, f"{start}  %begun = bf16[1,512]{{1,0}} fusion(%w), kind=kCustom, calls=%start.9\n")
+    for name in ("start", "part"):
+        body = LOOPS[LOOPS.index(f"%{name} (") :].split("\n}\n")[0] + "\n}\n"
+        through = through.replace(body, body + "\n" + body.replace(f"%{name} (", f"%{name}.9 (").replace('"5"', '"9"'))
+    assert [c.times for c in hlo.parse(through, [3]).collectives() if c.kind == "all-gather"] == [32, 32]
+
+
 def test_a_loop_of_unknown_length_runs_once_unless_told():
     times = [c.times for c in hlo.parse(LOOPS).collectives() if c.size == 2048]
     assert times == [32]

@@ -116,9 +116,8 @@ class Program(NamedTuple):
                 if len(new.group) == 1:
                     continue
                 key = (kind, chain.group(1) if chain else f"{name}/{part.name}")
-                old = collectives.get(key)
-                if old is None or (new.times, new.size) > (old.times, old.size):
-                    collectives[key] = new
+                old = collectives.get(key, new)  # another part, perhaps in a loop that the collective runs beside
+                collectives[key] = new._replace(times=min(old.times, new.times), size=max(old.size, new.size))
         return list(collectives.values())
 
     def traffic(self) -> int:
