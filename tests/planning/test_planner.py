@@ -237,6 +237,8 @@ def test_devices_of_a_chip_share_its_arithmetic_and_memory_and_are_next_to_each_
     axis = list(small.mesh.devices[0, :, 0])
     assert tpu.lines(axis) == (2, 2, 2, 2)
     assert all(a.coords == b.coords for a, b in zip(axis[::2], axis[1::2], strict=True))
+    on_one_chip = roofline.Collective("reduce-scatter", 12 * 10**9, (0, 1), 1, True)
+    assert roofline.collective_seconds(on_one_chip, small.mesh, half) == pytest.approx(6 / 600)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,9 @@ from tpaw_jax.runtime import tpu
 
 GIB = 2**30
 
+DIE_TO_DIE = 6
+"""Speed between the two devices of a tpu7x chip, in links of the torus (docs.cloud.google.com/tpu/docs/tpu7x)."""
+
 
 class Flops(NamedTuple):
     """FLOPs of one run of a program on one device."""
@@ -174,7 +177,7 @@ def _links(devices: list[Any], mesh: Mesh) -> int:
     shape = tuple(max(along) + 1 for along in zip(*(d.coords for d in mesh.devices.flat), strict=True))
     spanned = [len(set(along)) for along in zip(*(d.coords for d in devices), strict=True)]
     ring = [n == size and wraps for n, size, wraps in zip(spanned, shape, tpu.wraps(shape), strict=True)]
-    return sum(2 if r else 1 for n, r in zip(spanned, ring, strict=True) if n > 1)
+    return sum(2 if r else 1 for n, r in zip(spanned, ring, strict=True) if n > 1) or DIE_TO_DIE
 
 
 def record(stage: Stage) -> dict[str, Any]:
