@@ -173,7 +173,8 @@ def configured_step(
     config: RunConfig, model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[LogProbFn, TrainStep]:
     """Build the log-prob function and the train step of a run; a plan compiles the same program."""
-    parallel = model.parallel._replace(sum_over_data=batch_shapes.most_micro_batches(config) == 1)
+    early = batch_shapes.most_micro_batches(config) == 1 and tpu.slice_count(list(mesh.devices.flat)) == 1
+    parallel = model.parallel._replace(sum_over_data=early)
     log_prob_fn = make_log_prob_fn(model.clone(parallel=parallel), config.policy.head_chunk)
     options = tpu.options_of(mesh, config.mesh.compiler_options)
     return log_prob_fn, make_train_step(
@@ -233,8 +234,7 @@ def make_step(
         return state, {"loss": loss, **means, **update_metrics}
 
     in_shardings = (None, *input_shardings(mesh))  # None: keep the state's own sharding
-    options = dict(compiler_options) if compiler_options else None
-    return jax.jit(step, donate_argnums=0, in_shardings=in_shardings, compiler_options=options)
+    return jax.jit(step, donate_argnums=0, in_shardings=in_shardings, compiler_options=dict(compiler_options or {}))
 
 
 def _loss_and_gradients(micro_loss, param_specs, reduce_dtype, summed_over_data):
