@@ -194,6 +194,21 @@ ENTRY %main (stack: f32[4,8,128], i: s32[], x: f32[8,128]) -> f32[4,8,128] {
 """
 
 
+def test_a_stack_that_is_retiled_in_place_is_not_read_as_a_whole():
+    """On tpu7x, a fusion inside of the one that slices or updates a stack has the stack's tiles changed."""
+    block = 8 * 128 * 4
+    copy = "%retile (s: f32[4,8,128]) -> f32[4,8,128] {\n  %s = f32[4,8,128]{2,1,0:T(16,128)} parameter(0)\n"
+    copy += "  ROOT %copy = f32[4,8,128]{2,1,0:T(8,128)} copy(%s)\n}\n\n%slice_of"
+    text = TRAFFIC.replace("%slice_of (", copy + " (", 1)
+    for n, use in (("", "dynamic-slice(%stack,"), (".2", "dynamic-update-slice(%stack.2,")):
+        tiled = "  %tiled" + n + " = f32[4,8,128]{2,1,0} fusion(%stack" + n + "), kind=kLoop, "
+        tiled += "output_to_operand_aliasing={{}: (0, {})}, calls=%retile\n"
+        before, after = text.split(use)
+        line = before.rindex("\n") + 1
+        text = before[:line] + tiled + before[line:] + use.replace("%stack" + n + ",", "%tiled" + n + ",") + after
+    assert hlo.parse(text).traffic() == hlo.parse(TRAFFIC).traffic() < 8 * block
+
+
 def test_traffic_is_of_slices_and_updates_and_not_of_what_stays_on_the_chip():
     block = 8 * 128 * 4
     # reads one slice of the stack and x; copies 1 block to memory; reads it and writes it into the stack

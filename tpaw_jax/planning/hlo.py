@@ -219,7 +219,7 @@ class Program(NamedTuple):
                 continue
             if user.opcode == "tuple":  # returned unchanged
                 continue
-            if user.opcode in _VIEWS:
+            if user.opcode in _VIEWS or self._retiles(user):
                 total += self._read(fused, user.name)
             elif user.opcode in _SLICES:
                 total += _size(user.shape, any_memory=True)
@@ -236,6 +236,11 @@ class Program(NamedTuple):
             else:
                 total += _size(fused.instructions[name].shape, any_memory=True)
         return total
+
+    def _retiles(self, i: Instruction) -> bool:
+        """Whether a fusion inside of another only changes the tiles of a buffer, in place, as tpu7x does."""
+        copies = i.called in self.computations and self.computations[i.called].root.opcode == "copy"
+        return copies and "output_to_operand_aliasing={{}: (0, {})}" in i.attributes
 
     def _written(self, fused: Computation, shape: str) -> int:
         """Bytes that a fusion writes: only the new values if it updates in place."""
