@@ -220,7 +220,7 @@ def arrange(devices: list[Any], sizes: tuple[int, ...], slices: int = 1) -> np.n
 
 
 def lines(devices: Sequence[Any]) -> tuple[int, ...]:
-    """The lengths of the torus dimensions that an axis of devices fills, outermost first. A chip's devices are one.
+    """The lengths of the torus dimensions that an axis of devices fills, outermost first; then the devices of a chip.
 
     An axis of all 16 chips of `v5e:4x4` gives (4, 4). Devices that fill no box in order give their number.
     """
