@@ -157,6 +157,40 @@ def test_a_collective_on_the_sparse_cores_overlaps_if_a_matmul_runs_between_its_
     assert program.traffic() == pytest.approx(gather.bytes + scatter.bytes + products, abs=128)
 
 
+BETWEEN = """HloModule between_slices
+
+%matmul (a: bf16[32,128], b: bf16[128,1]) -> bf16[32,1] {
+  %a = bf16[32,128]{1,0} parameter(0)
+  %b = bf16[128,1]{1,0} parameter(1)
+  ROOT %product = bf16[32,1]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+ENTRY %main (p: bf16[32,128], q: bf16[128,1], x: f32[8,128], y: f32[16,128]) -> f32[16,128] {
+  %p = bf16[32,128]{1,0} parameter(0)
+  %q = bf16[128,1]{1,0} parameter(1)
+  %x = f32[8,128]{1,0} parameter(2)
+  %y = f32[16,128]{1,0} parameter(3)
+  %after = token[] after-all()
+  %send.1 = (f32[8,128]{1,0}, u32[]{:S(2)}, token[]) send(%x, %after), channel_id=1, frontend_attributes={MEGASCALE="sum.1"}
+  %recv.1 = (f32[8,128]{1,0}, u32[]{:S(2)}, token[]) recv(%after), channel_id=2, frontend_attributes={MEGASCALE="sum.1"}
+  %send-done.1 = token[] send-done(%send.1), channel_id=1
+  %product.1 = bf16[32,1]{1,0} fusion(%p, %q), kind=kOutput, calls=%matmul
+  %recv-done.1 = (f32[8,128]{1,0}, token[]) recv-done(%recv.1), channel_id=2
+  %send.2 = (f32[16,128]{1,0}, u32[]{:S(2)}, token[]) send(%y, %after), channel_id=3, frontend_attributes={MEGASCALE="sum.2"}
+  %recv.2 = (f32[16,128]{1,0}, u32[]{:S(2)}, token[]) recv(%after), channel_id=4, frontend_attributes={MEGASCALE="sum.2"}
+  %copied = f32[64,128]{1,0} broadcast(%q), dimensions={}
+  %recv-done.2 = (f32[16,128]{1,0}, token[]) recv-done(%recv.2), channel_id=4
+  ROOT %received = f32[16,128]{1,0} get-tuple-element(%recv-done.2), index=0
+}
+""".replace("MEGASCALE", '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous')
+
+
+def test_an_exchange_between_slices_overlaps_if_a_matmul_runs_until_it_is_received():
+    found = {c.size: c for c in hlo.parse(BETWEEN).collectives()}
+    assert {c.kind for c in found.values()} == {hlo.BETWEEN_SLICES}
+    assert {size: c.asynchronous for size, c in found.items()} == {8 * 128 * 4: True, 16 * 128 * 4: False}
+
+
 TRAFFIC = """HloModule traffic
 
 %slice_of (stack: f32[4,8,128], i: s32[]) -> f32[8,128] {

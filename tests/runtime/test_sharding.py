@@ -23,10 +23,6 @@ def test_compiler_options_change_those_of_the_devices():
     assert changed["xla_new"] == "a=b"
     assert len(changed) == len(own)
     assert tpu.options_of(sharding.make_mesh(MeshConfig()), ()) == {}
-    slices = [SimpleNamespace(device_kind="TPU v5 lite", slice_index=i) for i in range(2)]
-    assert own.keys() - tpu.options_of(SimpleNamespace(devices=np.array(slices)), ()) == {
-        "xla_tpu_decompose_every_reduce_scatters_hlos"
-    }
 
 
 def test_compiler_options_that_the_compiler_does_not_know_are_told():

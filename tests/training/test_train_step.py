@@ -1,5 +1,7 @@
 """The team step: accumulation, schedules, skipped steps, dry runs, the step-0 hazard, several devices."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from conftest import random_prompts
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainConfig
 from tpaw_jax.data import packing
 from tpaw_jax.models import EINSUM, TILES, Transformer, shard_model
-from tpaw_jax.runtime import sharding
+from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.training import logprobs, scoring, train_step
 from tpaw_jax.training.train_step import StepScalars
 from tpaw_jax.types import TeamScores
@@ -297,6 +299,21 @@ def test_eight_devices_take_the_steps_of_one(stories, steps_of_one_device, mesh,
     assert kernel.addressable_shards[0].data.shape == (5, 64 // mesh.fsdp, 64 // mesh.tensor)
     np.testing.assert_allclose(losses, steps_of_one_device[0], rtol=1e-5)
     np.testing.assert_allclose(log_probs, steps_of_one_device[2], rtol=1e-5, atol=1e-4)
+    assert_close(host(params), host(steps_of_one_device[1]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sum_over_data", [False, True], ids=["after the loop", "in the loop"])
+@pytest.mark.parametrize("mesh", [MeshConfig(data=4, fsdp=2), MeshConfig(data=2, fsdp=4)], ids=str)
+def test_two_slices_take_the_steps_of_one_device(stories, steps_of_one_device, monkeypatch, mesh, sum_over_data):
+    monkeypatch.setattr(tpu, "slice_count", lambda devices: 2 if len(devices) == 8 else 1)
+    step, *inputs = setup(stories, 8, 8, 1, mesh=mesh, sum_over_data=sum_over_data)
+    lowered = step.lower(inputs[0], *inputs[1], scalars()).as_text()
+    groups = re.findall(r"all_reduce.*replica_groups = dense<\[(\[.*?\])\]>", lowered)
+    across = [group for group in groups if set(re.findall(r"\d, \d", group)) == {"0, 4", "1, 5", "2, 6", "3, 7"}]
+    kernels, others = (2 * 5, 4) if sum_over_data else (7, 4)  # q, k and v as one; one layer is outside of the loop
+    assert len(across) == kernels + others
+    losses, params, _ = five_steps(step, *inputs)
+    np.testing.assert_allclose(losses, steps_of_one_device[0], rtol=1e-5)
     assert_close(host(params), host(steps_of_one_device[1]), rtol=0, atol=1e-5)
 
 

@@ -41,6 +41,7 @@ class Parallel(NamedTuple):
     reduce_dtype: str = "float32"  # dtype in which gradients are reduced over `fsdp`
     scatter_stages: tuple[int, ...] = ()  # see `sharding.scatter_stages`; (): reduce-scatter in one stage
     sum_over_data: bool = False  # the backward pass also sums the gradients of `summed_over_data` over `data`
+    slices: int = 1  # number of slices that `data` spans
 
     def summed_over_data(self) -> frozenset[str]:
         """The parameters whose gradients are summed over `data` where they are scattered, beside computation.
@@ -162,7 +163,8 @@ def _all_gather_forward(x, axis, dtype, parallel, sum_over_data):
 
 def _all_gather_backward(axis, dtype, parallel, sum_over_data, like, gradient):
     own = _sum_scattered(gradient.astype(parallel.reduce_dtype), axis, parallel.scatter_stages)
-    return ((lax.psum(own, "data") if sum_over_data else own).astype(like.dtype),)
+    own = all_reduce_over_data(own, parallel.slices) if sum_over_data else own
+    return (own.astype(like.dtype),)
 
 
 def _sum_scattered(x: Array, axis: int, stages: tuple[int, ...]) -> Array:
@@ -208,6 +210,26 @@ def copy_over_tensor(x: Array) -> Array:
 
 
 copy_over_tensor.defvjp(lambda x: (x, None), lambda _, gradient: (lax.psum(gradient, "tensor"),))
+
+
+def all_reduce_over_data(x: Array, slices: int) -> Array:
+    """Sum over `data`: over the devices of a slice first, then each device sums its own part with the other slices.
+
+    The compiler of libtpu 0.0.50 does so by itself, but then fails or runs reduce-scatters alone.
+    """
+    if slices == 1:
+        return lax.psum(x, "data")
+    inside = lax.axis_size("data") // slices
+    within = np.arange(slices * inside).reshape(slices, inside)
+    between = within.T.tolist()
+    x = lax.psum(x, "data", axis_index_groups=within.tolist())
+    axis = next((i for i, size in enumerate(x.shape) if size % inside == 0), None)
+    if axis is None:
+        return lax.psum(x, "data", axis_index_groups=between)
+    size = x.shape[axis] // inside
+    part = lax.dynamic_slice_in_dim(x, lax.axis_index("data") % inside * size, size, axis)
+    part = lax.psum(part, "data", axis_index_groups=between)
+    return lax.all_gather(part, "data", axis=axis, axis_index_groups=within.tolist(), tiled=True)
 
 
 def _axes(spec: P, dimension: int) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from tpaw_jax.models.attention import (
 )
 from tpaw_jax.models.layer_scan import scan_layers
 from tpaw_jax.models.parallel import UNSHARDED, Parallel
-from tpaw_jax.runtime import sharding
+from tpaw_jax.runtime import sharding, tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +301,9 @@ def shard_model(
             f"heads and its {c.intermediate_size} feed-forward features."
         )
     specs = {name: spec for name, spec in sharding.param_specs(params, mesh).items() if any(spec)}
-    return model.clone(parallel=Parallel(specs, tensor, reduce_dtype, sharding.scatter_stages(mesh)))
+    slices = tpu.slice_count(list(mesh.devices.flat))
+    parallel = Parallel(specs, tensor, reduce_dtype, sharding.scatter_stages(mesh), slices=slices)
+    return model.clone(parallel=parallel)
 
 
 def rotary_angles(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:

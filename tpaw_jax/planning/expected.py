@@ -162,11 +162,9 @@ def _add_activations(sent: dict[str, float], target: Target, batches: int, *, st
 def _add_sum_over_data(sent: dict[str, float], size: float, data: int, slices: int) -> None:
     """Add a sum over `data`; if `data` spans slices, each chip of a slice sums its part with the other slices."""
     inside = data // slices
-    if slices == 1:
-        sent["all-reduce"] += 2 * _others(data) * size
-    else:
+    sent["all-reduce"] += 2 * _others(inside) * size
+    if slices > 1:
         sent[BETWEEN_SLICES] += 2 * _others(slices) * size / inside
-        sent["reduce-scatter"] += _others(inside) * size
         sent["all-gather"] += _others(inside) * size
 
 

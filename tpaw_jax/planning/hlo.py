@@ -93,7 +93,7 @@ class Program(NamedTuple):
     def collectives(self) -> list[Collective]:
         """All collectives. The parts of one that is split over a chain of fusions count once."""
         collectives: dict[tuple[str, str], Collective] = {}
-        overlapped = self._overlapped_calls()
+        overlapped = self._overlapped()
         for name, times in self._runs():
             for inside, part in self._with_fused(name):
                 kind = _kind(part)
@@ -102,8 +102,7 @@ class Program(NamedTuple):
                 # `async_collective_name` is no sign of overlap: XLA puts it on what it made synchronous again
                 # (convert_async_collectives_to_sync.cc), because there was nothing to compute meanwhile.
                 chain = re.search(r'chain_id="([^"]+)"', part.attributes)
-                overlaps = chain is not None or part.opcode.endswith("-start") or kind == BETWEEN_SLICES
-                overlaps = overlaps or name in overlapped
+                overlaps = bool(chain or part.opcode.endswith("-start") or overlapped & {name, part.name})
                 inner = _inner_collective(part, self.computations)
                 body = self.computations[inside].instructions
                 input_size = sum(_size(body[o].shape, any_memory=True) for o in part.operands if o in body)
@@ -147,35 +146,40 @@ class Program(NamedTuple):
 
         yield from runs_of(self.entry, 1, self.unknown_trips)
 
-    def _overlapped_calls(self) -> set[str]:
-        """Computations that another core (SparseCore) runs while this one computes something before it waits for them.
+    def _overlapped(self) -> set[str]:
+        """What this core computes beside: computations of another core (SparseCore), and sends to other slices.
 
-        The call starts where it gets its operands, at `call-update` if there is one. What counts as computation is a
-        loop, a kernel, or what moves as many bytes as the call returns or has a matmul.
+        A call starts where it gets its operands, at `call-update` if there is one; an exchange between slices lasts
+        until `recv-done`. What counts as computation is a loop, a kernel, a matmul, or beside a call, which is faster,
+        what moves as many bytes as it returns.
         """
-        calls = set()
+        overlapped = set()
         for computation in self.computations.values():
             body = computation.instructions
-            running: dict[str, str] = {}  # the call-start or call-update, and the computation
+            running: dict[str, tuple[str, float]] = {}  # what runs, and the bytes of a call
             for i in body.values():
                 if i.opcode == "call-start":
-                    running[i.name] = _called_by_name(i.attributes)[0]
+                    called = _called_by_name(i.attributes)[0]
+                    running[i.name] = called, _size(self.computations[called].root.shape, any_memory=True)
                 elif i.opcode == "call-update":
                     running[i.name] = running.pop(i.operands[0])
-                    calls.discard(running[i.name])
+                    overlapped.discard(running[i.name][0])
+                elif _kind(i) == BETWEEN_SLICES:
+                    running[_rendezvous(i)] = i.name, math.inf
                 elif i.opcode == "call-done":
                     running.pop(i.operands[0], None)
+                elif i.opcode == "recv-done":
+                    running.pop(_rendezvous(body[i.operands[0]]), None)
                 else:
-                    calls.update(called for called in running.values() if self._covers(i, body, called))
-        return calls
+                    overlapped |= {name for name, size in running.values() if self._covers(i, body, size)}
+        return overlapped
 
-    def _covers(self, i: Instruction, body: dict[str, Instruction], called: str) -> bool:
+    def _covers(self, i: Instruction, body: dict[str, Instruction], size: float) -> bool:
         parts = [part for _, part in self._with_fused(i.called)] if i.called in self.computations else [i]
-        if any(
-            part.opcode in ("while", "convolution", "dot") or "tpu_custom_call" in part.attributes for part in parts
-        ):
-            return True
-        return self._moved(i, body) >= _size(self.computations[called].root.shape, any_memory=True)
+        computes = ("while", "convolution", "dot")
+        return any(part.opcode in computes or "tpu_custom_call" in part.attributes for part in parts) or (
+            self._moved(i, body) >= size
+        )
 
     def _trips(self, condition: str) -> int:
         """Trip count of a loop: the largest integer constant in its condition; 0 if there is none."""
@@ -358,6 +362,12 @@ def _kind(i: Instruction) -> str | None:
     if i.opcode == "send" and "xla_megascale_runtime" in i.attributes:
         return BETWEEN_SLICES
     return next((kind for kind in KINDS if i.opcode in (kind, f"{kind}-start")), None)
+
+
+def _rendezvous(i: Instruction) -> str:
+    """What a send to another slice and its recv have in common."""
+    match = re.search(r'_rendezvous="([^"]*)"', i.attributes)
+    return match.group(1) if match else i.name
 
 
 def _inner_collective(i: Instruction, computations: dict[str, Computation]) -> Instruction:

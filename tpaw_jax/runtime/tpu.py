@@ -87,8 +87,6 @@ def options_of(mesh: Mesh, changes: Sequence[str]) -> dict[str, str]:
     """The compiler options for the mesh's devices: `COMPILER_OPTIONS` on TPUs, changed by `mesh.compiler_options`."""
     name = generation(mesh.devices.flat[0])
     options = dict(COMPILER_OPTIONS[name]) if name else {}
-    if slice_count(list(mesh.devices.flat)) > 1:  # libtpu 0.0.50 fails on sums over slices that it decomposes
-        options.pop("xla_tpu_decompose_every_reduce_scatters_hlos", None)
     for change in changes:
         option, _, value = change.partition("=")
         options.pop(option, None)

@@ -20,7 +20,7 @@ from tpaw_jax.config import ObjectiveConfig, RunConfig, TrainConfig, of_round
 from tpaw_jax.models import Transformer
 from tpaw_jax.objective import TeamLoss, team_loss
 from tpaw_jax.runtime import sharding, tpu
-from tpaw_jax.training import batch_shapes
+from tpaw_jax.training import batch_shapes, gradients
 from tpaw_jax.training.logprobs import LogProbFn, make_log_prob_fn, sum_by_response
 from tpaw_jax.types import AnyArray, TeamScores, TrainState, TreeBatch
 
@@ -173,8 +173,7 @@ def configured_step(
     config: RunConfig, model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[LogProbFn, TrainStep]:
     """Build the log-prob function and the train step of a run; a plan compiles the same program."""
-    early = batch_shapes.most_micro_batches(config) == 1 and tpu.slice_count(list(mesh.devices.flat)) == 1
-    parallel = model.parallel._replace(sum_over_data=early)
+    parallel = model.parallel._replace(sum_over_data=batch_shapes.most_micro_batches(config) == 1)
     log_prob_fn = make_log_prob_fn(model.clone(parallel=parallel), config.policy.head_chunk)
     options = tpu.options_of(mesh, config.mesh.compiler_options)
     return log_prob_fn, make_train_step(
@@ -214,21 +213,22 @@ def make_step(
         summed_over_data: parameters whose gradients the loss's backward pass has summed over `data` already.
     """
     mesh = sharding.single_device_mesh() if mesh is None else mesh
+    slices = tpu.slice_count(list(mesh.devices.flat))
 
     def step(state, batch, scores, micro_batches, scalars):
         total = jnp.maximum(counted(batch), 1.0)
         param_specs = jax.tree.map(lambda s: s.spec, sharding.param_shardings(state.params, mesh))
         input_specs = jax.tree.map(lambda s: s.spec, input_shardings(mesh))
-        loss, sums, gradients = jax.shard_map(
-            _loss_and_gradients(micro_loss, param_specs, reduce_dtype, summed_over_data),
+        loss, sums, summed = jax.shard_map(
+            _loss_and_gradients(micro_loss, param_specs, reduce_dtype, summed_over_data, slices),
             mesh=mesh,
             in_specs=(param_specs, *input_specs, P()),
             out_specs=(P(), P(), param_specs),
-            check_vma=False,  # `_loss_and_gradients` and `models.parallel` do all reductions themselves
+            check_vma=False,  # `gradients` and `models.parallel` do all reductions themselves
         )(state.params, batch, scores, micro_batches, scalars, total)
 
         shardings = state_shardings(state.params, optimizer, mesh)
-        state, update_metrics = _update(state, optimizer, loss, gradients, scalars)
+        state, update_metrics = _update(state, optimizer, loss, summed, scalars)
         state = jax.lax.with_sharding_constraint(state, shardings)
         means = _means(sums, jnp.maximum(sums["triplets"], 1.0))
         return state, {"loss": loss, **means, **update_metrics}
@@ -237,46 +237,19 @@ def make_step(
     return jax.jit(step, donate_argnums=0, in_shardings=in_shardings, compiler_options=dict(compiler_options or {}))
 
 
-def _loss_and_gradients(micro_loss, param_specs, reduce_dtype, summed_over_data):
+def _loss_and_gradients(micro_loss, param_specs, reduce_dtype, summed_over_data, slices):
     """The part of the step that each device computes: loss, metric sums and gradients, reduced over all devices."""
-
-    def sum_over_rows(path, gradient, spec):
-        # Over an axis that shards the parameter, the backward pass of its gather has already summed.
-        done = {a for axes in spec if axes for a in (axes if isinstance(axes, tuple) else (axes,))}
-        done |= {"data"} if sharding.path_name(path) in summed_over_data else set()
-        axes = [a for a in sharding.MESH_AXES_OF["batch"] if a not in done]
-        return jax.lax.psum(gradient.astype(reduce_dtype), axes).astype(jnp.float32) if axes else gradient
 
     def per_device(params, batch, scores, micro_batches, scalars, total):
         gradient = jax.value_and_grad(micro_loss, has_aux=True)
         gradient_of = lambda i: gradient(params, *jax.tree.map(lambda x: x[i], (batch, scores)), total, scalars)
-        (loss, sums), gradients = _accumulate(gradient_of, micro_batches, len(batch.tokens))
+        (loss, sums), own = gradients.accumulate(gradient_of, micro_batches, len(batch.tokens))
         psum = lambda x: jax.lax.psum(x, sharding.MESH_AXES_OF["batch"])
         largest = jax.lax.pmax(sums["max"], sharding.MESH_AXES_OF["batch"])
-        reduced = jax.tree_util.tree_map_with_path(sum_over_rows, gradients, param_specs)
-        return psum(loss), {**psum(sums), "max": largest}, reduced
+        summed = gradients.sum_over_devices(own, param_specs, reduce_dtype, summed_over_data, slices)
+        return psum(loss), {**psum(sums), "max": largest}, summed
 
     return per_device
-
-
-def _accumulate(gradient_of, micro_batches, max_micro_batches):
-    """Sum ((loss, sums), gradients) = gradient_of(i) over the first `micro_batches`; gradients are float32."""
-    if max_micro_batches == 1:  # without a loop, there is no accumulator, and XLA cannot duplicate the body
-        outputs, gradients = gradient_of(0)
-        return outputs, jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
-
-    def add(i, carry):
-        (loss, sums), gradients = carry
-        (new_loss, new_sums), new_gradients = gradient_of(i)
-        largest = jnp.maximum(sums["max"], new_sums["max"])
-        sums = {**jax.tree.map(jnp.add, sums, new_sums), "max": largest}
-        add_float32 = lambda a, b: a + b.astype(jnp.float32)
-        return (loss + new_loss, sums), jax.tree.map(add_float32, gradients, new_gradients)
-
-    (_, sums), gradients = jax.eval_shape(lambda: gradient_of(0))
-    zero_sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
-    zero_gradients = jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), gradients)
-    return jax.lax.fori_loop(0, micro_batches, add, ((jnp.zeros(()), zero_sums), zero_gradients))
 
 
 def input_shardings(mesh: Mesh) -> tuple[Any, ...]:
