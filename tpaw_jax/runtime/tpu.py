@@ -85,8 +85,11 @@ Those of the SparseCores are from MaxText's benchmarks/xla_flags_library.py.
 
 def options_of(mesh: Mesh, changes: Sequence[str]) -> dict[str, str]:
     """The compiler options for the mesh's devices: `COMPILER_OPTIONS` on TPUs, changed by `mesh.compiler_options`."""
-    name = generation(mesh.devices.flat[0])
+    devices = list(mesh.devices.flat)
+    name = generation(devices[0])
     options = dict(COMPILER_OPTIONS[name]) if name else {}
+    if name and mesh.shape["fsdp"] * slice_count(devices) == len(devices):  # in parts of a slice, it is not supported
+        options["xla_tpu_enable_async_all_to_all"] = "true"
     for change in changes:
         option, _, value = change.partition("=")
         options.pop(option, None)
