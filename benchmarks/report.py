@@ -20,13 +20,14 @@ PAGES = {  # the word of a page's two marks
     "faults": ROOT / "docs" / "reliability.md",
     "headline": ROOT / "README.md",
 }
-CONTENDERS = ("tpaw_jax", "tunix", "trl", "trl precomputed")
 NAMES = {
     "tpaw_jax": "tpaw_jax, team of 3",
     "tunix": "Tunix DPO",
+    "maxtext": "MaxText DPO",
     "trl": "TRL DPO",
     "trl precomputed": "TRL, precomputed",
 }
+CONTENDERS = tuple(NAMES)
 
 
 def main() -> None:
@@ -61,8 +62,8 @@ def main() -> None:
 
 def headline(comparisons: list[dict]) -> str:
     """Triplets per second of each contender, by size of workload."""
-    lines = ["| triplets/s, by number of prompts | tpaw_jax, 3 references | Tunix DPO | TRL DPO | TRL, precomputed |"]
-    lines.append("| --- | --- | --- | --- | --- |")
+    lines = [f"| triplets/s, by number of prompts | {' | '.join(NAMES.values())} |"]
+    lines.append("| --- " * (1 + len(NAMES)) + "|")
     for one in comparisons:
         if not one["peers_with_huge_pages"]:
             rates, ratios = one["triplets_per_second"], one["ours_over_theirs"]
@@ -375,12 +376,13 @@ def plot(summaries: list[dict], records: list[dict]) -> None:
     """Triplets/s beside the peers, and the stages of the rounds."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     as_they_come = [s for s in summaries if not s["peers_with_huge_pages"]]
+    width = 0.8 / len(CONTENDERS)
     for place, contender in enumerate(CONTENDERS):
         rates = [s["triplets_per_second"][contender] for s in as_they_come]
-        x = [i + (place - 1.5) * 0.2 for i in range(len(rates))]
+        x = [i + (place - (len(CONTENDERS) - 1) / 2) * width for i in range(len(rates))]
         below = [r["median"] - r["min"] for r in rates]
         above = [r["max"] - r["median"] for r in rates]
-        left.bar(x, [r["median"] for r in rates], 0.19, yerr=[below, above], label=NAMES[contender])
+        left.bar(x, [r["median"] for r in rates], 0.95 * width, yerr=[below, above], label=NAMES[contender])
     left.set_xticks(range(len(as_they_come)), [f"{s['prompts']} prompts" for s in as_they_come])
     left.set_ylabel("triplets/s, scoring counted")
     left.margins(y=0.25)

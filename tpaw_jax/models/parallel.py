@@ -7,8 +7,8 @@ All of this runs inside `shard_map`, on one device's shards.
 - `tensor` axis (Megatron, arXiv 1909.08053): heads, feed-forward and vocabulary stay sharded, and partial results are
   summed.
 
-`sharding.PARAM_AXES` is the table of how each parameter is sharded. All communication of the model is in this file or
-in the train step.
+`sharding.PARAM_AXES` is the table of how each parameter is sharded. All communication of the model is in this file,
+`training.gradients` or `training.train_step`.
 """
 
 import functools
