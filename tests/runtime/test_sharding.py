@@ -14,11 +14,11 @@ from tpaw_jax.runtime import host, sharding, tpu
 
 
 def test_compiler_options_change_those_of_the_devices():
-    on_tpu = SimpleNamespace(devices=np.full(4, SimpleNamespace(device_kind="TPU v5 lite")), shape={"fsdp": 2})
+    on_tpu = SimpleNamespace(devices=np.full(16, SimpleNamespace(device_kind="TPU v5 lite")))
     own = tpu.COMPILER_OPTIONS["v5e"]
     assert tpu.options_of(on_tpu, ()) == own
-    whole_slice = SimpleNamespace(devices=on_tpu.devices, shape={"fsdp": 4})
-    assert tpu.options_of(whole_slice, ()) == own | {"xla_tpu_enable_async_all_to_all": "true"}
+    larger = SimpleNamespace(devices=np.full(32, on_tpu.devices[0]))
+    assert own.keys() - tpu.options_of(larger, ()) == {"xla_tpu_enable_async_all_to_all"}
     changed = tpu.options_of(on_tpu, ["xla_enable_async_all_reduce=", "xla_tpu_scoped_vmem_limit_kib=1", "xla_new=a=b"])
     assert "xla_enable_async_all_reduce" not in changed
     assert changed["xla_tpu_scoped_vmem_limit_kib"] == "1"

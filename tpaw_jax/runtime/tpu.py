@@ -48,6 +48,7 @@ _ASYNCHRONOUS = {
     "xla_jf_crs_combiner_threshold_in_bytes": "65536",  # what is combined is sent synchronously
 }
 _BY_FUSION = _ASYNCHRONOUS | {  # the TensorCore sends parts of a collective between the tiles of a matmul
+    "xla_tpu_enable_async_all_to_all": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
@@ -58,6 +59,7 @@ _BY_FUSION = _ASYNCHRONOUS | {  # the TensorCore sends parts of a collective bet
     "xla_tpu_scoped_vmem_limit_kib": "18432",  # default 16 MiB; a fused reduce-scatter of an 8B model takes 17.12
 }
 _BY_SPARSE_CORE = _ASYNCHRONOUS | {  # the SparseCores run collectives beside the TensorCore
+    "xla_tpu_enable_async_all_to_all": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "false",
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "false",
@@ -88,8 +90,8 @@ def options_of(mesh: Mesh, changes: Sequence[str]) -> dict[str, str]:
     devices = list(mesh.devices.flat)
     name = generation(devices[0])
     options = dict(COMPILER_OPTIONS[name]) if name else {}
-    if name and mesh.shape["fsdp"] * slice_count(devices) == len(devices):  # in parts of a slice, it is not supported
-        options["xla_tpu_enable_async_all_to_all"] = "true"
+    if name == "v5e" and len(devices) > 16 * slice_count(devices):  # on larger slices, it does not compile
+        options.pop("xla_tpu_enable_async_all_to_all")
     for change in changes:
         option, _, value = change.partition("=")
         options.pop(option, None)
