@@ -90,8 +90,7 @@ def exchanged(record):
         ("v5e:2x2", SMALL, None, "float32"),  # fsdp alone
         ("v5e:2x2", TIED, {"data": 2, "fsdp": 2}, "bfloat16"),
         ("v5e:2x2", SMALL, {"data": 1, "fsdp": 2, "tensor": 2}, "float32"),
-        ("2 x v5e:2x2", SMALL, None, "float32"),  # data over slices
-        ("2 x v5e:2x2", SMALL, {"data": 4, "fsdp": 2}, "float32"),  # data over two devices of each slice
+        ("2 x v5e:2x2", SMALL, {"data": 4, "fsdp": 2}, "float32"),  # data over slices, and over two devices of each
         ("v5e:4x4", WIDER, None, "float32"),  # fsdp over two dimensions of the torus, parts of 64 columns
         ("v6e:2x2", SMALL, {"data": 2, "fsdp": 2}, "float32"),  # collectives on the SparseCores
         ("tpu7x:2x2x1", SMALL, None, "float32"),  # two devices to a chip
