@@ -215,8 +215,8 @@ copy_over_tensor.defvjp(lambda x: (x, None), lambda _, gradient: (lax.psum(gradi
 def all_reduce_over_data(x: Array, slices: int) -> Array:
     """Sum over `data`: over the devices of a slice first, then each device sums its own part with the other slices.
 
-    The compiler would do the same for one sum over `data`. But with `xla_tpu_decompose_every_reduce_scatters_hlos`, that
-    of libtpu 0.0.50 then fails, and without it, reduce-scatters do not overlap.
+    The compiler would do the same for one sum over `data`. But with `xla_tpu_decompose_every_reduce_scatters_hlos`,
+    libtpu 0.0.50 then fails, and without that option, reduce-scatters do not overlap.
     """
     if slices == 1:
         return lax.psum(x, "data")
