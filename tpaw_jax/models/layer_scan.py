@@ -3,7 +3,7 @@
 The TPU compiler runs a collective beside the computation that is near it in the program. It moves none from one
 iteration of a loop to another, and it puts a collective that nothing waits for behind the loop. So this backward pass
 
-- reduces the gradients of q, k and v, the last that a layer computes, in the iteration of the layer before it;
+- reduces the gradients of a layer's attention, the last that it computes, in the iteration of the layer before it;
 - computes the last layer outside of the loop, and reduces the gradient of the output embedding there.
 """
 
@@ -17,6 +17,9 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from tpaw_jax.models.parallel import QKV
+
+REDUCED_LATE = ("o", *QKV)
+"""The parameters of a layer whose gradients are reduced in the next iteration of the backward loop."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -91,7 +94,8 @@ def _at(stacked: PyTree[Array], i: Any) -> PyTree[Array]:
 
 def _split(full: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A layer's gradients that are reduced at once, and those that wait for the next iteration."""
-    return {name: d for name, d in full.items() if name not in QKV}, {name: full[name] for name in QKV}
+    late = {name: full[name] for name in REDUCED_LATE}
+    return {name: d for name, d in full.items() if name not in late}, late
 
 
 scan_layers.defvjp(_forward, _backward)
