@@ -16,10 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from tpaw_jax.models.parallel import QKV
-
-REDUCED_LATE = ("o", *QKV)
-"""The parameters of a layer whose gradients are reduced in the next iteration of the backward loop."""
+from tpaw_jax.models.parallel import ATTENTION
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -94,7 +91,7 @@ def _at(stacked: PyTree[Array], i: Any) -> PyTree[Array]:
 
 def _split(full: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A layer's gradients that are reduced at once, and those that wait for the next iteration."""
-    late = {name: full[name] for name in REDUCED_LATE}
+    late = {name: full[name] for name in ATTENTION}
     return {name: d for name, d in full.items() if name not in late}, late
 
 

@@ -29,8 +29,11 @@ from tpaw_jax.runtime import sharding
 LANES = 128
 """Size of a TPU tile along an array's last axis."""
 
-QKV = ("q", "k", "v")
-"""The projections of a layer's attention, whose matrices are sharded alike."""
+ATTENTION = ("q", "k", "v", "o")
+"""The projections of a layer's attention: [D, heads], and that of its output [heads, D]. All shard D over `fsdp`."""
+
+SENT_ALONE = 2**23
+"""Elements of a matrix from which the TPU compiler sends it beside computation: it does for 2**24, not for 2**22."""
 
 
 class Parallel(NamedTuple):
@@ -68,22 +71,25 @@ class Parallel(NamedTuple):
 
         return jax.tree_util.tree_map_with_path(gather, params)
 
-    def join_qkv(self, params: PyTree[Array]) -> tuple[PyTree[Array], Callable[[PyTree[Array]], PyTree[Array]]]:
-        """Join the matrices of q, k and v of all layers, because the compiler sends small ones synchronously.
+    def join_attention(self, params: PyTree[Array]) -> tuple[PyTree[Array], Callable[[PyTree[Array]], PyTree[Array]]]:
+        """Join the matrices of q, k and v of all layers, and that of o if it is small, see `SENT_ALONE`.
 
         Return the parameters, and the function that splits the matrices of one gathered layer. Matrices that are not
         gathered are left as they are.
         """
         if "fsdp" not in _axes(self.specs.get("layers/q/kernel", P()), 1):
             return params, lambda layer: layer
-        kernels = [params[name]["kernel"] for name in QKV]
+        whole_o = math.prod(params["o"]["kernel"].shape[1:]) * lax.axis_size("fsdp")
+        names = ATTENTION if whole_o < SENT_ALONE else ATTENTION[:-1]
+        transposed = lambda name, x: x.swapaxes(-2, -1) if name == "o" else x
+        kernels = [transposed(name, params[name]["kernel"]) for name in names]
         ends = np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1]
 
         def split(layer):
-            parts = zip(QKV, jnp.split(layer["q"]["kernel"], ends, axis=-1), strict=True)
-            return {**layer, **{name: {**layer[name], "kernel": kernel} for name, kernel in parts}}
+            parts = zip(names, jnp.split(layer["q"]["kernel"], ends, axis=-1), strict=True)
+            return {**layer, **{name: {**layer[name], "kernel": transposed(name, x)} for name, x in parts}}
 
-        without = {name: {key: x for key, x in params[name].items() if key != "kernel"} for name in ("k", "v")}
+        without = {name: {key: x for key, x in params[name].items() if key != "kernel"} for name in names[1:]}
         return {**params, "q": {**params["q"], "kernel": jnp.concatenate(kernels, axis=-1)}, **without}, split
 
     def embed(

@@ -274,7 +274,7 @@ class Transformer(nn.Module):
         apply = lambda params, *inputs: block.apply({"params": params}, *inputs, False)[0]
         if self.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        params, split = self.parallel.join_qkv(self.layers.variables["params"])
+        params, split = self.parallel.join_attention(self.layers.variables["params"])
         gather = lambda shards: split(self.parallel.layer(shards, self.dtype))
         return scan_layers(gather, apply, params, x_MD, inputs, head)
 
