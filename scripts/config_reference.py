@@ -32,7 +32,7 @@ def reference() -> str:
             [f"**`{prefix or 'run'}`**: {cls.__doc__}", "", "| key | default | what | source |", "|---|---|---|---|"]
         )
         for f in rows:
-            default = config_file.plain(f.default)
+            default = {} if f.default is dataclasses.MISSING else config_file.plain(f.default)
             shown = f"`{default}`" if default != "" else ""
             key = f"{prefix}.{f.name}" if prefix else f.name
             lines.append(f"| `{key}` | {shown} | {f.metadata['doc']} | {f.metadata['source']} |")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tpaw_jax.config import SourceConfig
-from tpaw_jax.data import records
+from tpaw_jax.data import sources
 from tpaw_jax.storage import files
 
 
@@ -38,7 +38,7 @@ def subset(source: SourceConfig, count: int, seed: int) -> tuple[list[dict[str, 
         ValueError: a record has no turns, or its first two are not a user turn and an assistant turn.
     """
     exchanges = []
-    for where, raw in records.read_source(source):
+    for where, raw in sources.read_source(source):
         if isinstance(raw, ValueError):
             raise raw
         turns = raw.get("messages") if isinstance(raw, dict) else None

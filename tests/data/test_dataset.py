@@ -1,5 +1,6 @@
 """Record shapes, templates, limits, mixes, and sentences for records that cannot be used."""
 
+import dataclasses
 import json
 
 import datasets
@@ -18,7 +19,7 @@ CHATML = (
 )
 USER = {"role": "user", "content": "Why?"}
 ASSISTANT = {"role": "assistant", "content": "Because."}
-EXPECTED = Record((USER,), "Because.")
+EXPECTED = Record((USER,), ASSISTANT)
 
 
 @pytest.fixture
@@ -40,13 +41,14 @@ def smollm2_tokenizer(smollm2_path):
     ],
 )
 def test_record_shapes_that_people_have(record):
-    assert parse_record(record, "here") == EXPECTED
+    parsed = parse_record(record, "here")
+    assert dataclasses.replace(parsed, turns_behind=0) == EXPECTED
 
 
 def test_multi_turn_conversations_and_inputs_become_the_prompt():
     more = [USER, ASSISTANT, {"role": "user", "content": "Really?"}, {"role": "assistant", "content": "Yes."}]
     record = parse_record({"messages": more}, "here")
-    assert record == Record(tuple(more[:3]), "Yes.")
+    assert record == Record(tuple(more[:3]), more[3])
     record = parse_record({"instruction": "Add.", "input": "1 2", "output": "3"}, "here")
     assert record.messages[0]["content"] == "Add.\n\n1 2"
 
@@ -110,13 +112,12 @@ def test_bad_lines_stop_the_load_or_are_counted_and_listed(tmp_path, stories_tok
 
 def test_what_cannot_be_read_is_told(tmp_path, stories_tokenizer):
     (tmp_path / "a.txt").write_text("hello")
-    with pytest.raises(ValueError, match=r"a.txt.*the file extension is not .jsonl, .json or .parquet"):
+    with pytest.raises(
+        ValueError, match=r"a.txt.*the file extension is not one of .jsonl, .json, .csv, .tsv, .parquet"
+    ):
         load([(str(tmp_path / "a.txt"),)], stories_tokenizer)
     with pytest.raises(ValueError, match=r"data source 'nobody/nothing' .* could not be read"):
         load([("nobody/nothing",)], stories_tokenizer)
-    (tmp_path / "a.json").write_text('{"prompt": 1}')
-    with pytest.raises(ValueError, match="expected a JSON array of records, got dict"):
-        load([(str(tmp_path / "a.json"),)], stories_tokenizer)
     with pytest.raises(ValueError, match="leave no prompt to train on"):
         load([(write_lines(tmp_path / "b.jsonl", records(2)),)], stories_tokenizer, holdout_prompts=2)
 
@@ -188,9 +189,6 @@ def test_unusable_templates_are_told(stories_tokenizer):
         "no/such/file": "is not 'auto', 'none', a Jinja template or a file",
         "{{ messages[0].content }}{% if not add_generation_prompt %}{{ messages[1].content }}{% endif %}{{ x.y.z }}": (
             "The chat template rejects a conversation"
-        ),
-        "{{ messages | length }}{% if add_generation_prompt %}A{% else %}{{ messages[1].content }}{% endif %}": (
-            "does not continue its own generation prompt"
         ),
     }
     for given, sentence in cases.items():

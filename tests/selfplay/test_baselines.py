@@ -16,7 +16,7 @@ from tpaw_jax.selfplay import loop
 USER = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "Because."}
 WORSE = {"role": "assistant", "content": "No idea."}
-EXPECTED = records.Record((USER,), "Because.", "No idea.")
+EXPECTED = records.Record((USER,), ANSWER, WORSE)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def records_of(directory, t=0):
 )
 def test_preference_records_that_people_have(record):
     assert records.parse_record(record, "here", rejected=True) == EXPECTED
-    assert records.parse_record(record, "here") == records.Record((USER,), "Because.")
+    assert records.parse_record(record, "here") == records.Record((USER,), ANSWER)
 
 
 @pytest.mark.parametrize(

@@ -201,11 +201,17 @@ def _compiles(pattern: str) -> bool:
 def _coerce(hint: Any, value: Any, where: str, key: str) -> Any:
     """Convert `value` to the type of its field; a single value counts as a list of one."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
         return parse(typing.cast(type, hint), value, where, key + ".")
     if origin is tuple:
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_coerce(arguments[0], item, where, f"{key}[{i}]") for i, item in enumerate(items))
+    if origin is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            raise ValueError(f"{where}: {key} is {value!r}; a mapping of names to values was expected.")
+        return {name: _coerce(arguments[1], item, where, f"{key}.{name}") for name, item in value.items()}
     if origin is Literal:
         if value not in arguments:
             raise ValueError(f"{where}: {key} is {value!r}; it must be one of {', '.join(map(str, arguments))}.")

@@ -10,6 +10,11 @@ def option(default: Any, doc: str, source: str = "") -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc, "source": source})
 
 
+def mapping(doc: str) -> Any:
+    """A dataclass field of names and values, empty by default."""
+    return dataclasses.field(default_factory=dict, metadata={"doc": doc, "source": ""})
+
+
 def section(cls: type) -> Any:
     """A nested section of the configuration."""
     return dataclasses.field(default_factory=cls)
@@ -40,10 +45,17 @@ class PolicyConfig:
 class SourceConfig:
     """One data source."""
 
-    path: str = option("", "a .jsonl, .json or .parquet file, a datasets directory, or a hub id")
+    path: str = option(
+        "",
+        "a .jsonl, .json, .csv, .tsv or .parquet file, a pattern or a directory of files, a saved dataset, or a hub id",
+    )
     split: str = option("train", "the split of a hub dataset or of a saved dataset dict")
     weight: float = option(1.0, "fraction of the records to use; above 1 repeats records", "zephyr's dataset_mixer")
     subset: str = option("", "the configuration of a hub dataset that has several, such as `main` of GSM8K")
+    fields: dict[str, str] = mapping(
+        "the source's names of the fields to read, such as `{prompt: question, completion: response}`; empty: its "
+        "fields have one of the known names"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +66,12 @@ class DataConfig:
     chat_template: str = option(
         "auto", "auto: the tokenizer's template; none: plain text; otherwise a Jinja template or the path of one"
     )
+    thinking: Literal["auto", "on", "off"] = option(
+        "auto",
+        "how templates with reasoning render. on: the target begins with the block of reasoning; off: the prompt ends "
+        "with an empty one; auto: on for conversations whose answer has reasoning, else off",
+    )
+    template_arguments: dict[str, Any] = mapping("variables for the chat template")
     system_prompt: str = option("", "system turn added before every prompt")
     max_prompt_length: int = option(512, "maximum tokens per prompt; longer prompts are truncated at the start", "SPIN")
     max_length: int = option(

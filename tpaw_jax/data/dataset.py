@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tpaw_jax.config import DataConfig, SourceConfig
-from tpaw_jax.data.records import Record, parse_record, read_source
+from tpaw_jax.data.records import Record, parse_record
+from tpaw_jax.data.sources import read_source
 from tpaw_jax.data.templates import Template
 from tpaw_jax.types import Prompts
 
@@ -20,6 +21,8 @@ class DataReport:
     records: int
     prompts_cut: int
     targets_cut: int
+    starts_cut: int  # truncated prompts that lost a system turn or the BOS token
+    turns_behind: int  # conversations with turns behind the last answer, which are left out
     skipped: tuple[str, ...]  # one error message per malformed record
     fingerprint: str  # hash of all tokens, so that a resumed run notices changed data
 
@@ -52,6 +55,8 @@ def load(config: DataConfig, template: Template, seed: int) -> tuple[Prompts, Pr
         records=len(records),
         prompts_cut=sum(one.prompt_cut for one in encoded),
         targets_cut=sum(one.target_cut for one in encoded),
+        starts_cut=sum(one.start_cut for one in encoded),
+        turns_behind=sum(record.turns_behind > 0 for record in records),
         skipped=tuple(skipped),
         fingerprint=_fingerprint(prompts),
     )
@@ -91,6 +96,7 @@ class _Encoded(NamedTuple):
     target: list[int]
     rejected: list[int] | None
     prompt_cut: bool
+    start_cut: bool
     target_cut: bool
 
 
@@ -116,13 +122,15 @@ def _encode(record: Record, template: Template, config: DataConfig) -> _Encoded:
     As in SPIN, prompts lose their beginning and targets their end. Unlike SPIN, a prompt above its limit is truncated
     even if prompt and target together would fit, because sampling needs the room after the prompt.
     """
-    prompt, target = template.prompt_tokens(record.messages), template.target_tokens(record.target)
+    prompt, target, rejected = template.encode(record)
     prompt_cut = len(prompt) > config.max_prompt_length
+    has_start = record.messages[0]["role"] == "system" or prompt[0] == template.tokenizer.bos_token_id
     if prompt_cut:
         prompt = prompt[-config.max_prompt_length :]
     room = config.max_length - len(prompt)
-    rejected = None if record.rejected is None else template.target_tokens(record.rejected)[:room]
-    return _Encoded(prompt, target[:room], rejected, prompt_cut, len(target) > room)
+    return _Encoded(
+        prompt, target[:room], rejected and rejected[:room], prompt_cut, prompt_cut and has_start, len(target) > room
+    )
 
 
 def _fingerprint(prompts: Prompts) -> str:

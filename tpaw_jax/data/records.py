@@ -1,61 +1,45 @@
-"""Read sources into records, and records into conversations whose last assistant turn is the target.
+"""Turn raw records of several formats into conversations whose last assistant turn is the target.
 
-Reading has two steps: `read_source` yields raw records from files, saved datasets or the Hugging Face hub, and
-`parse_record` checks one and turns it into a `Record`. Error messages name the file, the line or the record number
-(from 1), the field, and the turn (from 0).
+Error messages name the file, the line or the record number (from 1), the field, and the turn (from 0).
 """
 
 import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from tpaw_jax.config import SourceConfig
-from tpaw_jax.storage import files
+from tpaw_jax.data.conversations import Message, messages_of, text_of, tools_of
 
-Message = dict[str, str]
-"""One turn of a conversation: its `role` and its `content`."""
-
-FORMATS = "prompt/completion, messages, real/generated, instruction/input/output, question/answer, chosen"
+FORMATS = (
+    "prompt/completion, messages, conversations, real/generated, instruction/input/output, question/answer, chosen"
+)
+PROMPTS = ("prompt", "instruction", "input", "question", "system", "history", "tools")
+"""Fields that a preference shares between its two responses."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A prompt as a conversation, the target response as text, and a rejected response where one was asked for."""
+    """A conversation up to an assistant turn, that turn, and a rejected one where one was asked for."""
 
     messages: tuple[Message, ...]
-    target: str
-    rejected: str | None = None
+    answer: Message
+    rejected: Message | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    turns_behind: int = 0  # turns behind the last assistant turn, which nothing uses
     where: str = dataclasses.field(default="", compare=False)  # file and line or record number, for error messages
 
-
-def read_source(source: SourceConfig) -> Iterator[tuple[str, Any]]:
-    """Yield (where, raw record) for each record of a source; `where` is 'file, line n' or 'file, record n'.
-
-    A JSONL line that is not JSON is yielded as a `ValueError` in place of the record, so that the caller can raise or
-    skip it.
-
-    Raises:
-        ValueError: the source cannot be read, or a .json file is not an array.
-    """
-    path = Path(source.path).expanduser()
-    if path.suffix == ".jsonl" and path.is_file():
-        yield from _read_lines(path)
-    elif path.suffix == ".json" and path.is_file():
-        records = files.parse_json(path.read_bytes(), path)
-        if not isinstance(records, list):
-            raise ValueError(f"{path}: expected a JSON array of records, got {type(records).__name__}.")
-        yield from ((f"{path}, record {i}", r) for i, r in enumerate(records, start=1))
-    else:
-        yield from ((f"{source.path}, record {i}", r) for i, r in enumerate(_load_dataset(source, path), start=1))
+    @property
+    def target(self) -> str:
+        """The text of the answer."""
+        return self.answer["content"]
 
 
 def parse_record(fields: Any, where: str, rejected: bool = False) -> Record:
     """Check a raw record of any supported format and turn it into a `Record`.
 
-    Formats: `prompt`/`completion` (text or messages); `messages`, whose last assistant turn is the target; SPIN's
-    `real`/`generated`; `instruction`/`input`/`output`; `question`/`answer`; and preferences, whose target is `chosen`:
-    either two whole conversations, or two responses beside a prompt, an instruction or a question.
+    Formats: `prompt`/`completion` (text or messages); `messages` or `conversations`, whose last assistant turn is the
+    target; SPIN's `real`/`generated`; `instruction`/`input`/`output`; `question`/`answer`; and preferences, whose
+    target is `chosen`: either two whole conversations, or two responses beside a prompt, an instruction or a question.
+    `tools` belong to all of them. `system`, a text, and Alpaca's `history` belong to all but whole conversations with
+    a system turn.
 
     Args:
         fields: the raw record.
@@ -67,47 +51,64 @@ def parse_record(fields: Any, where: str, rejected: bool = False) -> Record:
     """
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: expected a record with named fields, got {type(fields).__name__}.")
-    user = lambda text: ({"role": "user", "content": text},)
-    if "chosen" in fields or rejected:
+    if fields.get("chosen") is not None or rejected:
         return _preference(fields, where, rejected)
-    if "real" in fields:
-        return _conversation(fields["real"], f"{where}, field 'real'")
     if "prompt" in fields and "completion" in fields:
-        prompt, completion = fields["prompt"], fields["completion"]
-        if isinstance(prompt, list) or isinstance(completion, list):
-            turns = [
-                *messages_of(_as_turns(prompt, "user"), f"{where}, field 'prompt'"),
-                *messages_of(_as_turns(completion, "assistant"), f"{where}, field 'completion'"),
-            ]
-            return _conversation(turns, where)
-        return Record(user(_text(fields, "prompt", where)), _text(fields, "completion", where))
-    if "messages" in fields:
-        return _conversation(fields["messages"], f"{where}, field 'messages'")
-    if "instruction" in fields:
-        instruction = _text(fields, "instruction", where)
-        context = _text(fields, "input", where, optional=True)
-        return Record(user(f"{instruction}\n\n{context}" if context else instruction), _text(fields, "output", where))
-    if "question" in fields:
-        return Record(user(_text(fields, "question", where)), _text(fields, "answer", where))
+        return _record(fields, _exchange(fields, "prompt", "completion", where), where)
+    for name in ("real", "messages", "conversations"):
+        if fields.get(name) is not None:
+            return _conversation(fields, name, where)
+    for prompt, response in (("instruction", "output"), ("question", "answer")):
+        if prompt in fields:
+            return _record(fields, _exchange(fields, prompt, response, where), where)
     names = ", ".join(map(repr, fields)) or "(none)"
     raise ValueError(f"{where}: the fields {names} match no known record format ({FORMATS}).")
 
 
-def messages_of(turns: Any, where: str) -> list[Message]:
-    """Check the turns of a conversation and copy their role and content; empty system turns are dropped.
+def _exchange(fields: dict[str, Any], prompt: str, response: str, where: str) -> list[Message]:
+    """The turns of a prompt and its response, each a text or a list of turns."""
+    asked = _turns(fields, prompt, "user", where)
+    if prompt == "instruction" and (context := text_of(fields, "input", where, may_be_empty=True)):
+        asked[-1]["content"] += f"\n\n{context}"
+    return [*_history(fields, where), *asked, *_turns(fields, response, "assistant", where)]
 
-    Raises:
-        ValueError: `turns` is not a list, or a turn has no role or no text; names `where` and the turn.
-    """
-    if not isinstance(turns, list | tuple):
-        raise ValueError(f"{where}: expected a list of turns, got {type(turns).__name__}.")
-    empty_system = lambda turn: isinstance(turn, dict) and turn.get("role") == "system" and turn.get("content") == ""
-    turns = [turn for turn in turns if not empty_system(turn)]
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            raise ValueError(f"{where}, turn {i}: a turn needs the string fields 'role' and 'content'.")
-        _text(turn, "content", f"{where}, turn {i}")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+
+def _turns(fields: dict[str, Any], name: str, role: str, where: str) -> list[Message]:
+    value = fields.get(name)
+    if isinstance(value, list) and any(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value):
+        return messages_of(value, f"{where}, field '{name}'")
+    return [{"role": role, "content": text_of(fields, name, where)}]
+
+
+def _history(fields: dict[str, Any], where: str) -> list[Message]:
+    """Alpaca's earlier exchanges: a list of pairs of an instruction and its output."""
+    turns = []
+    for i, pair in enumerate(fields.get("history") or ()):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ValueError(f"{where}: the field 'history', entry {i}, is not an instruction and its output.")
+        turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return messages_of(turns, f"{where}, field 'history'")
+
+
+def _conversation(fields: dict[str, Any], name: str, where: str) -> Record:
+    """The record of a field that holds a whole conversation."""
+    place = f"{where}, field '{name}'"
+    return _record(fields, messages_of(fields[name], place), where, place)
+
+
+def _record(fields: dict[str, Any], messages: list[Message], where: str, place: str = "") -> Record:
+    """The record of some turns; `place` is where they are, if not all over the record."""
+    place = place or where
+    system = text_of(fields, "system", where, may_be_empty=True)
+    if system and messages and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+    if last is None:
+        raise ValueError(f"{place}: the conversation has no assistant turn to use as the target.")
+    if last == 0:
+        raise ValueError(f"{place}: the conversation has no turn before the target.")
+    tools = tools_of(fields.get("tools"), f"{where}, field 'tools'")
+    return Record(tuple(messages[:last]), messages[last], tools=tools, turns_behind=len(messages) - last - 1)
 
 
 def _preference(fields: dict[str, Any], where: str, rejected: bool) -> Record:
@@ -116,77 +117,18 @@ def _preference(fields: dict[str, Any], where: str, rejected: bool) -> Record:
     parsed = []
     for name in names[: 2 if rejected else 1]:
         value, field = fields.get(name), f"{where}, field '{name}'"
-        if isinstance(value, list) and any(isinstance(turn, dict) and turn.get("role") == "user" for turn in value):
-            parsed.append(_conversation(value, field))
+        if isinstance(value, list) and any(isinstance(turn, dict) and _is_users(turn) for turn in value):
+            parsed.append(_conversation(fields, name, where))
             continue
         if not isinstance(value, list):
-            _text(fields, name, where)
-        prompt = {key: fields[key] for key in ("prompt", "instruction", "input", "question") if key in fields}
+            text_of(fields, name, where)
+        prompt = {key: fields[key] for key in PROMPTS if key in fields}
         response = "output" if "instruction" in prompt else "completion" if "prompt" in prompt else "answer"
         parsed.append(parse_record({**prompt, response: value}, field))
     if any(record.messages != parsed[0].messages for record in parsed):
         raise ValueError(f"{where}: '{names[0]}' and '{names[1]}' answer different prompts.")
-    return dataclasses.replace(parsed[0], rejected=parsed[1].target if rejected else None)
+    return dataclasses.replace(parsed[0], rejected=parsed[1].answer if rejected else None)
 
 
-def _conversation(turns: Any, where: str) -> Record:
-    messages = messages_of(turns, where)
-    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
-    if last is None:
-        raise ValueError(f"{where}: the conversation has no assistant turn to use as the target.")
-    if last == 0:
-        raise ValueError(f"{where}: the conversation has no turn before the target.")
-    return Record(tuple(messages[:last]), messages[last]["content"])
-
-
-def _as_turns(value: Any, role: str) -> Any:
-    """Plain text as one turn; everything else unchanged."""
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
-
-
-def _text(fields: dict[str, Any], name: str, where: str, optional: bool = False) -> str:
-    value = fields.get(name)
-    if optional and value in (None, ""):
-        return ""
-    if value is None:
-        raise ValueError(f"{where}: the field '{name}' is missing.")
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: the field '{name}' must be a string, got {type(value).__name__}.")
-    if not value.strip():
-        raise ValueError(f"{where}: the field '{name}' is empty.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: the field '{name}' is not valid Unicode ({error}).") from error
-    return value
-
-
-def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                yield where, files.parse_json(line, where)
-            except ValueError as error:
-                yield where, error
-
-
-def _load_dataset(source: SourceConfig, path: Path) -> Any:
-    """Read a parquet file, a saved dataset or a hub dataset with the datasets library."""
-    import datasets
-
-    try:
-        if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-            loaded = datasets.load_from_disk(str(path))
-            return loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        if path.suffix == ".parquet" and path.is_file():
-            return datasets.Dataset.from_parquet(str(path))
-        if path.is_file():
-            raise ValueError("the file extension is not .jsonl, .json or .parquet")
-        return datasets.load_dataset(source.path, source.subset or None, split=source.split)
-    except Exception as error:  # the library raises dozens of types; the user needs one sentence
-        raise ValueError(
-            f"data source '{source.path}' (split '{source.split}') could not be read: {type(error).__name__}: {error}"
-        ) from error
+def _is_users(turn: dict[str, Any]) -> bool:
+    return turn.get("role") == "user" or turn.get("from") in ("human", "user")

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from tpaw_jax.config import EvaluationConfig, RunConfig, SamplingConfig, SourceConfig, TaskConfig
-from tpaw_jax.data.records import parse_record, read_source
+from tpaw_jax.data.records import parse_record
+from tpaw_jax.data.sources import read_source
 from tpaw_jax.data.templates import Template
 from tpaw_jax.generation import engine
 from tpaw_jax.generation.policy import Policy
@@ -77,8 +78,12 @@ def load_task(config: TaskConfig, template: Template) -> Task:
             raise ValueError(
                 f"{where}: the target contains no answer; task '{config.name}' extracts it with {config.answer!r}."
             )
-        prompts.append(np.asarray(template.prompt_tokens(record.messages), np.int32))
-        targets.append(np.asarray(template.target_tokens(record.target), np.int32))
+        try:
+            encoded = template.encode(record)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        prompts.append(np.asarray(encoded.prompt, np.int32))
+        targets.append(np.asarray(encoded.target, np.int32))
         answers.append(answer)
     if not answers:
         raise ValueError(f"evaluation.tasks, '{config.name}': {config.path} contains no problems.")

@@ -84,7 +84,7 @@ class PolicyLM(TemplateLM):
                 "--chat-template: data.chat_template is 'none', so the policy was trained without a chat template; "
                 "omit the option."
             )
-        return template.render(chat_history, add_generation_prompt)
+        return template.render(chat_history, add_generation_prompt=add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The chat template, for lm-eval's records."""

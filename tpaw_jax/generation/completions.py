@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tpaw_jax.config import RunConfig, config_file
-from tpaw_jax.data import dataset, records
+from tpaw_jax.data import conversations, dataset
 from tpaw_jax.data.templates import Template
 from tpaw_jax.generation import engine, generation_file, token_sampling
 from tpaw_jax.generation.policy import SPEED_ONLY_KEYS, Policy, open_policy, stop_tokens
@@ -125,11 +125,11 @@ def _prompt_tokens(record: dict[str, Any], template: Template, vocabulary: int, 
         if turns is None:
             raise ValueError(f"{where}: one of the fields prompt_token_ids, messages or prompt is required.")
         turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
-        messages = records.messages_of(turns, where)
+        messages = conversations.messages_of(turns, where)
         if not messages or messages[-1]["role"] == "assistant":
             raise ValueError(f"{where}: the conversation must end with a turn that is not the assistant's.")
         try:
-            return template.prompt_tokens(messages)
+            return template.prompt_tokens(messages, conversations.tools_of(record.get("tools"), where))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     if not isinstance(ids, list) or not ids or not all(type(t) is int and 0 <= t < vocabulary for t in ids):

@@ -260,4 +260,8 @@ def _data_lines(report: dataset.DataReport, prompts: Prompts, held_out: Prompts)
         f"{report.prompts_cut} prompts and {report.targets_cut} targets were truncated; {len(report.skipped)} records "
         "were skipped."
     ]
+    if report.starts_cut:
+        lines.append(f"  {report.starts_cut} of the truncated prompts lost their system turn or BOS token.")
+    if report.turns_behind:
+        lines.append(f"  {report.turns_behind} conversations have turns behind the last answer, which are left out.")
     return "\n".join(lines + [f"  skipped: {sentence}" for sentence in report.skipped])
