@@ -190,7 +190,7 @@ BAD_INPUTS = [
     BadInput(LINES, "a turn without a role", _second_line({"messages": [{"content": "x"}]}), ("line 2", "turn 0")),
     BadInput(LINES, "turns that are text", _second_line({"messages": "Why?"}), ("line 2", "list of turns", "str")),
     BadInput(LINES, "no record at all", _put(b""), ("data.sources", "no prompt to train on")),
-    BadInput(ARRAY, "an object, no array", _put(b'{"data": []}'), ("records.json", "array", "dict")),
+    BadInput(ARRAY, "an object, no array", _put(b'{"data": []}'), ("records.json, line 1", "'data'", "known record")),
     BadInput(ARRAY, "brackets a hundred thousand deep", _put(b"[" * 100_000), ("records.json", "not valid JSON")),
     BadInput(ARRAY, "a record of text", _put(b'[{"prompt": "a", "completion": "b"}, "c"]'), ("record 2", "str")),
     BadInput(PARQUET, "another format", _put(b"prompt,completion\n"), ("records.parquet", "could not be read")),
@@ -243,7 +243,7 @@ def bad_templates():
     return [
         ("a template that is no file", "missing.jinja", ("data.chat_template", "missing.jinja")),
         ("a template that is no Jinja", "{% for m in messages %}", ("chat template",)),
-        ("a template that leaves answers out", "{{ messages[0].content }}", ("does not continue",)),
+        ("a template that leaves answers out", "{{ messages[0].content }}", ("leaves out the assistant's text",)),
     ]
 
 

@@ -178,6 +178,19 @@ def test_template_arguments_reach_the_template(tokenizer):
     assert tokenizer.decode(template.prompt_tokens([USER])).endswith("assistant\n")
 
 
+@pytest.mark.parametrize("thinking", ["auto", "on", "off"])
+def test_an_exported_template_renders_by_default_as_the_run_did(tokenizer, thinking):
+    template = template_of(tokenizer, "qwen3", thinking, template_arguments={"unused": "x"})
+    apply = lambda chat, **options: tokenizer.apply_chat_template(
+        [USER], chat_template=chat, tokenize=False, add_generation_prompt=True, **options
+    )
+    exported = template.with_defaults()
+    default = {"auto": {}, "on": {"enable_thinking": True}, "off": {"enable_thinking": False}}[thinking]
+    assert apply(exported) == apply(TEMPLATES["qwen3"], **default)
+    for choice in (True, False):
+        assert apply(exported, enable_thinking=choice) == apply(TEMPLATES["qwen3"], enable_thinking=choice)
+
+
 def test_what_a_template_would_leave_out_is_refused(tokenizer):
     cases = [
         ("trims", {"messages": [USER, CALL], "tools": [ADD]}, "has 'tools', which the template in data.chat_template"),

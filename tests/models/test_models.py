@@ -18,7 +18,7 @@ from tpaw_jax.config import SamplingConfig
 from tpaw_jax.generation import engine
 from tpaw_jax.generation.decoder import decoder_of
 from tpaw_jax.generation.slots import make_sampler
-from tpaw_jax.models import Transformer, config_json
+from tpaw_jax.models import Transformer, config_json, hub
 from tpaw_jax.models.attention import rope_frequencies
 
 torch.set_num_threads(1)
@@ -183,6 +183,11 @@ def broken(tmp_path, change_config=None, change_tensors=None):
         ({"model_type": "mamba"}, None, "model_type 'mamba' is not supported; supported are llama"),
         ({"hidden_act": "gelu"}, None, "hidden_act 'gelu' is not supported"),
         ({"attention_bias": True}, None, "attention_bias is true"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            None,
+            "quantization_config is set .quant_method 'awq'.*cannot",
+        ),
         ({"model_type": "mistral", "sliding_window": 128}, None, "sliding_window is 128"),
         ({"rope_parameters": {"rope_type": "yarn"}}, None, "rope type 'yarn' is not supported"),
         ({"hidden_size": None}, None, "the field 'hidden_size' is missing"),
@@ -215,6 +220,20 @@ def test_missing_files_are_named_errors(tmp_path):
         models.load_pretrained(tmp_path)
 
 
+def test_directories_without_a_model_or_a_tokenizer_are_told(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no tokenizer\.json; name a directory with one in policy\.tok"
+    ):
+        hub.load_tokenizer(broken(tmp_path))
+    (tmp_path / "tokenizer.model").write_bytes(b"not SentencePiece")
+    with pytest.raises(ValueError, match=r"transformers cannot load the tokenizer .*name that directory in policy.tok"):
+        hub.load_tokenizer(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}')
+    for load in (hub.load_tokenizer, hub.load_architecture, models.load_pretrained):
+        with pytest.raises(ValueError, match=r"this is an adapter of 'meta-llama/Llama-3\.1-8B', not a model\. Merge"):
+            load(tmp_path)
+
+
 def test_a_shard_outside_the_directory_is_refused(tmp_path):
     directory = broken(tmp_path)
     (directory / "model.safetensors").rename(tmp_path / "outside.safetensors")
@@ -227,7 +246,6 @@ def test_a_shard_outside_the_directory_is_refused(tmp_path):
 def test_loading_reads_each_parameter_once_and_in_parts(monkeypatch, stories):
     """Sharded placement asks the files for each device's slice only."""
     from tpaw_jax import config
-    from tpaw_jax.models import hub
     from tpaw_jax.runtime import sharding
 
     read = []

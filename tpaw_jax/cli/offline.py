@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -40,6 +41,24 @@ def prompts(options: argparse.Namespace, overrides: list[str]) -> None:
     ]
     files.write_json_lines(Path(options.out), records)
     print(f"{len(asked)} prompts are in {options.out}; {len(report.skipped)} malformed records were skipped.")
+
+
+def data(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Report on a configuration's data, and show how conversations become tokens."""
+    from tpaw_jax.config import config_file
+    from tpaw_jax.data import dataset, preview, templates
+    from tpaw_jax.models import hub
+
+    run = config_file.load(options.config, overrides)
+    template = templates.make_template(hub.load_tokenizer(run.policy.tokenizer or run.policy.path), run.data)
+    prompts, held_out, found = dataset.load(run.data, template, run.seed)
+    print(preview.report(prompts, held_out, found, template))
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    shown = min(options.show or 0, len(prompts))
+    if shown:
+        print(f"\n{preview.legend(color)}")
+    for number in range(shown):
+        print("\n" + preview.show(prompts, number, template, shutil.get_terminal_size().columns, color))
 
 
 def plan(options: argparse.Namespace, overrides: list[str]) -> None:

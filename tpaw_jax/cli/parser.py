@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tpaw_jax.cli.models import evaluate, export, generate
-from tpaw_jax.cli.offline import plan, prompts, report
+from tpaw_jax.cli.offline import data, plan, prompts, report
 from tpaw_jax.cli.training import demo, play, sft
 
 _CONFIGURATION = (True, "YAML files, each overriding the ones before; set any key with --key.subkey value", list)
@@ -81,6 +81,7 @@ def _offline_commands(command: Callable[..., None]) -> None:
         out=(True, "the HTML file to write", str),
         png=(False, "also write each plot as a PNG to this directory", str),
     )
+    command(data, config=_CONFIGURATION, show=(False, "also show this many prompts and targets as tokens", int))
     command(prompts, config=_CONFIGURATION, out=(True, "the JSONL file to write", str))
     command(
         plan,

@@ -84,6 +84,11 @@ def reasoning_of(message: Message) -> str:
     return message.get(REASONING[0], "")
 
 
+def has_reasoning(message: Message) -> bool:
+    """Tell whether a message has reasoning, in a field of its own or in its text."""
+    return bool(reasoning_of(message)) or "</think>" in message["content"]
+
+
 def _message(turn: Any, where: str) -> Message:
     if isinstance(turn, dict) and "from" in turn and "role" not in turn:
         turn = _from_sharegpt(turn, where)

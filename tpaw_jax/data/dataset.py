@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tpaw_jax.config import DataConfig, SourceConfig
+from tpaw_jax.data.conversations import has_reasoning
 from tpaw_jax.data.records import Record, parse_record
 from tpaw_jax.data.sources import read_source
 from tpaw_jax.data.templates import Template
@@ -23,6 +24,8 @@ class DataReport:
     targets_cut: int
     starts_cut: int  # truncated prompts that lost a system turn or the BOS token
     turns_behind: int  # conversations with turns behind the last answer, which are left out
+    with_tools: int  # conversations with descriptions or calls of tools
+    with_reasoning: int  # conversations whose answer has reasoning
     skipped: tuple[str, ...]  # one error message per malformed record
     fingerprint: str  # hash of all tokens, so that a resumed run notices changed data
 
@@ -57,6 +60,8 @@ def load(config: DataConfig, template: Template, seed: int) -> tuple[Prompts, Pr
         targets_cut=sum(one.target_cut for one in encoded),
         starts_cut=sum(one.start_cut for one in encoded),
         turns_behind=sum(record.turns_behind > 0 for record in records),
+        with_tools=sum(record.uses_tools for record in records),
+        with_reasoning=sum(has_reasoning(record.answer) for record in records),
         skipped=tuple(skipped),
         fingerprint=_fingerprint(prompts),
     )

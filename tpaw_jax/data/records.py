@@ -31,6 +31,11 @@ class Record:
         """The text of the answer."""
         return self.answer["content"]
 
+    @property
+    def uses_tools(self) -> bool:
+        """Whether tools are described or called."""
+        return bool(self.tools) or any("tool_calls" in turn for turn in (*self.messages, self.answer))
+
 
 def parse_record(fields: Any, where: str, rejected: bool = False) -> Record:
     """Check a raw record of any supported format and turn it into a `Record`.

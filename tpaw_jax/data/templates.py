@@ -6,6 +6,7 @@ token that ends the turn.
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,6 +111,16 @@ class Template:
             return self._prompt(messages, tools, mode)
         return self._render(messages, tools, mode.arguments | {"continue_final_message": True})
 
+    def with_defaults(self) -> str:
+        """The Jinja text, with the arguments of this run as defaults: for others, who render without them."""
+        first, *others = (mode.arguments for mode in self.modes)
+        fixed = {name: value for name, value in first.items() if all(o[name] == value for o in others)}
+        lines = [
+            f"{{%- if {name} is not defined %}}{{%- set {name} = {json.dumps(value)} %}}{{%- endif %}}"
+            for name, value in fixed.items()
+        ]
+        return "".join([*lines, self.chat or ""])
+
     def target_tokens(self, text: str) -> list[int]:
         """The tokens of a response's text, followed by the end-of-turn token."""
         return [*self._encode_rest(text), self.end_of_turn]
@@ -175,7 +186,7 @@ def make_template(tokenizer: Any, config: DataConfig) -> Template:
     """The template for both training and sampling: the tokenizer's own, the configured one, or plain text.
 
     Raises:
-        ValueError: there is no template or no end-of-turn token.
+        ValueError: there is no template or no end-of-turn token, or the template leaves out the assistant's text.
     """
     if config.chat_template == "none":
         if tokenizer.eos_token_id is None:
@@ -228,7 +239,9 @@ def _modes(tokenizer: Any, chat: str, config: DataConfig) -> list[Mode]:
 
 def _end_of_turn(tokenizer: Any, chat: str, mode: Mode) -> tuple[int, str]:
     """The token that ends an assistant turn, and the text that the template writes behind the assistant's."""
-    after = _apply(tokenizer, chat, _example(), **mode.arguments).rpartition(MARKER)[2]
+    _, marker, after = _apply(tokenizer, chat, _example(), **mode.arguments).rpartition(MARKER)
+    if not marker:
+        raise ValueError("The chat template leaves out the assistant's text; set another one in data.chat_template.")
     ids = tokenizer.encode(after, add_special_tokens=False)
     if ids and ids[0] in _special_tokens(tokenizer):
         return ids[0], after

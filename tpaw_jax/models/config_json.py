@@ -84,6 +84,13 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 def _reject_options(fields: dict[str, Any], model_type: str, where: str) -> None:
     """Reject options that would change what the model computes."""
+    quantized = fields.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ValueError(
+            f"{where}: quantization_config is set (quant_method {method!r}), but quantized weights cannot be trained; "
+            "use the checkpoint that they were made from, or one with dequantized weights."
+        )
     if fields.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{where}: hidden_act {fields['hidden_act']!r} is not supported; supported is 'silu'.")
     for option in ("attention_bias", "mlp_bias"):

@@ -95,6 +95,9 @@ class SafetensorsSource:
 TensorSource = SafetensorsSource | gguf.GGUFSource
 """Tensors on disk, addressed by their Hugging Face names."""
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+"""A directory with none of them has no tokenizer."""
+
 DOWNLOADED_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 
 
@@ -152,9 +155,10 @@ def load_pretrained(
 
 def load_architecture(path: str | Path) -> ModelConfig:
     """Load only the architecture of a Hugging Face directory, a hub id or a GGUF file; downloads no weights."""
-    local = resolve(path, ["config.json"])
+    local = resolve(path, ["config.json", "adapter_config.json"])
     if local.suffix == ".gguf":
         return gguf.GGUFSource(local).config
+    _refuse_adapter(local)
     return config_json.from_dict(_read_json(local / "config.json"), str(local / "config.json"))
 
 
@@ -237,13 +241,28 @@ def check_export(path: str | Path) -> Path:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """Load the tokenizer of a Hugging Face directory, a hub id or a GGUF file. Never runs remote code."""
+    """Load the tokenizer of a Hugging Face directory, a hub id or a GGUF file. Never runs remote code.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer.
+        ValueError: it cannot be loaded, or the directory holds an adapter.
+    """
     from transformers import AutoTokenizer
 
     local = resolve(path)
     if local.suffix == ".gguf":
         return gguf.load_tokenizer(local)
-    return AutoTokenizer.from_pretrained(local)
+    _refuse_adapter(local)
+    if not any((local / name).exists() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(f"{path}: there is no tokenizer.json; name a directory with one in policy.tokenizer.")
+    try:
+        return AutoTokenizer.from_pretrained(local)
+    except Exception as error:  # transformers raises many types, and asks for packages that would not help
+        raise ValueError(
+            f"{path}: transformers cannot load the tokenizer ({type(error).__name__}: {str(error).splitlines()[0]}) "
+            "without packages that this project does not use. Save it where they are, with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...), and name that directory in policy.tokenizer."
+        ) from error
 
 
 def load_generation_config(path: str | Path) -> dict[str, Any]:
@@ -251,6 +270,16 @@ def load_generation_config(path: str | Path) -> dict[str, Any]:
     local = resolve(path)
     file = local / "generation_config.json"
     return _read_json(file) if local.is_dir() and file.exists() else {}
+
+
+def _refuse_adapter(directory: Path) -> None:
+    file = directory / "adapter_config.json"
+    if file.exists() and not (directory / "config.json").exists():
+        base = _read_json(file).get("base_model_name_or_path")
+        raise ValueError(
+            f"{directory}: this is an adapter of {base!r}, not a model. Merge it into its base with PEFT's "
+            "merge_and_unload(), save the result with its tokenizer, and name that directory."
+        )
 
 
 def _check_tensors(source: TensorSource, shapes: dict[str, tuple[int, ...]], config: ModelConfig, path: Path) -> None:

@@ -32,7 +32,7 @@ def write(run: Path, round_number: int | None, out: Path) -> str:
     params = ring.restore_policy(kept, wanted, hub.abstract_params(architecture, jnp.dtype(policy.param_dtype), mesh))
     template = templates.make_template(hub.load_tokenizer(policy.tokenizer or policy.path), settings.data)
     if template.chat is not None:
-        template.tokenizer.chat_template = template.chat
+        template.tokenizer.chat_template = template.with_defaults()
     generation = hub.load_generation_config(policy.path)
     stops = stop_tokens(template, generation)
     generation["eos_token_id"] = stops if len(stops) > 1 else template.end_of_turn
