@@ -216,7 +216,9 @@ def sampling(records: list[dict]) -> str:
     """Useful tokens/s of the samplers, one line a number of slots and a dtype, and how near to their bounds ours is."""
     lines = []
     sizes = {(r["requests"], r["dtype"], r["batch"]) for r in records if r["contender"] == "tpaw_jax"}
-    for requests, dtype, batch in sorted(sizes, key=lambda size: (size[0] > 128, size[1] == "bfloat16", size[2], size[0])):
+    for requests, dtype, batch in sorted(
+        sizes, key=lambda size: (size[0] > 128, size[1] == "bfloat16", size[2], size[0])
+    ):
         ours = [r for r in records if r.get("requests") == requests and (r["dtype"], r["batch"]) == (dtype, batch)]
         mine = {r["seed"]: r["tokens_per_second"] for r in ours}
         middle = lambda name, ours=ours: common.spread([r[name] for r in ours])["median"]
