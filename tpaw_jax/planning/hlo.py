@@ -1,7 +1,7 @@
 """Count the bytes that a compiled program (HLO text) moves: through a device's memory, and between devices.
 
 XLA's own analysis counts the body of a loop once; here it counts once per iteration. The parser reads shapes,
-computations and collectives as the TPU compilers of libtpu 0.0.42 and 0.0.50 print them.
+computations and collectives as the TPU compilers of libtpu 0.0.42, 0.0.50 and 0.0.52 print them.
 """
 
 import functools
@@ -176,10 +176,8 @@ class Program(NamedTuple):
 
     def _covers(self, i: Instruction, body: dict[str, Instruction], size: float) -> bool:
         parts = [part for _, part in self._with_fused(i.called)] if i.called in self.computations else [i]
-        computes = ("while", "convolution", "dot")
-        return any(part.opcode in computes or "tpu_custom_call" in part.attributes for part in parts) or (
-            self._moved(i, body) >= size
-        )
+        computes = lambda part: part.opcode in ("while", "convolution", "dot") or "tpu_custom_call" in part.attributes
+        return any(map(computes, parts)) or self._moved(i, body) >= size
 
     def _trips(self, condition: str) -> int:
         """Trip count of a loop: the largest integer constant in its condition; 0 if there is none."""
@@ -304,7 +302,8 @@ def _instruction(line: str) -> Instruction:
     closing = _closing(rest, opening)
     inside = re.sub(r"/\*.*?\*/", "", rest[opening + 1 : closing])
     operands = tuple(re.findall(r"%([\w.\-]+)", inside)) or tuple(filter(None, [inside.strip()]))
-    return Instruction(name.lstrip("%"), shape, rest[:opening], operands, rest[closing + 1 :])
+    opcode = rest[:opening].replace("custom-call-", "call-")  # a call of the SparseCore, in libtpu 0.0.52
+    return Instruction(name.lstrip("%"), shape, opcode, operands, rest[closing + 1 :])
 
 
 def _source(computation: Computation, result: Instruction) -> Instruction:
@@ -318,7 +317,8 @@ def _called_by_name(attributes: str) -> list[str]:
     """The computation of a call, the branches of a conditional, or the condition and the body of a loop."""
     if branches := re.search(r"branch_computations=\{([^}]*)\}", attributes):
         return re.findall(r"%?([\w.\-]+)", branches.group(1))
-    return re.findall(r"(?:to_apply|true_computation|false_computation|condition|body)=%?([\w.\-]+)", attributes)
+    names = "to_apply|called_computations|true_computation|false_computation|condition|body"
+    return re.findall(rf"(?:{names})=\{{?%?([\w.\-]+)", attributes)
 
 
 def _closing(text: str, opening: int) -> int:
@@ -366,14 +366,13 @@ def _kind(i: Instruction) -> str | None:
 
 def _rendezvous(i: Instruction) -> str:
     """What a send to another slice and its recv have in common."""
-    match = re.search(r'_rendezvous="([^"]*)"', i.attributes)
-    return match.group(1) if match else i.name
+    found = re.findall(r'_rendezvous="([^"]*)"', i.attributes)
+    return found[0] if found else i.name
 
 
 def _inner_collective(i: Instruction, computations: dict[str, Computation]) -> Instruction:
-    if not _is_reduce_scatter(i):
-        return i
-    return next(part for part in computations[i.called].instructions.values() if part.opcode == "all-reduce")
+    parts = computations[i.called].instructions.values() if _is_reduce_scatter(i) else ()
+    return next((part for part in parts if part.opcode == "all-reduce"), i)
 
 
 def _is_exchange(i: Instruction) -> bool:
