@@ -67,10 +67,9 @@ def test_meshes_that_do_not_fit_the_devices_are_rejected():
 
 
 @pytest.mark.parametrize("stages", [(2, 4), (4, 2), (2, 2, 2)])
-@pytest.mark.parametrize(("axis", "parts"), [(0, "of rows"), (1, "of whole tiles"), (1, "of less than a tile")])
-def test_a_reduce_scatter_in_stages_equals_a_single_one(stages, axis, parts):
-    columns = 8 * (parallel.LANES if parts == "of whole tiles" else 3)
-    x = np.random.default_rng(0).integers(-9, 9, (8, 16, columns)).astype(np.float32)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_reduce_scatter_in_stages_equals_a_single_one(stages, axis):
+    x = np.random.default_rng(0).integers(-9, 9, (8, 16, 24)).astype(np.float32)
     mesh = sharding.make_mesh(MeshConfig(fsdp=-1))
     out = P(*[None] * axis, "fsdp")
 

@@ -20,14 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from tpaw_jax.runtime import sharding
-
-LANES = 128
-"""Size of a TPU tile along an array's last axis."""
 
 ATTENTION = ("q", "k", "v", "o")
 """The projections of a layer's attention: [D, heads], and that of its output [heads, D]. All shard D over `fsdp`."""
@@ -177,24 +175,21 @@ def _sum_scattered(x: Array, axis: int, stages: tuple[int, ...]) -> Array:
     """Reduce-scatter `x` along `axis` over `fsdp`, in one stage per dimension of `stages`.
 
     The outermost dimension comes first: after it, a device has the shards of all devices that differ from it only in
-    the remaining dimensions. If shards of the last axis are not a multiple of `LANES`, they are first moved to the
-    leading axis, because the TPU compiler would otherwise use an all-reduce, which moves twice the bytes.
+    the remaining dimensions. The axis is moved to the front and kept there in memory, because the TPU compiler would
+    otherwise use all-reduces for small shards of a last axis. They would send twice the bytes.
     """
     # The barriers keep the compiler from cutting a sum before it scatters it: it would then send twice the bytes.
     if len(stages) <= 1:
         return lax.optimization_barrier(lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True))
     count = math.prod(stages)
     devices = np.arange(count).reshape(stages)
-    move_to_front = axis == x.ndim - 1 and x.shape[axis] // count % LANES
-    if move_to_front:
-        x = jnp.moveaxis(x.reshape(*x.shape[:-1], count, -1), -2, 0)
-        shape, x = x.shape[1:], x.reshape(-1, x.shape[-1])
+    row_major = Layout(major_to_minor=tuple(range(x.ndim)))
+    x = jnp.moveaxis(x, axis, 0)
     for i, size in enumerate(stages):
         groups = np.moveaxis(devices, i, -1).reshape(-1, size).tolist()
-        along = 0 if move_to_front else axis
-        x = lax.psum_scatter(x, "fsdp", scatter_dimension=along, tiled=True, axis_index_groups=groups)
-        x = lax.optimization_barrier(x)
-    return x.reshape(shape) if move_to_front else x
+        x = lax.optimization_barrier(lax.psum_scatter(x, "fsdp", tiled=True, axis_index_groups=groups))
+        x = with_layout_constraint(x, row_major) if axis else x
+    return jnp.moveaxis(x, 0, axis)
 
 
 _all_gather.defvjp(_all_gather_forward, _all_gather_backward)
