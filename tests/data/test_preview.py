@@ -56,7 +56,7 @@ def test_the_report_counts(loaded):
     assert found["with reasoning in the answer"] == "1 (25.0%)"
     assert found["with tools"] == "0 (0.0%)"
     assert (found["repeated prompts"], found["repeated prompts with target"]) == ("2", "1")
-    assert found["ids part where tokens merge"] == "2"  # "assistant\n" before "\n\nBecause"
+    assert found["boundary within a token"] == "2"  # "assistant\n" before "\n\nBecause"
     assert "a.jsonl, line 5, field 'messages', turn 1: the field 'content' is empty" in preview.report(*loaded)
 
 

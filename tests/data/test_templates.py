@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tpaw_jax.config import DataConfig
 from tpaw_jax.data import templates
 from tpaw_jax.data.records import parse_record
+from tpaw_jax.generation.policy import stop_tokens
 from tpaw_jax.models import hub
 
 TEMPLATES = {path.stem: path.read_text() for path in sorted((FIXTURES / "chat_templates").glob("*.jinja"))}
@@ -219,6 +220,27 @@ def test_a_template_that_cannot_be_reconciled_is_quoted_where_the_texts_part(tok
     template = templates.make_template(tokenizer, DataConfig(chat_template=opens))
     with pytest.raises(ValueError, match="does not continue its own generation prompt with the answer"):
         template.encode(parse_record({"messages": [USER, answer("Because.")]}, "here"))
+
+
+def test_tokens_that_the_model_lacks_are_refused_by_name(tokenizer):
+    known = tokenizer.convert_tokens_to_ids("<|eot_id|>")  # the last of the special tokens; `ADDED` follow
+    fits = templates.make_template(tokenizer, DataConfig(chat_template=TEMPLATES["trims"]), len(tokenizer))
+    fits.encode(parse_record({"messages": [USER, answer("<think>")]}, "here"))
+    small = templates.make_template(tokenizer, DataConfig(chat_template=TEMPLATES["trims"]), known + 1)
+    small.encode(parse_record({"messages": [USER, answer("think")]}, "here"))
+    with pytest.raises(ValueError, match=rf"id {known + 1} for '<think>', but the model's vocabulary has {known + 1} "):
+        small.encode(parse_record({"messages": [USER, answer("<think>")]}, "here"))
+    with pytest.raises(ValueError, match=rf"id {known} for '<\|eot_id\|>', but the model's vocabulary has {known} tok"):
+        templates.make_template(tokenizer, DataConfig(chat_template=TEMPLATES["llama-3.1"]), known)
+
+
+def test_every_end_token_that_the_tokenizer_or_the_model_names_ends_a_response(tokenizer):
+    template = template_of(tokenizer, "llama-3.1")
+    eos, eot = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert eos != eot == template.end_of_turn
+    assert stop_tokens(template, {}) == sorted({eos, eot})
+    assert stop_tokens(template, {"eos_token_id": 0}) == sorted({0, eos, eot})
+    assert stop_tokens(template, {"eos_token_id": [0, 7, eot]}) == sorted({0, 7, eos, eot})
 
 
 def test_texts_that_begin_with_a_space_for_the_tokenizer_are_not_given_one_in_the_middle(stories_tokenizer):

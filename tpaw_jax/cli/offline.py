@@ -33,7 +33,8 @@ def prompts(options: argparse.Namespace, overrides: list[str]) -> None:
     from tpaw_jax.storage import files
 
     run = config_file.load(options.config, overrides)
-    template = templates.make_template(hub.load_tokenizer(run.policy.tokenizer or run.policy.path), run.data)
+    tokenizer = hub.load_tokenizer(run.policy.tokenizer or run.policy.path)
+    template = templates.make_template(tokenizer, run.data, _vocabulary(run.policy.path))
     asked, _, report = dataset.load(run.data, template, run.seed)
     records = [
         {"prompt_id": int(i), "prompt": template.tokenizer.decode(tokens), "prompt_token_ids": tokens.tolist()}
@@ -50,7 +51,8 @@ def data(options: argparse.Namespace, overrides: list[str]) -> None:
     from tpaw_jax.models import hub
 
     run = config_file.load(options.config, overrides)
-    template = templates.make_template(hub.load_tokenizer(run.policy.tokenizer or run.policy.path), run.data)
+    tokenizer = hub.load_tokenizer(run.policy.tokenizer or run.policy.path)
+    template = templates.make_template(tokenizer, run.data, _vocabulary(run.policy.path))
     prompts, held_out, found = dataset.load(run.data, template, run.seed)
     print(preview.report(prompts, held_out, found, template))
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -59,6 +61,16 @@ def data(options: argparse.Namespace, overrides: list[str]) -> None:
         print(f"\n{preview.legend(color)}")
     for number in range(shown):
         print("\n" + preview.show(prompts, number, template, shutil.get_terminal_size().columns, color))
+
+
+def _vocabulary(path: str) -> int | None:
+    """The number of the model's tokens; None where only a tokenizer is at `path`."""
+    from tpaw_jax.models import hub
+
+    try:
+        return hub.load_architecture(path).vocab_size
+    except FileNotFoundError:
+        return None
 
 
 def plan(options: argparse.Namespace, overrides: list[str]) -> None:

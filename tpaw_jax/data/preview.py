@@ -40,7 +40,7 @@ def report(prompts: Prompts, held_out: Prompts, found: DataReport, template: Tem
         ("with reasoning in the answer", share(found.with_reasoning)),
         ("repeated prompts", count - len({x.tobytes() for x, _ in both})),
         ("repeated prompts with target", count - len({(x.tobytes(), y.tobytes()) for x, y in both})),
-        ("ids part where tokens merge", sum(_merges(x, y, template) for x, y in both)),
+        ("boundary within a token", sum(_merges(x, y, template) for x, y in both)),
     ]
     lines = [f"{name:32}{value}" for name, value in rows]
     lines += ["", f"{'tokens':10}{'min':>7}{'median':>8}{'95 %':>7}{'max':>7}{'total':>12}  from min to max"]

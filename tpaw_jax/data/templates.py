@@ -52,13 +52,14 @@ class Template:
     after_answer: str = ""  # what the template writes behind an assistant's text
     modes: tuple[Mode, ...] = ()  # in the order in which they are tried
     anchor: str = ""  # text to encode before a target, see `_anchor`
+    vocabulary: int | None = None  # number of the model's tokens; None: unknown
 
     def encode(self, record: Record) -> Encoded:
         """The tokens of a record.
 
         Raises:
             ValueError: the chat template rejects the conversation, leaves a part of it out, or does not continue its
-                own generation prompt.
+                own generation prompt; or the tokenizer has a token for it that the model lacks.
         """
         prompt, texts = self.split(record)
         targets = [self._end_turn(text) for text in texts]
@@ -150,7 +151,9 @@ class Template:
         return self._encode(self.anchor + text)[len(self._encode(self.anchor)) :]
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        _check_vocabulary(ids, self.tokenizer, self.vocabulary)
+        return ids
 
     def _check_is_used(self, record: Record, answers: Sequence[Message]) -> None:
         """Refuse what the template does not read at all: nothing is to be left out without a word."""
@@ -182,12 +185,24 @@ class Template:
         )
 
 
-def make_template(tokenizer: Any, config: DataConfig) -> Template:
+def make_template(tokenizer: Any, config: DataConfig, vocabulary: int | None = None) -> Template:
     """The template for both training and sampling: the tokenizer's own, the configured one, or plain text.
 
+    Args:
+        tokenizer: of the model.
+        config: names the template.
+        vocabulary: the number of the model's tokens; None: not checked.
+
     Raises:
-        ValueError: there is no template or no end-of-turn token, or the template leaves out the assistant's text.
+        ValueError: there is no template or no end-of-turn token, the model lacks that token, or the template leaves out
+            the assistant's text.
     """
+    template = _make_template(tokenizer, config)
+    _check_vocabulary([template.end_of_turn], tokenizer, vocabulary)
+    return dataclasses.replace(template, vocabulary=vocabulary)
+
+
+def _make_template(tokenizer: Any, config: DataConfig) -> Template:
     if config.chat_template == "none":
         if tokenizer.eos_token_id is None:
             raise ValueError("data.chat_template 'none' ends responses with the EOS token, but the tokenizer has none.")
@@ -264,6 +279,15 @@ def _anchor(tokenizer: Any) -> str:
 
 def _special_tokens(tokenizer: Any) -> set[int]:
     return set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+
+
+def _check_vocabulary(ids: Sequence[int], tokenizer: Any, vocabulary: int | None) -> None:
+    if vocabulary is not None and ids and max(ids) >= vocabulary:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        raise ValueError(
+            f"the tokenizer has the id {max(ids)} for {token!r}, but the model's vocabulary has {vocabulary} tokens. "
+            "Use the model's own tokenizer (policy.tokenizer), or resize the model's embeddings."
+        )
 
 
 def _example() -> list[Message]:

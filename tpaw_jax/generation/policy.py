@@ -41,7 +41,8 @@ def open_policy(config: RunConfig, mesh: Mesh) -> Policy:
         ValueError: the model, its tokenizer or `sampling.tensor` cannot be used.
     """
     c, dtype = config.policy, jnp.dtype(config.policy.param_dtype)
-    template = templates.make_template(hub.load_tokenizer(c.tokenizer or c.path), config.data)
+    tokenizer, vocabulary = hub.load_tokenizer(c.tokenizer or c.path), hub.load_architecture(c.path).vocab_size
+    template = templates.make_template(tokenizer, config.data, vocabulary)
     architecture, params = models.load_pretrained(c.path, dtype, sharding.param_sharder(mesh))
     remat = "layer" if c.remat == "auto" else c.remat
     attention = splash_attention.splash_attention() if jax.default_backend() == "tpu" else TILES
@@ -58,6 +59,10 @@ def open_policy(config: RunConfig, mesh: Mesh) -> Policy:
 
 
 def stop_tokens(template: templates.Template, generation: Mapping[str, Any]) -> list[int]:
-    """The tokens that end a response: the template's end of turn, and `eos_token_id` of generation_config.json."""
-    eos = generation.get("eos_token_id") or []
-    return sorted({template.end_of_turn, *(eos if isinstance(eos, list) else [eos])})
+    """The tokens that end a response.
+
+    They are the template's end of turn, the tokenizer's EOS, and all of `eos_token_id` in generation_config.json.
+    """
+    given = generation.get("eos_token_id")
+    given = given if isinstance(given, list) else [given]
+    return sorted({template.end_of_turn, template.tokenizer.eos_token_id, *given} - {None})
