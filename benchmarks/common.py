@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainConfig
-from tpaw_jax.data import packing
+from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.generation.cpu import kernels
 from tpaw_jax.models import ModelConfig, Transformer
 from tpaw_jax.models.tile_attention import TILES
@@ -40,7 +40,7 @@ CAPS = {"prompt": 128, "target": 128, "generated": 64}
 """The longest of each at a quarter of the paper's scale: 512 prompt tokens, 1024 in all, 256 new ones."""
 
 
-def fullest_row_length(trees: Sequence[packing.Tree], config: PackingConfig, lengths: Sequence[int]) -> int:
+def fullest_row_length(trees: Sequence[prefix_trees.Tree], config: PackingConfig, lengths: Sequence[int]) -> int:
     """The row length of `lengths` that needs the fewest tokens in total for a fixed set of trees.
 
     Raises:
@@ -63,7 +63,7 @@ class Setup(NamedTuple):
     params: Any
     prompts: Prompts
     generations: list[Generations]
-    trees: list[packing.Tree]
+    trees: list[prefix_trees.Tree]
     rows: packing.Rows
     mesh: Any
     log_prob_fn: logprobs.LogProbFn
@@ -131,7 +131,7 @@ def workload(prompts: int, rounds: int, scale: float, seed: int, vocabulary: int
 def set_up(name: str, config: PackingConfig, data: tuple[Prompts, list[Generations]], remat: str, chunk: int) -> Setup:
     """A random model of `MODELS` and `data` in rows, float32, on one device."""
     prompts, generations = data
-    trees = packing.trees_of_window(prompts, generations, packing.first_sources(prompts, generations))
+    trees = prefix_trees.trees_of_window(prompts, generations, prefix_trees.first_sources(prompts, generations))
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     model = Transformer(MODELS[name], remat=remat, attention=TILES)
     shardings = sharding.param_shardings(jax.eval_shape(lambda: _init(model)), mesh)

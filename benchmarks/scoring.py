@@ -36,12 +36,13 @@ def main() -> None:
     options = parser.parse_args()
     vocabulary = common.MODELS[options.model].vocab_size
     data = common.workload(options.prompts, 3, options.scale, options.seed, vocabulary)
-    setup = common.set_up(options.model, PackingConfig(row_length=options.row_length), data, "dots", 256)
-    batch_sizes(setup, options)
+    packed = PackingConfig(row_length=options.row_length)
+    setup = common.set_up(options.model, packed, data, "dots", 256)
+    batch_sizes(setup, packed, options)
     streaming(setup, options)
 
 
-def batch_sizes(setup: common.Setup, options: argparse.Namespace) -> None:
+def batch_sizes(setup: common.Setup, packed: PackingConfig, options: argparse.Namespace) -> None:
     """A line for each number of batches at once, their passes interleaved."""
     rows, model = setup.rows, setup.model.config
     scorer = scoring.make_scorer(setup.log_prob_fn, setup.mesh)
@@ -57,7 +58,7 @@ def batch_sizes(setup: common.Setup, options: argparse.Namespace) -> None:
             start = time.perf_counter()
             scoring.score(scorer, setup.params, rows, 1, n)
             seconds.append(time.perf_counter() - start)
-    work = cost.work_of_trees(setup.trees)
+    work = cost.work_of_trees(setup.trees, packed)
     flops = cost.flops(model, work)
     for n, seconds in readings.items():
         rate = common.spread([flops / s / 1e9 for s in seconds])

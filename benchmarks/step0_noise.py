@@ -18,7 +18,7 @@ import numpy as np
 
 from tpaw_jax.cli import overrides
 from tpaw_jax.config import config_file
-from tpaw_jax.data import dataset, packing
+from tpaw_jax.data import dataset, packing, prefix_trees
 from tpaw_jax.generation.policy import open_policy
 from tpaw_jax.models import Transformer
 from tpaw_jax.runtime import sharding
@@ -41,7 +41,7 @@ def main() -> None:
     prompts, *_ = dataset.load(run.data, player.template, run.seed)
     store = round_store.open_store(journal.open_journal(options.run, read_only=True), prompts)
     window = [store.generations[r] for r in run.objective.opponents(max(store.generations))]
-    rows = packing.pack(packing.trees_of_window(prompts, window, store.sources), run.packing)
+    rows = packing.pack(prefix_trees.trees_of_window(prompts, window, store.sources), run.packing)
     optimizer = train_step.make_optimizer(run.train)
     for compute, remat in itertools.product(("float32", "bfloat16"), ("layer", "dots", "none")):
         model = Transformer(player.model.config, jnp.dtype(compute), jnp.float32, remat)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tpaw_jax.config import DataConfig, PackingConfig, PolicyConfig, RunConfig, SamplingConfig
-from tpaw_jax.data import packing
+from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.models import splash_attention as splash
 from tpaw_jax.models.attention import EINSUM, Visibility
 from tpaw_jax.planning import workload
@@ -47,7 +47,7 @@ def parity(trees: int, seed: int) -> None:
     while compared < trees:
         length, shape = ((256, (4, 2)), (1024, (2, 1)), (2048, (2, 2)))[turn % 3]
         batch, count = random_rows(seed + turn, length)
-        visibility = Visibility(batch.segment_ids, batch.branch_ids)
+        visibility = Visibility.of(batch)
         found, expected = (
             values_and_gradients(attention, visibility, seed + turn, *shape)
             for attention in (splash.splash_attention(interpret=True), EINSUM)
@@ -74,7 +74,7 @@ def random_rows(seed: int, length: int) -> tuple[packing.TreeBatch, int]:
         sizes = rng.integers(1, max(8, length // 24), 1 + rng.integers(2, 5))
         x, *responses = (np.ones(n, np.int32) for n in sizes)
         triplets = tuple((0, k, 1) for k in range(1, len(responses)))
-        trees.append(packing.Tree(i, x, tuple(range(-1, len(responses) - 1)), tuple(responses), triplets))
+        trees.append(prefix_trees.Tree(i, x, tuple(range(-1, len(responses) - 1)), tuple(responses), triplets))
     return packing.pack(trees, config).batch, len(trees)
 
 
@@ -122,8 +122,8 @@ def compile_times(topology: str, lengths: list[int]) -> None:
     by_row = NamedSharding(mesh, P("rows"))
     attention = splash.splash_attention()
 
-    def of_device(q, k, v, segments, branches):
-        context = attention.prepare(Visibility(segments, branches))
+    def of_device(q, k, v, *visibility):
+        context = attention.prepare(Visibility(*visibility))
         loss = lambda *x: jnp.sum(attention.attend(*x, context).astype(jnp.float32))
         return jax.grad(loss, (0, 1, 2))(q, k, v)
 
@@ -131,7 +131,7 @@ def compile_times(topology: str, lengths: list[int]) -> None:
     for length in lengths:
         shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((len(devices), *sizes), dtype, sharding=by_row)
         row = shape(length, dtype=jnp.int32)
-        lowered = program.lower(shape(length, 32, 128), shape(length, 8, 128), shape(length, 8, 128), row, row)
+        lowered = program.lower(shape(length, 32, 128), shape(length, 8, 128), shape(length, 8, 128), row, row, row)
         start = time.perf_counter()
         compiled = lowered.compile()
         common.emit(

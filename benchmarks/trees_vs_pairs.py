@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from tpaw_jax.config import PackingConfig, TrainConfig
-from tpaw_jax.data import packing
+from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.models.attention import EINSUM
 from tpaw_jax.runtime.host import Prefetch, restart_with_huge_pages
 from tpaw_jax.training import cost, scoring, train_step
@@ -54,7 +54,7 @@ def main() -> None:
         options.prompts, PLAYERS, options.scale, options.seed, common.MODELS[options.model].vocab_size
     )
     prompts, generations = data
-    trees = packing.trees_of_window(prompts, generations, packing.first_sources(prompts, generations))
+    trees = prefix_trees.trees_of_window(prompts, generations, prefix_trees.first_sources(prompts, generations))
     lengths = (
         [options.row_length]
         if options.row_length

@@ -141,6 +141,26 @@ def random_prompts(rng, count, vocabulary=512, longest=30):
     return prompts, rounds
 
 
+def random_conversations(rng, count, vocabulary=512, longest=13):
+    """Prompts and rounds as of `random_prompts`, which are the turns of `count` conversations.
+
+    Most prompts begin with the one before and its target. Some targets differ in the history, and some prompts end in
+    tokens that are not in it, as with templates that drop the reasoning of earlier turns.
+    """
+    ids = lambda low, high: rng.integers(3, vocabulary, rng.integers(low, high)).astype(np.int32)
+    prompts, targets, conversations = [], [], []
+    for conversation in range(count):
+        history = ids(2, longest)
+        for _ in range(rng.integers(1, 5)):
+            prompts.append(np.concatenate([history, ids(0, 3)]))
+            targets.append(ids(1, longest))
+            conversations.append(conversation)
+            history = np.concatenate([history, targets[-1] if rng.random() < 0.7 else ids(1, longest), ids(2, longest)])
+    _, rounds = random_prompts(rng, len(prompts), vocabulary, longest)
+    of = np.asarray(conversations, np.int32)
+    return Prompts(np.arange(len(prompts), dtype=np.int32), tuple(prompts), tuple(targets), conversations=of), rounds
+
+
 def small_run(directory, *over, **overrides):
     """The demo's configuration, with files read over it, shrunk to seconds."""
     shrunk = {

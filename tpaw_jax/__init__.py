@@ -21,7 +21,8 @@ from typing import Any
 
 _PUBLIC = {
     "config": ("ObjectiveConfig", "PackingConfig", "RunConfig", "SamplingConfig", "TrainConfig", "load"),
-    "data.packing": ("Rows", "Tree", "pack", "step_batch", "trees_of_window"),
+    "data.packing": ("Rows", "pack", "step_batch"),
+    "data.prefix_trees": ("Tree", "trees_of_window"),
     "generation.decoder": ("Decoder", "decoder_from_apply_fn", "decoder_of"),
     "generation.engine": ("generate",),
     "generation.slots": ("Sampler", "make_sampler"),

@@ -37,6 +37,7 @@ class Prompts:
     prompt_tokens: tuple[np.ndarray, ...]
     target_tokens: tuple[np.ndarray, ...]
     rejected_tokens: tuple[np.ndarray, ...] = ()  # the data's rejected responses; () if it has none
+    conversations: np.ndarray | None = None  # [prompts] int32; equal for the turns of a conversation; None: all differ
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
@@ -48,7 +49,12 @@ class Prompts:
             tuple(self.prompt_tokens[i] for i in indices),
             tuple(self.target_tokens[i] for i in indices),
             tuple(self.rejected_tokens[i] for i in indices if self.rejected_tokens),
+            None if self.conversations is None else self.conversations[np.asarray(indices, int)],
         )
+
+    def conversation_of(self, index: int) -> int | None:
+        """The number of the conversation that the prompt at `index` is a turn of."""
+        return None if self.conversations is None else int(self.conversations[index])
 
 
 class PackedPrompts(NamedTuple):
@@ -73,13 +79,16 @@ class Generations:
 class TreeBatch(struct.PyTreeNode):
     """Rows packed with prefix trees `[x | y | g ...]`. The positions of every response continue those of x.
 
+    With `data.train_on: all`, the prompts of a conversation may share a trunk, see `data.prefix_trees`.
+
     The model never reads the last token of a response, so that token appears in `labels` but not in `tokens`.
     """
 
     tokens: Int[AnyArray, "*lead B T"]
     positions: Int[AnyArray, "*lead B T"]
-    segment_ids: Int[AnyArray, "*lead B T"]  # the token's tree, counted from 1 in each row; 0 is padding
-    branch_ids: Int[AnyArray, "*lead B T"]  # 0 for prompt tokens, else the number of the response in its tree, from 1
+    segment_ids: Int[AnyArray, "*lead B T"]  # the token's segment, counted from 1 in each row; 0 is padding
+    branch_ids: Int[AnyArray, "*lead B T"]  # 0 for the trunk, else the number of the response in its segment, from 1
+    prompt_end: Int[AnyArray, "*lead B T"]  # for responses: the end in the row of what they see of the trunk; else 0
     hidden_index: Int[AnyArray, "*lead B P"]  # the token of the row whose hidden state makes the prediction
     labels: Int[AnyArray, "*lead B P"]  # the token to predict
     response_ids: Int[AnyArray, "*lead B P"]  # the prediction's response, in [0, R); R is padding

@@ -16,7 +16,7 @@ import common
 import jax
 
 from tpaw_jax.config import PackingConfig
-from tpaw_jax.data import packing
+from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.runtime.host import Prefetch, restart_with_huge_pages
 from tpaw_jax.training import scoring, train_step
 from tpaw_jax.types import Generations, Prompts, TeamScores
@@ -34,8 +34,8 @@ def main() -> None:
         Generations(t, tuple(np.array(row["generated"][t], np.int32) for row in work["rows"]), ())
         for t in reversed(range(PLAYERS))
     ]
-    sources = packing.first_sources(prompts, generations)
-    trees = packing.trees_of_window(prompts, generations, sources)
+    sources = prefix_trees.first_sources(prompts, generations)
+    trees = prefix_trees.trees_of_window(prompts, generations, sources)
     packed = PackingConfig(row_length=common.fullest_row_length(trees, PackingConfig(), ROW_LENGTHS))
     setup = common.set_up("small", packed, (prompts, generations), remat="dots", chunk=448)
     rows_per_step = packing.micro_batches_per_step(setup.rows, STEP_TRIPLETS, 1)
@@ -53,7 +53,7 @@ def main() -> None:
         state, metrics = jax.block_until_ready(step(state, *inputs(setup.rows, blank, np.arange(1))))
 
     start = time.perf_counter()
-    rows = packing.pack(packing.trees_of_window(prompts, generations, sources), packed)
+    rows = packing.pack(prefix_trees.trees_of_window(prompts, generations, sources), packed)
     scores = TeamScores(np.stack([scoring.score(scorer, p, rows, 1) for p in players]), np.ones(PLAYERS, bool))
     scored = time.perf_counter()
     orders = [packing.epoch_order(rows, 0, 0, epoch) for epoch in range(EPOCHS)]

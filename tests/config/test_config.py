@@ -62,6 +62,11 @@ def test_a_configuration_can_be_read_back_from_its_yaml(tmp_path):
             "packing.row_length must be at least 1280, the maximum tokens of a prompt",
         ),
         (MINIMAL, ("data.max_length=512",), "data.max_length must exceed data.max_prompt_length"),
+        (
+            MINIMAL,
+            ("data.train_on=all", "data.responses=rejected", "rounds=1", "packing.row_length=2048"),
+            "data.train_on must be last where data.responses is rejected",
+        ),
         (MINIMAL, ("rounds",), "The override 'rounds' is not of the form key=value"),
         (MINIMAL, ("rounds.more=1", "rounds.more.deep=1"), "goes through 'more', which is not a section"),
     ],

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import DEMO, STORIES
 
-from tpaw_jax.config import DataConfig, SourceConfig
-from tpaw_jax.data import dataset, templates
+from tpaw_jax.config import DataConfig, PackingConfig, SourceConfig
+from tpaw_jax.data import dataset, prefix_trees, templates
 from tpaw_jax.data.records import Record, parse_record
 from tpaw_jax.models import hub
 
@@ -153,6 +153,51 @@ def test_prompts_lose_their_beginning_and_targets_their_end(tmp_path, stories_to
     np.testing.assert_array_equal(cut.prompt_tokens[0], x[-4:])
     np.testing.assert_array_equal(cut.target_tokens[0], y[:3])
     assert (report.prompts_cut, report.targets_cut) == (1, 1)
+
+
+def say(*contents, system=None):
+    roles = ("user", "assistant") * len(contents)
+    turns = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+    return {"messages": [{"role": "system", "content": system}, *turns] if system else turns}
+
+
+def test_every_assistant_turn_can_be_a_target(tmp_path, smollm2_tokenizer):
+    greeted = {"messages": [ASSISTANT, *say("More?", "No.")["messages"]]}  # nothing asked for the first answer
+    path = write_lines(tmp_path / "a.jsonl", [say("One?", "1", "Two?", "2", "Three?", "3", system="Count."), greeted])
+    prompts, _, report = load([(path,)], smollm2_tokenizer, chat_template="auto", train_on="all")
+    text = lambda tokens: smollm2_tokenizer.decode(tokens)
+    by_target = {text(y)[:1]: i for i, y in enumerate(prompts.target_tokens)}
+    assert sorted(by_target) == ["1", "2", "3", "N"]
+    assert report.records == 2
+    assert len({prompts.conversations[by_target[name]] for name in "123"}) == 1
+    assert prompts.conversations[by_target["N"]] != prompts.conversations[by_target["1"]]
+    second = (
+        "<|im_start|>system\nCount.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n1<|im_end|>"
+    )
+    assert text(prompts.prompt_tokens[by_target["2"]]).startswith(second)
+    segments = prefix_trees.segments_of(prefix_trees.trees_of_targets(prompts), PackingConfig(row_length=256))
+    whole = max(len(x) + len(y) for x, y in zip(prompts.prompt_tokens, prompts.target_tokens, strict=True))
+    assert max(segment.length() for segment in segments) == whole - 1
+
+
+def test_conversations_are_held_out_whole(tmp_path, smollm2_tokenizer):
+    path = write_lines(tmp_path / "a.jsonl", [say(f"{i}?", "a", f"{i}!", "b") for i in range(8)])
+    prompts, held_out, _ = load(
+        [(path,)], smollm2_tokenizer, chat_template="auto", train_on="all", holdout_prompts=3, max_prompts=4
+    )
+    assert (len(prompts), len(held_out)) == (8, 6)
+    assert not set(prompts.conversations) & set(held_out.conversations)
+    assert load([(path,)], smollm2_tokenizer, chat_template="auto")[0].conversations is None
+
+
+def test_a_turn_that_the_template_refuses_skips_its_conversation(tmp_path, smollm2_tokenizer):
+    chat = CHATML.replace("{{ m.content }}", "{% if m.content == 'bad' %}{{ no.such }}{% endif %}{{ m.content }}")
+    path = write_lines(tmp_path / "a.jsonl", [say("One?", "1", "Two?", "2"), say("One?", "bad", "Two?", "2")])
+    config = {"chat_template": chat, "train_on": "all"}
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: The chat template rejects .* user, assistant"):
+        load([(path,)], smollm2_tokenizer, **config)
+    prompts, _, report = load([(path,)], smollm2_tokenizer, skip_bad_records=True, **config)
+    assert (len(prompts), len(report.skipped)) == (2, 1)
 
 
 def test_the_template_that_generates_is_the_one_that_trains(smollm2_tokenizer):

@@ -4,29 +4,30 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, random_prompts
+from conftest import ROOT, random_conversations, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpaw_jax.config import PackingConfig
-from tpaw_jax.data import packing
-from tpaw_jax.types import TARGET, TeamScores
+from tpaw_jax.data import packing, prefix_trees
+from tpaw_jax.models.attention import Visibility, visible
+from tpaw_jax.types import TARGET, Prompts, TeamScores
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import common
 
 
-def pack_window(seed, count, n_max=3, **config):
-    prompts, rounds = random_prompts(np.random.default_rng(seed), count)
+def pack_window(seed, count, n_max=3, draw=random_prompts, **config):
+    prompts, rounds = draw(np.random.default_rng(seed), count)
     window = rounds[::-1][:n_max]
-    trees = packing.trees_of_window(prompts, window, packing.first_sources(prompts, rounds))
+    trees = prefix_trees.trees_of_window(prompts, window, prefix_trees.first_sources(prompts, rounds))
     return prompts, rounds, trees, packing.pack(trees, PackingConfig(**{"row_length": 160, **config}))
 
 
 def test_sources_default_to_those_of_the_window():
     prompts, rounds, *_ = pack_window(0, 4)
-    expected = packing.trees_of_window(prompts, rounds, packing.first_sources(prompts, rounds))
-    for tree, other in zip(packing.trees_of_window(prompts, rounds), expected, strict=True):
+    expected = prefix_trees.trees_of_window(prompts, rounds, prefix_trees.first_sources(prompts, rounds))
+    for tree, other in zip(prefix_trees.trees_of_window(prompts, rounds), expected, strict=True):
         assert (tree.sources, tree.triplets) == (other.sources, other.triplets)
 
 
@@ -39,10 +40,17 @@ def test_automatic_alignment_and_rows_per_batch_count_as_one():
     assert packing.empty_step(automatic, 3, 2)[0].tokens.shape == (2, 1, 160)
 
 
-@settings(deadline=None, max_examples=25)
-@given(seed=st.integers(0, 10**6), count=st.integers(2, 12), row_length=st.sampled_from([96, 160, 300]))
-def test_rows_hold_every_triplet_once_and_nothing_else(seed, count, row_length):
-    prompts, rounds, _, rows = pack_window(seed, count, row_length=row_length)
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(2, 12),
+    row_length=st.sampled_from([160, 300, 512]),
+    alignment=st.sampled_from([1, 4]),
+    draw=st.sampled_from([random_prompts, random_conversations]),
+)
+def test_rows_hold_every_triplet_once_and_nothing_else(seed, count, row_length, alignment, draw):
+    prompts, rounds, _, rows = pack_window(seed, count, draw=draw, row_length=row_length, alignment=alignment)
+    seen = np.asarray(visible(Visibility.of(rows.batch)))
     found = []
     for row in range(len(rows)):
         b = {name: np.asarray(getattr(rows.batch, name)[row]) for name in rows.batch.__dataclass_fields__}
@@ -50,13 +58,12 @@ def test_rows_hold_every_triplet_once_and_nothing_else(seed, count, row_length):
         for response in np.unique(b["response_ids"][b["response_ids"] < rows.prompt_index.shape[1]]):
             of_response = b["response_ids"] == response
             texts[response] = b["labels"][of_response].tolist()
-            prompt = prompts.prompt_tokens[rows.prompt_index[row, response]]
-            sources = b["hidden_index"][of_response]
-            # The first prediction comes from the prompt's end, the others from the response's own tokens, in order.
-            assert b["positions"][sources].tolist() == list(range(len(prompt) - 1, len(prompt) - 1 + of_response.sum()))
-            assert b["branch_ids"][sources[0]] == 0
-            assert b["tokens"][sources[0]] == prompt[-1]
-            assert b["tokens"][sources[1:]].tolist() == texts[response][:-1]
+            prompt = prompts.prompt_tokens[rows.prompt_index[row, response]].tolist()
+            # A token is predicted from the prompt and the response's tokens before it, each at its position.
+            for i, place in enumerate(b["hidden_index"][of_response]):
+                context = seen[row, place]
+                assert b["tokens"][context].tolist() == prompt + texts[response][:i]
+                assert b["positions"][context].tolist() == list(range(len(prompt) + i))
         for target, generated, weight in zip(
             b["triplet_target"], b["triplet_generated"], b["triplet_weight"], strict=True
         ):
@@ -72,7 +79,7 @@ def test_rows_hold_every_triplet_once_and_nothing_else(seed, count, row_length):
 
 def test_equal_responses_are_computed_once_and_counted():
     prompts, rounds, trees, _ = pack_window(0, 4)
-    sources = packing.first_sources(prompts, rounds)
+    sources = prefix_trees.first_sources(prompts, rounds)
     assert sources[1][0] == 0  # round 1 repeats round 0's response to prompt 0
     assert sources[1][1] == TARGET  # and the target of prompt 1
     assert len(trees[0].responses) == 2  # y and one generation, sampled in all three rounds
@@ -84,7 +91,7 @@ def test_equal_responses_are_computed_once_and_counted():
 def test_the_last_token_of_a_response_takes_no_space():
     prompts, _, trees, rows = pack_window(3, 5)
     assert sum(t.length() for t in trees) == (np.asarray(rows.batch.segment_ids) > 0).sum()
-    one = packing.tree_of_responses(prompts, 0, {TARGET: prompts.target_tokens[0]})
+    one = prefix_trees.tree_of_responses(prompts, 0, {TARGET: prompts.target_tokens[0]})
     assert one.length() == len(prompts.prompt_tokens[0]) + len(prompts.target_tokens[0]) - 1
 
 
@@ -96,6 +103,45 @@ def test_a_tree_longer_than_a_row_is_split_and_one_that_cannot_be_is_an_error():
     assert parts.triplets.sum() == sum(n for *_, n in longest.triplets)
     with pytest.raises(ValueError, match=f"Prompt {longest.prompt}: .* exceed a row of 8 tokens"):
         packing.pack([longest], PackingConfig(row_length=8))
+
+
+def test_the_turns_of_a_conversation_share_what_they_begin_with():
+    ids = lambda first, count: np.arange(first, first + count, dtype=np.int32)
+    dialog = ids(0, 100)
+    start, end = (10, 40, 80), (20, 55, 100)  # of the three targets
+    prompts = Prompts(
+        np.arange(4, dtype=np.int32),
+        (*(dialog[:n] for n in start), ids(500, 30)),  # the last prompt begins otherwise, for example: it was truncated
+        (*(dialog[a:b] for a, b in zip(start, end, strict=True)), ids(600, 5)),
+        conversations=np.zeros(4, np.int32),
+    )
+    config = PackingConfig(row_length=256)
+    trees = prefix_trees.trees_of_targets(prompts)
+    joined, alone = prefix_trees.segments_of(trees, config)
+    assert joined.length() == 99  # of the targets, only the last takes tokens, all but its end
+    assert alone.length() == 34
+    assert joined.length(alignment=8) == sum((16, 32, 40, 24))  # [0, 10), [10, 40), [40, 80), the last target
+    responses = [np.full(6, 7 + i, np.int32) for i in range(4)]
+    trees = [prefix_trees.tree_of_responses(prompts, i, {0: r}) for i, r in enumerate(responses)]
+    assert [s.length() for s in prefix_trees.segments_of(trees, config)] == [80 + 3 * 5, 30 + 5]
+    one_by_one = prefix_trees.segments_of(trees, PackingConfig(row_length=89))  # the third response does not fit
+    assert [len(s.trees) for s in one_by_one] == [1, 2, 1]
+
+
+def test_what_a_prompt_adds_to_the_shared_part_is_repeated_before_each_response():
+    history, lead = np.arange(50, dtype=np.int32), np.array([900, 901], np.int32)
+    prompts = Prompts(
+        np.arange(2, dtype=np.int32),
+        (np.concatenate([history[:30], lead]), np.concatenate([history, lead])),
+        (history[30:40], history[:9]),
+        conversations=np.array([5, 5], np.int32),
+    )
+    config = PackingConfig(row_length=256)
+    segments = prefix_trees.segments_of(prefix_trees.trees_of_targets(prompts), config)
+    assert [s.length() for s in segments] == [52 + (2 + 9) + 8]
+    many = {r: np.full(9, r, np.int32) for r in range(20)}  # 20 leads of 2 tokens: no fewer than the 30 that are shared
+    trees = [prefix_trees.tree_of_responses(prompts, 0, many), *prefix_trees.trees_of_targets(prompts)[1:]]
+    assert [s.length() for s in prefix_trees.segments_of(trees, config)] == [52 + 8, 32 + 20 * 8]
 
 
 def test_rows_are_well_filled():
@@ -134,7 +180,7 @@ def test_a_step_has_room_for_the_micro_batches_that_rounds_ask_for(rows_per_batc
 def tree_of_lengths(i, x, y, generated):
     tokens = tuple(np.zeros(n, np.int32) for n in (y, *generated))
     triplets = tuple((0, k + 1, 1) for k in range(len(generated)))
-    return packing.Tree(i, np.zeros(x, np.int32), tuple(range(-1, len(generated))), tokens, triplets)
+    return prefix_trees.Tree(i, np.zeros(x, np.int32), tuple(range(-1, len(generated))), tokens, triplets)
 
 
 def ultrachat_like(count, scale, seed):

@@ -8,7 +8,7 @@ from conftest import FIXTURES
 
 from tpaw_jax import models
 from tpaw_jax.config import PackingConfig, SamplingConfig
-from tpaw_jax.data import packing
+from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.generation import engine
 from tpaw_jax.generation.decoder import decoder_of
 from tpaw_jax.generation.slots import make_sampler
@@ -32,7 +32,7 @@ def greedy(model, params, prompts, max_new_tokens, stops):
 
 def scores_of_targets(model, params, prompts, row_length):
     rows = packing.pack(
-        [packing.tree_of_responses(prompts, i, {TARGET: y}) for i, y in enumerate(prompts.target_tokens)],
+        [prefix_trees.tree_of_responses(prompts, i, {TARGET: y}) for i, y in enumerate(prompts.target_tokens)],
         PackingConfig(row_length=row_length),
     )
     scores = jax.jit(make_log_prob_fn(model, 64))(params, rows.batch)

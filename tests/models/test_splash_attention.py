@@ -4,23 +4,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_prompts
+from conftest import random_conversations, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpaw_jax.config import PackingConfig
-from tpaw_jax.data import packing
+from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.models import splash_attention as splash
 from tpaw_jax.models.attention import EINSUM, Visibility, visible
 
 
-def packed(seed, length, count=6, longest=60):
+def packed(seed, length, rows, count=6, longest=60):
     """The visibility of rows as `packing.pack` makes them for splash attention."""
-    prompts, rounds = random_prompts(np.random.default_rng(seed), count, longest=longest)
-    trees = packing.trees_of_window(prompts, rounds, packing.first_sources(prompts, rounds))
+    draw, longest = (random_conversations, longest // 5) if seed % 2 else (random_prompts, longest)
+    prompts, rounds = draw(np.random.default_rng(seed), count, longest=longest)
+    trees = prefix_trees.trees_of_window(prompts, rounds, prefix_trees.first_sources(prompts, rounds))
     config = PackingConfig(row_length=length, alignment=splash.alignment(length))
     batch = packing.pack(trees, config).batch
-    return Visibility(jnp.asarray(batch.segment_ids), jnp.asarray(batch.branch_ids))
+    return Visibility(*(jnp.asarray(x[:rows]) for x in Visibility.of(batch)))
 
 
 def value_and_gradients(attention, visibility, seed, heads=2, kv_heads=1, size=64):
@@ -36,8 +37,7 @@ def value_and_gradients(attention, visibility, seed, heads=2, kv_heads=1, size=6
 @settings(deadline=None, max_examples=5)
 @given(seed=st.integers(0, 10**6), length=st.sampled_from([256, 384, 2048]), grouped=st.booleans())
 def test_the_kernel_and_its_gradients_equal_the_dense_mask(seed, length, grouped):
-    visibility = packed(seed, length)
-    visibility = Visibility(visibility.segment_ids[:2], visibility.branch_ids[:2])
+    visibility = packed(seed, length, 2)
     heads = (4, 2) if grouped else (2, 2)
     found, expected = (
         value_and_gradients(attention, visibility, seed, *heads)
@@ -49,8 +49,7 @@ def test_the_kernel_and_its_gradients_equal_the_dense_mask(seed, length, grouped
 @settings(deadline=None, max_examples=12)
 @given(seed=st.integers(0, 10**6), length=st.sampled_from([128, 512, 1024, 2048, 4096]))
 def test_rules_and_blocks_say_what_the_dense_mask_says(seed, length):
-    visibility = packed(seed, length, count=12, longest=length // 8)
-    visibility = Visibility(visibility.segment_ids[:1], visibility.branch_ids[:1])
+    visibility = packed(seed, length, 1, count=12, longest=length // 8)
     rules = jax.jit(splash.plan)(visibility)
     places = jnp.broadcast_to(jnp.arange(length), (length, length))
     sees = jax.jit(splash._sees, static_argnums=0)

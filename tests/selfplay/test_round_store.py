@@ -5,7 +5,7 @@ import pytest
 from conftest import random_prompts
 
 from tpaw_jax.config import PackingConfig
-from tpaw_jax.data import packing
+from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.selfplay import round_store
 from tpaw_jax.storage import journal
 from tpaw_jax.types import Prompts
@@ -19,7 +19,7 @@ def world(tmp_path):
     store = round_store.open_store(journal.open_journal(tmp_path), prompts)
     for generations in rounds:
         store = round_store.append(store, generations)
-    trees = packing.trees_of_window(prompts, [store.generations[r] for r in (2, 1, 0)], store.sources)
+    trees = prefix_trees.trees_of_window(prompts, [store.generations[r] for r in (2, 1, 0)], store.sources)
     return store, trees, packing.pack(trees, PACKING), rounds
 
 
@@ -45,7 +45,7 @@ def test_nothing_is_scored_twice(world):
     store, trees, rows, _ = world
     responses = lambda found: sum(len(t.responses) for t in found)
     assert responses(round_store.missing(store, 1, trees)) == responses(trees)
-    earlier = packing.trees_of_window(store.prompts, [store.generations[r] for r in (1, 0)], store.sources)
+    earlier = prefix_trees.trees_of_window(store.prompts, [store.generations[r] for r in (1, 0)], store.sources)
     earlier_rows = packing.pack(earlier, PACKING)
     round_store.add_scores(store, 1, 1, earlier_rows, opinion(earlier_rows, 1))
     left = round_store.missing(store, 1, trees)

@@ -13,7 +13,7 @@ from conftest import DEMO, STORIES, small_run
 from tpaw_jax import cli
 from tpaw_jax.cli import training
 from tpaw_jax.config import PackingConfig, config_file
-from tpaw_jax.data import dataset, packing, templates
+from tpaw_jax.data import dataset, packing, prefix_trees, templates
 from tpaw_jax.generation.policy import open_policy
 from tpaw_jax.report import run_report
 from tpaw_jax.runtime import preemption, sharding
@@ -59,7 +59,7 @@ def test_the_loss_of_the_first_step_is_that_of_transformers(trained):
     c = small_run(directory)
     template = templates.make_template(transformers.AutoTokenizer.from_pretrained(STORIES), c.data)
     prompts, _, _ = dataset.load(c.data, template, c.seed)
-    rows = packing.pack(packing.trees_of_targets(prompts), PackingConfig(128, 2, 64, 1))
+    rows = packing.pack(prefix_trees.trees_of_targets(prompts), PackingConfig(128, 2, 64, 1))
     first = records(directory)[0]
     used = packing.epoch_order(rows, c.seed, 0, 0)
     model = transformers.LlamaForCausalLM.from_pretrained(STORIES, dtype=torch.float32)

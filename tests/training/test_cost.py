@@ -10,26 +10,28 @@ from conftest import random_prompts
 from plain import triplets_of
 
 from tpaw_jax.config import PackingConfig, RunConfig, config_file
-from tpaw_jax.data import packing
+from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.models import Transformer
 from tpaw_jax.models.attention import Visibility, visible
 from tpaw_jax.training import cost
 from tpaw_jax.types import TARGET
 
+CONFIG = PackingConfig(row_length=160, max_responses_per_row=12)
+
 
 @pytest.fixture
 def packed():
     prompts, rounds = random_prompts(np.random.default_rng(3), 9)
-    sources = packing.first_sources(prompts, rounds)
-    trees = packing.trees_of_window(prompts, rounds[::-1], sources)
-    return prompts, rounds, sources, trees, packing.pack(trees, PackingConfig(row_length=160, max_responses_per_row=12))
+    sources = prefix_trees.first_sources(prompts, rounds)
+    trees = prefix_trees.trees_of_window(prompts, rounds[::-1], sources)
+    return prompts, rounds, sources, trees, packing.pack(trees, CONFIG)
 
 
 def test_rows_are_counted_as_the_mask_counts_them(packed):
     *_, rows = packed
     batch = rows.batch
     work = cost.work_of_rows(rows)
-    mask = np.asarray(visible(Visibility(batch.segment_ids, batch.branch_ids)))
+    mask = np.asarray(visible(Visibility.of(batch)))
     assert work.tokens == batch.tokens.size
     assert work.attended == mask[np.asarray(batch.segment_ids) > 0].sum()
     assert work.predictions == sum(len(r) for tree in packed[3] for r in tree.responses)
@@ -37,7 +39,7 @@ def test_rows_are_counted_as_the_mask_counts_them(packed):
 
 def test_trees_are_rows_without_padding(packed):
     *_, trees, rows = packed
-    alone, together = cost.work_of_trees(trees), cost.work_of_rows(rows)
+    alone, together = cost.work_of_trees(trees, CONFIG), cost.work_of_rows(rows)
     assert alone[1:] == together[1:]
     assert alone.tokens == pytest.approx(together.tokens * rows.fill)
 
@@ -75,7 +77,7 @@ def test_a_round_costs_its_scoring_once_and_three_passes_an_epoch(packed):
     run = RunConfig(packing=PackingConfig(row_length=160, max_responses_per_row=12))
     generations = {g.round: g for g in rounds}
     in_trees, in_pairs = cost.round_work(prompts, generations, sources, [2, 1, 0], run)
-    of_newest = [packing.tree_of_responses(prompts, i, {2: r}) for i, r in enumerate(rounds[2].tokens)]
+    of_newest = [prefix_trees.tree_of_responses(prompts, i, {2: r}) for i, r in enumerate(rounds[2].tokens)]
     newest_alone = cost.work_of_rows(packing.pack(of_newest, run.packing))
     one_epoch = cost.work_of_rows(rows)
     assert in_trees.training == one_epoch * 6
@@ -90,7 +92,9 @@ def test_what_is_not_sampled_yet_is_expected_as_long_as_the_round_before(packed)
     before = {r.round: r for r in rounds[:2]}
     ahead, _ = cost.round_work(prompts, before, {r: sources[r] for r in (0, 1)}, [2, 1, 0], run)
     lengths = lambda tokens: sum(min(len(r), 20) for r in tokens)
-    distinct = sum(len(r) for tree in packing.trees_of_window(prompts, rounds[:2], sources) for r in tree.responses)
+    distinct = sum(
+        len(r) for tree in prefix_trees.trees_of_window(prompts, rounds[:2], sources) for r in tree.responses
+    )
     assert ahead.training.predictions == 6 * (distinct + lengths(rounds[1].tokens))
     first, _ = cost.round_work(prompts, {}, {}, [0], run)
     targets = sum(len(y) for y in prompts.target_tokens)

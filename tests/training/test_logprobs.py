@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_prompts
+from conftest import random_conversations, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import pad, pair_batch, pair_log_probs, pair_loss, triplets_of
 
 from tpaw_jax.config import ObjectiveConfig, PackingConfig
-from tpaw_jax.data import packing
+from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.models import Transformer
 from tpaw_jax.models.attention import EINSUM, Visibility, attend, visible
 from tpaw_jax.models.tile_attention import TILE, TILES, key_widths, plan
@@ -21,11 +21,11 @@ from tpaw_jax.types import TeamScores
 PAPER = {"lam": 0.1, "eta": 6.0, "gamma": 0.5}
 
 
-@pytest.fixture(scope="module")
-def packed(stories):
-    prompts, rounds = random_prompts(np.random.default_rng(0), 7)
+@pytest.fixture(scope="module", params=[random_prompts, random_conversations])
+def packed(request, stories):
+    prompts, rounds = request.param(np.random.default_rng(0), 5)
     window = rounds[::-1]
-    trees = packing.trees_of_window(prompts, window, packing.first_sources(prompts, rounds))
+    trees = prefix_trees.trees_of_window(prompts, window, prefix_trees.first_sources(prompts, rounds))
     rows = packing.pack(trees, PackingConfig(row_length=160, max_responses_per_row=12))
     return Transformer(stories[0], attention=TILES), stories[1], prompts, window, rows
 
@@ -132,17 +132,21 @@ def test_the_blockwise_head_never_holds_the_logits_of_a_row():
 
 
 def random_trees(rng, rows, length):
-    """Segment and branch ids of rows packed with trees of up to four responses, with padding at the end."""
-    segments, branches = np.zeros((2, rows, length), np.int32)
+    """The visibility in rows of trees of up to four responses, with padding at the end and between the parts."""
+    segments, branches, prompt_end = np.zeros((3, rows, length), np.int32)
     for row in range(rows):
         place, segment = 0, 0
         while place < length - rng.integers(1, 1 + length // 4):
             segment += 1
-            for branch in range(rng.integers(1, 6)):
+            ends = []
+            parts = [0] * rng.integers(1, 4) + list(range(1, rng.integers(1, 6)))  # of the trunk, and responses
+            for branch in parts:
                 run = slice(place, min(length, place + int(rng.integers(1, 90))))
                 segments[row, run], branches[row, run] = segment, branch
-                place = run.stop
-    return jnp.asarray(segments), jnp.asarray(branches)
+                prompt_end[row, run] = rng.choice(ends) if branch else 0
+                ends += [run.stop] if branch == 0 and run.stop > run.start else []
+                place = run.stop + int(rng.integers(0, 3))
+    return Visibility(*map(jnp.asarray, (segments, branches, prompt_end)))
 
 
 @settings(deadline=None, max_examples=8)
@@ -150,11 +154,10 @@ def random_trees(rng, rows, length):
 def test_tiles_and_their_gradients_equal_the_dense_mask(seed, length, grouped):
     rng = np.random.default_rng(seed)
     rows, heads, kv_heads, size = 2, 4, 2 if grouped else 4, 8
-    segments, branches = random_trees(rng, rows, length)
-    visibility = Visibility(segments, branches)
+    visibility = random_trees(rng, rows, length)
     arrays = [rng.normal(size=(rows, length, n, size)) for n in (heads, kv_heads, kv_heads, heads)]
     q, k, v, weight = (jnp.asarray(a, jnp.float32) for a in arrays)
-    weight *= (segments > 0)[..., None, None]  # the output at padding does not matter
+    weight *= (visibility.segment_ids > 0)[..., None, None]  # the output at padding does not matter
 
     def value_and_gradients(attention):
         context = lambda: attention.prepare(visibility)
@@ -165,13 +168,14 @@ def test_tiles_and_their_gradients_equal_the_dense_mask(seed, length, grouped):
 
 
 def test_tiles_see_what_the_mask_keeps_and_little_more():
-    segments, branches = random_trees(np.random.default_rng(1), 1, 1024)
-    tiles = plan(Visibility(segments, branches))
+    visibility = random_trees(np.random.default_rng(1), 1, 1024)
+    segments = visibility.segment_ids
+    tiles = plan(visibility)
     widths, bounds = key_widths(1024), np.asarray(tiles.bounds)
     computed = sum(TILE * width * int(n) for width, n in zip(widths, np.diff(bounds), strict=True))
     assert int(tiles.tile.queries[: bounds[-1]].sum()) == int((segments > 0).sum())
     assert computed < 1024 * 1024 / 4  # the dense mask computes every pair
-    needed = int((visible(Visibility(segments, branches)) & (segments > 0)[:, :, None]).sum())
+    needed = int((visible(visibility) & (segments > 0)[:, :, None]).sum())
     assert computed >= needed
 
 

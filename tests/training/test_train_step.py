@@ -11,7 +11,7 @@ import transformers
 from conftest import random_prompts
 
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainConfig
-from tpaw_jax.data import packing
+from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.models import EINSUM, TILES, Transformer, parallel, shard_model
 from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.training import logprobs, scoring, train_step
@@ -31,7 +31,7 @@ def setup(
     **train,
 ):
     prompts, rounds = random_prompts(np.random.default_rng(0), 10)
-    trees = packing.trees_of_window(prompts, rounds[::-1], packing.first_sources(prompts, rounds))
+    trees = prefix_trees.trees_of_window(prompts, rounds[::-1], prefix_trees.first_sources(prompts, rounds))
     rows = packing.pack(trees, PackingConfig(row_length=128, max_responses_per_row=12))
     mesh = sharding.make_mesh(mesh or MeshConfig(fsdp=devices), jax.devices()[:devices])
     model = shard_model(Transformer(stories[0], dtype=compute, remat=remat, attention=TILES), stories[1], mesh)
@@ -232,7 +232,7 @@ def test_scoring_in_larger_batches_gives_the_same_scores(stories):
     from tpaw_jax.training.logprobs import make_log_prob_fn
 
     prompts, rounds = random_prompts(np.random.default_rng(5), 27)
-    trees = packing.trees_of_window(prompts, rounds, packing.first_sources(prompts, rounds))
+    trees = prefix_trees.trees_of_window(prompts, rounds, prefix_trees.first_sources(prompts, rounds))
     rows = packing.pack(trees, PackingConfig(row_length=128, max_responses_per_row=12))
     mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     scorer = scoring.make_scorer(make_log_prob_fn(Transformer(stories[0], attention=TILES), 64), mesh)
@@ -255,7 +255,7 @@ def test_a_users_model_trains_on_one_device_without_a_mesh(stories):
 
     log_prob_fn = logprobs.from_apply_fn(apply_fn)
     prompts, rounds = random_prompts(np.random.default_rng(0), 10)
-    rows = packing.pack(packing.trees_of_window(prompts, rounds[::-1]), PackingConfig(128, 2, 12))
+    rows = packing.pack(prefix_trees.trees_of_window(prompts, rounds[::-1]), PackingConfig(128, 2, 12))
     scored = scoring.score(scoring.make_scorer(log_prob_fn), stories[1], rows, 2)
     np.testing.assert_allclose(scored, scores.log_probs[0], rtol=1e-5, atol=1e-4)
     optimizer = train_step.make_optimizer(TrainConfig(optimizer="adamw", epsilon=1e-4))

@@ -142,6 +142,7 @@ def _check_values(c: RunConfig) -> list[Check]:
     return [
         (one_round or objective.loss != "sft", "rounds", "must be 1 where objective.loss is sft"),
         (one_round or sampled, "rounds", "must be 1 where data.responses is rejected: the responses never change"),
+        (data.train_on == "last" or sampled, "data.train_on", "must be last where data.responses is rejected"),
         (bool(c.policy.path), "policy.path", "is not set"),
         (len(data.sources) >= 1, "data.sources", "is empty"),
         (all(s.path for s in data.sources), "data.sources", "has an entry without a path"),

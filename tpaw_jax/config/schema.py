@@ -66,6 +66,9 @@ class DataConfig:
     chat_template: str = option(
         "auto", "auto: the tokenizer's template; none: plain text; otherwise a Jinja template or the path of one"
     )
+    train_on: Literal["last", "all"] = option(
+        "last", "assistant turns that are targets: the last of each conversation, or all of them", "SPIN"
+    )
     thinking: Literal["auto", "on", "off"] = option(
         "auto",
         "how templates with reasoning render. on: the target begins with the block of reasoning; off: the prompt ends "
@@ -78,10 +81,10 @@ class DataConfig:
         1024, "maximum tokens of prompt and target together; longer targets are truncated at the end", "SPIN"
     )
     max_prompts: int = option(
-        0, "number of prompts to use, chosen at random with the seed; 0: all", "TPAW: a 50k subset"
+        0, "number of conversations to use, chosen at random with the seed; 0: all", "TPAW: a 50k subset"
     )
     holdout_prompts: int = option(
-        0, "number of prompts held out of training; the log-prob of their targets is reported each round"
+        0, "number of conversations held out of training; the log-prob of their targets is reported each round"
     )
     responses: Literal["sampled", "rejected"] = option(
         "sampled",

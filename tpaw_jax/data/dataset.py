@@ -42,17 +42,20 @@ def load(config: DataConfig, template: Template, seed: int) -> tuple[Prompts, Pr
     order = np.random.default_rng(seed).permutation(len(records))
     held_out = min(config.holdout_prompts, len(records))
     wanted = len(records) if config.max_prompts == 0 else min(len(records), held_out + config.max_prompts)
-    encoded = _encode_all([records[i] for i in order[:wanted]], template, config, skipped)
-    if len(encoded) <= held_out:
+    conversations = _encode_all([records[i] for i in order[:wanted]], template, config, skipped)
+    if len(conversations) <= held_out:
         raise ValueError(
             f"data.sources: {len(records)} usable records leave no prompt to train on after {held_out} are held out "
             f"({len(skipped)} records were skipped). Add data, or lower data.holdout_prompts."
         )
+    encoded = [one for turns in conversations for one in turns]
+    sizes = [len(turns) for turns in conversations]
     prompts = Prompts(
         np.arange(len(encoded), dtype=np.int32),
         tuple(np.asarray(one.prompt, np.int32) for one in encoded),
         tuple(np.asarray(one.target, np.int32) for one in encoded),
         tuple(np.asarray(one.rejected, np.int32) for one in encoded if one.rejected is not None),
+        None if max(sizes) == 1 else np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
     )
     report = DataReport(
         records=len(records),
@@ -65,13 +68,14 @@ def load(config: DataConfig, template: Template, seed: int) -> tuple[Prompts, Pr
         skipped=tuple(skipped),
         fingerprint=_fingerprint(prompts),
     )
-    held_out_tokens = {prompts.prompt_tokens[i].tobytes() for i in range(held_out)}
-    train = [i for i in range(held_out, len(prompts)) if prompts.prompt_tokens[i].tobytes() not in held_out_tokens]
+    first = sum(sizes[:held_out])
+    held_out_tokens = {prompts.prompt_tokens[i].tobytes() for i in range(first)}
+    train = [i for i in range(first, len(prompts)) if prompts.prompt_tokens[i].tobytes() not in held_out_tokens]
     if not train:
         raise ValueError(
             "data.sources: every prompt to train on is also a held-out prompt. Add data, or lower data.holdout_prompts."
         )
-    return prompts.take(train), prompts.take(range(held_out)), report
+    return prompts.take(train), prompts.take(range(first)), report
 
 
 def _read(source: SourceConfig, number: int, config: DataConfig, skipped: list[str], seed: int) -> list[Record]:
@@ -95,7 +99,7 @@ def _read(source: SourceConfig, number: int, config: DataConfig, skipped: list[s
 
 
 class _Encoded(NamedTuple):
-    """The tokens of a record, and whether they were truncated."""
+    """The tokens of a prompt and its responses, and whether they were truncated."""
 
     prompt: list[int]
     target: list[int]
@@ -107,12 +111,13 @@ class _Encoded(NamedTuple):
 
 def _encode_all(
     records: Sequence[Record], template: Template, config: DataConfig, skipped: list[str]
-) -> list[_Encoded]:
-    """Tokenize records; errors are raised, or appended to `skipped`."""
+) -> list[list[_Encoded]]:
+    """Tokenize the turns of records that are trained on; errors are raised, or appended to `skipped`."""
     encoded = []
     for record in records:
+        turns = record.turns() if config.train_on == "all" else [record]
         try:
-            encoded.append(_encode(record, template, config))
+            encoded.append([_encode(turn, template, config) for turn in turns])
         except ValueError as error:
             message = f"{record.where}: {error}"
             if not config.skip_bad_records:
@@ -122,7 +127,7 @@ def _encode_all(
 
 
 def _encode(record: Record, template: Template, config: DataConfig) -> _Encoded:
-    """Tokenize one record and truncate it to the configured lengths.
+    """Tokenize a prompt and its responses and truncate them to the configured lengths.
 
     As in SPIN, prompts lose their beginning and targets their end. Unlike SPIN, a prompt above its limit is truncated
     even if prompt and target together would fit, because sampling needs the room after the prompt.

@@ -1,7 +1,6 @@
-"""Pack prompts and their responses into rows of fixed shape, as prefix trees `[x | y | g ...]`.
+"""Pack prefix trees into rows of fixed shape: `[x | y | g ...]`, or the turns of a conversation on one trunk.
 
-All triplets of a prompt share x and y, so a tree computes them once. Responses with identical tokens are stored once
-and counted by multiplicity. Trees are assigned to rows by first-fit-decreasing bin packing.
+Segments are assigned to rows by first-fit-decreasing bin packing.
 """
 
 import dataclasses
@@ -11,31 +10,8 @@ import jax
 import numpy as np
 
 from tpaw_jax.config import PackingConfig
-from tpaw_jax.types import TARGET, Generations, Prompts, TeamScores, TreeBatch
-
-
-@dataclasses.dataclass(frozen=True)
-class Tree:
-    """One prompt, its distinct responses, and the triplets that they form."""
-
-    prompt: int  # index into Prompts
-    prompt_tokens: np.ndarray
-    sources: tuple[int, ...]  # for each response: TARGET, or the round that first sampled it
-    responses: tuple[np.ndarray, ...]
-    triplets: tuple[tuple[int, int, int], ...]  # (index of y, index of y_gen, multiplicity)
-
-    def length(self, alignment: int = 1) -> int:
-        """Count the row tokens that the tree occupies.
-
-        The prompt and each response are padded to a multiple of `alignment`. A response's last token is only a label
-        and takes no space.
-        """
-        return sum(_align(n, alignment) for n in (len(self.prompt_tokens), *(len(r) - 1 for r in self.responses)))
-
-    @property
-    def predictions(self) -> int:
-        """Number of predicted tokens, i.e. all tokens of all responses."""
-        return sum(len(r) for r in self.responses)
+from tpaw_jax.data.prefix_trees import Segment, Tree, align, segments_of
+from tpaw_jax.types import TeamScores, TreeBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,63 +36,11 @@ class Rows:
         return float((np.asarray(self.batch.segment_ids) > 0).mean()) if len(self) else 0.0
 
 
-def first_sources(prompts: Prompts, generations: Sequence[Generations]) -> dict[int, np.ndarray]:
-    """Map each round to the source where each of its responses first appeared: TARGET, an earlier round, or itself.
-
-    Identical responses to a prompt share a source, so each is computed and scored once.
-
-    Returns:
-        round -> int32 sources, [prompts].
-    """
-    seen = [{target.tobytes(): TARGET} for target in prompts.target_tokens]
-    return {
-        g.round: np.array(
-            [seen[i].setdefault(tokens.tobytes(), g.round) for i, tokens in enumerate(g.tokens)], np.int32
-        )
-        for g in sorted(generations, key=lambda g: g.round)
-    }
-
-
-def trees_of_window(
-    prompts: Prompts, window: Sequence[Generations], sources: dict[int, np.ndarray] | None = None
-) -> list[Tree]:
-    """Build one tree per prompt from the triplets of the rounds in `window` (D_O).
-
-    `sources` is the result of `first_sources` over all rounds so far. By default it is computed from the window alone.
-    """
-    sources = first_sources(prompts, window) if sources is None else sources
-    trees = []
-    for i in range(len(prompts)):
-        counts: dict[int, int] = {}
-        tokens = {TARGET: prompts.target_tokens[i]}
-        for generations in window:
-            source = int(sources[generations.round][i])
-            counts[source] = counts.get(source, 0) + 1
-            tokens[source] = generations.tokens[i]
-        order = tuple(tokens)
-        triplets = tuple((0, order.index(source), n) for source, n in counts.items())
-        trees.append(Tree(i, prompts.prompt_tokens[i], order, tuple(tokens.values()), triplets))
-    return trees
-
-
-def tree_of_responses(prompts: Prompts, prompt: int, responses: dict[int, np.ndarray]) -> Tree:
-    """Build a tree without triplets, for scoring only; `responses` maps source to tokens."""
-    return Tree(prompt, prompts.prompt_tokens[prompt], tuple(responses), tuple(responses.values()), ())
-
-
-def trees_of_targets(prompts: Prompts) -> list[Tree]:
-    """Each prompt with its target as the only response."""
-    return [
-        Tree(i, x, (TARGET,), (y,), ((0, 0, 1),))
-        for i, (x, y) in enumerate(zip(prompts.prompt_tokens, prompts.target_tokens, strict=True))
-    ]
-
-
 def pack(trees: Sequence[Tree], config: PackingConfig) -> Rows:
     """Pack trees into rows of `row_length` tokens and at most `max_responses_per_row` responses.
 
-    A tree that does not fit into a row is split into several trees, each with its own copy of x and y. An `alignment`
-    or `rows_per_batch` of 0 (automatic) counts as 1 throughout this module.
+    Trees are joined and split first, see `segments_of`. An `alignment` or `rows_per_batch` of 0 (automatic) counts as 1
+    throughout this module.
 
     Raises:
         ValueError: x, y and one generation do not fit into a row. Names the prompt and the lengths.
@@ -155,20 +79,20 @@ def row_count(trees: Sequence[Tree], config: PackingConfig) -> int:
     return len(_assign_to_rows(trees, config))
 
 
-def _assign_to_rows(trees: Sequence[Tree], config: PackingConfig) -> list[list[Tree]]:
-    """The trees of each row, by first-fit-decreasing over (tokens, predictions, responses)."""
-    pieces = [piece for tree in trees for piece in _split(tree, config)]
-    needs = np.array([(t.length(config.alignment), t.predictions, len(t.responses)) for t in pieces], int)
+def _assign_to_rows(trees: Sequence[Tree], config: PackingConfig) -> list[list[Segment]]:
+    """The segments of each row, by first-fit-decreasing over (tokens, predictions, responses)."""
+    segments = segments_of(trees, config)
+    needs = np.array([(s.length(config.alignment), s.predictions, s.responses) for s in segments], int)
     needs = needs.reshape(-1, 3)
     order = np.argsort(-needs[:, 0], kind="stable")
-    free = np.empty((len(pieces), 3), int)
+    free = np.empty((len(segments), 3), int)
     free[:] = config.row_length, config.row_length, config.max_responses_per_row
-    members: list[list[Tree]] = []
+    members: list[list[Segment]] = []
     for i in order:
         row = int(np.argmax((free[: len(members) + 1] >= needs[i]).all(axis=1)))
         if row == len(members):
             members.append([])
-        members[row].append(pieces[i])
+        members[row].append(segments[i])
         free[row] -= needs[i]
     return members
 
@@ -262,48 +186,7 @@ def _pad(rows: Rows, size: int) -> Rows:
     return Rows(batch, both(rows.prompt_index, padding.prompt_index), both(rows.source, padding.source))
 
 
-def _split(tree: Tree, config: PackingConfig) -> list[Tree]:
-    """The tree itself, or several trees with x, y and as many of the generations as fit into a row."""
-    if _fits(tree, config):
-        return [tree]
-    parts: list[Tree] = []
-    if not tree.triplets:
-        parts = [_subtree(tree, [k], ()) for k in range(len(tree.responses))]
-    current: list[tuple[int, int, int]] = []
-    for triplet in tree.triplets:
-        if current and not _fits(_with_triplets(tree, [*current, triplet]), config):
-            parts.append(_with_triplets(tree, current))
-            current = []
-        current.append(triplet)
-    if current:
-        parts.append(_with_triplets(tree, current))
-    for part in parts:
-        if not _fits(part, config):
-            raise ValueError(
-                f"Prompt {tree.prompt}: {len(part.prompt_tokens)} prompt tokens with responses of "
-                f"{', '.join(str(len(r)) for r in part.responses)} tokens exceed a row of {config.row_length} tokens "
-                f"and {config.max_responses_per_row} responses. Raise packing.row_length or lower the length limits."
-            )
-    return parts
-
-
-def _with_triplets(tree: Tree, triplets: Sequence[tuple[int, int, int]]) -> Tree:
-    keep = list(dict.fromkeys(r for target, generated, _ in triplets for r in (target, generated)))
-    renumbered = tuple((keep.index(t), keep.index(g), n) for t, g, n in triplets)
-    return _subtree(tree, keep, renumbered)
-
-
-def _subtree(tree: Tree, keep: Sequence[int], triplets: tuple[tuple[int, int, int], ...]) -> Tree:
-    kept = tuple(tree.sources[k] for k in keep), tuple(tree.responses[k] for k in keep)
-    return Tree(tree.prompt, tree.prompt_tokens, *kept, triplets)
-
-
-def _fits(tree: Tree, config: PackingConfig) -> bool:
-    too_long = max(tree.length(config.alignment), tree.predictions) > config.row_length
-    return not too_long and len(tree.responses) <= config.max_responses_per_row
-
-
-def _write_rows(members: Sequence[Sequence[Tree]], config: PackingConfig) -> Rows:
+def _write_rows(members: Sequence[Sequence[Segment]], config: PackingConfig) -> Rows:
     count, length, most = len(members), config.row_length, config.max_responses_per_row
     ints = lambda n, value=0: np.full((count, n), value, np.int32)
     batch = TreeBatch(
@@ -311,6 +194,7 @@ def _write_rows(members: Sequence[Sequence[Tree]], config: PackingConfig) -> Row
         positions=ints(length),
         segment_ids=ints(length),
         branch_ids=ints(length),
+        prompt_end=ints(length),
         hidden_index=ints(length),
         labels=ints(length),
         response_ids=ints(length, most),
@@ -319,46 +203,59 @@ def _write_rows(members: Sequence[Sequence[Tree]], config: PackingConfig) -> Row
         triplet_weight=np.zeros((count, most), np.float32),
     )
     rows = Rows(batch, ints(most, -1), ints(most))
-    for row, trees in enumerate(members):
-        _write_row(rows, row, trees, config.alignment)
+    for row, segments in enumerate(members):
+        writer = _RowWriter(rows, row, config.alignment)
+        for segment in segments:
+            writer.write(segment)
     return rows
 
 
-def _write_row(rows: Rows, row: int, trees: Sequence[Tree], alignment: int) -> None:
-    """Write the trees of one row, one after the other, into the arrays of `rows`."""
-    b = jax.tree.map(lambda x: x[row], rows.batch)  # views, so that writing to them changes `rows`
-    token, prediction, response, triplet = 0, 0, 0, 0
-    for segment, tree in enumerate(trees, start=1):
-        first_response, prompt_length = response, len(tree.prompt_tokens)
-        prompt_span = slice(token, token + prompt_length)
-        b.tokens[prompt_span] = tree.prompt_tokens
-        b.positions[prompt_span] = np.arange(prompt_length)
-        b.segment_ids[prompt_span] = segment
-        last_of_prompt = token + prompt_length - 1
-        token += _align(prompt_length, alignment)
-        for branch, tokens in enumerate(tree.responses, start=1):
-            read = len(tokens) - 1
-            span = slice(token, token + read)
-            b.tokens[span] = tokens[:-1]
-            b.positions[span] = prompt_length + np.arange(read)
-            b.segment_ids[span] = segment
-            b.branch_ids[span] = branch
-            predicted = slice(prediction, prediction + len(tokens))
-            b.hidden_index[predicted] = np.concatenate([[last_of_prompt], np.arange(token, token + read)])
-            b.labels[predicted] = tokens
-            b.response_ids[predicted] = response
-            rows.prompt_index[row, response] = tree.prompt
-            rows.source[row, response] = tree.sources[branch - 1]
-            token += _align(read, alignment)
-            prediction, response = prediction + len(tokens), response + 1
-        for target, generated, weight in tree.triplets:
-            b.triplet_target[triplet] = first_response + target
-            b.triplet_generated[triplet] = first_response + generated
-            b.triplet_weight[triplet] = weight
-            triplet += 1
+class _RowWriter:
+    """Writes segments into one row of `rows`, one after the other."""
 
+    def __init__(self, rows: Rows, row: int, alignment: int):
+        self.batch = jax.tree.map(lambda x: x[row], rows.batch)  # views, so that writing to them changes `rows`
+        self.prompt_index, self.source = rows.prompt_index[row], rows.source[row]
+        self.alignment = alignment
+        self.segment, self.token, self.prediction, self.response, self.triplet = 0, 0, 0, 0, 0
 
-def _align(tokens: int, alignment: int) -> int:
-    """`tokens` rounded up to a multiple of `alignment`."""
-    step = max(1, alignment)
-    return -(-tokens // step) * step
+    def write(self, segment: Segment) -> None:
+        """Write the tokens of a segment, then what its trees predict."""
+        self.segment += 1
+        places = [self._tokens(segment.trunk[begin:end], begin) for begin, end in segment.trunk_parts]
+        trunk = np.concatenate(places)  # the places of the trunk's tokens in the row
+        written = []
+        for number, (fork, tokens) in enumerate(segment.branches(), start=1):
+            branch = self._tokens(tokens, fork, number, trunk[fork - 1] + 1)
+            written.append(np.concatenate([trunk[:fork], branch]) if len(branch) else trunk)
+        for tree in segment.trees:
+            first = self.response
+            for source, response in zip(tree.sources, tree.responses, strict=True):
+                self._predictions(tree, source, response, written[0])
+                written = written[1:]
+            for target, generated, weight in tree.triplets:
+                self.batch.triplet_target[self.triplet] = first + target
+                self.batch.triplet_generated[self.triplet] = first + generated
+                self.batch.triplet_weight[self.triplet] = weight
+                self.triplet += 1
+
+    def _tokens(self, tokens: np.ndarray, position: int, branch: int = 0, prompt_end: int = 0) -> np.ndarray:
+        """Write tokens, the first of them at `position` of its sequence; return their places in the row."""
+        span = slice(self.token, self.token + len(tokens))
+        self.batch.tokens[span] = tokens
+        self.batch.positions[span] = np.arange(position, position + len(tokens))
+        self.batch.segment_ids[span] = self.segment
+        self.batch.branch_ids[span] = branch
+        self.batch.prompt_end[span] = prompt_end
+        self.token += align(len(tokens), self.alignment)
+        return np.arange(span.start, span.stop)
+
+    def _predictions(self, tree: Tree, source: int, response: np.ndarray, places: np.ndarray) -> None:
+        """Write what is predicted of a response, from the places of its prompt and of itself."""
+        read = len(tree.prompt_tokens) - 1
+        predicted = slice(self.prediction, self.prediction + len(response))
+        self.batch.hidden_index[predicted] = places[read : read + len(response)]
+        self.batch.labels[predicted] = response
+        self.batch.response_ids[predicted] = self.response
+        self.prompt_index[self.response], self.source[self.response] = tree.prompt, source
+        self.prediction, self.response = self.prediction + len(response), self.response + 1

@@ -31,6 +31,13 @@ class Record:
         """The text of the answer."""
         return self.answer["content"]
 
+    def turns(self) -> "list[Record]":
+        """A record for each assistant turn that answers something: the turns before it are its messages."""
+        answers = [i for i, turn in enumerate(self.messages) if turn["role"] == "assistant"]
+        asked = [i for i in answers if i and self.messages[i - 1]["role"] != "system"]
+        earlier = [dataclasses.replace(self, messages=self.messages[:i], answer=self.messages[i]) for i in asked]
+        return [*earlier, self]
+
     @property
     def uses_tools(self) -> bool:
         """Whether tools are described or called."""

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from tpaw_jax.config import RunConfig
-from tpaw_jax.data import packing
+from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.generation import engine
 from tpaw_jax.generation.policy import Policy
 from tpaw_jax.runtime import sharding, tpu
@@ -120,7 +120,7 @@ class PolicyLM(TemplateLM):
             cut = max(1, len(tokens) - len(continuation))
             by_context.setdefault(tuple(tokens[:cut]), {})[number] = np.asarray(tokens[cut:], np.int32)
         trees = [
-            packing.Tree(i, np.asarray(context, np.int32), tuple(continuations), tuple(continuations.values()), ())
+            prefix_trees.Tree(i, np.asarray(context, np.int32), tuple(continuations), tuple(continuations.values()), ())
             for i, (context, continuations) in enumerate(by_context.items())
         ]
         rows, results = packing.pack(trees, self.packing), {}

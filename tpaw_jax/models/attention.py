@@ -8,27 +8,47 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from tpaw_jax.types import AnyArray, TreeBatch
+
 
 class Visibility(NamedTuple):
     """Which keys of its row a query attends to.
 
-    These are the keys up to and including the query itself that belong to its segment and to either the trunk
-    (`branch_ids` 0, the prompt of a tree) or the query's own branch. Without `branch_ids` this is packed causal
-    attention.
+    These are the keys up to and including the query itself that belong to its segment and to either its own branch or
+    the trunk (`branch_ids` 0, the prompt of a tree) before `prompt_end`. Without `branch_ids` and `prompt_end`, this is
+    packed causal attention.
     """
 
-    segment_ids: Int[Array, "B T"]
-    branch_ids: Int[Array, "B T"] | None = None
+    segment_ids: Int[AnyArray, "B T"]
+    branch_ids: Int[AnyArray, "B T"] | None = None
+    prompt_end: Int[AnyArray, "B T"] | None = None  # an index of the row, for queries of branches
+
+    @classmethod
+    def of(cls, batch: TreeBatch) -> "Visibility":
+        """The visibility in the rows of a batch."""
+        return cls(batch.segment_ids, batch.branch_ids, batch.prompt_end)
+
+    def arrays(self) -> tuple[Array, Array, Array]:
+        """All three fields on the device, with zeros for those that are None.
+
+        Raises:
+            ValueError: only one of `branch_ids` and `prompt_end` is given.
+        """
+        if (self.branch_ids is None) != (self.prompt_end is None):
+            raise ValueError("Visibility: give both branch_ids and prompt_end, or neither.")
+        if self.branch_ids is None or self.prompt_end is None:
+            zeros = jnp.zeros_like(self.segment_ids)
+            return jnp.asarray(self.segment_ids), zeros, zeros
+        return jnp.asarray(self.segment_ids), jnp.asarray(self.branch_ids), jnp.asarray(self.prompt_end)
 
 
 def visible(visibility: Visibility) -> Bool[Array, "B T T"]:
     """Compute the dense mask [B, query, key]. Every token attends to itself, so no query is without a key."""
-    segments, branches = visibility
-    length = segments.shape[1]
-    mask = jnp.tril(jnp.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None, :])
-    if branches is not None:
-        mask &= (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
-    return mask
+    segments, branches, prompt_end = visibility.arrays()
+    index = jnp.arange(segments.shape[1])
+    of_prompt = (branches[:, None, :] == 0) & (index < prompt_end[:, :, None])
+    own = branches[:, :, None] == branches[:, None, :]
+    return (index <= index[:, None]) & (segments[:, :, None] == segments[:, None, :]) & (own | of_prompt)
 
 
 def attend(

@@ -1,10 +1,10 @@
 """Attention over packed trees on TPU, with JAX's splash attention kernel and a mask that is data.
 
 The kernel carries one int32 per query and calls `mask_function(query's int32, key's index)` to decide whether the query
-attends to the key. A query of a response attends to its tree's prompt and to its own response up to itself. That takes
-three indices (the query's, the end of the prompt, the start of the response). They fit into 32 bits because prompts and
-responses start at multiples of `alignment(T)` (`packing.alignment`). Segment ids keep trees apart. Blocks in which no
-query attends to any key are skipped, by a table computed from the rows, so new rows need no new compilation.
+attends to the key. A query of a response attends to its prompt and to its own response up to itself. That takes three
+indices (the query's, the end of the prompt, the start of the response). They fit into 32 bits because prompts, their
+turns and responses start at multiples of `alignment(T)` (`packing.alignment`). Segment ids keep trees apart. Blocks in
+which no query attends to any key are skipped, by a table computed from the rows, so new rows need no new compilation.
 
 Tests compare it with `attention.attend` under the mask `attention.visible`.
 """
@@ -56,13 +56,9 @@ def plan(visibility: Visibility) -> Rules:
     Raises:
         ValueError: the row length is not a multiple of 128.
     """
-    segments_BT, branches_BT = visibility
-    if branches_BT is None:
-        branches_BT = jnp.zeros_like(segments_BT)
+    segments_BT, branches_BT, prompt_end_BT = visibility.arrays()
     length = segments_BT.shape[1]
-    tree_BT, branch_BT, prompt_end_BT = jax.vmap(_runs)(segments_BT, branches_BT)
-    in_prompt_BT = (branches_BT == 0) | (segments_BT == 0)
-    prompt_end_BT = jnp.where(in_prompt_BT, 0, prompt_end_BT)
+    tree_BT, branch_BT = jax.vmap(_starts)(segments_BT, branches_BT)
     index_T, step, bits = jnp.arange(length), alignment(length), _bits(length)
     coarse_bits = _bits(-(-length // step))
     # Rounding up the end of a prompt adds only padding, which belongs to no tree.
@@ -128,22 +124,18 @@ def _sees(length: int, rule: Array, key: Array) -> Array:
     return (key <= own) & ((key < prompt_end) | (key >= branch * step))
 
 
-def _runs(segments_T: Array, branches_T: Array) -> tuple[Array, Array, Array]:
-    """For each token: the start of its tree, the start of its prompt or response, and the end of its tree's prompt."""
-    length = len(segments_T)
-    index = jnp.arange(length)
+def _starts(segments_T: Array, branches_T: Array) -> tuple[Array, Array]:
+    """For each token: the start of its segment, and of its branch; the trunk starts with the segment."""
+    index = jnp.arange(len(segments_T))
     token = segments_T > 0
-    before = lax.cummax(jnp.where(token, index, -1))  # the last token so far, because trees may contain padding
+    before = lax.cummax(jnp.where(token, index, -1))  # the last token so far, because segments may contain padding
     before = jnp.concatenate([jnp.full(1, -1), before[:-1]])
     segment_before = jnp.where(before >= 0, segments_T[jnp.maximum(before, 0)], 0)
-    new_tree = token & (segments_T != segment_before)
     differs = lambda x: jnp.concatenate([jnp.ones(1, bool), x[1:] != x[:-1]])
-    new_branch = differs(segments_T) | differs(branches_T)
     start_of = lambda new: lax.cummax(jnp.where(new, index, 0))
-    tree, branch = start_of(new_tree), start_of(new_branch)
-    prompt = token & (branches_T == 0)
-    prompt_end = jax.ops.segment_max(jnp.where(prompt, index + 1, 0), tree, num_segments=length)[tree]
-    return jnp.where(token, tree, index), branch, prompt_end
+    segment = jnp.where(token, start_of(token & (segments_T != segment_before)), index)
+    branch = start_of(differs(segments_T) | differs(branches_T))
+    return segment, jnp.where(branches_T == 0, segment, branch)
 
 
 def _seen_blocks(tree_BT: Array, prompt_end_BT: Array, branch_BT: Array, query: int, keys: int) -> Array:

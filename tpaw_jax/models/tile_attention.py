@@ -1,10 +1,11 @@
 """Attention over packed trees in plain XLA that computes only unmasked keys: work follows the trees, not T^2.
 
-Rows are cut into tiles of up to `TILE` queries of the same prompt or response. A tile attends to two spans of its row:
-the tree's prompt, and its own branch up to the tile's last query. Both are sliced into one key list, whose length is
-rounded up to one of a few widths. Each width has its own loop, whose trip count is data, so new rows need no new
-compilation, and memory is O(T). The backward pass recomputes the attention weights from the saved log-sum-exp
-(FlashAttention, arXiv 2205.14135). Tests compare it with `attention.attend` under the mask `attention.visible`.
+Rows are cut into tiles of up to `TILE` queries of the same response, or of the same turn of a prompt. A tile attends to
+two spans of its row: the prompt of its response, and its own branch up to the tile's last query. Both are sliced into
+one key list, whose length is rounded up to one of a few widths. Each width has its own loop, whose trip count is data,
+so new rows need no new compilation, and memory is O(T). The backward pass recomputes the attention weights from the
+saved log-sum-exp (FlashAttention, arXiv 2205.14135). Tests compare it with `attention.attend` under the mask
+`attention.visible`.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from tpaw_jax.models.attention import SAVED, Attention, Visibility
 
@@ -37,6 +38,7 @@ class Tiles(NamedTuple):
 
     tile: Tile
     bounds: Int[Array, "widths+1"]
+    is_token: Bool[Array, "tokens"]  # a prompt of several turns may have padding between them
 
 
 def key_widths(length: int) -> list[int]:
@@ -54,32 +56,33 @@ def plan(visibility: Visibility) -> Tiles:
     The tokens of a branch must be contiguous, and the branches of a segment must follow each other, trunk first, with
     at most padding between them.
     """
-    segments_BT, branches_BT = visibility
-    if branches_BT is None:
-        branches_BT = jnp.zeros_like(segments_BT)
-    length, total = segments_BT.shape[1], segments_BT.size
+    segments_BT, branches_BT, prompt_end_BT = visibility.arrays()
+    (rows, length), total = segments_BT.shape, segments_BT.size
     index = jnp.arange(total)
     differs = lambda x: jnp.pad(x[:, 1:] != x[:, :-1], ((0, 0), (1, 0)), constant_values=True).reshape(-1)
-    new_branch = differs(segments_BT) | differs(branches_BT)
+    new_part = differs(segments_BT) | differs(branches_BT)  # of the trunk, or a branch: tokens without padding
     new_segment = differs(_without_padding(segments_BT))
     start_of = lambda new: lax.cummax(jnp.where(new, index, 0))
-    trunk, branch = start_of(new_segment), start_of(new_branch)
-    end = lax.cummin(jnp.append(jnp.where(new_branch, index, total)[1:], total), reverse=True)  # end of own branch
+    trunk, part = start_of(new_segment), start_of(new_part)
+    end = lax.cummin(jnp.append(jnp.where(new_part, index, total)[1:], total), reverse=True)  # end of own part
     in_branch = branches_BT.reshape(-1) > 0
+    prompt_end = (prompt_end_BT + jnp.arange(rows)[:, None] * length).reshape(-1)
     tile = Tile(
         first_query=index,
         queries=jnp.minimum(end - index, TILE),
         trunk=trunk,
-        trunk_length=jnp.where(in_branch, end[trunk] - trunk, 0),
-        branch=branch,
+        trunk_length=jnp.where(in_branch, prompt_end - trunk, 0),
+        branch=jnp.where(in_branch, part, trunk),
     )
-    keys = tile.trunk_length + index + tile.queries - branch
+    keys = tile.trunk_length + index + tile.queries - tile.branch
     widths = jnp.asarray(key_widths(length))
-    is_tile = ((index - branch) % TILE == 0) & (segments_BT.reshape(-1) > 0)
+    is_token = segments_BT.reshape(-1) > 0
+    is_tile = ((index - part) % TILE == 0) & is_token
     width = jnp.where(is_tile, jnp.searchsorted(widths, keys), len(widths))
     order = jnp.argsort(width)
     bounds = jnp.searchsorted(width[order], jnp.arange(len(widths) + 1))
-    return Tiles(jax.tree.map(lambda x: x[order].astype(jnp.int32), tile), bounds.astype(jnp.int32))
+    is_token = jnp.pad(is_token, (0, max(length, TILE)))
+    return Tiles(jax.tree.map(lambda x: x[order].astype(jnp.int32), tile), bounds.astype(jnp.int32), is_token)
 
 
 def _without_padding(segments_BT: Array) -> Array:
@@ -114,7 +117,7 @@ def _forward(queries, keys, values, tiles):
         def body(i, carry):
             out_KTGH, lse_KTG = carry
             tile = _take(tiles.tile, i)
-            scores = _scores(_queries(q_KTGH, tile), _keys(k_KTH, tile, width), tile)
+            scores = _scores(_queries(q_KTGH, tile), _keys(k_KTH, tile, width), tile, tiles.is_token)
             top = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total_weight = jnp.sum(weights, axis=-1, keepdims=True)
@@ -148,7 +151,7 @@ def _backward(saved, d_out):
             tile = _take(tiles.tile, i)
             q, k, v = _queries(q_KTGH, tile), _keys(k_KTH, tile, width), _keys(v_KTH, tile, width)
             d_o = _queries(d_out_KTGH, tile)
-            weights = jnp.exp(_scores(q, k, tile) - _slice(lse_KTG, tile)[..., None])
+            weights = jnp.exp(_scores(q, k, tile, tiles.is_token) - _slice(lse_KTG, tile)[..., None])
             weights = jnp.where(_live(tile, weights.ndim), weights, 0)
             d_weights = _matmul("kqh,kch->kqc", _flat(d_o), v).reshape(weights.shape)
             d_scores = _flat((weights * (d_weights - _slice(delta_KTG, tile)[..., None]) * size**-0.5).astype(q.dtype))
@@ -223,7 +226,7 @@ def _put(x: Float[Array, "K BT *rest"], new: Float[Array, "K Q *rest"], tile: Ti
     return lax.dynamic_update_slice_in_dim(x, new, tile.first_query, axis=1)
 
 
-def _keys(x: Float[Array, "K BT H"], tile: Tile, width: int) -> Float[Array, "K C H"]:
+def _keys(x: Shaped[Array, "K BT H"], tile: Tile, width: int) -> Shaped[Array, "K C H"]:
     """The tile's key list: the trunk, then its own branch. `_scores` masks the keys beyond the query."""
     from_trunk = lax.dynamic_slice_in_dim(x, tile.trunk, width, axis=1)
     from_branch = lax.dynamic_slice_in_dim(x, tile.branch - tile.trunk_length, width, axis=1)
@@ -240,13 +243,16 @@ def _add_keys(x: Float[Array, "K BT H"], new: Float[Array, "K C H"], tile: Tile)
     return x
 
 
-def _scores(q: Float[Array, "K Q G H"], k: Float[Array, "K C H"], tile: Tile) -> Float[Array, "K Q G C"]:
+def _scores(
+    q: Float[Array, "K Q G H"], k: Float[Array, "K C H"], tile: Tile, is_token: Bool[Array, "tokens"]
+) -> Float[Array, "K Q G C"]:
     """Scaled float32 scores; masked keys get the lowest float."""
     (kv_heads, length, groups, size), width = q.shape, k.shape[1]
     scores = _matmul("kqh,kch->kqc", _flat(q), k).reshape(kv_heads, length, groups, width) * size**-0.5
     column = jnp.arange(width)
     query = tile.first_query + jnp.arange(length)[:, None]
     seen = (column < tile.trunk_length) | (column - tile.trunk_length + tile.branch <= query)
+    seen &= _keys(is_token[None, :, None], tile, width)[0, :, 0]
     return jnp.where(seen[None, :, None], scores, jnp.finfo(jnp.float32).min)
 
 

@@ -23,6 +23,7 @@ from tpaw_jax.models.attention import (
 from tpaw_jax.models.layer_scan import scan_layers
 from tpaw_jax.models.parallel import UNSHARDED, Parallel
 from tpaw_jax.runtime import sharding, tpu
+from tpaw_jax.types import TreeBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,14 +220,13 @@ class Transformer(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        branch_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Compute the normalized final hidden states. With `branch_ids`, rows contain prefix trees (`Visibility`)."""
+        """Compute the normalized final hidden states of rows of sequences."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
-        return self._rows(tokens, positions, Visibility(segment_ids, branch_ids), with_cache=False)[0]
+        return self._rows(tokens, positions, Visibility(segment_ids), with_cache=False)[0]
 
     def prefill(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
@@ -234,15 +234,9 @@ class Transformer(nn.Module):
         """Compute the hidden states of packed prompts, and their keys and values, each [L, B, T, K, H]."""
         return self._rows(tokens, positions, Visibility(segment_ids), with_cache=True)[:2]
 
-    def hidden_and_head(
-        self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"],
-        branch_ids: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "v D"]]:
-        """Compute what `hidden` does. Return it and the output embedding: all its columns, in the compute dtype."""
-        hidden, _, head = self._rows(tokens, positions, Visibility(segment_ids, branch_ids), with_cache=False)
+    def hidden_and_head(self, batch: TreeBatch) -> tuple[Float[Array, "B T D"], Float[Array, "v D"]]:
+        """Compute the hidden states of packed trees, and all columns of the output embedding in the compute dtype."""
+        hidden, _, head = self._rows(batch.tokens, batch.positions, Visibility.of(batch), with_cache=False)
         return hidden, self.parallel.table(head, f"{self._head_name}/embedding", self.dtype)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:

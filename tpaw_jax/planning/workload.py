@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from tpaw_jax.config import RunConfig
-from tpaw_jax.data import packing
+from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.models import ModelConfig, splash_attention
 from tpaw_jax.models.attention import Visibility
 from tpaw_jax.training import cost
@@ -92,10 +92,10 @@ def _round(
     opponents = len(config.objective.opponents(t))
     window = [Generations(i, _blank(new_tokens[i]), ()) for i in reversed(range(opponents))]
     sources = {r.round: np.full(len(sample), r.round) for r in window}  # assume that no two responses are equal
-    rows = packing.pack(packing.trees_of_window(sample, window, sources), config.packing)
-    newest = [packing.tree_of_responses(sample, i, {t: r}) for i, r in enumerate(window[0].tokens)]
+    rows = packing.pack(prefix_trees.trees_of_window(sample, window, sources), config.packing)
+    newest = [prefix_trees.tree_of_responses(sample, i, {t: r}) for i, r in enumerate(window[0].tokens)]
     passes = 1 + config.train.epochs * (1 + BACKWARD)
-    trees = cost.flops(model, _useful(rows) * passes + cost.work_of_trees(newest) * (players - 1))
+    trees = cost.flops(model, _useful(rows) * passes + cost.work_of_trees(newest, config.packing) * (players - 1))
     pairs = cost.flops(model, cost.padded_pairs_of_round(sample, window, players, config.train.epochs).total)
     scored = len(rows) + (players - 1) * packing.row_count(newest, config.packing)
     return RoundEstimate(len(rows), scored, trees, pairs), rows
@@ -111,7 +111,7 @@ def _computed(rows: packing.Rows, config: RunConfig) -> tuple[Work, float]:
     """The work of rows as a TPU computes them, and the computed attention blocks as a share of causal attention's."""
     batch, chunk, length = rows.batch, config.policy.head_chunk, config.packing.row_length
     live = (np.asarray(batch.response_ids) < rows.prompt_index.shape[1]).sum(axis=1)
-    rules = jax.jit(splash_attention.plan)(Visibility(batch.segment_ids, batch.branch_ids))
+    rules = jax.jit(splash_attention.plan)(Visibility.of(batch))
     seen = np.asarray(rules.blocks)
     query, keys = length // seen.shape[1], length // seen.shape[2]
     causal = sum(math.ceil((i + 1) * query / keys) for i in range(seen.shape[1]))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tpaw_jax.data.packing import Rows, Tree, first_sources, tree_of_responses
+from tpaw_jax.data.packing import Rows
+from tpaw_jax.data.prefix_trees import Tree, first_sources, tree_of_responses
 from tpaw_jax.storage import files, journal
 from tpaw_jax.storage.journal import Journal
 from tpaw_jax.types import TARGET, Generations, Prompts, TeamScores

@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 from tpaw_jax import models
 from tpaw_jax.config import RunConfig
 from tpaw_jax.config.config_file import flat, parse, to_dict
-from tpaw_jax.data import dataset, packing, templates
+from tpaw_jax.data import dataset, packing, prefix_trees, templates
 from tpaw_jax.evaluation import exact_match
 from tpaw_jax.generation import engine, slots
 from tpaw_jax.generation.policy import SPEED_ONLY_KEYS, Policy, open_policy
@@ -123,7 +123,7 @@ def open_session(
         model=policy.model.config,
         template=policy.template,
         prompts=prompts,
-        held_out=packing.pack(packing.trees_of_targets(held_out), config.packing),
+        held_out=packing.pack(prefix_trees.trees_of_targets(held_out), config.packing),
         sampler=policy.sampler,
         stop_fn=policy.stop_fn,
         evaluator=evaluator,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from tpaw_jax.data import packing
+from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.observe import health
 from tpaw_jax.observe.health import Diverged
 from tpaw_jax.observe.profiling import Stopwatch
@@ -29,7 +29,7 @@ def train(session: Session, loaded: dict[int, PyTree[Array]], strict: bool) -> l
     """
     if session.first == 0:
         this = Round(session, 0, [], Stopwatch())
-        rows = packing.pack(packing.trees_of_targets(session.prompts), session.config.packing)
+        rows = packing.pack(prefix_trees.trees_of_targets(session.prompts), session.config.packing)
         tokens = sum(map(len, session.prompts.target_tokens))
         session.say(
             f"{len(session.prompts)} targets, {tokens} tokens, in {len(rows)} rows that are {rows.fill:.1%} full."

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from tpaw_jax.data import packing
-from tpaw_jax.data.packing import Rows, Tree
+from tpaw_jax.data import packing, prefix_trees
+from tpaw_jax.data.packing import Rows
+from tpaw_jax.data.prefix_trees import Tree
 from tpaw_jax.generation import engine, generation_file
 from tpaw_jax.observe import tables
 from tpaw_jax.observe.profiling import Stopwatch
@@ -75,7 +76,7 @@ def pack(this: Round, store: Store) -> tuple[list[Tree], Rows]:
     config = this.session.config
     with this.watch.time("packing"):
         window = [store.generations[r] for r in config.objective.opponents(this.number)]
-        trees = packing.trees_of_window(this.session.prompts, window, store.sources)
+        trees = prefix_trees.trees_of_window(this.session.prompts, window, store.sources)
         return trees, packing.pack(trees, config.packing)
 
 

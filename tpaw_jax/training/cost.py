@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tpaw_jax.config import RunConfig
-from tpaw_jax.data import packing
-from tpaw_jax.data.packing import Rows, Tree
+from tpaw_jax.config import PackingConfig, RunConfig
+from tpaw_jax.data import packing, prefix_trees
+from tpaw_jax.data.packing import Rows
+from tpaw_jax.data.prefix_trees import Tree, segments_of
 from tpaw_jax.models.transformer import ModelConfig
 from tpaw_jax.types import Generations, Prompts
 
@@ -63,14 +64,15 @@ def flops(model: ModelConfig, work: Work) -> float:
     return layers + 2 * model.hidden_size * model.vocab_size * work.predictions
 
 
-def work_of_trees(trees: Sequence[Tree]) -> Work:
+def work_of_trees(trees: Sequence[Tree], config: PackingConfig) -> Work:
     """Count a pass over trees, without the padding of their rows."""
-    work = NOTHING
-    for tree in trees:
-        prompt, read = len(tree.prompt_tokens), [len(r) - 1 for r in tree.responses]
-        attended = _causal(prompt) + sum(n * prompt + _causal(n) for n in read)
-        work += Work(tree.length(), tree.predictions, attended)
-    return work
+    tokens, predictions, attended = 0, 0, 0.0
+    for segment in segments_of(trees, config):
+        branches = [(fork, len(branch)) for fork, branch in segment.branches()]
+        tokens += len(segment.trunk) + sum(n for _, n in branches)
+        predictions += segment.predictions
+        attended += _causal(len(segment.trunk)) + sum(n * fork + _causal(n) for fork, n in branches)
+    return Work(tokens, predictions, attended)
 
 
 def work_of_rows(rows: Rows) -> Work:
@@ -122,7 +124,7 @@ def round_work(
     Args:
         prompts: prompts and targets.
         generations: the generations so far, by round.
-        sources: the result of `packing.first_sources`.
+        sources: the result of `prefix_trees.first_sources`.
         players: the rounds of the players, newest first.
         config: the run's configuration.
 
@@ -138,9 +140,10 @@ def round_work(
     window = [newest, *(generations[r] for r in config.objective.opponents(t)[1:])]
     sources = {t: np.full(len(prompts), t), **sources}
     length = config.packing.row_length
-    padded = lambda trees: work_of_trees(trees)._replace(tokens=length * packing.row_count(trees, config.packing))
-    one_epoch = padded(packing.trees_of_window(prompts, window, sources))
-    newest_alone = padded([packing.tree_of_responses(prompts, i, {t: r}) for i, r in enumerate(newest.tokens)])
+    rows = lambda trees: packing.row_count(trees, config.packing)
+    padded = lambda trees: work_of_trees(trees, config.packing)._replace(tokens=length * rows(trees))
+    one_epoch = padded(prefix_trees.trees_of_window(prompts, window, sources))
+    newest_alone = padded([prefix_trees.tree_of_responses(prompts, i, {t: r}) for i, r in enumerate(newest.tokens)])
     scored = one_epoch + newest_alone * (len(players) - 1)
     trees = RoundWork(scored, one_epoch * (config.train.epochs * (1 + BACKWARD)))
     return trees, padded_pairs_of_round(prompts, window, len(players), config.train.epochs)

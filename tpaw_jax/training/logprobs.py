@@ -69,14 +69,7 @@ def make_greedy_fn(model: Transformer, head_chunk: int) -> Callable[[PyTree[Arra
 def _predictions(model: Transformer, params: PyTree[Array], batch: TreeBatch) -> tuple[Any, ...]:
     """Hidden states [B, P, D], output embedding, labels, mask of real predictions, and mesh axis of the vocabulary."""
     parallel = model.parallel
-    outputs: Any = model.apply(
-        {"params": params},
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
-        batch.branch_ids,
-        method="hidden_and_head",
-    )
+    outputs: Any = model.apply({"params": params}, batch, method="hidden_and_head")
     hidden_BTD, table_VD = outputs
     hidden_BPD = jnp.take_along_axis(hidden_BTD, batch.hidden_index[..., None], axis=1)
     name = head_name(params)
@@ -92,7 +85,7 @@ def from_apply_fn(apply_fn: ApplyFn) -> LogProbFn:
 
     def log_prob_fn(params: PyTree[Array], batch: TreeBatch) -> Float[Array, "B R"]:
         batch = jax.tree.map(jnp.asarray, batch)
-        mask = visible(Visibility(batch.segment_ids, batch.branch_ids))
+        mask = visible(Visibility.of(batch))
         logits_BTV = apply_fn(params, batch.tokens, batch.positions, mask).astype(jnp.float32)
         log_probs_BTV = jax.nn.log_softmax(logits_BTV)
         rows = jnp.arange(batch.tokens.shape[0])[:, None]
