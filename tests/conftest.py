@@ -36,7 +36,7 @@ from tpaw_jax.config import config_file
 from tpaw_jax.generation.cpu import kernels
 from tpaw_jax.models import hub
 from tpaw_jax.selfplay import session
-from tpaw_jax.training import scoring
+from tpaw_jax.training import fitting_step, scoring
 from tpaw_jax.types import Generations, Prompts
 
 ROOT = Path(__file__).parent.parent
@@ -61,16 +61,17 @@ SHARED_PROGRAMS = {}
 @pytest.fixture(autouse=True, scope="session")
 def equal_runs_share_programs():
     """Runs of equal settings on equal devices share their programs: tracing them takes longer than such a run."""
-    open_policy, make_programs, make_scorer = session.open_policy, session._programs, scoring.make_scorer
+    open_policy, make_step, make_scorer = session.open_policy, fitting_step.make_fitting_step, scoring.make_scorer
 
     def shared_policy(config, mesh):
         policy = open_policy(config, mesh)
-        return policy._replace(sampler=SHARED_PROGRAMS.setdefault(("sampler", key(config, policy)), policy.sampler))
+        names = "sampler", key(config, policy.model)
+        return policy._replace(sampler=SHARED_PROGRAMS.setdefault(names, policy.sampler))
 
-    def shared_programs(config, policy, optimizer, mesh, say):
-        names, said = ("step", key(config, policy)), []
+    def shared_step(config, model, params, optimizer, mesh, say):
+        names, said = ("step", key(config, model)), []
         if names not in SHARED_PROGRAMS:
-            SHARED_PROGRAMS[names] = make_programs(config, policy, optimizer, mesh, said.append), said
+            SHARED_PROGRAMS[names] = make_step(config, model, params, optimizer, mesh, said.append), said
         for text in SHARED_PROGRAMS[names][1]:
             say(text)
         return SHARED_PROGRAMS[names][0]
@@ -82,13 +83,13 @@ def equal_runs_share_programs():
             SHARED_PROGRAMS[names] = make_scorer(log_prob_fn, mesh, compiler_options)
         return SHARED_PROGRAMS[names]
 
-    def key(config, policy):
+    def key(config, model):
         settings = dataclasses.replace(config, directory="", rounds=0)
-        return repr(settings), repr(policy.model.config), repr(jax.devices())
+        return repr(settings), repr(model.config), repr(jax.devices())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "open_policy", shared_policy)
-        patch.setattr(session, "_programs", shared_programs)
+        patch.setattr(fitting_step, "make_fitting_step", shared_step)
         patch.setattr(scoring, "make_scorer", shared_scorer)
         yield
 

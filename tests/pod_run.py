@@ -1,10 +1,12 @@
-"""One process of a small run, for test_processes.py."""
+"""One process of a small run or benchmark, for test_processes.py."""
 
 import json
 from pathlib import Path
 
-from conftest import small_run
+from conftest import STORIES, small_run
 
+from tpaw_jax.models import hub
+from tpaw_jax.planning import bench, planner, readings
 from tpaw_jax.runtime import processes
 from tpaw_jax.selfplay import loop
 
@@ -16,3 +18,12 @@ def play(directory: Path, port: int, count: int, process: int, settings: dict[st
     table = loop.play(small_run(directory, **{"mesh.fsdp": -1, "packing.rows_per_batch": 8, **settings}))
     if processes.is_main():
         (directory / "table.json").write_text(json.dumps(table))
+
+
+def measure(directory: Path, port: int, count: int, process: int, settings: dict[str, str]) -> None:
+    """Measure two calls of each stage; the first process writes the readings to a file beside `directory`."""
+    processes.join(f"127.0.0.1:{port}", count, process)
+    run = small_run(directory, **{"mesh.fsdp": -1, "packing.rows_per_batch": 8, **settings})
+    records = bench.measure(run, hub.load_architecture(STORIES), planner.STAGES, 2, lambda text: None)
+    if processes.is_main():
+        readings.write(directory.with_suffix(".jsonl"), records)

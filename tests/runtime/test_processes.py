@@ -11,20 +11,19 @@ from conftest import STORIES
 
 from tpaw_jax import models
 from tpaw_jax.config import MeshConfig
+from tpaw_jax.planning import readings
 from tpaw_jax.runtime import processes, sharding
 from tpaw_jax.storage import files, journal, ring
 
 
-def start(directory, count, devices, of_process=lambda process: {}, **settings):
+def start(directory, count, devices, of_process=lambda process: {}, call=pod_run.play, **settings):
     """Play a run in `count` processes with `devices` devices each; return their exit codes, outputs and errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     of_all = [(directory, port, count, p, settings | of_process(p)) for p in range(count)]
     output = lambda p: directory.with_name(f"{directory.name}_{p}.log")
-    running = [
-        forked.start(pod_run.play, *of, output=output(p), jax_num_cpu_devices=devices) for p, of in enumerate(of_all)
-    ]
+    running = [forked.start(call, *of, output=output(p), jax_num_cpu_devices=devices) for p, of in enumerate(of_all)]
     return zip(*[child.finish() for child in running], strict=True)
 
 
@@ -102,3 +101,17 @@ def test_one_process_needs_no_others():
     given = processes.all_gather(values=np.arange(3))
     assert len(given) == 1
     np.testing.assert_array_equal(given[0]["values"], [0, 1, 2])
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_two_processes_measure_together(tmp_path, tensor):
+    codes, _, errors = start(tmp_path / "bench", 2, 2, call=pod_run.measure, **{"sampling.tensor": tensor})
+    assert not any(codes), errors
+    records = readings.read(tmp_path / "bench.jsonl")
+    assert [record["stage"] for record in records] == ["prefill", "decode", "scoring", "step"]
+    for record in records:
+        assert record["settings"]["processes"] == 2
+        assert record["settings"]["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+        assert record["tokens/s"] == pytest.approx(4 * record["tokens/s per device"])
+    slots = 2 * 8  # of both processes
+    assert records[1]["tokens/s"] == pytest.approx(slots * 8 / records[1]["median s"], rel=0.5)

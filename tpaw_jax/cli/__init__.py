@@ -1,8 +1,9 @@
-"""The commands: tpaw demo | sft | play | eval | report | generate | data | prompts | export | plan.
+"""The commands: tpaw demo | sft | play | eval | bench | report | generate | data | prompts | export | plan.
 
 parser       the options of all commands
 training     demo, sft, play
 models       eval, generate, export
+measuring    bench
 offline      report, data, prompts, plan
 overrides    --key value sets a key of the configuration
 """

@@ -5,11 +5,20 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from tpaw_jax.cli.measuring import bench
 from tpaw_jax.cli.models import evaluate, export, generate
 from tpaw_jax.cli.offline import data, plan, prompts, report
 from tpaw_jax.cli.training import demo, play, sft
 
 _CONFIGURATION = (True, "YAML files, each overriding the ones before; set any key with --key.subkey value", list)
+
+
+_PROCESSES: dict[str, Any] = dict(
+    pod=(False, "run as one process of a TPU pod", None),
+    coordinator=(False, "run as one of several processes: HOST:PORT of process 0", str),
+    num_processes=(False, "with --coordinator: the number of processes", int),
+    process_id=(False, "with --coordinator: the index of this process, from 0", int),
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -20,6 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = functools.partial(_command, commands)
     _training_commands(command)
     _model_commands(command)
+    _measuring_commands(command)
     _offline_commands(command)
     return parser
 
@@ -31,10 +41,7 @@ def _training_commands(command: Callable[..., None]) -> None:
         profile=(False, "trace these steps of each stage of the first round, as steps=10:13", str),
         strict=(False, "stop at the end of a round that shows a sign of divergence", None),
         verbose=(False, "print all metrics of each round, and compile times by program", None),
-        pod=(False, "run as one process of a TPU pod", None),
-        coordinator=(False, "run as one of several processes: HOST:PORT of process 0", str),
-        num_processes=(False, "with --coordinator: the number of processes", int),
-        process_id=(False, "with --coordinator: the index of this process, from 0", int),
+        **_PROCESSES,
     )
     command(demo, **{name: option for name, option in training.items() if name != "config"})
     command(sft, **training)
@@ -71,6 +78,20 @@ def _model_commands(command: Callable[..., None]) -> None:
         run=(True, "a run directory", str),
         round=(False, "the policy of this round; default: the newest", int),
         out=(True, "the directory to write", str),
+    )
+
+
+def _measuring_commands(command: Callable[..., None]) -> None:
+    command(
+        bench,
+        config=(False, *_CONFIGURATION[1:]),
+        architecture=(False, "where config.json is, if not at policy.path; weights are not needed", str),
+        stages=(False, "measure only some of step,scoring,prefill,decode", str),
+        calls=(False, "timed calls of each stage; default: 10", int),
+        plan=(False, "a plan of these devices, of tpaw plan --json: print its predictions beside the readings", str),
+        json=(False, "append the readings to this file, one JSON object per line", str),
+        compare=(False, "measure nothing; compare two files that --json wrote: BEFORE AFTER", list),
+        **_PROCESSES,
     )
 
 

@@ -12,7 +12,7 @@ from tpaw_jax import models
 from tpaw_jax.config import RunConfig, SamplingConfig
 from tpaw_jax.data import templates
 from tpaw_jax.generation import engine, slots
-from tpaw_jax.generation.decoder import decoder_of
+from tpaw_jax.generation.decoder import Decoder, decoder_of
 from tpaw_jax.models import hub, splash_attention
 from tpaw_jax.models.tile_attention import TILES
 from tpaw_jax.models.transformer import shard_model
@@ -44,18 +44,30 @@ def open_policy(config: RunConfig, mesh: Mesh) -> Policy:
     tokenizer, vocabulary = hub.load_tokenizer(c.tokenizer or c.path), hub.load_architecture(c.path).vocab_size
     template = templates.make_template(tokenizer, config.data, vocabulary)
     architecture, params = models.load_pretrained(c.path, dtype, sharding.param_sharder(mesh))
-    remat = "layer" if c.remat == "auto" else c.remat
-    attention = splash_attention.splash_attention() if jax.default_backend() == "tpu" else TILES
-    whole = models.Transformer(architecture, jnp.dtype(c.compute_dtype), dtype, remat, attention)
-    model = shard_model(whole, params, mesh, config.train.reduce_dtype)
-    sampling_mesh = sharding.sampling_mesh(config.sampling.tensor)
+    model, decoder, sampling_mesh = sharded_models(config, architecture, params, mesh)
     stops = stop_tokens(template, hub.load_generation_config(c.path))
-    sampling_model = shard_model(whole, params, sampling_mesh, key="sampling.tensor")
-    decoder = decoder_of(sampling_model, config.sampling.cache_dtype)
     sampler_with = lambda settings: slots.make_sampler(decoder, settings, stops, sampling_mesh)
     strings = config.sampling.stop_strings
     stop_fn = engine.stop_at(template.tokenizer.decode, strings) if strings else None
     return Policy(model, params, template, sampler_with(config.sampling), stop_fn, sampler_with)
+
+
+def sharded_models(
+    config: RunConfig, architecture: models.ModelConfig, params: PyTree[Any], mesh: Mesh
+) -> tuple[models.Transformer, Decoder, Mesh]:
+    """The model that scores and trains on `mesh`, and the decoder of the sampler with the sampler's mesh.
+
+    Raises:
+        ValueError: `params` cannot be sharded over a mesh, or `sampling.tensor` cannot be used.
+    """
+    c = config.policy
+    remat = "layer" if c.remat == "auto" else c.remat
+    attention = splash_attention.splash_attention() if jax.default_backend() == "tpu" else TILES
+    whole = models.Transformer(architecture, jnp.dtype(c.compute_dtype), jnp.dtype(c.param_dtype), remat, attention)
+    sampling_mesh = sharding.sampling_mesh(config.sampling.tensor)
+    sampling_model = shard_model(whole, params, sampling_mesh, key="sampling.tensor")
+    decoder = decoder_of(sampling_model, config.sampling.cache_dtype)
+    return shard_model(whole, params, mesh, config.train.reduce_dtype), decoder, sampling_mesh
 
 
 def stop_tokens(template: templates.Template, generation: Mapping[str, Any]) -> list[int]:

@@ -1,6 +1,6 @@
-"""Plan a run with the TPU's compiler but without a TPU: memory, collectives, predicted hours.
+"""What a run will take: planned with the TPU's compiler but without a TPU, or measured on the devices at hand.
 
 Read in this order: `workload` (what the rounds compute), `lowering` (the programs), `hlo` (bytes that a compiled
 program moves), `roofline` (a compiled stage and its predicted time), `expected` (the same counted by hand), `planner`
-(the report).
+(the report); `bench` (measured stages), `readings` (their table, and the comparison of two).
 """

@@ -51,7 +51,7 @@ class Workload(NamedTuple):
 
 def assumed(config: RunConfig, model: ModelConfig, prompts: int) -> Workload:
     """Estimate the rounds of a run on `prompts` prompts, from a packed sample of assumed lengths."""
-    sample, new_tokens = _sample(config, min(SAMPLE, prompts))
+    sample, new_tokens = draw_lengths(config, min(SAMPLE, prompts))
     scale = prompts / len(sample)
     rounds = [_round(config, model, sample, new_tokens, t) for t in range(config.rounds)]
     rows = rounds[-1][1]
@@ -69,7 +69,17 @@ def assumed(config: RunConfig, model: ModelConfig, prompts: int) -> Workload:
     )
 
 
-def _sample(config: RunConfig, size: int) -> tuple[Prompts, np.ndarray]:
+def random_window(config: RunConfig, vocabulary: int, size: int) -> tuple[Prompts, list[Generations]]:
+    """`size` prompts with random tokens of assumed lengths, and the opponents' responses, newest first."""
+    blank, lengths = draw_lengths(config, size)
+    rng = np.random.default_rng((config.seed, 1))
+    fill = lambda sequences: tuple(rng.integers(0, vocabulary, len(x)).astype(np.int32) for x in sequences)
+    prompts = Prompts(blank.ids, fill(blank.prompt_tokens), fill(blank.target_tokens))
+    rounds = reversed(range(len(lengths)))
+    return prompts, [Generations(t, fill(_blank(lengths[t])), ()) for t in rounds]
+
+
+def draw_lengths(config: RunConfig, size: int) -> tuple[Prompts, np.ndarray]:
     """Prompts and targets of assumed lengths, all token 0, and the lengths of their responses, [opponents, size]."""
     rng, scale = np.random.default_rng(config.seed), config.data.max_length / 1024
     draw = lambda i, shape: np.round(rng.lognormal(np.log(MEDIANS[i] * scale), SPREADS[i], shape)).astype(int)

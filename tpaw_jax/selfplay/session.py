@@ -4,10 +4,9 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import numpy as np
 import optax
 import yaml
 from jax.sharding import Mesh
@@ -27,8 +26,7 @@ from tpaw_jax.selfplay import plan
 from tpaw_jax.selfplay.round_store import round_directory
 from tpaw_jax.storage import files, journal, recovery, ring
 from tpaw_jax.storage.journal import Journal
-from tpaw_jax.training import batch_shapes, memory, scoring, train_step
-from tpaw_jax.training.logprobs import LogProbFn
+from tpaw_jax.training import batch_shapes, fitting_step, scoring, train_step
 from tpaw_jax.types import Prompts
 
 Say = Callable[[str], None]
@@ -110,7 +108,7 @@ def open_session(
     _warn_of_long_sequences(config, policy, prompts, say)
 
     optimizer = train_step.make_optimizer(config.train)
-    log_prob_fn, step = _programs(config, policy, optimizer, mesh, say)
+    log_prob_fn, step = fitting_step.make_fitting_step(config, policy.model, policy.params, optimizer, mesh, say)
     tasks = config.evaluation.tasks if config.evaluation.each_round else ()
     evaluator = exact_match.make_evaluator(config, policy, tasks) if tasks else None
     kept = ring.open_ring(opened, config.objective.n_max)
@@ -160,28 +158,6 @@ def _open_run(config: RunConfig, say: Say) -> tuple[RunConfig, Mesh, Journal]:
     recovery.quarantine_corruption(opened, say)
     packing.check_rows(config.packing, config.longest_tree, sharding.row_shards(mesh), alignment)
     return config, mesh, opened
-
-
-def _programs(
-    config: RunConfig, policy: Policy, optimizer: optax.GradientTransformation, mesh: Mesh, say: Say
-) -> tuple[LogProbFn, train_step.TrainStep]:
-    """The log-prob function and the train step. Rematerialization is as configured; `auto` is the first that fits."""
-
-    def with_remat(remat: str) -> tuple[LogProbFn, Any]:
-        return train_step.configured_step(config, policy.model.clone(remat=remat), optimizer, mesh)
-
-    if config.policy.remat != "auto":
-        return with_remat(config.policy.remat)
-    state = train_step.abstract_state(policy.params, optimizer, mesh)
-    inputs = packing.empty_step(config.packing, config.objective.n_max, batch_shapes.most_micro_batches(config))
-    limits = processes.all_gather(limit=np.array([memory.available_bytes()]))
-    limit = min(int(one["limit"][0]) for one in limits)  # all processes must run the same program
-    compile_with = lambda remat: with_remat(remat)[1].lower(state, *inputs, train_step.NO_SCALARS).compile()
-    fit = memory.choose_remat(compile_with, limit)
-    say(
-        f"Rematerialization `{fit.remat}`: a step needs {fit.needed / 2**30:.2f} of {limit / 2**30:.2f} GiB per device."
-    )
-    return with_remat(fit.remat)[0], fit.compiled
 
 
 def _warn_of_long_sequences(config: RunConfig, policy: Policy, prompts: Prompts, say: Say) -> None:

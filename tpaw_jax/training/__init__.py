@@ -7,7 +7,8 @@ Read the files in this order:
 3. `train_step`: optimizer, learning rates, the compiled step.
 4. `batch_shapes`: the batch shapes that a run fixes at its start.
 5. `memory`: a rematerialization policy that fits the device.
-6. `cost`: FLOPs of a round.
+6. `fitting_step`: the train step of a configuration, with such a policy.
+7. `cost`: FLOPs of a round.
 
 With a model of your own, wrap it with `from_apply_fn` and pass the result to `make_scorer` and `make_train_step`.
 """

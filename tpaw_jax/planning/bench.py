@@ -1,0 +1,353 @@
+"""Measure the stages of a run on the devices at hand: the programs of `tpaw play`, with random weights and data.
+
+One call of a stage's program is what `tpaw plan` predicts: an optimizer step, a scoring pass over
+`packing.scoring_batches` batches, a prefill row per shard, or eight decode steps of all slots.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from tpaw_jax.config import RunConfig
+from tpaw_jax.data import packing, prefix_trees
+from tpaw_jax.generation import token_sampling
+from tpaw_jax.generation.cache import PAGE, Pages
+from tpaw_jax.generation.policy import sharded_models
+from tpaw_jax.generation.slots import STEPS_PER_CHUNK, DecodeState, Sampler, make_sampler
+from tpaw_jax.models import ModelConfig, Transformer
+from tpaw_jax.planning import lowering, workload
+from tpaw_jax.runtime import processes, sharding, tpu
+from tpaw_jax.runtime.host import Prefetch
+from tpaw_jax.training import batch_shapes, cost, fitting_step, memory, scoring, train_step
+from tpaw_jax.training.batch_shapes import most_micro_batches
+from tpaw_jax.training.cost import BACKWARD, Work
+from tpaw_jax.training.train_step import StepScalars
+from tpaw_jax.types import PackedPrompts, TeamScores
+
+WARM_UP = 2
+"""Calls of a program before the first that is timed."""
+
+GIB = 2**30
+
+Say = Callable[[str], None]
+
+
+class Setup(NamedTuple):
+    """A model with random weights on the devices at hand, and packed random rows."""
+
+    config: RunConfig  # with rows per batch and alignment filled in
+    mesh: Mesh
+    model: Transformer
+    params: PyTree[Any]
+    sampler: Sampler
+    rows: packing.Rows
+    rows_of_step: int
+    load: workload.Workload
+
+
+class Done(NamedTuple):
+    """What one call has computed, over all devices that compute together."""
+
+    tokens: float  # useful: no padding
+    flops: float  # of useful tokens, nothing twice
+    triplets: float = 0.0
+
+
+class Reading(NamedTuple):
+    """The timed calls of a stage."""
+
+    stage: str
+    compile_seconds: float
+    seconds: Sequence[float]  # of each call
+    done: Sequence[Done]  # by each call
+    program_bytes: int  # peak memory of the program on one device
+    input_wait: float | None = None  # share of the time in which the devices' inputs were waited for
+
+
+def measure(config: RunConfig, architecture: ModelConfig, stages: Sequence[str], calls: int, say: Say) -> list[Any]:
+    """Time `calls` calls of each stage; returns a JSON-able record of each.
+
+    Args:
+        config: the run.
+        architecture: of the model; its weights are random.
+        stages: some of `planner.STAGES`; the step comes last, because it takes the memory of the weights.
+        calls: timed calls of each stage, after `WARM_UP` others.
+        say: receives progress messages.
+
+    Raises:
+        ValueError: the configuration cannot be used on these devices.
+    """
+    setup = _set_up(config, architecture)
+    readers = {"prefill": _prefill, "decode": _decode, "scoring": _score, "step": _step}
+    records = []
+    for stage in [name for name in readers if name in stages]:
+        say(f"{stage}: compiling, then {WARM_UP} + {calls} calls")
+        records.append(_record(setup, readers[stage](setup, calls, say)))
+    return records
+
+
+def _set_up(config: RunConfig, architecture: ModelConfig) -> Setup:
+    mesh, alignment = sharding.make_mesh(config.mesh), batch_shapes.needed_alignment(config)
+    packed = batch_shapes.resolve_packing(config, mesh, alignment)
+    config = dataclasses.replace(config, packing=packed)
+    tpu.check_options(mesh, config.mesh.compiler_options)
+    packing.check_rows(packed, config.longest_tree, sharding.row_shards(mesh), alignment)
+    params = _random_params(config, architecture, mesh)
+    model, decoder, sampling_mesh = sharded_models(config, architecture, params, mesh)
+    sampler = make_sampler(decoder, config.sampling, [], sampling_mesh)
+    rows, rows_of_step = _rows(config, architecture.vocab_size)
+    load = workload.assumed(config, architecture, workload.SAMPLE)
+    return Setup(config, mesh, model, params, sampler, rows, rows_of_step, load)
+
+
+def _random_params(config: RunConfig, architecture: ModelConfig, mesh: Mesh) -> PyTree[Any]:
+    dtype = jnp.dtype(config.policy.param_dtype)
+    model = Transformer(architecture, jnp.dtype(config.policy.compute_dtype), dtype)
+    init = lambda: model.init(jax.random.key(config.seed), jnp.zeros((1, 8), jnp.int32))["params"]
+    return jax.jit(init, out_shardings=sharding.param_shardings(jax.eval_shape(init), mesh))()
+
+
+def _rows(config: RunConfig, vocabulary: int) -> tuple[packing.Rows, int]:
+    """Rows of random trees that fill at least two steps, and the rows of a step.
+
+    A round has few of first-fit-decreasing's last rows, which are less full, so they are left out.
+    """
+    c, size = config.packing, 64
+    while True:
+        prompts, window = workload.random_window(config, vocabulary, size)
+        rows = packing.pack(prefix_trees.trees_of_window(prompts, window), c)
+        wanted = packing.micro_batches_per_step(rows, config.train.batch_triplets, c.rows_per_batch)
+        of_step = c.rows_per_batch * min(most_micro_batches(config), wanted)
+        if len(rows) > 2 * of_step:
+            whole = np.arange(len(rows) // of_step * of_step)
+            return packing.take(rows, whole, len(whole)), of_step
+        size *= 2
+
+
+def _step(setup: Setup, calls: int, say: Say) -> Reading:
+    config, mesh, rows = setup.config, setup.mesh, setup.rows
+    optimizer = train_step.make_optimizer(config.train)
+    step: Any = fitting_step.make_fitting_step(config, setup.model, setup.params, optimizer, mesh, say)[1]
+    players, most = config.objective.n_max, most_micro_batches(config)
+    scores = TeamScores(np.zeros((players, *rows.prompt_index.shape), np.float32), np.ones(players, bool))
+    scalars = StepScalars(np.float32(0), np.float32(config.objective.lam[0]), np.float32(0), np.bool_(False))
+    shardings = train_step.input_shardings(mesh)
+
+    def inputs(indices: np.ndarray) -> tuple[Any, Done]:
+        batch, team, used = packing.step_batch(rows, scores, indices, config.packing.rows_per_batch, most)
+        placed = sharding.place((batch, team, used, scalars), shardings)
+        return placed, _done(setup, packing.take(rows, indices, len(indices)), 1 + BACKWARD)
+
+    order = [np.arange(i, i + setup.rows_of_step) % len(rows) for i in _starts(setup.rows_of_step, calls)]
+    state = train_step.init_state(setup.params, optimizer, mesh)
+    compiled, seconds_to_compile = _compiled(step, state, *inputs(order[0])[0])
+    done, waited = [], []
+    with Prefetch(inputs, order, depth=2) as ahead:
+
+        def call() -> Any:
+            nonlocal state
+            arguments, counts = next(ahead)
+            state, metrics = compiled(state, *arguments)
+            done.append(counts)
+            waited.append(ahead.waited)
+            return metrics
+
+        seconds = _timed(call, calls)
+    wait = (waited[WARM_UP + calls - 1] - waited[WARM_UP - 1]) / sum(seconds)
+    counts = done[WARM_UP : WARM_UP + calls]
+    return Reading("step", seconds_to_compile, seconds, counts, memory.needed_bytes(compiled), wait)
+
+
+def _score(setup: Setup, calls: int, _: Say) -> Reading:
+    config, mesh, rows = setup.config, setup.mesh, setup.rows
+    optimizer = train_step.make_optimizer(config.train)
+    log_prob_fn = train_step.configured_step(config, setup.model, optimizer, mesh)[0]
+    program = scoring.score_program(log_prob_fn, mesh, tpu.options_of(mesh, config.mesh.compiler_options))
+    size = config.packing.rows_per_batch * config.packing.scoring_batches
+
+    def batch(start: int) -> packing.Rows:
+        return packing.take(rows, np.arange(start, start + size) % len(rows), size)
+
+    place = lambda chosen: sharding.place(chosen.batch, sharding.rows(mesh))
+    compiled, seconds_to_compile = _compiled(program, setup.params, place(batch(0)))
+    done = []
+    with Prefetch(batch, _starts(size, calls), depth=1) as ahead:
+
+        def call() -> Any:
+            chosen = next(ahead)
+            done.append(_done(setup, chosen, 1)._replace(triplets=0.0))
+            return compiled(setup.params, place(chosen))
+
+        seconds = _timed(call, calls)
+    counts = done[WARM_UP : WARM_UP + calls]
+    return Reading("scoring", seconds_to_compile, seconds, counts, memory.needed_bytes(compiled))
+
+
+def _prefill(setup: Setup, calls: int, _: Say) -> Reading:
+    sampler: Any = setup.sampler
+    weights = _sampling_weights(setup)
+    prompts, lengths = _prefill_rows(setup)
+    compiled, seconds_to_compile = _compiled(sampler.prefill, weights.prefill, _place(sampler, prompts))
+    seconds = _timed(lambda: compiled(weights.prefill, _place(sampler, prompts)), calls)
+    pairs = float(sum(n * (n + 1) / 2 for n in lengths))
+    work = Work(float(sum(lengths)), len(lengths), pairs)
+    done = Done(work.tokens, cost.flops(setup.model.config, work))
+    return Reading("prefill", seconds_to_compile, seconds, [done] * calls, memory.needed_bytes(compiled))
+
+
+def _prefill_rows(setup: Setup) -> tuple[PackedPrompts, list[int]]:
+    """A row for each shard, filled with prompts of assumed lengths, and the prompts' lengths."""
+    length, shards = lowering.prefill_row(setup.config), setup.sampler.shards
+    tokens, positions, segments = np.zeros((3, shards, length), np.int32)
+    first, lengths = np.zeros((shards, length // 16), np.int32), np.ones((shards, length // 16), np.int32)
+    sizes, rng = [], np.random.default_rng(setup.config.seed)
+    drawn = workload.draw_lengths(setup.config, workload.SAMPLE)[0].prompt_tokens
+    for row in range(shards):
+        used = 0
+        for n, prompt in enumerate(drawn[: length // 16]):
+            if used + len(prompt) > length:
+                break
+            run = slice(used, used + len(prompt))
+            tokens[row, run] = rng.integers(0, setup.model.config.vocab_size, len(prompt))
+            positions[row, run], segments[row, run] = np.arange(len(prompt)), n + 1
+            first[row, n], lengths[row, n] = used, len(prompt)
+            sizes.append(len(prompt))
+            used = run.stop
+    return PackedPrompts(tokens, positions, segments, first, lengths), sizes
+
+
+def _decode(setup: Setup, calls: int, _: Say) -> Reading:
+    """Decode in slots that all hold a response of average length, as far as a slot has room for new tokens."""
+    sampler: Any = setup.sampler
+    config, shards = setup.config.sampling, setup.sampler.shards
+    slots = math.ceil(config.slots * sampler.processes / shards)
+    typical = setup.load.tokens_per_sequence
+    room = config.max_new_tokens // STEPS_PER_CHUNK * STEPS_PER_CHUNK
+    longest = math.ceil((typical + config.max_new_tokens) / PAGE)
+    pages = Pages(shards, slots, longest * slots, longest)
+    pages.reserve(np.full((shards, slots), typical + room // 2))
+    start = max(1, typical - room // 2)
+    state, table = _busy(sampler.init(slots, pages.pages), start, room), _place(sampler, pages.table())
+    weights, key = _sampling_weights(setup).decode, token_sampling.round_key(setup.config.seed, 0)
+    until = _place(sampler, np.zeros(shards, np.int32))
+    compiled, seconds_to_compile = _compiled(sampler.decode, weights, state, table, key, until)
+    made = 0
+
+    def call() -> Any:
+        nonlocal state, made
+        if made and made * STEPS_PER_CHUNK % room == 0:
+            state = _busy(state, start, room)
+        made += 1
+        state, snapshot = compiled(weights, state, table, key, until)
+        return snapshot.generated
+
+    seconds = _timed(call, calls)
+    new = float(slots * shards * STEPS_PER_CHUNK)
+    done = Done(new, cost.flops(setup.model.config, Work(new, new, new * typical)))
+    return Reading("decode", seconds_to_compile, seconds, [done] * calls, memory.needed_bytes(compiled))
+
+
+def _busy(state: DecodeState, position: int, limit: int) -> DecodeState:
+    """The state with every slot in the middle of a response, at `position` of its sequence."""
+    full = lambda x, value: jax.device_put(np.full(x.shape, value, x.dtype), x.sharding)
+    return state.replace(
+        active=full(state.active, True),
+        position=full(state.position, position),
+        generated=full(state.generated, 0),
+        limit=full(state.limit, limit + 1),
+    )
+
+
+def _sampling_weights(setup: Setup) -> Any:
+    local = sharding.resplit(setup.params, setup.sampler.mesh, setup.sampler.dtype)
+    return setup.sampler.prepare(local)
+
+
+def _place(sampler: Sampler, arrays: PyTree[Any]) -> PyTree[Any]:
+    return arrays if sampler.processes == 1 else sharding.place(arrays, sharding.rows(sampler.mesh))
+
+
+def _starts(size: int, calls: int) -> list[int]:
+    """The first row of each call."""
+    return [size * i for i in range(WARM_UP + calls + 1)]
+
+
+def _compiled(program: Any, *arguments: Any) -> tuple[Any, float]:
+    """The compiled program, and the seconds that it took; a program that is compiled already took none."""
+    start = time.perf_counter()
+    compiled = program.lower(*arguments).compile() if hasattr(program, "lower") else program
+    return compiled, time.perf_counter() - start
+
+
+def _timed(call: Callable[[], Any], calls: int) -> list[float]:
+    """Seconds between the results of successive calls. Like a run, it queues a call before it awaits the last one."""
+    stamps, pending = [], call()
+    for _ in range(WARM_UP + calls):
+        following = call()
+        jax.block_until_ready(pending)
+        stamps.append(time.perf_counter())
+        pending = following
+    jax.block_until_ready(pending)
+    return np.diff(stamps)[WARM_UP - 1 :].tolist()
+
+
+def _done(setup: Setup, rows: packing.Rows, passes: float) -> Done:
+    work = cost.work_of_rows(rows)._replace(tokens=float((np.asarray(rows.batch.segment_ids) > 0).sum()))
+    flops = passes * cost.flops(setup.model.config, work)
+    return Done(work.tokens, flops, float(rows.triplets.sum()))
+
+
+def _record(setup: Setup, reading: Reading) -> dict[str, Any]:
+    """The reading as JSON-able values. A rate is that of the median call."""
+    seconds, devices = np.array(reading.seconds), setup.mesh.size
+    apart = reading.stage in ("prefill", "decode") and setup.sampler.processes == 1  # each process samples on its own
+    copies = jax.process_count() if apart else 1
+    rate = lambda values: copies * float(np.median(np.array(values) / seconds))
+    chip = tpu.CHIPS.get(tpu.generation(setup.mesh.devices.flat[0]) or "")
+    flops = rate([done.flops for done in reading.done]) / devices
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peak = max(s.get("peak_bytes_in_use", 0) for s in stats)
+    return {
+        "stage": reading.stage,
+        "median s": float(np.median(seconds)),
+        "fastest s": float(seconds.min()),
+        "slowest s": float(seconds.max()),
+        "calls": len(seconds),
+        "tokens/s": rate([done.tokens for done in reading.done]),
+        "tokens/s per device": rate([done.tokens for done in reading.done]) / devices,
+        "triplets/s": rate([done.triplets for done in reading.done]) if reading.done[0].triplets else None,
+        "model TFLOP/s per device": flops / 1e12,
+        "MFU": flops / chip.device.peak_flops if chip else None,
+        "program GiB per device": reading.program_bytes / GIB,
+        "device peak GiB": peak / GIB if peak else None,
+        "input wait": reading.input_wait,
+        "compile s": reading.compile_seconds,
+        "seconds": list(reading.seconds),
+        "settings": dict(_settings(setup)),
+    }
+
+
+def _settings(setup: Setup) -> Iterator[tuple[str, Any]]:
+    """What a reading belongs to."""
+    c, model, device = setup.config, setup.model.config, setup.mesh.devices.flat[0]
+    yield "devices", f"{setup.mesh.size} x {device.device_kind}"
+    yield "processes", jax.process_count()
+    yield "mesh", dict(setup.mesh.shape)
+    yield "parameters", sum(math.prod(p.shape) for p in jax.tree.leaves(setup.params))
+    yield "model", f"{model.model_type}, {model.num_layers} layers of {model.hidden_size}"
+    yield "dtypes", f"{c.policy.param_dtype}, {c.policy.compute_dtype}"
+    yield "remat", c.policy.remat
+    yield "row length", c.packing.row_length
+    yield "rows of a step", setup.rows_of_step
+    yield "fill", round(setup.rows.fill, 4)
+    yield "slots", c.sampling.slots
+    facts = processes.facts_of_this_host()
+    yield "versions", {name: facts[name] for name in sorted(facts)}

@@ -1,0 +1,48 @@
+"""The train step of a configuration, with the first rematerialization policy that fits the devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from tpaw_jax.config import RunConfig
+from tpaw_jax.data import packing
+from tpaw_jax.models.transformer import Transformer
+from tpaw_jax.runtime import processes
+from tpaw_jax.training import batch_shapes, memory, train_step
+from tpaw_jax.training.logprobs import LogProbFn
+from tpaw_jax.training.train_step import TrainStep
+
+
+def make_fitting_step(
+    config: RunConfig,
+    model: Transformer,
+    params: PyTree[Any],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    say: Callable[[str], None],
+) -> tuple[LogProbFn, TrainStep]:
+    """The log-prob function and the train step. Rematerialization is as configured; `auto` is the first that fits.
+
+    Raises:
+        ValueError: no policy fits the devices' memory.
+    """
+
+    def with_remat(remat: str) -> tuple[LogProbFn, Any]:
+        return train_step.configured_step(config, model.clone(remat=remat), optimizer, mesh)
+
+    if config.policy.remat != "auto":
+        return with_remat(config.policy.remat)
+    state = train_step.abstract_state(params, optimizer, mesh)
+    inputs = packing.empty_step(config.packing, config.objective.n_max, batch_shapes.most_micro_batches(config))
+    limits = processes.all_gather(limit=np.array([memory.available_bytes()]))
+    limit = min(int(one["limit"][0]) for one in limits)  # all processes must run the same program
+    compile_with = lambda remat: with_remat(remat)[1].lower(state, *inputs, train_step.NO_SCALARS).compile()
+    fit = memory.choose_remat(compile_with, limit)
+    say(
+        f"Rematerialization `{fit.remat}`: a step needs {fit.needed / 2**30:.2f} of {limit / 2**30:.2f} GiB per device."
+    )
+    return with_remat(fit.remat)[0], fit.compiled
