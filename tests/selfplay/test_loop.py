@@ -193,7 +193,7 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeypat
 
     original = round_store.team_scores
     monkeypatch.setattr(round_store, "team_scores", poisoned)
-    settings = {"train.max_skipped_in_a_row": 3, "mesh.fsdp": 1, "objective.tolerance": 0, "tensorboard": True}
+    settings = {"train.max_skipped_in_a_row": 3, "mesh.fsdp": 1, "objective.tolerance": 0, "report_to": "[tensorboard]"}
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
     with pytest.raises(FloatingPointError, match="not finite in 3 steps in a row") as caught:
         loop.play(small_run(tmp_path, **settings), lambda _: None)
@@ -201,7 +201,7 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeypat
     assert {"tokens", "labels", "log_probs"} <= set(np.load(saved).files)
     (events,) = (tmp_path / "tensorboard").iterdir()
     steps = len((tmp_path / "metrics.jsonl").read_text().splitlines())  # those that led to the stop are there to see
-    assert events.read_bytes().count(b"round_0/skipped_in_a_row") == steps >= 2
+    assert events.read_bytes().count(b"train/skipped_in_a_row") == steps >= 2
 
 
 def play(directory, *place_and_signal):

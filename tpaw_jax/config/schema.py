@@ -257,7 +257,10 @@ class RunConfig:
     rounds: int = option(4, "number of rounds", "TPAW reports 4")
     seed: int = option(42, "seed of every random stream", "SPIN")
     sample_texts: int = option(3, "responses printed and stored each round")
-    tensorboard: bool = option(False, "also write TensorBoard events")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option(
+        (), "trackers that also get the metrics", "transformers"
+    )
+    tensorboard: bool = option(False, "the same as report_to: [tensorboard]")
     policy: PolicyConfig = section(PolicyConfig)
     data: DataConfig = section(DataConfig)
     sampling: SamplingConfig = section(SamplingConfig)
@@ -266,6 +269,11 @@ class RunConfig:
     train: TrainConfig = section(TrainConfig)
     mesh: MeshConfig = section(MeshConfig)
     evaluation: EvaluationConfig = section(EvaluationConfig)
+
+    @property
+    def trackers(self) -> frozenset[str]:
+        """The names of the trackers that get the metrics."""
+        return frozenset(self.report_to) | ({"tensorboard"} if self.tensorboard else set())
 
     @property
     def longest_response(self) -> int:

@@ -1,4 +1,4 @@
-"""metrics.jsonl, one record per step, and the same numbers in TensorBoard."""
+"""metrics.jsonl, one record per step, and the same numbers in the run's trackers."""
 
 import dataclasses
 import json
@@ -8,51 +8,46 @@ from typing import Any
 
 import numpy as np
 
+from tpaw_jax.observe.trackers import Tracker, grouped
 from tpaw_jax.runtime import processes
 from tpaw_jax.storage import files
 
 
 @dataclasses.dataclass(frozen=True)
 class MetricsLog:
-    """Appends records to metrics.jsonl and, if it is on, to TensorBoard."""
+    """Appends records to metrics.jsonl and logs them to trackers."""
 
     path: Path
-    tensorboard: Any = None
+    trackers: Sequence[Tracker] = ()
+    steps_before: int = 0  # of earlier rounds
 
     def write(self, **record: Any) -> None:
-        """Append one record; numbers also become TensorBoard scalars over the round's steps."""
+        """Append the record of a step; trackers count its step over all rounds."""
         if not processes.is_main():
             return
         with files.explain_os_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        if self.tensorboard is not None and "step" in record:
-            for name, value in record.items():
-                if isinstance(value, float):
-                    self.tensorboard.add_scalar(f"round_{record['round']}/{name}", value, record["step"])
-
-    def close(self) -> None:
-        """Write what TensorBoard still buffers."""
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        for tracker in self.trackers:
+            tracker.log(grouped(record), self.steps_before + record["step"])
 
 
-def open_metrics(directory: Path, round_number: int, step: int, tensorboard: bool) -> MetricsLog:
-    """The log of a run that resumes at (round, step): drops the round's records from there on, and corrupted lines.
-
-    Raises:
-        ImportError: TensorBoard is on and tensorboardX is not installed.
-    """
+def open_metrics(directory: Path, round_number: int, step: int, trackers: Sequence[Tracker] = ()) -> MetricsLog:
+    """The log of a run that resumes at (round, step): drops the round's records from there on, and corrupted lines."""
     path = directory / "metrics.jsonl"
     if path.exists():
         kept = [r for r in _records(path) if r["round"] != round_number or r.get("step", -1) < step]
         files.write_bytes(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
-    if not tensorboard or not processes.is_main():
-        return MetricsLog(path)
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ImportError("tensorboard: true needs tensorboardX; pip install 'tpaw_jax[tensorboard]'.") from error
-    return MetricsLog(path, SummaryWriter(str(directory / "tensorboard")))
+    return MetricsLog(path, trackers, steps_before(directory, round_number))
+
+
+def steps_before(directory: Path, round_number: int) -> int:
+    """The steps of the rounds before a round, as far as they are logged."""
+    path = directory / "metrics.jsonl"
+    ends: dict[int, int] = {}
+    for record in _records(path) if path.exists() else []:
+        if record["round"] < round_number:
+            ends[record["round"]] = max(ends.get(record["round"], 0), record.get("step", -1) + 1)
+    return sum(ends.values())
 
 
 def read_metrics(directory: Path, round_number: int) -> list[dict[str, float]]:

@@ -25,7 +25,7 @@ from tpaw_jax.selfplay import round_store
 from tpaw_jax.storage import files, journal
 from tpaw_jax.types import TARGET
 
-IGNORED = {"directory", "seed", "sample_texts", "tensorboard"}
+IGNORED = {"directory", "seed", "sample_texts", "tensorboard", "report_to"}
 """Configuration keys in which the runs of a group may differ."""
 
 STAGES = ("sampling", "scoring", "training", "evaluation", "held-out", "dry run", "packing", "ring", "other")

@@ -80,6 +80,9 @@ def _play_session(
         with contextlib.suppress(RegeneratedDifferently):  # the next start reads it from the journal
             ring.finish_saves(session.ring)
         raise
+    finally:
+        for tracker in session.trackers:
+            tracker.close()
 
 
 def play_rounds(

@@ -11,7 +11,7 @@ import numpy as np
 
 from tpaw_jax.config import of_round
 from tpaw_jax.data.packing import Rows
-from tpaw_jax.observe import health, metrics, tables
+from tpaw_jax.observe import health, metrics, tables, trackers
 from tpaw_jax.runtime import processes
 from tpaw_jax.selfplay.round_store import Store, round_directory, round_name
 from tpaw_jax.selfplay.round_training import Trained
@@ -69,6 +69,9 @@ def write(session: Session, summary: dict[str, Any]) -> None:
     """Write a round's `summary.json`, and print it as a table."""
     content = (json.dumps(summary, indent=2) + "\n").encode()
     journal.write(session.journal, f"{round_name(summary['round'])}/summary.json", "summary", summary["round"], content)
+    steps = metrics.steps_before(session.directory, summary["round"] + 1)
+    for tracker in session.trackers:
+        tracker.log({**trackers.grouped(summary), "round": float(summary["round"])}, max(0, steps - 1))
     session.say(tables.round_table([summary], session.verbose) + "\n")
 
 

@@ -1,6 +1,5 @@
 """The training of a round, theta_t to theta_(t+1) on D_O: prefetched batches, saved states, logged steps."""
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -102,8 +101,8 @@ def _run_steps(
     """Run the steps from `first` on. The device never waits for the host: inputs are prefetched, metrics come late."""
     session, t, config = this.session, this.number, this.session.config.train
     saves = SaveSchedule(config.save_every_steps, config.save_every_minutes)
+    log = metrics.open_metrics(session.directory, t, first, session.trackers)
     with (
-        contextlib.closing(metrics.open_metrics(session.directory, t, first, session.config.tensorboard)) as log,
         progress(f"round {t} training", steps, "step") as bar,
         Prefetch(make_inputs, range(first, steps), depth=2) as batches,
     ):

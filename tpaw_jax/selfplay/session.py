@@ -20,6 +20,7 @@ from tpaw_jax.evaluation import exact_match
 from tpaw_jax.generation import engine, slots
 from tpaw_jax.generation.policy import SPEED_ONLY_KEYS, Policy, open_policy
 from tpaw_jax.observe.profiling import Profiler, Stopwatch
+from tpaw_jax.observe.trackers import Tracker, open_trackers
 from tpaw_jax.runtime import processes, sharding, tpu
 from tpaw_jax.runtime.preemption import PreemptionNotice
 from tpaw_jax.selfplay import plan
@@ -35,6 +36,7 @@ Say = Callable[[str], None]
 KEYS_THAT_MAY_CHANGE = SPEED_ONLY_KEYS | {
     "directory",
     "mesh.compiler_options",
+    "report_to",
     "rounds",
     "sample_texts",
     "tensorboard",
@@ -71,6 +73,7 @@ class Session:
     like: PyTree[jax.ShapeDtypeStruct]  # shapes, dtypes and shardings of a policy
     profiler: Profiler
     notice: PreemptionNotice
+    trackers: tuple[Tracker, ...]
     say: Say
     verbose: bool  # print every metric of a round
 
@@ -134,6 +137,7 @@ def open_session(
         like=sharding.abstract(policy.params),
         profiler=Profiler(opened.directory / "profile", profiled),
         notice=notice,
+        trackers=open_trackers(config.trackers, opened.directory, flat(to_dict(config)), say),
         say=say,
         verbose=verbose,
     )
