@@ -51,6 +51,8 @@ def test_numbers_are_grouped_under_the_names_that_people_know():
         "goodput/goodput": 0.9,
         "eval/gsm8k": 0.1,
     }
+    summary = {"round": 2, "loss": 0.4, "echoes": 3, "margin": 1.0}
+    assert trackers.grouped(summary, "round") == {"round/loss": 0.4, "generation/echoes": 3.0, "round/margin": 1.0}
 
 
 def test_steps_are_counted_over_all_rounds_also_after_a_restart(tmp_path):
@@ -172,10 +174,10 @@ def test_a_run_reports_every_step_and_round_and_closes_its_trackers(tmp_path, mo
     monkeypatch.setattr("tpaw_jax.selfplay.session.open_trackers", lambda *arguments: (recorded,))
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
     table = loop.play(small_run(tmp_path, rounds=2), lambda text: None)
-    steps = [step for step, values in recorded.logged if "train/loss" in values and "round" not in values]
+    steps = [step for step, values in recorded.logged if "train/loss" in values]
     assert steps == list(range(sum(row["steps"] for row in table)))
-    rounds = [(step, values) for step, values in recorded.logged if "round" in values]
-    assert [values["round"] for _, values in rounds] == [0.0, 1.0]
+    rounds = [(step, values) for step, values in recorded.logged if "round/number" in values]
+    assert [values["round/number"] for _, values in rounds] == [0, 1]
     assert [step for step, _ in rounds] == [table[0]["steps"] - 1, steps[-1]]
     assert {"generation/response tokens", "goodput/goodput", "goodput/training seconds"} <= rounds[0][1].keys()
     groups = {name.split("/")[0] for _, values in recorded.logged for name in values}

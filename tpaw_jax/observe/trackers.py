@@ -88,11 +88,11 @@ def open_trackers(
     return tuple(_Guarded(name, *openers[name](module, directory, config), say) for name, module in modules.items())
 
 
-def grouped(record: Mapping[str, Any]) -> dict[str, float]:
+def grouped(record: Mapping[str, Any], group: str = "train") -> dict[str, float]:
     """The numbers of a step's record or of a round's summary under the names of the trackers.
 
-    Player theta_N's are `players/theta_N/...`. Names with a slash stay; others get their group, or `train`. Values that
-    are missing or not finite are left out.
+    Player theta_N's are `players/theta_N/...`. Names with a slash stay; others get their group of `GROUPS`, or `group`.
+    Values that are missing or not finite are left out.
     """
     numbers = {}
     for name, value in record.items():
@@ -103,7 +103,7 @@ def grouped(record: Mapping[str, Any]) -> dict[str, float]:
         elif name.endswith(" s"):
             name = f"goodput/{name.removesuffix(' s')} seconds"
         elif "/" not in name or name in GROUPS:
-            name = f"{GROUPS.get(name, 'train')}/{name}"
+            name = f"{GROUPS.get(name, group)}/{name}"
         numbers[name] = float(value)
     return numbers
 

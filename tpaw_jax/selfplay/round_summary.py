@@ -71,7 +71,7 @@ def write(session: Session, summary: dict[str, Any]) -> None:
     journal.write(session.journal, f"{round_name(summary['round'])}/summary.json", "summary", summary["round"], content)
     steps = metrics.steps_before(session.directory, summary["round"] + 1)
     for tracker in session.trackers:
-        tracker.log({**trackers.grouped(summary), "round": float(summary["round"])}, max(0, steps - 1))
+        tracker.log({**trackers.grouped(summary, "round"), "round/number": summary["round"]}, max(0, steps - 1))
     session.say(tables.round_table([summary], session.verbose) + "\n")
 
 
