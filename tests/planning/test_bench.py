@@ -116,6 +116,7 @@ def test_the_command_measures_writes_and_compares(tmp_path, capsys, monkeypatch)
         ("bench", "--compare", str(out)): "--compare takes two files: BEFORE AFTER",
         (*run[:-1], "steps"): "--stages: unknown steps; choose from step, scoring, prefill, decode",
         (*run, "--calls", "0"): "--calls is 0; it must be at least 1",
+        (*run, "--objective.loss", "sft", "--rounds", "1"): "measures rounds of self-play, not supervised runs or DPO",
     }
     for arguments, sentence in refused.items():
         assert cli.main(list(arguments)) == 2

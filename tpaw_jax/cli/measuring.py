@@ -29,6 +29,10 @@ def bench(options: argparse.Namespace, overrides: list[str]) -> None:
     from tpaw_jax.runtime import processes
 
     run = config_file.load(options.config, overrides)
+    if run.objective.loss == "sft" or run.data.responses == "rejected":
+        raise ValueError(
+            f"{' '.join(options.config)}: `tpaw bench` measures rounds of self-play, not supervised runs or DPO."
+        )
     stages = options.stages.split(",") if options.stages else list(planner.STAGES)
     if unknown := set(stages) - set(planner.STAGES):
         raise ValueError(f"--stages: unknown {', '.join(sorted(unknown))}; choose from {', '.join(planner.STAGES)}.")
