@@ -173,6 +173,26 @@ def test_a_whole_plan_is_json_with_hours_and_tables():
     assert "v5e:2x2" in planner.comparison([plan, plan])
 
 
+@pytest.mark.parametrize(("topology", "published"), [("v5p:2x2x1", 0.654), ("v5e:2x2", None)])
+def test_a_bound_above_what_is_published_comes_with_the_time_at_that(topology, published):
+    """A stage whose arithmetic takes one second, of which 90 % is useful."""
+    of = target(topology)
+    load = workload.assumed(of.config, of.model.config, 200)
+    chip = of.topology.chip.device
+    stage = roofline.Stage(0, True, 1, 0, Flops(chip.peak_flops, 0.9 * chip.peak_flops), 1, (), chip)
+    found = planner._record(of, load, "step", stage, "layer")
+    assert found["predicted MFU"] == pytest.approx(0.9)
+    run = planner.hours(of, load, dict.fromkeys(planner.STAGES, stage))
+    if published is None:
+        assert not {"published MFU", "s at published MFU"} & found.keys()
+        assert "hours at published MFU" not in run
+        return
+    assert found["published MFU"] == published
+    assert found["s at published MFU"] == pytest.approx(0.9 / published)
+    slower = run["sampling h"] + 0.9 / published * (run["scoring h"] + run["training h"])
+    assert run["hours at published MFU"] == pytest.approx(slower)
+
+
 def test_the_largest_batch_is_the_last_that_fits(monkeypatch):
     """The search against a compiler whose programs need 2 GiB and 1.5 GiB for each 2048 tokens of a device."""
     asked = []

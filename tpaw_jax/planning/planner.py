@@ -151,9 +151,11 @@ def hours(target: Target, load: Workload, stages: dict[str, Stage]) -> dict[str,
     total = sum(seconds.values())
     pairs = seconds["sampling"] + sum(r.padded_pair_flops for r in load.rounds) / rate
     triplets = rows * micro_batches * load.triplets_per_row
+    slower = seconds["sampling"] + _slower(target, step) * (seconds["scoring"] + seconds["training"])
     return {
         **{f"{name} h": s / 3600 for name, s in seconds.items()},
         "hours": total / 3600,
+        **({"hours at published MFU": slower / 3600} if _published_mfu(target) else {}),
         "chip-hours": total * target.topology.chips / 3600,
         "triplets a step": triplets,
         "triplets/s of training": triplets / step.seconds,
@@ -248,6 +250,8 @@ def _description(target: Target, load: Workload, remat: str) -> dict[str, Any]:
 
 def _record(target: Target, load: Workload, name: str, stage: Stage, remat: str) -> dict[str, Any]:
     record = roofline.record(stage)
+    if stage.traffic and name == "step" and (published := _published_mfu(target)):
+        record |= {"published MFU": published, "s at published MFU": stage.seconds * _slower(target, stage)}
     if stage.traffic:
         sent = expected.bytes_sent(target, name, remat, _micro_batches(target.config, load))
         record["GiB sent by hand"] = {kind: size / GIB for kind, size in sent.items() if size}
@@ -272,6 +276,16 @@ def _warnings(target: Target, load: Workload, stages: dict[str, Stage]) -> list[
             "packing.row_length to come closer."
         )
     return warnings
+
+
+def _published_mfu(target: Target) -> float | None:
+    """The MFU that well-tuned runs on these chips are published to reach; None if none is known."""
+    return roofline.PUBLISHED_MFU.get(target.topology.generation)
+
+
+def _slower(target: Target, step: Stage) -> float:
+    """How many times as long scoring and training take at the published MFU as at the roofline."""
+    return max(1.0, step.mfu / (_published_mfu(target) or step.mfu))
 
 
 def _head_chunks(target: Target, load: Workload) -> int:

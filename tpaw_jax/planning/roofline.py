@@ -23,6 +23,11 @@ DIE_TO_DIE = 6
 """Speed between the two devices of a tpu7x chip, in links of the torus (docs.cloud.google.com/tpu/docs/tpu7x)."""
 
 
+PUBLISHED_MFU = {"v5p": 0.654, "v6e": 0.4546}
+"""MFU that MaxText publishes for its best tuned dense models in bfloat16: Llama 2 70B at 4,096 tokens on 512 v5p, and
+Llama 3.1 8B at 8,192 tokens on 256 v6e (maxtext.readthedocs.io, version 0.2.2, reference/models/tiering)."""
+
+
 class Flops(NamedTuple):
     """FLOPs of one run of a program on one device."""
 
