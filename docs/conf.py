@@ -30,19 +30,18 @@ copybutton_prompt_text = r"\$ |>>> "
 copybutton_prompt_is_regexp = True
 
 _log = logging.getLogger(__name__)
-_documented: set[str] = set()
 
 
 def _require_docstring(app, what, name, obj, options, lines):
     """Warn of a public name without a docstring."""
-    _documented.add(name.rpartition(".")[2])
     if what in ("function", "class", "method") and not any(line.strip() for line in lines):
         _log.warning("%s has no docstring", name)
 
 
 def _require_all_public_names(app, env):
     """Warn of a name that `tpaw_jax` exports and the API page leaves out."""
-    for name in set(tpaw_jax.__all__) - _documented:
+    documented = {name.rpartition(".")[2] for name in env.domains["py"].objects}  # of earlier builds too
+    for name in set(tpaw_jax.__all__) - documented:
         if inspect.isroutine(getattr(tpaw_jax, name)) or inspect.isclass(getattr(tpaw_jax, name)):
             _log.warning("tpaw_jax.%s is public and is not on the API page", name)
 
