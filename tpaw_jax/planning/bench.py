@@ -225,16 +225,16 @@ def _prefill_rows(setup: Setup) -> tuple[PackedPrompts, list[int]]:
 
 
 def _decode(setup: Setup, calls: int, _: Say) -> Reading:
-    """Decode in slots that all hold a response of average length, as far as a slot has room for new tokens."""
+    """Decode in slots that all hold sequences of about the average length, starting again after a page of tokens."""
     sampler: Any = setup.sampler
     config, shards = setup.config.sampling, setup.sampler.shards
     slots = math.ceil(config.slots * sampler.processes / shards)
     typical = setup.load.tokens_per_sequence
-    room = config.max_new_tokens // STEPS_PER_CHUNK * STEPS_PER_CHUNK
-    longest = math.ceil((typical + config.max_new_tokens) / PAGE)
-    pages = Pages(shards, slots, longest * slots, longest)
-    pages.reserve(np.full((shards, slots), typical + room // 2))
+    room = max(1, min(config.max_new_tokens, PAGE) // STEPS_PER_CHUNK) * STEPS_PER_CHUNK
     start = max(1, typical - room // 2)
+    held = math.ceil((start + room) / PAGE)
+    pages = Pages(shards, slots, held * slots, held)
+    pages.reserve(np.full((shards, slots), start + room))
     state, table = _busy(sampler.init(slots, pages.pages), start, room), _place(sampler, pages.table())
     weights, key = _sampling_weights(setup).decode, token_sampling.round_key(setup.config.seed, 0)
     until = _place(sampler, np.zeros(shards, np.int32))
