@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 from conftest import STORIES, small_run
 
 from tpaw_jax.models import hub
@@ -27,3 +28,4 @@ def measure(directory: Path, port: int, count: int, process: int, settings: dict
     records = bench.measure(run, hub.load_architecture(STORIES), planner.STAGES, 2, lambda text: None)
     if processes.is_main():
         readings.write(directory.with_suffix(".jsonl"), records)
+    jax.distributed.shutdown()  # waits for the others, which a forked process does not do when it exits
