@@ -47,9 +47,9 @@ class Tree:
 class Segment:
     """Trees that share a trunk: the longest of their prompts.
 
-    The responses of a tree attend to the trunk up to where the tree's prompt parts from it, the tree's fork. The rest
-    of the prompt, if any, is repeated in front of each response. A response that the trunk contains takes no tokens: in
-    most templates, those are all targets but the last.
+    The responses of a tree attend to the trunk up to the tree's fork, where the tree's prompt diverges from the trunk.
+    The rest of that prompt, if any, is repeated before each response. A response that is already in the trunk takes no
+    tokens; with most templates, that is every target but the last.
     """
 
     trees: tuple[Tree, ...]  # by fork
