@@ -118,7 +118,7 @@ bench: $(VENV)/test $(VENV)/smollm2 peers
 	$(MEASURE)/cache_dtype.py --config configs/smollm2_gsm8k.yaml --policy.path $(SMOLLM2) > $(RESULTS)/cache_dtype.jsonl
 	$(MEASURE)/sampling.py --only tpaw_jax --batch 32 64 --dtype float32 --requests 512 --repeats 1 > $(RESULTS)/sampling_512.jsonl
 	$(MEASURE)/evaluation.py > $(RESULTS)/evaluation.jsonl
-	$(MEASURE)/tree_attention.py > $(RESULTS)/tree_attention.jsonl
+	$(MEASURE)/tree_attention.py --schedule > $(RESULTS)/tree_attention.jsonl
 	$(MAKE) bench-report
 
 bench-report: $(VENV)/demo

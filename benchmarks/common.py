@@ -46,7 +46,7 @@ def fullest_row_length(trees: Sequence[prefix_trees.Tree], config: PackingConfig
     Raises:
         ValueError: the longest tree exceeds all `lengths`.
     """
-    longest = max(tree.length(config.alignment) for tree in trees)
+    longest = max(tree.length for tree in trees)
     fitting = [length for length in sorted(lengths) if length >= longest]
     if not fitting:
         raise ValueError(

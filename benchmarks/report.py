@@ -45,7 +45,7 @@ def main() -> None:
         rounds(of("round")),
         sampling(of("sampling")),
         *evaluation(of("evaluation"), of("evaluation_harness")),
-        tree_attention(*(of(f"tree_attention_{part}") for part in ("parity", "blocks", "compile"))),
+        tree_attention(*(of(f"tree_attention_{part}") for part in ("parity", "pairs", "schedule"))),
     ]
     plot(comparisons, of("round"))
     tables = {
@@ -259,17 +259,16 @@ def evaluation(problems: list[dict], tasks: list[dict]) -> tuple[str, str]:
     return answers, _table(["lm-eval", "by `tpaw_jax`", "by its `hf` model"], lines)
 
 
-def tree_attention(parities: list[dict], skipped: list[dict], compiled: list[dict]) -> str:
-    """The splash kernel under the tree's rule: errors, blocks that are skipped, seconds to compile."""
+def tree_attention(parities: list[dict], pairs: list[dict], schedules: list[dict]) -> str:
+    """The TPU kernel under the tree's rule: errors, pairs, and the speed that the compiler's schedule allows."""
     lines = []
-    for r in skipped:
-        of_row = [c for c in compiled if c["row_length"] == r["row_length"]]
-        seconds = ", ".join(f"{c['seconds']:.1f} ({c['topology']})" for c in of_row)
-        over = f"{r['pairs_computed_over_pairs_seen']:.1f}"
-        lines.append(
-            [f"rows of {r['row_length']:,}", f"{r['fill']:.0%}", f"{r['skipped_of_causal']:.0%}", over, seconds]
-        )
-    head = ["tree attention on TPU", "fill", "blocks skipped of causal's", "pairs computed over seen", "compiling, s"]
+    for r in pairs:
+        of_row = [s for s in schedules if s["row_length"] == r["row_length"]]
+        shares = [" / ".join(f"{x:.0%}" for x in s["share_of_a_plain_matmul"].values()) for s in of_row]
+        over = f"{r['pairs_computed_over_pairs_seen']:.2f}"
+        lines.append([f"rows of {r['row_length']:,}", f"{r['fill']:.0%}", over, *shares])
+    topologies = dict.fromkeys(s["topology"] for s in schedules)
+    head = ["tree attention on TPU", "fill", "pairs computed over seen", *(t.partition(":")[0] for t in topologies)]
     text = _table(head, lines)
     for r in parities:
         values, gradients = r["largest_relative_error"].values()

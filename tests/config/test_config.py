@@ -61,6 +61,7 @@ def test_a_configuration_can_be_read_back_from_its_yaml(tmp_path):
             ("packing.row_length=1000",),
             "packing.row_length must be at least 1280, the maximum tokens of a prompt",
         ),
+        (MINIMAL, ("packing.alignment=16",), "packing.alignment is 16, but rows no longer have padding between"),
         (MINIMAL, ("data.max_length=512",), "data.max_length must exceed data.max_prompt_length"),
         (
             MINIMAL,
@@ -74,6 +75,10 @@ def test_a_configuration_can_be_read_back_from_its_yaml(tmp_path):
 def test_bad_configurations_name_the_key(tmp_path, text, overrides, sentence):
     with pytest.raises(ValueError, match=sentence):
         load(tmp_path, text, *overrides)
+
+
+def test_an_alignment_of_none_is_no_longer_a_key(tmp_path):
+    assert load(tmp_path, MINIMAL, "packing.alignment=1") == load(tmp_path, MINIMAL)
 
 
 def test_a_missing_file_is_named(tmp_path):

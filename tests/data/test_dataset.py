@@ -177,7 +177,7 @@ def test_every_assistant_turn_can_be_a_target(tmp_path, smollm2_tokenizer):
     assert text(prompts.prompt_tokens[by_target["2"]]).startswith(second)
     segments = prefix_trees.segments_of(prefix_trees.trees_of_targets(prompts), PackingConfig(row_length=256))
     whole = max(len(x) + len(y) for x, y in zip(prompts.prompt_tokens, prompts.target_tokens, strict=True))
-    assert max(segment.length() for segment in segments) == whole - 1
+    assert max(segment.length for segment in segments) == whole - 1
 
 
 def test_conversations_are_held_out_whole(tmp_path, smollm2_tokenizer):

@@ -31,8 +31,8 @@ def test_sources_default_to_those_of_the_window():
         assert (tree.sources, tree.triplets) == (other.sources, other.triplets)
 
 
-def test_automatic_alignment_and_rows_per_batch_count_as_one():
-    _, _, trees, rows = pack_window(0, 4, alignment=1)
+def test_automatic_rows_per_batch_count_as_one():
+    _, _, trees, rows = pack_window(0, 4)
     for name, array in vars(packing.pack(trees, PackingConfig(row_length=160)).batch).items():
         np.testing.assert_array_equal(array, getattr(rows.batch, name))
     one, automatic = (PackingConfig(row_length=160, rows_per_batch=n) for n in (1, 0))
@@ -45,11 +45,10 @@ def test_automatic_alignment_and_rows_per_batch_count_as_one():
     seed=st.integers(0, 10**6),
     count=st.integers(2, 12),
     row_length=st.sampled_from([160, 300, 512]),
-    alignment=st.sampled_from([1, 4]),
     draw=st.sampled_from([random_prompts, random_conversations]),
 )
-def test_rows_hold_every_triplet_once_and_nothing_else(seed, count, row_length, alignment, draw):
-    prompts, rounds, _, rows = pack_window(seed, count, draw=draw, row_length=row_length, alignment=alignment)
+def test_rows_hold_every_triplet_once_and_nothing_else(seed, count, row_length, draw):
+    prompts, rounds, _, rows = pack_window(seed, count, draw=draw, row_length=row_length)
     seen = np.asarray(visible(Visibility.of(rows.batch)))
     found = []
     for row in range(len(rows)):
@@ -90,15 +89,15 @@ def test_equal_responses_are_computed_once_and_counted():
 
 def test_the_last_token_of_a_response_takes_no_space():
     prompts, _, trees, rows = pack_window(3, 5)
-    assert sum(t.length() for t in trees) == (np.asarray(rows.batch.segment_ids) > 0).sum()
+    assert sum(t.length for t in trees) == (np.asarray(rows.batch.segment_ids) > 0).sum()
     one = prefix_trees.tree_of_responses(prompts, 0, {TARGET: prompts.target_tokens[0]})
-    assert one.length() == len(prompts.prompt_tokens[0]) + len(prompts.target_tokens[0]) - 1
+    assert one.length == len(prompts.prompt_tokens[0]) + len(prompts.target_tokens[0]) - 1
 
 
 def test_a_tree_longer_than_a_row_is_split_and_one_that_cannot_be_is_an_error():
     _, _, trees, _ = pack_window(1, 6)
-    longest = max(trees, key=lambda t: t.length())
-    parts = packing.pack([longest], PackingConfig(row_length=longest.length() - 1))
+    longest = max(trees, key=lambda t: t.length)
+    parts = packing.pack([longest], PackingConfig(row_length=longest.length - 1))
     assert len(parts) >= 2
     assert parts.triplets.sum() == sum(n for *_, n in longest.triplets)
     with pytest.raises(ValueError, match=f"Prompt {longest.prompt}: .* exceed a row of 8 tokens"):
@@ -118,12 +117,11 @@ def test_the_turns_of_a_conversation_share_what_they_begin_with():
     config = PackingConfig(row_length=256)
     trees = prefix_trees.trees_of_targets(prompts)
     joined, alone = prefix_trees.segments_of(trees, config)
-    assert joined.length() == 99  # of the targets, only the last takes tokens, all but its end
-    assert alone.length() == 34
-    assert joined.length(alignment=8) == sum((16, 32, 40, 24))  # [0, 10), [10, 40), [40, 80), the last target
+    assert joined.length == 99  # of the targets, only the last takes tokens, all but its end
+    assert alone.length == 34
     responses = [np.full(6, 7 + i, np.int32) for i in range(4)]
     trees = [prefix_trees.tree_of_responses(prompts, i, {0: r}) for i, r in enumerate(responses)]
-    assert [s.length() for s in prefix_trees.segments_of(trees, config)] == [80 + 3 * 5, 30 + 5]
+    assert [s.length for s in prefix_trees.segments_of(trees, config)] == [80 + 3 * 5, 30 + 5]
     one_by_one = prefix_trees.segments_of(trees, PackingConfig(row_length=89))  # the third response does not fit
     assert [len(s.trees) for s in one_by_one] == [1, 2, 1]
 
@@ -138,10 +136,10 @@ def test_what_a_prompt_adds_to_the_shared_part_is_repeated_before_each_response(
     )
     config = PackingConfig(row_length=256)
     segments = prefix_trees.segments_of(prefix_trees.trees_of_targets(prompts), config)
-    assert [s.length() for s in segments] == [52 + (2 + 9) + 8]
+    assert [s.length for s in segments] == [52 + (2 + 9) + 8]
     many = {r: np.full(9, r, np.int32) for r in range(20)}  # 20 leads of 2 tokens: no fewer than the 30 that are shared
     trees = [prefix_trees.tree_of_responses(prompts, 0, many), *prefix_trees.trees_of_targets(prompts)[1:]]
-    assert [s.length() for s in prefix_trees.segments_of(trees, config)] == [52 + 8, 32 + 20 * 8]
+    assert [s.length for s in prefix_trees.segments_of(trees, config)] == [52 + 8, 32 + 20 * 8]
 
 
 def test_rows_are_well_filled():
@@ -209,7 +207,9 @@ def test_row_lengths_below_the_longest_tree_are_an_error():
         common.fullest_row_length(ultrachat_like(3, 0.25, 0), PackingConfig(), [64])
 
 
-def test_rows_must_hold_the_longest_triplet_with_its_padding():
-    packing.check_rows(PackingConfig(64, 2, alignment=4), 55, 2, 4)
-    with pytest.raises(ValueError, match="row_length is 64; it must be at least 65, because prompt, target and"):
-        packing.check_rows(PackingConfig(64, 2, alignment=4), 56, 2, 4)
+def test_rows_suit_the_devices():
+    packing.check_rows(row_length=256, rows_per_batch=4, shards=2, multiple=128)
+    with pytest.raises(ValueError, match=r"rows_per_batch is 3; it must be a multiple of the 2 devices"):
+        packing.check_rows(256, 3, 2, 128)
+    with pytest.raises(ValueError, match=r"row_length is 200; attention on TPU needs a multiple of 128"):
+        packing.check_rows(200, 4, 2, 128)

@@ -96,8 +96,9 @@ def test_a_run_that_chooses_its_rematerialization_and_rows(tmp_path, monkeypatch
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["packing"]["rows_per_batch"] == 1
     two = sharding.make_mesh(MeshConfig(fsdp=2), jax.local_devices()[:2])
     before = journal.open_journal(tmp_path).config["packing"]
-    assert batch_shapes.resolve_packing(small_run(tmp_path, **settings), two, 1, before).rows_per_batch == 1
-    assert batch_shapes.resolve_packing(small_run(tmp_path, **settings), two, 1).rows_per_batch == 2
+    with pytest.raises(ValueError, match=r"rows_per_batch is 1; it must be a multiple of the 2 devices"):
+        batch_shapes.resolve_packing(small_run(tmp_path, **settings), two, before)
+    assert batch_shapes.resolve_packing(small_run(tmp_path, **settings), two).rows_per_batch == 2
 
 
 def test_metrics_carry_the_names_people_know(played):

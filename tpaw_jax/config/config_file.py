@@ -77,12 +77,29 @@ def parse(cls: type, fields: Any, where: str, prefix: str = "") -> Any:
     if not isinstance(fields, Mapping):
         raise ValueError(f"{where}: '{prefix.rstrip('.')}' must be a mapping of keys, not {fields!r}.")
     hints = typing.get_type_hints(cls)
+    fields = {key: value for key, value in fields.items() if not _is_removed(prefix + str(key), value, where)}
     unknown = [key for key in fields if key not in hints]
     if unknown:
         close = difflib.get_close_matches(str(unknown[0]), hints, n=1)
         hint = f" Did you mean '{prefix}{close[0]}'?" if close else f" Known keys: {', '.join(hints)}."
         raise ValueError(f"{where}: unknown key '{prefix}{unknown[0]}'.{hint}")
     return cls(**{key: _coerce(hints[key], value, where, prefix + key) for key, value in fields.items()})
+
+
+def _is_removed(key: str, value: Any, where: str) -> bool:
+    """Whether a key of an older version can be ignored.
+
+    Raises:
+        ValueError: the older version did something that this one cannot do.
+    """
+    if key != "packing.alignment":
+        return False
+    if value not in (0, 1):
+        raise ValueError(
+            f"{where}: packing.alignment is {value}, but rows no longer have padding between responses. Remove "
+            "the key, or finish a run that began with it with the version that began it."
+        )
+    return True
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -105,7 +122,6 @@ AT_LEAST = {
     "sampling.tensor": 1,
     "objective.n_max": 1,
     "objective.opponent_rounds": 0,
-    "packing.alignment": 0,
     "packing.rows_per_batch": 0,
     "packing.scoring_batches": 1,
     "packing.max_responses_per_row": 2,

@@ -162,11 +162,6 @@ class PackingConfig:
     )
     rows_per_batch: int = option(0, "rows per batch, over all devices; 0: one for each device that rows are split over")
     max_responses_per_row: int = option(64, "maximum responses per row")
-    alignment: int = option(
-        0,
-        "prompts and responses are padded to a multiple of this many tokens; 0: what attention needs on this device, "
-        "which is 1 on CPU and GPU",
-    )
     scoring_batches: int = option(
         1, "batches scored at once; more fit than in training, because scoring keeps no activations"
     )

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from tpaw_jax.config import PackingConfig
-from tpaw_jax.data.prefix_trees import Segment, Tree, align, segments_of
+from tpaw_jax.data.prefix_trees import Segment, Tree, segments_of
 from tpaw_jax.types import TeamScores, TreeBatch
 
 
@@ -39,8 +39,8 @@ class Rows:
 def pack(trees: Sequence[Tree], config: PackingConfig) -> Rows:
     """Pack trees into rows of `row_length` tokens and at most `max_responses_per_row` responses.
 
-    Trees are joined and split first, see `segments_of`. An `alignment` or `rows_per_batch` of 0 (automatic) counts as 1
-    throughout this module.
+    Trees are joined and split first, see `segments_of`. A `rows_per_batch` of 0 (automatic) counts as 1 throughout
+    this module.
 
     Raises:
         ValueError: x, y and one generation do not fit into a row. Names the prompt and the lengths.
@@ -48,30 +48,19 @@ def pack(trees: Sequence[Tree], config: PackingConfig) -> Rows:
     return _write_rows(_assign_to_rows(trees, config), config)
 
 
-def check_rows(config: PackingConfig, longest_tree: int, shards: int, alignment: int) -> None:
-    """Check that rows hold `longest_tree` tokens of three aligned parts, and suit the devices.
-
-    Batches must split evenly over `shards` devices, and rows need the `alignment` of attention.
+def check_rows(row_length: int, rows_per_batch: int, shards: int, multiple: int) -> None:
+    """Check that batches split evenly over `shards` devices, whose rows need a `multiple` of tokens.
 
     Raises:
         ValueError: they do not. Names the configuration key.
     """
-    if config.alignment % alignment:
+    if rows_per_batch % shards:
         raise ValueError(
-            f"packing.alignment is {config.alignment}; with rows of {config.row_length} tokens, attention on TPU needs "
-            f"a multiple of {alignment}. It cannot change in a run that has begun: set it to {alignment} in a new one."
+            f"packing.rows_per_batch is {rows_per_batch}; it must be a multiple of the {shards} devices that rows are "
+            "split over. A resumed run keeps its value: use a number of devices that divides it."
         )
-    if config.rows_per_batch % shards:
-        raise ValueError(
-            f"packing.rows_per_batch is {config.rows_per_batch}; it must be a multiple of the {shards} devices that "
-            "rows are split over. A resumed run keeps its value: use a number of devices that divides it."
-        )
-    padded = longest_tree + 3 * (config.alignment - 1)
-    if config.row_length < padded:
-        raise ValueError(
-            f"packing.row_length is {config.row_length}; it must be at least {padded}, because prompt, target and "
-            f"response are each padded to a multiple of {config.alignment} tokens."
-        )
+    if row_length % multiple:
+        raise ValueError(f"packing.row_length is {row_length}; attention on TPU needs a multiple of {multiple}.")
 
 
 def row_count(trees: Sequence[Tree], config: PackingConfig) -> int:
@@ -82,7 +71,7 @@ def row_count(trees: Sequence[Tree], config: PackingConfig) -> int:
 def _assign_to_rows(trees: Sequence[Tree], config: PackingConfig) -> list[list[Segment]]:
     """The segments of each row, by first-fit-decreasing over (tokens, predictions, responses)."""
     segments = segments_of(trees, config)
-    needs = np.array([(s.length(config.alignment), s.predictions, s.responses) for s in segments], int)
+    needs = np.array([(s.length, s.predictions, s.responses) for s in segments], int)
     needs = needs.reshape(-1, 3)
     order = np.argsort(-needs[:, 0], kind="stable")
     free = np.empty((len(segments), 3), int)
@@ -204,7 +193,7 @@ def _write_rows(members: Sequence[Sequence[Segment]], config: PackingConfig) -> 
     )
     rows = Rows(batch, ints(most, -1), ints(most))
     for row, segments in enumerate(members):
-        writer = _RowWriter(rows, row, config.alignment)
+        writer = _RowWriter(rows, row)
         for segment in segments:
             writer.write(segment)
     return rows
@@ -213,17 +202,15 @@ def _write_rows(members: Sequence[Sequence[Segment]], config: PackingConfig) -> 
 class _RowWriter:
     """Writes segments into one row of `rows`, one after the other."""
 
-    def __init__(self, rows: Rows, row: int, alignment: int):
+    def __init__(self, rows: Rows, row: int):
         self.batch = jax.tree.map(lambda x: x[row], rows.batch)  # views, so that writing to them changes `rows`
         self.prompt_index, self.source = rows.prompt_index[row], rows.source[row]
-        self.alignment = alignment
         self.segment, self.token, self.prediction, self.response, self.triplet = 0, 0, 0, 0, 0
 
     def write(self, segment: Segment) -> None:
         """Write the tokens of a segment, then what its trees predict."""
         self.segment += 1
-        places = [self._tokens(segment.trunk[begin:end], begin) for begin, end in segment.trunk_parts]
-        trunk = np.concatenate(places)  # the places of the trunk's tokens in the row
+        trunk = self._tokens(segment.trunk, 0)  # the places of the trunk's tokens in the row
         written = []
         for number, (fork, tokens) in enumerate(segment.branches(), start=1):
             branch = self._tokens(tokens, fork, number, trunk[fork - 1] + 1)
@@ -247,7 +234,7 @@ class _RowWriter:
         self.batch.segment_ids[span] = self.segment
         self.batch.branch_ids[span] = branch
         self.batch.prompt_end[span] = prompt_end
-        self.token += align(len(tokens), self.alignment)
+        self.token += len(tokens)
         return np.arange(span.start, span.stop)
 
     def _predictions(self, tree: Tree, source: int, response: np.ndarray, places: np.ndarray) -> None:

@@ -25,13 +25,10 @@ class Tree:
     triplets: tuple[tuple[int, int, int], ...]  # (index of y, index of y_gen, multiplicity)
     conversation: int | None = None  # trees of the same conversation may be joined; None: never
 
-    def length(self, alignment: int = 1) -> int:
-        """Count the row tokens that the tree occupies alone.
-
-        The prompt and each response are padded to a multiple of `alignment`. A response's last token is only a label
-        and takes no space.
-        """
-        return sum(align(n, alignment) for n in (len(self.prompt_tokens), *(len(r) - 1 for r in self.responses)))
+    @property
+    def length(self) -> int:
+        """Row tokens that the tree occupies alone. A response's last token is only a label and takes no space."""
+        return len(self.prompt_tokens) + sum(len(r) - 1 for r in self.responses)
 
     @property
     def predictions(self) -> int:
@@ -40,7 +37,7 @@ class Tree:
 
     def fits(self, config: PackingConfig) -> bool:
         """Whether a row has room for the tree."""
-        return _fits(self.length(config.alignment), self.predictions, len(self.responses), config)
+        return _fits(self.length, self.predictions, len(self.responses), config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +56,6 @@ class Segment:
     def trunk(self) -> np.ndarray:
         """The tokens of the longest prompt."""
         return self.trees[-1].prompt_tokens
-
-    @property
-    def trunk_parts(self) -> list[tuple[int, int]]:
-        """Begin and end of the parts that the forks cut the trunk into. Each begins at an aligned place of its row."""
-        ends = sorted(set(self.forks))
-        return list(zip([0, *ends], ends, strict=False))
 
     @property
     def predictions(self) -> int:
@@ -88,12 +79,12 @@ class Segment:
                 in_trunk = not len(rest) and np.array_equal(self.trunk[fork : fork + len(branch)], branch)
                 yield fork, branch[:0] if in_trunk else branch
 
-    def length(self, alignment: int = 1) -> int:
-        """Count the row tokens that the segment occupies, with each part padded to a multiple of `alignment`."""
+    @property
+    def length(self) -> int:
+        """Row tokens that the segment occupies."""
         if len(self.trees) == 1:
-            return self.trees[0].length(alignment)
-        parts = [end - begin for begin, end in self.trunk_parts]
-        return sum(align(n, alignment) for n in (*parts, *(len(branch) for _, branch in self.branches())))
+            return self.trees[0].length
+        return len(self.trunk) + sum(len(branch) for _, branch in self.branches())
 
     def joined_by(self, tree: Tree) -> "Segment":
         """The segment with another tree, whose prompt is not longer than the trunk."""
@@ -106,7 +97,7 @@ class Segment:
 
     def fits(self, config: PackingConfig) -> bool:
         """Whether a row has room for the segment."""
-        return _fits(self.length(config.alignment), self.predictions, self.responses, config)
+        return _fits(self.length, self.predictions, self.responses, config)
 
 
 def first_sources(prompts: Prompts, generations: Sequence[Generations]) -> dict[int, np.ndarray]:
@@ -181,12 +172,6 @@ def segments_of(trees: Sequence[Tree], config: PackingConfig) -> list[Segment]:
     return segments
 
 
-def align(tokens: int, alignment: int) -> int:
-    """`tokens` rounded up to a multiple of `alignment`; 0 counts as 1."""
-    step = max(1, alignment)
-    return -(-tokens // step) * step
-
-
 def _fits(tokens: int, predictions: int, responses: int, config: PackingConfig) -> bool:
     return max(tokens, predictions) <= config.row_length and responses <= config.max_responses_per_row
 
@@ -197,7 +182,7 @@ def _join(parts: Sequence[Segment], config: PackingConfig) -> list[Segment]:
     for part in sorted(parts, key=lambda part: -len(part.trunk)):
         for i, segment in enumerate(segments):
             joined = segment.joined_by(part.trees[0])
-            saves = joined.length(config.alignment) < segment.length(config.alignment) + part.length(config.alignment)
+            saves = joined.length < segment.length + part.length
             if saves and joined.fits(config):
                 segments[i] = joined
                 break

@@ -40,10 +40,9 @@ class PolicyLM(TemplateLM):
         super().__init__()
         self.policy, self.params, self.config = policy, params, config
         self.tokenizer = policy.template.tokenizer
-        self.packing = batch_shapes.resolve_packing(config, mesh, batch_shapes.needed_alignment(config))
+        self.packing = batch_shapes.resolve_packing(config, mesh)
         self.positions = policy.model.config.max_position_embeddings
-        padding = 2 * (self.packing.alignment - 1)  # of context and continuation, each padded to the alignment
-        self.max_length = min(self.positions, self.packing.row_length - padding)
+        self.max_length = min(self.positions, self.packing.row_length)
         greedy_fn = logprobs.make_greedy_fn(policy.model, config.policy.head_chunk)
         self._program = scoring.score_program(greedy_fn, mesh, tpu.options_of(mesh, config.mesh.compiler_options))
         self._rows = sharding.rows(mesh)

@@ -388,5 +388,5 @@ def _replicate_key(key: Array, mesh: Mesh) -> Array:
 
 
 def bucket(length: int, smallest: int = 128) -> int:
-    """`length` rounded up to a power of two, so that similar runs share programs; splash attention needs >= 128."""
+    """`length` rounded up to a power of two, so that similar runs share programs; attention on TPU needs >= 128."""
     return max(smallest, 1 << (length - 1).bit_length())

@@ -5,7 +5,7 @@ Read the files in this order:
 1. `attention`: masks of packed trees, rotary embeddings, einsum attention.
 2. `transformer`: the architecture (`ModelConfig`) and the model.
 3. `parallel`: the collectives of a model that is sharded over a mesh.
-4. `tile_attention` (CPU, GPU) and `splash_attention` (TPU): fast attention over packed trees.
+4. `tile_attention` (CPU, GPU) and `tpu_attention` (TPU): fast attention over packed trees.
 5. `config_json`, `hub`, `gguf`: loading and saving Hugging Face directories, loading GGUF files.
 """
 

@@ -43,7 +43,7 @@ Say = Callable[[str], None]
 class Setup(NamedTuple):
     """A model with random weights on the devices at hand, and packed random rows."""
 
-    config: RunConfig  # with rows per batch and alignment filled in
+    config: RunConfig  # with rows per batch filled in
     mesh: Mesh
     model: Transformer
     params: PyTree[Any]
@@ -95,11 +95,9 @@ def measure(config: RunConfig, architecture: ModelConfig, stages: Sequence[str],
 
 
 def _set_up(config: RunConfig, architecture: ModelConfig) -> Setup:
-    mesh, alignment = sharding.make_mesh(config.mesh), batch_shapes.needed_alignment(config)
-    packed = batch_shapes.resolve_packing(config, mesh, alignment)
-    config = dataclasses.replace(config, packing=packed)
+    mesh = sharding.make_mesh(config.mesh)
+    config = dataclasses.replace(config, packing=batch_shapes.resolve_packing(config, mesh))
     tpu.check_options(mesh, config.mesh.compiler_options)
-    packing.check_rows(packed, config.longest_tree, sharding.row_shards(mesh), alignment)
     params = _random_params(config, architecture, mesh)
     model, decoder, sampling_mesh = sharded_models(config, architecture, params, mesh)
     sampler = make_sampler(decoder, config.sampling, [], sampling_mesh)

@@ -16,7 +16,7 @@ from tpaw_jax.models.transformer import KEEPS_LOGITS
 from tpaw_jax.planning import lowering
 from tpaw_jax.planning.hlo import BETWEEN_SLICES, KINDS
 from tpaw_jax.planning.lowering import Target
-from tpaw_jax.planning.roofline import Flops
+from tpaw_jax.planning.roofline import ATTENTION, Flops
 from tpaw_jax.planning.workload import Workload
 from tpaw_jax.runtime import sharding
 from tpaw_jax.training import cost
@@ -37,13 +37,15 @@ def step_flops(target: Target, load: Workload, remat: str, micro_batches: int) -
     head = 4.0 - (remat in KEEPS_LOGITS)
     row, rows = load.computed, target.config.packing.rows_per_batch * micro_batches
     passes = Work(row.tokens * (3 + recomputed), row.predictions * head, row.attended * (3.5 + recomputed))
-    return _per_device(target, passes * rows, load.row * (3 * rows), target.mesh.size)
+    attention = (row.attended * (1 + recomputed) * rows, row.attended * 2.5 * rows)
+    return _per_device(target, passes * rows, load.row * (3 * rows), target.mesh.size, attention)
 
 
 def scoring_flops(target: Target, load: Workload) -> Flops:
     """FLOPs of one device in a scoring pass over `packing.scoring_batches` batches."""
     rows = target.config.packing.rows_per_batch * target.config.packing.scoring_batches
-    return _per_device(target, load.computed * rows, load.row * rows, target.mesh.size)
+    executed, useful = load.computed * rows, load.row * rows
+    return _per_device(target, executed, useful, target.mesh.size, (executed.attended, 0))
 
 
 def prefill_flops(target: Target, load: Workload) -> Flops:
@@ -51,7 +53,8 @@ def prefill_flops(target: Target, load: Workload) -> Flops:
     mesh, row = target.sampling_mesh, lowering.prefill_row(target.config)
     prompts = load.prompts * row / load.prompt_tokens  # in one row
     pairs, shards = row * (row / prompts + 1) / 2, sharding.row_shards(mesh)
-    return _per_device(target, Work(row, row // 16, pairs) * shards, Work(row, prompts, pairs) * shards, mesh.size)
+    executed, useful = Work(row, row // 16, pairs) * shards, Work(row, prompts, pairs) * shards
+    return _per_device(target, executed, useful, mesh.size, (pairs * shards, 0))
 
 
 def decode_flops(target: Target, load: Workload) -> Flops:
@@ -173,5 +176,11 @@ def _others(devices: int) -> float:
     return (devices - 1) / devices
 
 
-def _per_device(target: Target, executed: Work, useful: Work, devices: int) -> Flops:
-    return Flops(*(cost.flops(target.model.config, work) / devices for work in (executed, useful)))
+def _per_device(
+    target: Target, executed: Work, useful: Work, devices: int, attention: tuple[float, float] = (0, 0)
+) -> Flops:
+    """The FLOPs of one device; `attention` has the pairs that its kernels compute forward and backward."""
+    flops = lambda work: cost.flops(target.model.config, work) / devices
+    shares = ATTENTION[target.topology.generation]
+    stalled = sum(pairs * (1 / share - 1) for pairs, share in zip(attention, shares, strict=True))
+    return Flops(flops(executed), flops(useful), flops(Work(0, 0, stalled)))

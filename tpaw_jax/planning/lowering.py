@@ -15,7 +15,7 @@ from tpaw_jax.generation import engine, token_sampling
 from tpaw_jax.generation.cache import PAGE, Pages, PageTable
 from tpaw_jax.generation.decoder import decoder_of
 from tpaw_jax.generation.slots import DecodeState, make_sampler
-from tpaw_jax.models import ModelConfig, Transformer, hub, splash_attention
+from tpaw_jax.models import ModelConfig, Transformer, hub, tpu_attention
 from tpaw_jax.models.transformer import shard_model
 from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.training import batch_shapes, scoring, train_step
@@ -26,7 +26,7 @@ from tpaw_jax.types import PackedPrompts
 class Target(NamedTuple):
     """A configuration on the devices of a topology."""
 
-    config: RunConfig  # with rows per batch and alignment filled in
+    config: RunConfig  # with rows per batch filled in
     topology: tpu.Topology
     mesh: Mesh
     model: Transformer  # sharded over the mesh
@@ -44,13 +44,11 @@ def target_of(config: RunConfig, architecture: ModelConfig, topology: tpu.Topolo
     """
     devices = topology.devices()
     mesh = sharding.make_mesh(config.mesh, devices)
-    policy, rows = config.policy, config.packing
-    alignment = splash_attention.alignment(rows.row_length)
-    settled = batch_shapes.resolve_packing(config, mesh, alignment)
-    packing.check_rows(settled, config.longest_tree, sharding.row_shards(mesh), alignment)
+    policy = config.policy
+    settled = batch_shapes.resolve_packing(config, mesh)
     dtype, compute = jnp.dtype(policy.param_dtype), jnp.dtype(policy.compute_dtype)
     remat = "layer" if policy.remat == "auto" else policy.remat
-    unsharded = Transformer(architecture, compute, dtype, remat, splash_attention.splash_attention())
+    unsharded = Transformer(architecture, compute, dtype, remat, tpu_attention.tpu_attention(topology.chip.vmem_bytes))
     params = hub.abstract_params(architecture, dtype, mesh)
     one_process = [d for d in devices if d.process_index == devices[0].process_index]
     tensor = config.sampling.tensor
@@ -68,10 +66,7 @@ def target_of(config: RunConfig, architecture: ModelConfig, topology: tpu.Topolo
 
 def with_rows(target: Target, rows_per_batch: int, row_length: int) -> Target:
     """The same target with another number and length of rows."""
-    alignment = splash_attention.alignment(row_length)
-    rows = dataclasses.replace(
-        target.config.packing, rows_per_batch=rows_per_batch, row_length=row_length, alignment=alignment
-    )
+    rows = dataclasses.replace(target.config.packing, rows_per_batch=rows_per_batch, row_length=row_length)
     return target._replace(config=dataclasses.replace(target.config, packing=rows))
 
 

@@ -30,7 +30,7 @@ PROMPTS = 50_000
 STAGES = ("step", "scoring", "prefill", "decode")
 
 LONGEST_ROW = 16384
-"""Longest row that a search tries: the splash-attention rule packs three indices into 32 bits."""
+"""Longest row that a search tries: a row's keys fit into VMEM, with heads of up to 256."""
 
 SEARCHED = ("most rows a device", "longest row")
 """Keys of the results of a search."""
@@ -106,7 +106,7 @@ def text(report: dict[str, Any]) -> str:
         column |= {f"{kind} GiB sent, expected": size for kind, size in record.get("GiB sent by hand", {}).items()}
         columns.append(_labelled(column))
     lines.append(tables.table(columns))
-    run = {key: report[key] for key in ("fill", "attention blocks / causal", *SEARCHED) if key in report}
+    run = {key: report[key] for key in ("fill", "attention pairs computed / seen", *SEARCHED) if key in report}
     lines.append(tables.table([_labelled(run | report.get("predicted run", {}))]))
     lines += [f"Warning: {warning}" for warning in report["warnings"]]
     return "\n".join(lines)
@@ -243,7 +243,7 @@ def _description(target: Target, load: Workload, remat: str) -> dict[str, Any]:
         "row length": target.config.packing.row_length,
         "rows a batch": target.config.packing.rows_per_batch,
         "fill": load.fill,
-        "attention blocks / causal": load.blocks,
+        "attention pairs computed / seen": load.computed.attended / load.row.attended,
         "published peaks": {k: v for k, v in target.topology.chip._asdict().items() if k != "host"},
     }
 

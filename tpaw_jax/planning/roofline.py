@@ -2,7 +2,7 @@
 
 A program takes as long as the longest of its arithmetic, its memory traffic and its overlapped collectives, plus its
 exposed collectives, which computation waits for. FLOPs are counted by hand; memory traffic and collectives come from
-the compiled program (`hlo`). All times are predictions: no kernel reaches a chip's full peak.
+the compiled program (`hlo`). All times are predictions: no matmul reaches a chip's full peak.
 """
 
 import re
@@ -28,11 +28,17 @@ PUBLISHED_MFU = {"v5p": 0.654, "v6e": 0.4546}
 Llama 3.1 8B at 8,192 tokens on 256 v6e (maxtext.readthedocs.io, version 0.2.2, reference/models/tiering)."""
 
 
+ATTENTION = {"v4": (0.49, 0.82), "v5e": (0.47, 0.76), "v5p": (0.49, 0.82), "v6e": (0.19, 0.34), "tpu7x": (0.11, 0.19)}
+"""Speed of the attention kernels, forward and backward, as a share of a plain matmul's. From the schedules of the
+compiler for heads of 128 in groups of 4 (benchmarks/tree_attention.py); v4 is assumed to be like v5p."""
+
+
 class Flops(NamedTuple):
     """FLOPs of one run of a program on one device."""
 
     executed: float  # everything that is computed, with padding, masked pairs and recomputation
     useful: float  # of real tokens only, without recomputation: the model FLOPs that MFU counts
+    stalled: float = 0.0  # that the matrix units could execute while attention computes its softmax
 
 
 class Exchange(NamedTuple):
@@ -59,8 +65,8 @@ class Stage(NamedTuple):
 
     @property
     def compute_seconds(self) -> float:
-        """Seconds of arithmetic at the chip's peak."""
-        return self.flops.executed / self.chip.peak_flops
+        """Seconds of arithmetic: matmuls at the chip's peak, attention at the speed of its kernels."""
+        return (self.flops.executed + self.flops.stalled) / self.chip.peak_flops
 
     @property
     def memory_seconds(self) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 
 from tpaw_jax.config import RunConfig
 from tpaw_jax.data import packing, prefix_trees
-from tpaw_jax.models import ModelConfig, splash_attention
+from tpaw_jax.models import ModelConfig, tpu_attention
 from tpaw_jax.models.attention import Visibility
 from tpaw_jax.training import cost
 from tpaw_jax.training.cost import BACKWARD, Work
@@ -38,10 +38,9 @@ class Workload(NamedTuple):
     new_tokens: float  # of all responses of a round
     rounds: tuple[RoundEstimate, ...]
     row: Work  # average row of the last round, real tokens only
-    computed: Work  # the same row as a TPU computes it: with padding, in full head chunks and full attention blocks
+    computed: Work  # the same row as a TPU computes it: with padding, in full head chunks and attention matmuls
     triplets_per_row: float  # of the last round
     fill: float  # share of the last round's token positions that are not padding
-    blocks: float  # attention blocks that are computed, as a share of causal attention's
 
     @property
     def tokens_per_sequence(self) -> int:
@@ -55,7 +54,7 @@ def assumed(config: RunConfig, model: ModelConfig, prompts: int) -> Workload:
     scale = prompts / len(sample)
     rounds = [_round(config, model, sample, new_tokens, t) for t in range(config.rounds)]
     rows = rounds[-1][1]
-    computed, blocks = _computed(rows, config)
+    computed = _computed(rows, config)
     return Workload(
         prompts=prompts,
         prompt_tokens=float(np.mean([len(x) for x in sample.prompt_tokens])) * prompts,
@@ -65,7 +64,6 @@ def assumed(config: RunConfig, model: ModelConfig, prompts: int) -> Workload:
         computed=computed * (1 / len(rows)),
         triplets_per_row=float(rows.triplets.mean()),
         fill=rows.fill,
-        blocks=blocks,
     )
 
 
@@ -117,14 +115,10 @@ def _useful(rows: packing.Rows) -> Work:
     return cost.work_of_rows(rows)._replace(tokens=tokens)
 
 
-def _computed(rows: packing.Rows, config: RunConfig) -> tuple[Work, float]:
-    """The work of rows as a TPU computes them, and the computed attention blocks as a share of causal attention's."""
+def _computed(rows: packing.Rows, config: RunConfig) -> Work:
+    """The work of rows as a TPU computes them."""
     batch, chunk, length = rows.batch, config.policy.head_chunk, config.packing.row_length
     live = (np.asarray(batch.response_ids) < rows.prompt_index.shape[1]).sum(axis=1)
-    rules = jax.jit(splash_attention.plan)(Visibility.of(batch))
-    seen = np.asarray(rules.blocks)
-    query, keys = length // seen.shape[1], length // seen.shape[2]
-    causal = sum(math.ceil((i + 1) * query / keys) for i in range(seen.shape[1]))
+    matmuls = np.asarray(jax.jit(tpu_attention.plan)(Visibility.of(batch)).matmuls)
     predictions = float(np.minimum(np.ceil(live / chunk) * chunk, length).sum())
-    work = Work(len(rows) * length, predictions, float(seen.sum()) * query * keys)
-    return work, float(seen.sum() / (causal * len(rows)))
+    return Work(len(rows) * length, predictions, float(matmuls.sum()) * tpu_attention.PAIRS)

@@ -153,14 +153,12 @@ def _open_run(config: RunConfig, say: Say) -> tuple[RunConfig, Mesh, Journal]:
     processes.check_same({"the configuration": json.dumps(to_dict(config)), **processes.facts_of_this_host()})
     processes.check_shared_directory(directory)
     mesh, opened = sharding.make_mesh(config.mesh), journal.open_journal(directory)
-    alignment = batch_shapes.needed_alignment(config)
-    # rows_per_batch and alignment decide which triplets share a step: a resumed run keeps the values it began with
-    packed = batch_shapes.resolve_packing(config, mesh, alignment, opened.config.get("packing"))
+    # rows_per_batch decides which triplets share a step: a resumed run keeps the value it began with
+    packed = batch_shapes.resolve_packing(config, mesh, opened.config.get("packing"))
     config = dataclasses.replace(config, packing=packed)
     _check_unchanged(opened, config)
     tpu.check_options(mesh, config.mesh.compiler_options)
     recovery.quarantine_corruption(opened, say)
-    packing.check_rows(config.packing, config.longest_tree, sharding.row_shards(mesh), alignment)
     return config, mesh, opened
 
 

@@ -4,13 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from tpaw_jax.config import PackingConfig, RunConfig
 from tpaw_jax.data import packing
-from tpaw_jax.models import splash_attention
-from tpaw_jax.runtime import sharding
+from tpaw_jax.models import tpu_attention
+from tpaw_jax.runtime import sharding, tpu
 
 
 def most_micro_batches(config: RunConfig) -> int:
@@ -18,21 +17,16 @@ def most_micro_batches(config: RunConfig) -> int:
     return packing.most_micro_batches(config.train.batch_triplets, config.longest_triplet, config.packing)
 
 
-def resolve_packing(
-    config: RunConfig, mesh: Mesh, alignment: int, before: Mapping[str, Any] | None = None
-) -> PackingConfig:
-    """Resolve `rows_per_batch` and `alignment` where they are 0 (automatic).
+def resolve_packing(config: RunConfig, mesh: Mesh, before: Mapping[str, Any] | None = None) -> PackingConfig:
+    """Resolve `rows_per_batch` where it is 0 (automatic): one row for each device that rows are split over.
 
-    The devices need rows for each of their shards, and `alignment`. A resumed run passes its previous packing fields as
-    `before`, and they take precedence over these needs.
+    A resumed run passes its previous packing fields as `before`, and they take precedence.
+
+    Raises:
+        ValueError: batches do not split evenly over the devices, or TPUs cannot compute the rows.
     """
-    needs = {"rows_per_batch": sharding.row_shards(mesh), "alignment": alignment}
-    return dataclasses.replace(
-        config.packing,
-        **{key: getattr(config.packing, key) or (before or {}).get(key) or value for key, value in needs.items()},
-    )
-
-
-def needed_alignment(config: RunConfig) -> int:
-    """Return the alignment of prompts and responses, in tokens, that attention on this backend needs."""
-    return splash_attention.alignment(config.packing.row_length) if jax.default_backend() == "tpu" else 1
+    shards = sharding.row_shards(mesh)
+    rows = config.packing.rows_per_batch or (before or {}).get("rows_per_batch") or shards
+    on_tpu = tpu.generation(mesh.devices.flat[0]) is not None
+    packing.check_rows(config.packing.row_length, rows, shards, tpu_attention.QUERIES if on_tpu else 1)
+    return dataclasses.replace(config.packing, rows_per_batch=rows)
