@@ -106,7 +106,7 @@ def _setup(options, row_length, size):
     data = common.workload(count, 3, options.scale, options.seed, common.MODELS[options.model].vocab_size)
     config = PackingConfig(row_length=row_length)
     setup = common.set_up(options.model, config, data, options.remat, options.head_chunk)
-    a_step = size * packing.micro_batches_per_step(setup.rows, options.batch_triplets, size)
+    a_step = size * max(1, round(options.batch_triplets / (setup.rows.triplets.mean() * size)))
     # The last rows of first-fit-decreasing are the leftovers of a small set; a round has few of them.
     whole = len(setup.rows) // a_step * a_step
     return setup._replace(rows=packing.take(setup.rows, np.arange(whole), whole)), a_step

@@ -125,7 +125,7 @@ class Trees:
         self.setup, self.players = setup, players
         self.scorer = scoring.make_scorer(setup.log_prob_fn, setup.mesh)
         self.step, self.state, self.scalars = common.make_step(setup)
-        self.rows_per_step = packing.micro_batches_per_step(setup.rows, STEP_TRIPLETS, 1)
+        self.rows_per_step = round(STEP_TRIPLETS / float(setup.rows.triplets.mean()))
         for _ in range(2):  # compile, with the state where the step itself puts it
             jax.block_until_ready(self())
 

@@ -38,7 +38,7 @@ def main() -> None:
     trees = prefix_trees.trees_of_window(prompts, generations, sources)
     packed = PackingConfig(row_length=common.fullest_row_length(trees, PackingConfig(), ROW_LENGTHS))
     setup = common.set_up("small", packed, (prompts, generations), remat="dots", chunk=448)
-    rows_per_step = packing.micro_batches_per_step(setup.rows, STEP_TRIPLETS, 1)
+    rows_per_step = round(STEP_TRIPLETS / float(setup.rows.triplets.mean()))
     players = [jax.tree.map(lambda p, j=j: p * (1 + 1e-4 * j), setup.params) for j in range(PLAYERS)]
     scorer = scoring.make_scorer(setup.log_prob_fn, setup.mesh)
     step, state, scalars = common.make_step(setup)

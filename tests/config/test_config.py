@@ -77,6 +77,13 @@ def test_bad_configurations_name_the_key(tmp_path, text, overrides, sentence):
         load(tmp_path, text, *overrides)
 
 
+def test_a_batch_is_a_number_or_automatic(tmp_path):
+    assert load(tmp_path, MINIMAL, "train.batch_triplets=auto").train.batch_triplets == "auto"
+    for value, sentence in (("0", "must be at least 1"), ("automatic", "a value of type int was expected")):
+        with pytest.raises(ValueError, match=f"train.batch_triplets .*{sentence}"):
+            load(tmp_path, MINIMAL, f"train.batch_triplets={value}")
+
+
 def test_an_alignment_of_none_is_no_longer_a_key(tmp_path):
     assert load(tmp_path, MINIMAL, "packing.alignment=1") == load(tmp_path, MINIMAL)
 

@@ -147,11 +147,19 @@ def test_rows_are_well_filled():
     assert rows.fill > 0.85
 
 
-def test_steps_are_full_batches_and_scores_follow_their_rows():
+def test_a_step_has_the_rows_that_come_nearest_to_its_triplets():
+    two, automatic = PackingConfig(rows_per_batch=2), PackingConfig()
+    assert packing.rows_per_step(21.2, 64, two, most=4) == 3
+    assert packing.rows_per_step(21.2, 64, two, most=1) == 2  # all that a step has room for
+    assert packing.rows_per_step(21.2, 64, automatic, most=4) == 3
+    assert packing.rows_per_step(500.0, 64, two, most=4) == 1
+    assert packing.rows_per_step(0.4, 8, two, most=9) == 8  # rows of rejected responses may hold no triplet
+    assert packing.rows_per_step(21.2, "auto", PackingConfig(rows_per_batch=16), most=1) == 16
+    assert packing.most_micro_batches("auto", 1280, two) == 1
+
+
+def test_steps_are_padded_to_full_batches_and_scores_follow_their_rows():
     _, _, _, rows = pack_window(4, 20)
-    assert packing.micro_batches_per_step(rows, 1, 2) == 1
-    expected = round(24 / (rows.triplets.mean() * 2))
-    assert packing.micro_batches_per_step(rows, 24, 2) == expected
     order = packing.epoch_order(rows, seed=1, round_number=0, epoch=0)
     assert sorted(order) == list(range(len(rows)))
     assert (order != packing.epoch_order(rows, seed=1, round_number=0, epoch=1)).any()
@@ -172,7 +180,9 @@ def test_a_step_has_room_for_the_micro_batches_that_rounds_ask_for(rows_per_batc
     for responses in (1, 2, 3):  # rounds 0, 1 and 2
         longest = [tree_of_lengths(i, 512, 512, [256] * responses) for i in range(400)]
         for trees in (longest, ultrachat_like(2000, 1, 0)):
-            assert packing.micro_batches_per_step(packing.pack(trees, config), 64, rows_per_batch) <= most
+            rows = packing.pack(trees, config)
+            wanted = packing.rows_per_step(float(rows.triplets.mean()), 64, config, most=100)
+            assert wanted <= most * rows_per_batch
 
 
 def tree_of_lengths(i, x, y, generated):

@@ -13,12 +13,12 @@ from conftest import DEMO, ROOT, STORIES
 from jax.experimental.compilation_cache import compilation_cache
 
 from tpaw_jax import cli
-from tpaw_jax.config import config_file
+from tpaw_jax.config import PackingConfig, config_file
 from tpaw_jax.generation.cache import Pages
 from tpaw_jax.models import ModelConfig, config_json, hub
-from tpaw_jax.planning import expected, lowering, planner, roofline, workload
+from tpaw_jax.planning import expected, layouts, lowering, planner, roofline, workload
 from tpaw_jax.planning.roofline import Flops
-from tpaw_jax.runtime import host, tpu
+from tpaw_jax.runtime import host, sharding, tpu
 
 SMALL = ModelConfig("llama", 2048, 512, 1024, 2, 4, 2, 128, 10000.0, 1e-5, 8192, False)
 TIED = dataclasses.replace(SMALL, tie_embeddings=True, model_type="qwen2", qkv_bias=True)
@@ -104,7 +104,7 @@ def test_a_step_and_a_scoring_pass_exchange_what_the_design_says(topology, model
     settings = {"train.batch_triplets": 16} if model is WIDER else {}
     planned = target(topology, model, mesh, **{"train.reduce_dtype": reduce_dtype}, **settings)
     plan = planner.plan(planned, stages=("step", "scoring"))
-    assert [warning for warning in plan["warnings"] if "train.batch_triplets" not in warning] == []
+    assert [warning for warning in plan["warnings"] if "--fit-batch" not in warning] == []
     for record in plan["stages"].values():
         assert record["fits"]
         found, expected = exchanged(record), record["GiB sent by hand"]
@@ -229,10 +229,49 @@ def test_a_program_that_does_not_fit_is_reported_with_what_it_needs(monkeypatch)
         roofline.compile_stage(Refused(), small.mesh, small.topology.chip, Flops(1.0, 1.0))
 
 
-def test_steps_of_many_more_triplets_than_asked_for_are_warned_of():
-    warnings = planner.plan(target("v5e:8x8"), stages=())["warnings"]
-    assert len(warnings) == 1
-    assert "train.batch_triplets asks for 64" in warnings[0]
+@pytest.mark.parametrize(
+    ("batch", "warning"),
+    [
+        ("64", "A step has 14 rows with 64 triplets, but the devices compute 64 rows at a time: 78% of what they"),
+        ("17", "A step has 4 rows with 18 triplets, but the devices compute 64 rows at a time: 94% of what they"),
+        ("auto", None),
+    ],
+)
+def test_batches_that_the_devices_cannot_fill_are_warned_of(batch, warning):
+    warnings = planner.plan(target("v5e:8x8", **{"train.batch_triplets": batch}), stages=())["warnings"]
+    assert len(warnings) == (warning is not None)
+    assert not warning or warnings[0].startswith(warning)
+
+
+@pytest.fixture
+def llama(monkeypatch):
+    """Llama-3.1-8B's architecture, and few row lengths to try."""
+    monkeypatch.setattr(layouts, "_row_lengths", lambda config: [1280, 2048, 4096, 8192])
+    return hub.load_architecture(str(ROOT / "configs" / "models" / "llama-3.1-8b"))
+
+
+def test_a_layout_for_the_batch_keeps_the_devices_busy(llama):
+    """On 64 chips, 64 triplets fill 3 rows of 8,192 tokens. Shorter rows and a tensor axis are faster."""
+    config = dataclasses.replace(target("v5e:8x8").config, packing=PackingConfig())
+    topology = tpu.parse_topology("v5e:8x8")
+    found = layouts.layouts(config, llama, topology, 4096)
+    assert {layout.mesh.tensor for layout in found} == {1, 2, 4, 8}  # it has eight key heads
+    for layout in found:
+        assert abs(layout.triplets / 64 - 1) <= 0.1
+    rate = lambda layout: layout.triplets / layout.seconds
+    best = found[0]
+    assert rate(best) == max(map(rate, found))
+    assert best.mesh.tensor > 1
+    assert rate(best) > 2 * max(rate(layout) for layout in found if layout.mesh.tensor == 1)
+    fitted = lowering.target_of(best.of(config), llama, topology)
+    load = workload.assumed(fitted.config, llama, 4096)
+    assert planner.rows_of_step(fitted.config, load.triplets_per_row) > 0.7 * fitted.config.packing.rows_per_batch
+
+
+def test_a_layout_for_large_steps_is_the_preset_with_long_rows(llama):
+    config = target("v5e:4x4", **{"train.batch_triplets": "auto"}).config
+    best = layouts.layouts(config, llama, tpu.parse_topology("v5e:4x4"), 4096)[0]
+    assert (best.mesh, best.row_length) == (sharding.PRESETS["v5e-16"], 8192)
 
 
 def test_slices_that_the_compiler_does_not_know_are_told():
@@ -276,10 +315,15 @@ def test_flops_of_a_step_count_what_is_computed_again(remat, layers, attention, 
     computed = load.computed
     by_hand = layers * per_token * 2048 + attention * 4 * 512 * 2 * computed.attended
     by_hand += head * 2 * 512 * 2048 * computed.predictions
-    found = expected.step_flops(small, load, remat, 1)
+    found = expected.step_flops(small, load, remat, 4)
     assert found.executed == pytest.approx(by_hand)  # of a row, since a device has one
+    forward, backward = (1 / share - 1 for share in roofline.ATTENTION["v5e"])
+    pairs = (attention - 2.5) * forward + 2.5 * backward
+    assert found.stalled == pytest.approx(pairs * 4 * 512 * 2 * computed.attended)
     useful = 3 * (per_token * load.row.tokens + 4 * 512 * 2 * load.row.attended + 2 * 512 * 2048 * load.row.predictions)
     assert found.useful == pytest.approx(useful)
+    padded = expected.step_flops(small, load, remat, 1)  # one device computes a row, and the others wait for it
+    assert (padded.executed, padded.useful) == (found.executed, pytest.approx(useful / 4))
 
 
 def test_a_stage_takes_as_long_as_the_longest_of_what_overlaps_and_what_is_alone():
@@ -308,8 +352,10 @@ def test_hours_are_those_of_steps_passes_and_tokens():
     chip = small.topology.chip
     second = roofline.Stage(0, True, 0, 0, Flops(chip.peak_flops, chip.peak_flops), 1, (), chip)
     found = planner.hours(small, load, dict.fromkeys(planner.STAGES, second))
-    steps = sum(2 * -(-r.rows // (4 * planner._micro_batches(small.config, load))) for r in load.rounds)
-    assert found["training h"] * 3600 == pytest.approx(steps, rel=0.01)
+    rows = [planner.rows_of_step(small.config, r.triplets_per_row) for r in load.rounds]
+    assert rows[0] > rows[1] > rows[2] == rows[3] == 14  # later rounds have more triplets in a row
+    batches = [2 * -(-r.rows // n) * -(-n // 4) for r, n in zip(load.rounds, rows, strict=True)]
+    assert found["training h"] * 3600 == pytest.approx(sum(batches) / 4, rel=0.01)  # the stage has 4 batches of 4 rows
     passes = sum(-(-r.scored_rows // 4) for r in load.rounds)
     assert found["scoring h"] * 3600 == pytest.approx(passes, rel=0.01)
     decoded = load.new_tokens / (16 * planner.SLOTS_BUSY) / planner.STEPS_PER_CHUNK  # chunks of steps of 16 slots

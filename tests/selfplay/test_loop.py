@@ -101,6 +101,27 @@ def test_a_run_that_chooses_its_rematerialization_and_rows(tmp_path, monkeypatch
     assert batch_shapes.resolve_packing(small_run(tmp_path, **settings), two).rows_per_batch == 2
 
 
+def test_a_batch_of_auto_scales_the_learning_rate(tmp_path, monkeypatch):
+    """A step is one batch of rows; the rate is scaled by the square root of its triplets over SPIN's 64."""
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+    said, settings = [], {"rounds": 1, "train.batch_triplets": "auto", "train.learning_rate": 1e-4}
+    loop.play(small_run(tmp_path, **settings, **{"train.warmup_ratio": 0, "train.schedule": "constant"}), said.append)
+    steps = metrics.read_metrics(tmp_path, 0)
+    mean = np.mean([step["triplets"] for step in steps[:-1]])
+    rates = {step["learning_rate"] for step in steps}
+    assert len(rates) == 1
+    assert rates.pop() == pytest.approx(1e-4 * (mean / 64) ** 0.5, rel=0.2)  # the last step of an epoch has less
+    assert any(line.startswith("Round 0: steps of ") and "train.batch_triplets is auto" in line for line in said)
+
+
+def test_steps_that_leave_devices_idle_are_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+    said, settings = [], {"rounds": 1, "train.batch_triplets": 1, "packing.rows_per_batch": 4}
+    loop.play(small_run(tmp_path, **settings), said.append)
+    (warning,) = (line for line in said if "of what they compute is padding" in line)
+    assert "has 1 rows, but the devices compute 4 rows at a time: 75%" in warning
+
+
 def test_metrics_carry_the_names_people_know(played):
     records = metrics.read_metrics(played[0], 2)
     assert {

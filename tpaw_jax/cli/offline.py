@@ -81,7 +81,7 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> None:
 
     from tpaw_jax.config import config_file
     from tpaw_jax.models import hub
-    from tpaw_jax.planning import lowering, planner
+    from tpaw_jax.planning import layouts, lowering, planner
     from tpaw_jax.runtime import tpu
     from tpaw_jax.storage import files
 
@@ -99,9 +99,14 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> None:
     if prompts < 1:
         raise ValueError(f"--prompts is {prompts}; it must be at least 1.")
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot be read back for devices that are not there
+    say = lambda line: print(line, file=sys.stderr, flush=True)
     for topology in topologies:
-        target = lowering.target_of(run, architecture, topology)
-        say = lambda line: print(line, file=sys.stderr, flush=True)
+        fitted = run
+        if options.fit_batch:
+            layout = layouts.layouts(run, architecture, topology, prompts)[0]
+            print(f"{topology.name}, for steps of {layout.triplets:.0f} triplets: {layout}", flush=True)
+            fitted = layout.of(run)
+        target = lowering.target_of(fitted, architecture, topology)
         reports.append(planner.plan(target, prompts, stages, options.search, say))
         print(planner.text(reports[-1]) + "\n", flush=True)
         if options.json:  # after each topology: the next may take minutes

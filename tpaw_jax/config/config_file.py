@@ -140,7 +140,10 @@ def validate(config: RunConfig, where: str) -> None:
         ValueError: a value is out of range or does not fit another one; names the first such key.
     """
     values = flat(to_dict(config))
-    too_small = ((values[key] >= least, key, f"must be at least {least}") for key, least in AT_LEAST.items())
+    too_small = (
+        (values[key] == "auto" or values[key] >= least, key, f"must be at least {least}")
+        for key, least in AT_LEAST.items()
+    )
     checks = [*too_small, *_check_values(config), *_check_tasks(config.evaluation)]
     for holds, key, problem in checks:
         if not holds:
@@ -233,6 +236,9 @@ def _coerce(hint: Any, value: Any, where: str, key: str) -> Any:
         if value not in arguments:
             raise ValueError(f"{where}: {key} is {value!r}; it must be one of {', '.join(map(str, arguments))}.")
         return value
+    if origin is typing.Union:  # of a type and a literal
+        plain_hint, literal = arguments
+        return value if value in typing.get_args(literal) else _coerce(plain_hint, value, where, key)
     if hint is float and isinstance(value, str):
         try:
             return float(value)  # YAML 1.1 reads 5e-7 as a string

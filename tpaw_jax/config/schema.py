@@ -181,7 +181,12 @@ class TrainConfig:
     validate_each_epoch: bool = option(
         False, "log the log-prob of held-out targets after every epoch, not only the last"
     )
-    batch_triplets: int = option(64, "triplets per optimizer step, as nearly as full batches of rows allow", "SPIN")
+    batch_triplets: int | Literal["auto"] = option(
+        64,
+        "triplets per optimizer step, as nearly as whole rows allow; auto: as many as one batch of rows has, with the "
+        "learning rate scaled to them",
+        "SPIN",
+    )
     max_grad_norm: float = option(
         1.0, "maximum global norm of the gradient, by clipping", "transformers' Trainer, which SPIN uses"
     )

@@ -5,6 +5,7 @@ Segments are assigned to rows by first-fit-decreasing bin packing.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import numpy as np
@@ -99,25 +100,35 @@ def take(rows: Rows, indices: np.ndarray, size: int) -> Rows:
     return _pad(_select(rows, indices), size)
 
 
-def micro_batches_per_step(rows: Rows, batch_triplets: int, rows_per_batch: int) -> int:
-    """Choose the micro-batches per step, at least one, so that a step has about `batch_triplets` triplets."""
-    return micro_batches_of(float(rows.triplets.mean()), batch_triplets, rows_per_batch)
+BatchTriplets = int | Literal["auto"]
+"""`train.batch_triplets`: the triplets of a step, or as many as one batch of rows has."""
 
 
-def micro_batches_of(triplets_a_row: float, batch_triplets: int, rows_per_batch: int) -> int:
-    """Like `micro_batches_per_step`, for rows with a mean of `triplets_a_row` triplets."""
-    return max(1, round(batch_triplets / (max(triplets_a_row, 1.0) * max(1, rows_per_batch))))
+def rows_per_step(triplets_per_row: float, batch_triplets: BatchTriplets, config: PackingConfig, most: int) -> int:
+    """Choose the rows of a step, at least one, so that it has about `batch_triplets` triplets.
+
+    Args:
+        triplets_per_row: the mean over the rows of a round.
+        batch_triplets: triplets wanted; with auto, the step is one batch of rows.
+        config: the shape of rows and batches.
+        most: the micro-batches that a step has room for.
+    """
+    if batch_triplets == "auto":
+        return max(1, config.rows_per_batch)
+    return min(most * max(1, config.rows_per_batch), max(1, round(batch_triplets / max(triplets_per_row, 1.0))))
 
 
-def most_micro_batches(batch_triplets: int, longest_triplet: int, config: PackingConfig) -> int:
-    """Return an upper bound of `micro_batches_per_step` for any data, which fixes the shape of a step.
+def most_micro_batches(batch_triplets: BatchTriplets, longest_triplet: int, config: PackingConfig) -> int:
+    """Return the micro-batches that a step has room for, which fixes its shape: enough for almost any data.
 
     A full row holds at least `row_length / longest_triplet` triplets, or `max_responses_per_row / 2` if that is less.
     First-fit leaves at most one row less than half full, so the mean is at least half of that. `longest_triplet` is the
     largest number of tokens that x, y and y_gen can have together.
     """
-    fewest = min(config.row_length / longest_triplet, config.max_responses_per_row / 2) / 2
-    return micro_batches_of(fewest, batch_triplets, config.rows_per_batch)
+    if batch_triplets == "auto":
+        return 1
+    fewest = max(1.0, min(config.row_length / longest_triplet, config.max_responses_per_row / 2) / 2)
+    return max(1, round(batch_triplets / (fewest * max(1, config.rows_per_batch))))
 
 
 def epoch_order(rows: Rows, seed: int, round_number: int, epoch: int) -> np.ndarray:

@@ -122,8 +122,8 @@ def _rows(config: RunConfig, vocabulary: int) -> tuple[packing.Rows, int]:
     while True:
         prompts, window = workload.random_window(config, vocabulary, size)
         rows = packing.pack(prefix_trees.trees_of_window(prompts, window), c)
-        wanted = packing.micro_batches_per_step(rows, config.train.batch_triplets, c.rows_per_batch)
-        of_step = c.rows_per_batch * min(most_micro_batches(config), wanted)
+        triplets, most = float(rows.triplets.mean()), most_micro_batches(config)
+        of_step = packing.rows_per_step(triplets, config.train.batch_triplets, c, most)
         if len(rows) > 2 * of_step:
             whole = np.arange(len(rows) // of_step * of_step)
             return packing.take(rows, whole, len(whole)), of_step

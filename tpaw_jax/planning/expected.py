@@ -27,18 +27,19 @@ SLOTS_BUSY = 0.95
 requests, 64 slots). It is less where devices share a model, because a chunk of steps is then never cut short."""
 
 
-def step_flops(target: Target, load: Workload, remat: str, micro_batches: int) -> Flops:
-    """FLOPs of one device in a train step.
+def step_flops(target: Target, load: Workload, remat: str, rows: int) -> Flops:
+    """FLOPs of the busiest device in a train step of `rows` rows, and useful FLOPs of the average device.
 
     A layer's matmuls are computed three times, and a fourth time if `remat` keeps only the layer's input. Attention has
     two products forward and five backward. The head recomputes its logits unless `remat` keeps them.
     """
     recomputed = 1.0 if remat == "layer" else 0.0
     head = 4.0 - (remat in KEEPS_LOGITS)
-    row, rows = load.computed, target.config.packing.rows_per_batch * micro_batches
+    row, batch = load.computed, target.config.packing.rows_per_batch
+    computed = math.ceil(rows / batch) * batch
     passes = Work(row.tokens * (3 + recomputed), row.predictions * head, row.attended * (3.5 + recomputed))
-    attention = (row.attended * (1 + recomputed) * rows, row.attended * 2.5 * rows)
-    return _per_device(target, passes * rows, load.row * (3 * rows), target.mesh.size, attention)
+    attention = (row.attended * (1 + recomputed) * computed, row.attended * 2.5 * computed)
+    return _per_device(target, passes * computed, load.row * (3 * rows), target.mesh.size, attention)
 
 
 def scoring_flops(target: Target, load: Workload) -> Flops:
@@ -100,6 +101,14 @@ def bytes_sent(target: Target, stage: str, remat: str = "layer", micro_batches: 
         _add_params(sent, target, batches, step=step, again=step and remat != "none")
         _add_activations(sent, target, batches, step=step, again=step and remat != "none")
     return sent
+
+
+def sent_in_step(target: Target, remat: str, micro_batches: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes that one device should send in a step by kind of collective: of parameters, and of activations."""
+    params, activations = (dict.fromkeys((*KINDS, BETWEEN_SLICES), 0.0) for _ in range(2))
+    _add_params(params, target, micro_batches, step=True, again=remat != "none")
+    _add_activations(activations, target, micro_batches, step=True, again=remat != "none")
+    return params, activations
 
 
 def _add_sampling(sent: dict[str, float], target: Target, stage: str) -> None:

@@ -140,17 +140,19 @@ def hours(target: Target, load: Workload, stages: dict[str, Stage]) -> dict[str,
     prefills = load.prompt_tokens / (shards * lowering.prefill_row(config))
     sampling = decode_steps * stages["decode"].seconds / STEPS_PER_CHUNK + prefills * stages["prefill"].seconds
     rows, step = config.packing.rows_per_batch, stages["step"]
-    micro_batches = _micro_batches(config, load)
+    seconds_of_batch = step.seconds / math.ceil(rows_of_step(config, load.triplets_per_row) / rows)
     rate = step.flops.useful / step.seconds * devices
     seconds = {"sampling": 0.0, "scoring": 0.0, "training": 0.0}
     for r in load.rounds:
         seconds["sampling"] += sampling
         batches = r.scored_rows / (rows * config.packing.scoring_batches)
         seconds["scoring"] += math.ceil(batches) * stages["scoring"].seconds
-        seconds["training"] += config.train.epochs * math.ceil(r.rows / (rows * micro_batches)) * step.seconds
+        of_step = rows_of_step(config, r.triplets_per_row)
+        batches = math.ceil(r.rows / of_step) * math.ceil(of_step / rows)
+        seconds["training"] += config.train.epochs * batches * seconds_of_batch
     total = sum(seconds.values())
     pairs = seconds["sampling"] + sum(r.padded_pair_flops for r in load.rounds) / rate
-    triplets = rows * micro_batches * load.triplets_per_row
+    triplets = rows_of_step(config, load.triplets_per_row) * load.triplets_per_row
     slower = seconds["sampling"] + _slower(target, step) * (seconds["scoring"] + seconds["training"])
     return {
         **{f"{name} h": s / 3600 for name, s in seconds.items()},
@@ -199,11 +201,13 @@ def largest(target: Target, remat: str, say: Callable[[str], None]) -> dict[str,
 
 def _step(target: Target, load: Workload) -> tuple[str, Stage]:
     """Compile the train step with the configured remat policy, or for `auto` with the first policy that fits."""
-    config, most, used = target.config, most_micro_batches(target.config), _micro_batches(target.config, load)
+    config, most = target.config, most_micro_batches(target.config)
+    rows = rows_of_step(config, load.triplets_per_row)
+    used = math.ceil(rows / config.packing.rows_per_batch)
     policies = list(REMAT_POLICIES) if config.policy.remat == "auto" else [config.policy.remat]
     for remat in policies:
         lowered = lowering.team_step(target, remat, most)
-        flops = expected.step_flops(target, load, remat, used)
+        flops = expected.step_flops(target, load, remat, rows)
         trips = [_head_chunks(target, load)] if most == 1 else [used, _head_chunks(target, load)]
         stage = roofline.compile_stage(lowered, target.mesh, target.topology.chip.device, flops, trips)
         if config.policy.remat != "auto" or stage.peak <= SHARE_TO_USE * stage.chip.hbm_bytes:  # the run's own rule
@@ -253,7 +257,8 @@ def _record(target: Target, load: Workload, name: str, stage: Stage, remat: str)
     if stage.traffic and name == "step" and (published := _published_mfu(target)):
         record |= {"published MFU": published, "s at published MFU": stage.seconds * _slower(target, stage)}
     if stage.traffic:
-        sent = expected.bytes_sent(target, name, remat, _micro_batches(target.config, load))
+        batches = math.ceil(rows_of_step(target.config, load.triplets_per_row) / target.config.packing.rows_per_batch)
+        sent = expected.bytes_sent(target, name, remat, batches)
         record["GiB sent by hand"] = {kind: size / GIB for kind, size in sent.items() if size}
         if name == "decode":
             record["memory traffic GiB, by hand"] = expected.decode_bytes(target, load.tokens_per_sequence) / GIB
@@ -268,13 +273,16 @@ def _warnings(target: Target, load: Workload, stages: dict[str, Stage]) -> list[
             warnings.append(f"{name} does not fit: it needs {needed:.2f} GiB, and a device has {available:.2f} GiB.")
     if config.policy.remat in ("auto", "offload"):
         warnings.append("The predicted times leave out the transfers of remat `offload` to host memory and back.")
-    triplets = config.packing.rows_per_batch * _micro_batches(config, load) * load.triplets_per_row
-    if triplets > 2 * config.train.batch_triplets:
+    rows, batch = rows_of_step(config, load.triplets_per_row), config.packing.rows_per_batch
+    idle, wanted = 1 - rows / (math.ceil(rows / batch) * batch), config.train.batch_triplets
+    step = f"A step has {rows} rows with {rows * load.triplets_per_row:.0f} triplets"
+    if idle > 0.25:
         warnings.append(
-            f"A step has {triplets:.0f} triplets, because every device computes at least one row, which has about "
-            f"{load.triplets_per_row:.0f}; train.batch_triplets asks for {config.train.batch_triplets}. Lower "
-            "packing.row_length to come closer."
+            f"{step}, but the devices compute {batch} rows at a time: {idle:.0%} of what they compute is padding. "
+            "--fit-batch finds a better mesh and row length."
         )
+    elif wanted != "auto" and not 0.9 < rows * load.triplets_per_row / wanted < 1.1:
+        warnings.append(f"{step}; train.batch_triplets asks for {wanted}. --fit-batch finds a better row length.")
     return warnings
 
 
@@ -293,8 +301,7 @@ def _head_chunks(target: Target, load: Workload) -> int:
     return math.ceil(load.computed.predictions / target.config.policy.head_chunk)
 
 
-def _micro_batches(config: RunConfig, load: Workload) -> int:
-    """Micro-batches per step for rows with the expected number of triplets."""
-    c = config.packing
-    wanted = packing.micro_batches_of(load.triplets_per_row, config.train.batch_triplets, c.rows_per_batch)
-    return min(most_micro_batches(config), wanted)
+def rows_of_step(config: RunConfig, triplets_per_row: float) -> int:
+    """Rows of a train step, for rows with so many triplets."""
+    most = most_micro_batches(config)
+    return packing.rows_per_step(triplets_per_row, config.train.batch_triplets, config.packing, most)

@@ -172,7 +172,7 @@ def collective_seconds(c: Collective, mesh: Mesh, chip: tpu.Chip) -> float:
         return sent / chip.dcn_bandwidth
     if c.kind == "collective-permute":
         return sent / chip.ici_bandwidth
-    width = chip.ici_bandwidth * _links([mesh.devices.flat[i] for i in c.group] or list(mesh.devices.flat), mesh)
+    width = chip.ici_bandwidth * links([mesh.devices.flat[i] for i in c.group] or list(mesh.devices.flat), mesh)
     return (c.size * count / 4 if c.kind == "all-to-all" else sent) / width
 
 
@@ -183,7 +183,7 @@ def _group_size(c: Collective, mesh: Mesh) -> int:
     return len(c.group) or mesh.size
 
 
-def _links(devices: list[Any], mesh: Mesh) -> int:
+def links(devices: list[Any], mesh: Mesh) -> int:
     """Links per device that a group uses: two along each spanned dimension of the torus that wraps around, else one."""
     shape = tuple(max(along) + 1 for along in zip(*(d.coords for d in mesh.devices.flat), strict=True))
     spanned = [len(set(along)) for along in zip(*(d.coords for d in devices), strict=True)]

@@ -25,6 +25,7 @@ class RoundEstimate(NamedTuple):
     """The work of one round."""
 
     rows: float  # of D_O, one epoch
+    triplets_per_row: float
     scored_rows: float  # of all players
     tree_flops: float  # FLOPs of scoring and training as packed trees, without recomputation
     padded_pair_flops: float  # the same as padded pairs, with references in each step
@@ -59,7 +60,7 @@ def assumed(config: RunConfig, model: ModelConfig, prompts: int) -> Workload:
         prompts=prompts,
         prompt_tokens=float(np.mean([len(x) for x in sample.prompt_tokens])) * prompts,
         new_tokens=float(new_tokens.mean()) * prompts,
-        rounds=tuple(RoundEstimate(*(scale * value for value in of_sample)) for of_sample, _ in rounds),
+        rounds=tuple(_scaled(of_sample, scale) for of_sample, _ in rounds),
         row=_useful(rows) * (1 / len(rows)),
         computed=computed * (1 / len(rows)),
         triplets_per_row=float(rows.triplets.mean()),
@@ -106,7 +107,12 @@ def _round(
     trees = cost.flops(model, _useful(rows) * passes + cost.work_of_trees(newest, config.packing) * (players - 1))
     pairs = cost.flops(model, cost.padded_pairs_of_round(sample, window, players, config.train.epochs).total)
     scored = len(rows) + (players - 1) * packing.row_count(newest, config.packing)
-    return RoundEstimate(len(rows), scored, trees, pairs), rows
+    return RoundEstimate(len(rows), float(rows.triplets.mean()), scored, trees, pairs), rows
+
+
+def _scaled(sample: RoundEstimate, scale: float) -> RoundEstimate:
+    """The round of `scale` times as many prompts as the sample."""
+    return RoundEstimate(*(scale * value for value in sample))._replace(triplets_per_row=sample.triplets_per_row)
 
 
 def _useful(rows: packing.Rows) -> Work:

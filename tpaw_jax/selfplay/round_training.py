@@ -60,7 +60,8 @@ def train(this: Round, rows: packing.Rows, scores: TeamScores, policy: PyTree[Ar
         FloatingPointError: too many consecutive steps had a non-finite loss or gradient.
     """
     session, t, config = this.session, this.number, this.session.config
-    step_rows = rows_of_steps(rows, config, t)
+    step_rows = rows_of_steps(rows, config, t, session.journal.whole_batches)
+    _say_batch(session, rows, step_rows, t)
     make_inputs = _make_inputs(session, rows, scores, step_rows, t)
     with this.watch.time("held-out"):
         before = held_out_log_prob(session, policy)
@@ -83,7 +84,9 @@ def _make_inputs(
 ) -> MakeInputs:
     """A function that assembles the inputs of a step and moves them to the device."""
     config = session.config
-    rates, most = train_step.learning_rates(config.train, t, len(step_rows)), most_micro_batches(config)
+    most = most_micro_batches(config)
+    scale = train_step.rate_scale(config, _triplets_per_step(rows, step_rows))
+    rates = scale * train_step.learning_rates(config.train, t, len(step_rows))
     lam, shardings = np.float32(of_round(config.objective.lam, t)), train_step.input_shardings(session.mesh)
 
     def make(step: int, tolerance: float, dry_run: bool) -> StepInputs:
@@ -128,12 +131,39 @@ def _run_steps(
     return state
 
 
-def rows_of_steps(rows: packing.Rows, config: RunConfig, t: int) -> list[np.ndarray]:
-    """The indices of the rows of each step of a round, over all epochs."""
-    wanted = packing.micro_batches_per_step(rows, config.train.batch_triplets, config.packing.rows_per_batch)
-    size = min(most_micro_batches(config), wanted) * config.packing.rows_per_batch
+def rows_of_steps(rows: packing.Rows, config: RunConfig, t: int, whole_batches: bool = False) -> list[np.ndarray]:
+    """The indices of the rows of each step of a round, over all epochs.
+
+    With `whole_batches`, a step has a multiple of `packing.rows_per_batch` rows, as in runs begun with version 0.1.
+    """
+    batch, most = config.packing.rows_per_batch, most_micro_batches(config)
+    size = packing.rows_per_step(float(rows.triplets.mean()), config.train.batch_triplets, config.packing, most)
+    if whole_batches:
+        wanted = float(config.train.batch_triplets) / (max(float(rows.triplets.mean()), 1.0) * batch)
+        size = batch * min(most, max(1, round(wanted)))
     orders = [packing.epoch_order(rows, config.seed, t, epoch) for epoch in range(config.train.epochs)]
     return [order[i : i + size] for order in orders for i in range(0, len(order), size)]
+
+
+def _triplets_per_step(rows: packing.Rows, step_rows: list[np.ndarray]) -> float:
+    return float(rows.triplets.mean()) * len(step_rows[0])
+
+
+def _say_batch(session: Session, rows: packing.Rows, step_rows: list[np.ndarray], t: int) -> None:
+    """Say how a scaled learning rate came about, and what a batch of rows wastes."""
+    config, size = session.config, len(step_rows[0])
+    triplets, batch = _triplets_per_step(rows, step_rows), config.packing.rows_per_batch
+    if config.train.batch_triplets == "auto":
+        session.say(
+            f"Round {t}: steps of {triplets:.0f} triplets, because train.batch_triplets is auto. The learning rate is "
+            f"{train_step.rate_scale(config, triplets):.3g} times train.learning_rate."
+        )
+    elif (idle := 1 - size / (-(-size // batch) * batch)) > 0.25 and len(rows) > size:
+        session.say(
+            f"Warning: Round {t}: a step of {triplets:.0f} triplets has {size} rows, but the devices compute {batch} "
+            f"rows at a time: {idle:.0%} of what they compute is padding. `tpaw plan --fit-batch` finds a better row "
+            "length."
+        )
 
 
 def held_out_log_prob(session: Session, policy: PyTree[Array]) -> float | None:

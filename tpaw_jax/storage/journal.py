@@ -40,6 +40,7 @@ class Journal:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     data_fingerprint: str = ""  # of prompts and targets
     facts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    whole_batches: bool = False  # steps have whole batches of rows, because the run began with version 0.1
     read_only: bool = False  # read-only, because another process may be running
     read_from: str = ""  # the file that was read instead, if journal.json was corrupted or missing
 
@@ -66,7 +67,8 @@ def open_journal(directory: Path, read_only: bool = False) -> Journal:
         content = _read(path)
         if content is not None:
             found = "" if path == paths[0] else path.name
-            return Journal(directory, content["config"], content["data"], content["facts"], read_only, found)
+            whole = content.get("whole_batches", True)
+            return Journal(directory, content["config"], content["data"], content["facts"], whole, read_only, found)
     if any(path.exists() for path in paths) or any((directory / "ring" / "policies").glob("[0-9]*")):
         raise ValueError(
             f"{directory}: this directory holds a run, but its {paths[0].name} and {paths[1].name} are missing or "
@@ -80,7 +82,13 @@ def save(journal: Journal) -> None:
     """Write the journal, on process 0 only, and keep the version before it."""
     if journal.read_only or not processes.is_main():
         return
-    content = {"version": _VERSION, "config": journal.config, "data": journal.data_fingerprint, "facts": journal.facts}
+    content = {
+        "version": _VERSION,
+        "config": journal.config,
+        "data": journal.data_fingerprint,
+        "whole_batches": journal.whole_batches,
+        "facts": journal.facts,
+    }
     path = journal.directory / "journal.json"
     text = json.dumps({"checksum": _checksum(content), **content}, indent=1) + "\n"
     files.write_partial(path, text.encode())

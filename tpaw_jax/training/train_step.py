@@ -87,6 +87,22 @@ def learning_rates(config: TrainConfig, round_number: int, steps: int) -> np.nda
     return (peak * np.where(step < warmup, (step + 1) / max(1, warmup), after[config.schedule])).astype(np.float32)
 
 
+REFERENCE_BATCH = {"sft": 128}
+"""Triplets per step that learning rates are meant for, by `objective.loss`; 64 for all others, as in SPIN."""
+
+
+def rate_scale(config: RunConfig, triplets_per_step: float) -> float:
+    """The factor of the learning rate for a step of so many triplets: 1 unless `train.batch_triplets` is auto.
+
+    It is the square root of the ratio of batch sizes for adaptive optimizers (Malladi et al. 2022, arXiv:2205.10287),
+    and the ratio for sgd (Goyal et al. 2017, arXiv:1706.02677).
+    """
+    if config.train.batch_triplets != "auto":
+        return 1.0
+    ratio = triplets_per_step / REFERENCE_BATCH.get(config.objective.loss, 64)
+    return ratio if config.train.optimizer == "sgd" else math.sqrt(ratio)
+
+
 def init_state(params: PyTree[Array], optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
     """Build the state of a new round: `params` with a fresh optimizer state (A6), float32 and sharded alike.
 
