@@ -130,11 +130,15 @@ PLAN = $(BIN)/tpaw plan
 .PHONY: plans
 plans: $(VENV)/test
 	$(PLAN) --config configs/llama31_8b_ultrachat.yaml --architecture configs/models/llama-3.1-8b \
-	  --topology 'v5e:4x4, v5e:8x8, v5e:16x16, 2 x v5e:16x16, v6e:4x4' --json $(RESULTS)/plan_llama.json
+	  --topology 'v5e:4x4, v5e:8x8, v5e:16x16' --json $(RESULTS)/plan_llama_64.json
 	$(PLAN) --config configs/llama31_8b_ultrachat.yaml --architecture configs/models/llama-3.1-8b \
-	  --topology 'v5p:4x4x4, tpu7x:4x4x4' --policy.remat dots --json $(RESULTS)/plan_llama_dots.json
+	  --topology 'v5e:4x4, v5e:8x8, v5e:16x16, 2 x v5e:16x16, v6e:4x4' --train.batch_triplets auto \
+	  --json $(RESULTS)/plan_llama.json
+	$(PLAN) --config configs/llama31_8b_ultrachat.yaml --architecture configs/models/llama-3.1-8b \
+	  --topology 'v5p:4x4x4, tpu7x:4x4x4' --policy.remat dots --train.batch_triplets auto \
+	  --json $(RESULTS)/plan_llama_dots.json
 	$(PLAN) --config configs/qwen25_1b5_ultrachat.yaml --architecture configs/models/qwen2.5-1.5b \
-	  --topology 'v5e:2x2, v5e:4x4' --json $(RESULTS)/plan_qwen.json
+	  --topology 'v5e:2x2, v5e:4x4' --train.batch_triplets auto --json $(RESULTS)/plan_qwen.json
 	$(MAKE) bench-report
 
 # Self-play, SFT, SPIN and ablations on two small models: hours in all, HOURS per call; the next call resumes.

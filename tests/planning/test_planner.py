@@ -13,7 +13,7 @@ from conftest import DEMO, ROOT, STORIES
 from jax.experimental.compilation_cache import compilation_cache
 
 from tpaw_jax import cli
-from tpaw_jax.config import PackingConfig, config_file
+from tpaw_jax.config import MeshConfig, PackingConfig, config_file
 from tpaw_jax.generation.cache import Pages
 from tpaw_jax.models import ModelConfig, config_json, hub
 from tpaw_jax.planning import expected, layouts, lowering, planner, roofline, workload
@@ -104,7 +104,7 @@ def test_a_step_and_a_scoring_pass_exchange_what_the_design_says(topology, model
     settings = {"train.batch_triplets": 16} if model is WIDER else {}
     planned = target(topology, model, mesh, **{"train.reduce_dtype": reduce_dtype}, **settings)
     plan = planner.plan(planned, stages=("step", "scoring"))
-    assert [warning for warning in plan["warnings"] if "--fit-batch" not in warning] == []
+    assert [warning for warning in plan["warnings"] if "row_length: 0 finds" not in warning] == []
     for record in plan["stages"].values():
         assert record["fits"]
         found, expected = exchanged(record), record["GiB sent by hand"]
@@ -246,15 +246,16 @@ def test_batches_that_the_devices_cannot_fill_are_warned_of(batch, warning):
 @pytest.fixture
 def llama(monkeypatch):
     """Llama-3.1-8B's architecture, and few row lengths to try."""
-    monkeypatch.setattr(layouts, "_row_lengths", lambda config: [1280, 2048, 4096, 8192])
+    lengths = lambda config: [config.packing.row_length] if config.packing.row_length else [1280, 2048, 4096, 8192]
+    monkeypatch.setattr(layouts, "_row_lengths", lengths)
     return hub.load_architecture(str(ROOT / "configs" / "models" / "llama-3.1-8b"))
 
 
 def test_a_layout_for_the_batch_keeps_the_devices_busy(llama):
     """On 64 chips, 64 triplets fill 3 rows of 8,192 tokens. Shorter rows and a tensor axis are faster."""
-    config = dataclasses.replace(target("v5e:8x8").config, packing=PackingConfig())
+    config = dataclasses.replace(target("v5e:8x8").config, packing=PackingConfig(row_length=0))
     topology = tpu.parse_topology("v5e:8x8")
-    found = layouts.layouts(config, llama, topology, 4096)
+    found = layouts.layouts(config, llama, topology)
     assert {layout.mesh.tensor for layout in found} == {1, 2, 4, 8}  # it has eight key heads
     for layout in found:
         assert abs(layout.triplets / 64 - 1) <= 0.1
@@ -263,14 +264,27 @@ def test_a_layout_for_the_batch_keeps_the_devices_busy(llama):
     assert rate(best) == max(map(rate, found))
     assert best.mesh.tensor > 1
     assert rate(best) > 2 * max(rate(layout) for layout in found if layout.mesh.tensor == 1)
-    fitted = lowering.target_of(best.of(config), llama, topology)
+    automatic = dataclasses.replace(config, mesh=MeshConfig(preset="auto"))
+    said = []
+    resolved = layouts.resolve(automatic, llama, topology, said.append)
+    assert said == [f"v5e:8x8: {best}, for steps of about {best.triplets:.0f} triplets."]
+    assert resolved.mesh == dataclasses.replace(best.mesh, preset="auto")
+    fitted = lowering.target_of(resolved, llama, topology)
     load = workload.assumed(fitted.config, llama, 4096)
     assert planner.rows_of_step(fitted.config, load.triplets_per_row) > 0.7 * fitted.config.packing.rows_per_batch
+    # A run that resumes keeps its row length, and finds a mesh for it.
+    kept = layouts.resolve(automatic, llama, topology, said.append, begun_with=4096)
+    assert kept.packing.row_length == 4096
+    with pytest.raises(
+        ValueError, match="rows_per_batch is 3; on v5e:8x8 it must be a multiple of 64 or 32"
+    ):
+        layouts.layouts(dataclasses.replace(config, packing=PackingConfig(0, 3)), llama, topology)
 
 
 def test_a_layout_for_large_steps_is_the_preset_with_long_rows(llama):
     config = target("v5e:4x4", **{"train.batch_triplets": "auto"}).config
-    best = layouts.layouts(config, llama, tpu.parse_topology("v5e:4x4"), 4096)[0]
+    config = dataclasses.replace(config, packing=PackingConfig(row_length=0))
+    best = layouts.layouts(config, llama, tpu.parse_topology("v5e:4x4"))[0]
     assert (best.mesh, best.row_length) == (sharding.PRESETS["v5e-16"], 8192)
 
 

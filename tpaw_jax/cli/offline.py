@@ -101,12 +101,7 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot be read back for devices that are not there
     say = lambda line: print(line, file=sys.stderr, flush=True)
     for topology in topologies:
-        fitted = run
-        if options.fit_batch:
-            layout = layouts.layouts(run, architecture, topology, prompts)[0]
-            print(f"{topology.name}, for steps of {layout.triplets:.0f} triplets: {layout}", flush=True)
-            fitted = layout.of(run)
-        target = lowering.target_of(fitted, architecture, topology)
+        target = lowering.target_of(layouts.resolve(run, architecture, topology, say), architecture, topology)
         reports.append(planner.plan(target, prompts, stages, options.search, say))
         print(planner.text(reports[-1]) + "\n", flush=True)
         if options.json:  # after each topology: the next may take minutes

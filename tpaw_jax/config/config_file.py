@@ -178,7 +178,7 @@ def _check_values(c: RunConfig) -> list[Check]:
         (min(objective.lam, default=1) > 0, "objective.lam", "must be above 0"),
         (objective.tolerance >= 0 or measured, "objective.tolerance", "must be at least 0, or -1 to measure it"),
         (
-            c.packing.row_length >= c.longest_tree,
+            c.packing.row_length == 0 or c.packing.row_length >= c.longest_tree,
             "packing.row_length",
             f"must be at least {c.longest_tree}, the maximum tokens of a prompt with its target{response}",
         ),

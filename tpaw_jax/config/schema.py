@@ -158,7 +158,9 @@ class PackingConfig:
     """The fixed shape of packed rows."""
 
     row_length: int = option(
-        8192, "tokens per row; long rows waste less padding; attention stays within each tree and costs no more"
+        8192,
+        "tokens per row; long rows waste less padding, and attention stays within each tree; 0: with mesh.preset auto "
+        "on TPU, the length that takes steps of train.batch_triplets fastest, else 8192",
     )
     rows_per_batch: int = option(0, "rows per batch, over all devices; 0: one for each device that rows are split over")
     max_responses_per_row: int = option(64, "maximum responses per row")
@@ -211,7 +213,8 @@ class MeshConfig:
 
     preset: str = option(
         "",
-        "name of a mesh in `sharding.PRESETS`, such as v5e-256, or auto: chosen for the TPU slice; replaces the sizes",
+        "name of a mesh in `sharding.PRESETS`, such as v5e-256; or auto: on TPU, the mesh that takes steps of "
+        "train.batch_triplets fastest, else all devices as fsdp; replaces the sizes",
     )
     data: int = option(1, "replicas of the model, each with its share of the rows")
     fsdp: int = option(-1, "shards of parameters and optimizer state, each with its share of the rows")

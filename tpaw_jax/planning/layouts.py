@@ -6,8 +6,8 @@ are not split, keep all devices busy. Candidates are compared by an estimate tha
 """
 
 import dataclasses
-import itertools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -35,31 +35,57 @@ class Layout(NamedTuple):
     triplets: float  # per step, in the last round
     seconds: float  # of a step
 
-    def of(self, config: RunConfig) -> RunConfig:
-        """The configuration with this layout."""
-        rows = dataclasses.replace(config.packing, row_length=self.row_length, rows_per_batch=0)
-        return dataclasses.replace(config, mesh=self.mesh, packing=rows)
-
     def __str__(self) -> str:
         """The layout as keys of a configuration."""
         m = self.mesh
-        return (
-            f"mesh: {{data: {m.data}, fsdp: {m.fsdp}, tensor: {m.tensor}}}, packing: {{row_length: {self.row_length}}}"
-        )
+        return f"mesh: {{data: {m.data}, fsdp: {m.fsdp}, tensor: {m.tensor}}}, packing.row_length: {self.row_length}"
 
 
-def layouts(config: RunConfig, architecture: ModelConfig, topology: tpu.Topology, prompts: int) -> list[Layout]:
+def resolve(
+    config: RunConfig,
+    architecture: ModelConfig,
+    topology: tpu.Topology,
+    say: Callable[[str], None],
+    devices: Sequence[Any] | None = None,
+    begun_with: int = 0,
+) -> RunConfig:
+    """Fill in the mesh if `mesh.preset` is auto, and with it the row length if `packing.row_length` is 0.
+
+    Args:
+        config: the run's.
+        architecture: of its model.
+        topology: the TPU slices that it will run on.
+        say: is told the layout.
+        devices: those of the topology, if they are there.
+        begun_with: the row length of a run that resumes; else 0.
+    """
+    if config.mesh.preset != "auto":
+        return config
+    kept = dataclasses.replace(config.packing, row_length=config.packing.row_length or begun_with)
+    best = layouts(dataclasses.replace(config, packing=kept), architecture, topology, devices)[0]
+    say(f"{topology.name}: {best}, for steps of about {best.triplets:.0f} triplets.")
+    packing = dataclasses.replace(kept, row_length=best.row_length)
+    return dataclasses.replace(config, mesh=dataclasses.replace(best.mesh, preset="auto"), packing=packing)
+
+
+def layouts(
+    config: RunConfig, architecture: ModelConfig, topology: tpu.Topology, devices: Sequence[Any] | None = None
+) -> list[Layout]:
     """All layouts whose steps are within `TOLERANCE` of `train.batch_triplets`, the fastest per triplet first.
 
     If there are none, all layouts, the nearest to `train.batch_triplets` first.
+
+    Raises:
+        ValueError: no mesh divides the model and `packing.rows_per_batch`.
     """
-    loads = {length: _load(config, architecture, length, prompts) for length in _row_lengths(config)}
+    loads = {length: _load(config, architecture, length) for length in _row_lengths(config)}
     found = []
     for mesh in _meshes(config, architecture, topology):
-        target = lowering.target_of(dataclasses.replace(config, mesh=mesh), architecture, topology)
-        shards = sharding.row_shards(target.mesh)
+        shortest = dataclasses.replace(config.packing, row_length=min(loads))
+        on_mesh = dataclasses.replace(config, mesh=mesh, packing=shortest)
+        target = lowering.target_of(on_mesh, architecture, topology, devices)
         for length, load in loads.items():
-            resized = lowering.with_rows(target, shards, length)
+            resized = lowering.with_rows(target, target.config.packing.rows_per_batch, length)
             rows = rows_of_step(resized.config, load.triplets_per_row)
             found.append(Layout(mesh, length, rows * load.triplets_per_row, _seconds(resized, load, rows)))
     wanted = config.train.batch_triplets
@@ -71,30 +97,37 @@ def layouts(config: RunConfig, architecture: ModelConfig, topology: tpu.Topology
 
 
 def _row_lengths(config: RunConfig) -> list[int]:
-    """Row lengths to try: multiples of what attention needs, about an eighth apart."""
-    step, longest = tpu_attention.QUERIES, max(LONGEST_ROW, config.packing.row_length)
+    """The configured row length, or those to try: multiples of what attention needs, about an eighth apart."""
+    if config.packing.row_length:
+        return [config.packing.row_length]
+    step = tpu_attention.QUERIES
     lengths = [math.ceil(config.longest_tree / step) * step]
+    longest = max(LONGEST_ROW, lengths[0])
     while lengths[-1] < longest:
         lengths.append(min(longest, math.ceil(lengths[-1] * 1.125 / step) * step))
     return lengths
 
 
-def _load(config: RunConfig, architecture: ModelConfig, length: int, prompts: int) -> Workload:
+def _load(config: RunConfig, architecture: ModelConfig, length: int) -> Workload:
     rows = dataclasses.replace(config.packing, row_length=length)
-    return workload.assumed(dataclasses.replace(config, packing=rows), architecture, prompts)
+    return workload.assumed(dataclasses.replace(config, packing=rows), architecture, workload.SAMPLE)
 
 
 def _meshes(config: RunConfig, architecture: ModelConfig, topology: tpu.Topology) -> list[MeshConfig]:
     """The topology's preset, and meshes with each `tensor` axis that divides the model and fsdp over the rest."""
-    a, size = architecture, topology.device_count // topology.slices
-    meshes = [sharding.preset_of(topology)]
-    for power in itertools.count(1):
-        tensor = 2**power
-        divides = all(n % tensor == 0 for n in (size, a.num_heads, a.num_kv_heads, a.intermediate_size))
-        if not divides:
-            return meshes
+    a, size, meshes = architecture, topology.device_count // topology.slices, [sharding.preset_of(topology)]
+    tensor = 2
+    while all(n % tensor == 0 for n in (size, a.num_heads, a.num_kv_heads, a.intermediate_size)):
         meshes.append(MeshConfig(data=topology.slices, fsdp=size // tensor, tensor=tensor))
-    return meshes
+        tensor *= 2
+    rows = config.packing.rows_per_batch
+    usable = [mesh for mesh in meshes if rows % (mesh.data * mesh.fsdp) == 0]
+    if not usable:
+        raise ValueError(
+            f"packing.rows_per_batch is {rows}; on {topology.name} it must be a multiple of "
+            f"{' or '.join(str(mesh.data * mesh.fsdp) for mesh in meshes)}."
+        )
+    return usable
 
 
 def _seconds(target: Target, load: Workload, rows: int) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,14 +36,16 @@ class Target(NamedTuple):
     sampling_model: Transformer
 
 
-def target_of(config: RunConfig, architecture: ModelConfig, topology: tpu.Topology) -> Target:
-    """Put a configuration on a topology.
+def target_of(
+    config: RunConfig, architecture: ModelConfig, topology: tpu.Topology, devices: Sequence[Any] | None = None
+) -> Target:
+    """Put a configuration on a topology, whose devices may be there or not.
 
     Raises:
         ImportError: libtpu is missing.
         ValueError: the mesh does not cover the topology, or the model or the rows cannot be sharded over it.
     """
-    devices = topology.devices()
+    devices = topology.devices() if devices is None else devices
     mesh = sharding.make_mesh(config.mesh, devices)
     policy = config.policy
     settled = batch_shapes.resolve_packing(config, mesh)
@@ -52,7 +55,7 @@ def target_of(config: RunConfig, architecture: ModelConfig, topology: tpu.Topolo
     params = hub.abstract_params(architecture, dtype, mesh)
     one_process = [d for d in devices if d.process_index == devices[0].process_index]
     tensor = config.sampling.tensor
-    sampling_mesh = sharding.sampling_mesh(tensor, one_process if tensor == 1 else devices)
+    sampling_mesh = sharding.sampling_mesh(tensor, one_process if tensor == 1 else list(devices))
     return Target(
         config=dataclasses.replace(config, packing=settled),
         topology=topology,

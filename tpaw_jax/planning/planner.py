@@ -279,10 +279,10 @@ def _warnings(target: Target, load: Workload, stages: dict[str, Stage]) -> list[
     if idle > 0.25:
         warnings.append(
             f"{step}, but the devices compute {batch} rows at a time: {idle:.0%} of what they compute is padding. "
-            "--fit-batch finds a better mesh and row length."
+            "packing.row_length: 0 finds a better one."
         )
     elif wanted != "auto" and not 0.9 < rows * load.triplets_per_row / wanted < 1.1:
-        warnings.append(f"{step}; train.batch_triplets asks for {wanted}. --fit-batch finds a better row length.")
+        warnings.append(f"{step}; train.batch_triplets asks for {wanted}. packing.row_length: 0 finds a better one.")
     return warnings
 
 

@@ -80,10 +80,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ValueError: the product of the sizes is not the number of devices, or the preset is unknown.
     """
     devices = jax.devices() if devices is None else devices
-    if config.preset == "auto":
+    if config.preset == "auto" and config.fsdp == -1:  # else it has been chosen for the batch (planning.layouts)
         topology = tpu.topology_of(devices)
         config = PRESETS["host"] if topology is None else preset_of(topology)
-    elif config.preset:
+    elif config.preset and config.preset != "auto":
         if config.preset not in PRESETS:
             raise ValueError(f"mesh.preset is {config.preset!r}; it must be auto or one of {', '.join(PRESETS)}.")
         config = PRESETS[config.preset]

@@ -161,8 +161,8 @@ def _say_batch(session: Session, rows: packing.Rows, step_rows: list[np.ndarray]
     elif (idle := 1 - size / (-(-size // batch) * batch)) > 0.25 and len(rows) > size:
         session.say(
             f"Warning: Round {t}: a step of {triplets:.0f} triplets has {size} rows, but the devices compute {batch} "
-            f"rows at a time: {idle:.0%} of what they compute is padding. `tpaw plan --fit-batch` finds a better row "
-            "length."
+            f"rows at a time: {idle:.0%} of what they compute is padding. A shorter packing.row_length pads less; "
+            "on TPU, 0 with mesh.preset auto finds it."
         )
 
 

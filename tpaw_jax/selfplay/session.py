@@ -182,7 +182,10 @@ def _check_unchanged(opened: Journal, config: RunConfig) -> None:
         return
     before = parse(RunConfig, opened.config, str(opened.directory / "journal.json"))  # with defaults of newer keys
     old, new = flat(to_dict(before)), flat(to_dict(config))
-    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in KEYS_THAT_MAY_CHANGE]
+    may_change = KEYS_THAT_MAY_CHANGE
+    if before.mesh.preset == config.mesh.preset == "auto":
+        may_change |= {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # chosen for the devices
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in may_change]
     if changed:
         differences = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
         raise ValueError(

@@ -11,6 +11,9 @@ from tpaw_jax.data import packing
 from tpaw_jax.models import tpu_attention
 from tpaw_jax.runtime import sharding, tpu
 
+LONG_ROW = 8192
+"""Tokens of a row that is long enough to waste little padding."""
+
 
 def most_micro_batches(config: RunConfig) -> int:
     """Return the number of micro-batches in a step's fixed shape, enough for the data of any round."""
@@ -18,15 +21,17 @@ def most_micro_batches(config: RunConfig) -> int:
 
 
 def resolve_packing(config: RunConfig, mesh: Mesh, before: Mapping[str, Any] | None = None) -> PackingConfig:
-    """Resolve `rows_per_batch` where it is 0 (automatic): one row for each device that rows are split over.
+    """Resolve `rows_per_batch` and `row_length` where they are 0 (automatic).
 
-    A resumed run passes its previous packing fields as `before`, and they take precedence.
+    That is one row for each device that rows are split over, and `LONG_ROW` tokens. A resumed run passes its previous
+    packing fields as `before`, and they take precedence.
 
     Raises:
         ValueError: batches do not split evenly over the devices, or TPUs cannot compute the rows.
     """
     shards = sharding.row_shards(mesh)
     rows = config.packing.rows_per_batch or (before or {}).get("rows_per_batch") or shards
+    length = config.packing.row_length or (before or {}).get("row_length") or max(LONG_ROW, config.longest_tree)
     on_tpu = tpu.generation(mesh.devices.flat[0]) is not None
-    packing.check_rows(config.packing.row_length, rows, shards, tpu_attention.QUERIES if on_tpu else 1)
-    return dataclasses.replace(config.packing, rows_per_batch=rows)
+    packing.check_rows(length, rows, shards, tpu_attention.QUERIES if on_tpu else 1)
+    return dataclasses.replace(config.packing, rows_per_batch=rows, row_length=length)
