@@ -275,9 +275,7 @@ def test_a_layout_for_the_batch_keeps_the_devices_busy(llama):
     # A run that resumes keeps its row length, and finds a mesh for it.
     kept = layouts.resolve(automatic, llama, topology, said.append, begun_with=4096)
     assert kept.packing.row_length == 4096
-    with pytest.raises(
-        ValueError, match="rows_per_batch is 3; on v5e:8x8 it must be a multiple of 64 or 32"
-    ):
+    with pytest.raises(ValueError, match="rows_per_batch is 3; on v5e:8x8 it must be a multiple of 64 or 32"):
         layouts.layouts(dataclasses.replace(config, packing=PackingConfig(0, 3)), llama, topology)
 
 
