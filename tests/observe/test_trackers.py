@@ -52,7 +52,11 @@ def test_numbers_are_grouped_under_the_names_that_people_know():
         "eval/gsm8k": 0.1,
     }
     summary = {"round": 2, "loss": 0.4, "echoes": 3, "margin": 1.0}
-    assert trackers.grouped(summary, "round") == {"round/loss": 0.4, "generation/echoes": 3.0, "round/margin": 1.0}
+    assert trackers.grouped(summary, "round") == {
+        "round/loss": 0.4,
+        "generation/copies of target": 3.0,
+        "round/margin": 1.0,
+    }
 
 
 def test_steps_are_counted_over_all_rounds_also_after_a_restart(tmp_path):

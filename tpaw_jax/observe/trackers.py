@@ -20,13 +20,22 @@ PROJECT = "tpaw_jax"
 GROUPS = {
     **dict.fromkeys(("tokens_per_second", "triplets_per_second", "input_wait_share"), "throughput"),
     **dict.fromkeys(("fill", "TFLOP", "TFLOP in pairs", "saving", "GFLOP/s"), "throughput"),
-    **dict.fromkeys(("response tokens", "at limit", "echoes", "sampler gap", "largest gap"), "generation"),
+    "response tokens": "generation",
     **dict.fromkeys(("held-out", "held-out before", "held-out after"), "eval"),
     "beta_entropy": "players",
     "goodput": "goodput",
 }
 """The group of a metric whose name does not begin with one."""
 
+NAMES = {
+    "at limit": "generation/truncated responses",
+    "echoes": "generation/copies of target",
+    "sampler gap": "generation/sampler vs scorer, mean",
+    "largest gap": "generation/sampler vs scorer, max",
+    "alpha=eta": "rewards/target upweighted",
+    "P_t at step 0": "rewards/scoring noise",
+}
+"""The names of a round's metrics that are abbreviated in its summary, as in the printed table."""
 
 Log = Callable[[Mapping[str, float], int], None]
 Close = Callable[[], None]
@@ -98,6 +107,7 @@ def grouped(record: Mapping[str, Any], group: str = "train") -> dict[str, float]
     for name, value in record.items():
         if name in ("round", "step") or not isinstance(value, int | float) or not math.isfinite(value):
             continue
+        name = NAMES.get(name, name)
         if name.startswith("player_"):
             name = name.replace("player_", "players/theta_", 1)
         elif name.endswith(" s"):
