@@ -7,7 +7,8 @@ import jax
 from conftest import STORIES, small_run
 
 from tpaw_jax.models import hub
-from tpaw_jax.planning import bench, planner, readings
+from tpaw_jax.planning import planner
+from tpaw_jax.planning.measured import bench, readings
 from tpaw_jax.runtime import processes
 from tpaw_jax.selfplay import loop
 

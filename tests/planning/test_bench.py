@@ -12,7 +12,8 @@ from conftest import DEMO, STORIES, small_run
 from tpaw_jax import cli
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK
 from tpaw_jax.models import hub
-from tpaw_jax.planning import bench, planner, readings, workload
+from tpaw_jax.planning import planner, workload
+from tpaw_jax.planning.measured import bench, readings
 
 
 def run_of(tmp_path):

@@ -12,7 +12,7 @@ from conftest import STORIES
 from tpaw_jax import models
 from tpaw_jax.config import MeshConfig
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK
-from tpaw_jax.planning import readings
+from tpaw_jax.planning.measured import readings
 from tpaw_jax.runtime import processes, sharding
 from tpaw_jax.storage import files, journal, ring
 

@@ -3,13 +3,14 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tpaw_jax.cli.overrides import refuse
 
 
 def bench(options: argparse.Namespace, overrides: list[str]) -> None:
     """Measure a run's step, scoring and sampling on these devices, with random weights; or compare two such runs."""
-    from tpaw_jax.planning import readings
+    from tpaw_jax.planning.measured import readings
 
     if options.compare:
         refuse(overrides)
@@ -20,33 +21,68 @@ def bench(options: argparse.Namespace, overrides: list[str]) -> None:
     if not options.config:
         raise ValueError("tpaw bench needs --config, or --compare with two files.")
 
+    run, architecture, stages = _measured(options, overrides, "bench")
+
     import jax
 
-    from tpaw_jax.config import config_file
-    from tpaw_jax.models import hub
-    from tpaw_jax.planning import bench as benchmark
-    from tpaw_jax.planning import planner
+    from tpaw_jax.planning.measured import bench as benchmark
     from tpaw_jax.runtime import processes
 
-    run = config_file.load(options.config, overrides)
-    if run.objective.loss == "sft" or run.data.responses == "rejected":
-        raise ValueError(
-            f"{' '.join(options.config)}: `tpaw bench` measures rounds of self-play, not supervised runs or DPO."
-        )
-    stages = options.stages.split(",") if options.stages else list(planner.STAGES)
-    if unknown := set(stages) - set(planner.STAGES):
-        raise ValueError(f"--stages: unknown {', '.join(sorted(unknown))}; choose from {', '.join(planner.STAGES)}.")
-    calls = 10 if options.calls is None else options.calls
-    if calls < 1:
-        raise ValueError(f"--calls is {calls}; it must be at least 1.")
-    if options.pod or options.coordinator:
-        processes.join(options.coordinator, options.num_processes, options.process_id)
     predicted = readings.predictions(Path(options.plan), jax.device_count()) if options.plan else {}
-    say = lambda text: print(text, flush=True) if processes.is_main() else None
-    architecture = hub.load_architecture(options.architecture or run.policy.path)
-    records: Sequence[readings.Record] = benchmark.measure(run, architecture, stages, calls, say)
+    records: Sequence[readings.Record] = benchmark.measure(run, architecture, stages, _calls(options), _say)
     if processes.is_main():
         records = readings.with_predictions(records, predicted) if predicted else records
         print(readings.table(records))
         if options.json:
             readings.write(Path(options.json), records)
+
+
+def tune(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Search for the settings with which a run is fastest on these devices, and write them as a configuration file."""
+    minutes = 20.0 if options.minutes is None else options.minutes
+    if minutes <= 0:
+        raise ValueError(f"--minutes is {minutes:g}; it must be above 0.")
+    run, architecture, stages = _measured(options, overrides, "tune")
+
+    from tpaw_jax.planning.measured import tune as tuning
+    from tpaw_jax.runtime import processes
+    from tpaw_jax.storage import files
+
+    settings, trials = tuning.tune(run, architecture, stages, minutes, _calls(options), _say)
+    if processes.is_main():
+        files.write_bytes(Path(options.out), tuning.overlay(settings, trials).encode())
+        print(Path(options.out).read_text() + f"\nWritten to {options.out}.")
+
+
+def _measured(options: argparse.Namespace, overrides: list[str], name: str) -> tuple[Any, Any, list[str]]:
+    """The run, its model's architecture, and the stages to measure, after joining the pod's other processes."""
+    from tpaw_jax.config import config_file
+    from tpaw_jax.models import hub
+    from tpaw_jax.planning import layouts, planner
+    from tpaw_jax.runtime import processes
+
+    run = config_file.load(options.config, overrides)
+    if run.objective.loss == "sft" or run.data.responses == "rejected":
+        raise ValueError(
+            f"{' '.join(options.config)}: `tpaw {name}` measures rounds of self-play, not supervised runs or DPO."
+        )
+    stages = options.stages.split(",") if options.stages else list(planner.STAGES)
+    if unknown := set(stages) - set(planner.STAGES):
+        raise ValueError(f"--stages: unknown {', '.join(sorted(unknown))}; choose from {', '.join(planner.STAGES)}.")
+    if _calls(options) < 1:
+        raise ValueError(f"--calls is {options.calls}; it must be at least 1.")
+    if options.pod or options.coordinator:
+        processes.join(options.coordinator, options.num_processes, options.process_id)
+    architecture = hub.load_architecture(options.architecture or run.policy.path)
+    return layouts.resolve_here(run, _say, architecture), architecture, stages
+
+
+def _calls(options: argparse.Namespace) -> int:
+    return 10 if options.calls is None else options.calls
+
+
+def _say(text: str) -> None:
+    from tpaw_jax.runtime import processes
+
+    if processes.is_main():
+        print(text, flush=True)

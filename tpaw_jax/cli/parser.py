@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from tpaw_jax.cli.measuring import bench
+from tpaw_jax.cli.measuring import bench, tune
 from tpaw_jax.cli.models import evaluate, export, generate
 from tpaw_jax.cli.offline import data, plan, prompts, report
 from tpaw_jax.cli.training import demo, play, sft
@@ -91,6 +91,16 @@ def _measuring_commands(command: Callable[..., None]) -> None:
         plan=(False, "a plan of these devices, of tpaw plan --json: print its predictions beside the readings", str),
         json=(False, "append the readings to this file, one JSON object per line", str),
         compare=(False, "measure nothing; compare two files that --json wrote: BEFORE AFTER", list),
+        **_PROCESSES,
+    )
+    command(
+        tune,
+        config=_CONFIGURATION,
+        out=(True, "the YAML file to write, for --config RUN.yaml OUT.yaml", str),
+        minutes=(False, "how long to search; default: 20", float),
+        architecture=(False, "where config.json is, if not at policy.path; weights are not needed", str),
+        stages=(False, "tune only some of step,scoring,prefill,decode", str),
+        calls=(False, "timed calls of each program; default: 10", int),
         **_PROCESSES,
     )
 

@@ -45,8 +45,10 @@ def sft(options: argparse.Namespace, overrides: list[str]) -> None:
 def _train(options: argparse.Namespace, run: Any, given: str | None) -> None:
     from tpaw_jax.models import hub
     from tpaw_jax.observe.profiling import compile_log, parse_steps
+    from tpaw_jax.planning import layouts
     from tpaw_jax.runtime import preemption, processes
     from tpaw_jax.selfplay import loop
+    from tpaw_jax.storage import journal
 
     profiled = parse_steps(options.profile) if options.profile else range(0)
     if options.pod or options.coordinator:
@@ -57,7 +59,9 @@ def _train(options: argparse.Namespace, run: Any, given: str | None) -> None:
         processes.join(options.coordinator, options.num_processes, options.process_id)
     if options.export:
         hub.check_export(options.export)
-    run = _with_layout(run)
+    begun = journal.open_journal(Path(run.directory), read_only=True).config.get("packing", {})
+    say = lambda line: print(line, flush=True) if processes.is_main() else None
+    run = layouts.resolve_here(run, say, begun_with=begun.get("row_length", 0))
     generations = Path(given) if given else None
     with compile_log() as compiled, preemption.PreemptionNotice() as notice:
         try:
@@ -74,24 +78,6 @@ def _train(options: argparse.Namespace, run: Any, given: str | None) -> None:
             sys.exit(preemption.EXIT_CODE)
     if processes.is_main():
         _report_run(options, run, compiled)
-
-
-def _with_layout(run: Any) -> Any:
-    """The configuration with the mesh, and maybe the row length, that suit the TPU slice, if `mesh.preset` is auto."""
-    import jax
-
-    from tpaw_jax.models import hub
-    from tpaw_jax.planning import layouts
-    from tpaw_jax.runtime import processes, tpu
-    from tpaw_jax.storage import journal
-
-    topology = tpu.topology_of(jax.devices())
-    if run.mesh.preset != "auto" or topology is None:
-        return run
-    begun = journal.open_journal(Path(run.directory), read_only=True).config.get("packing", {})
-    say = lambda line: print(line, flush=True) if processes.is_main() else None
-    architecture = hub.load_architecture(run.policy.path)
-    return layouts.resolve(run, architecture, topology, say, jax.devices(), begun.get("row_length", 0))
 
 
 def _report_run(options: argparse.Namespace, run: Any, compiled: list[tuple[str, float]]) -> None:

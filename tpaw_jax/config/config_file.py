@@ -86,6 +86,20 @@ def parse(cls: type, fields: Any, where: str, prefix: str = "") -> Any:
     return cls(**{key: _coerce(hints[key], value, where, prefix + key) for key, value in fields.items()})
 
 
+def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The configuration with other values of some keys, such as `{"train.epochs": 1}`.
+
+    Raises:
+        ValueError: a key is unknown, or a value does not fit; names the key.
+    """
+    fields = to_dict(config)
+    for key, value in values.items():
+        _set(fields, key, value)
+    changed = parse(RunConfig, fields, "the configuration")
+    validate(changed, "the configuration")
+    return changed
+
+
 def _is_removed(key: str, value: Any, where: str) -> bool:
     """Whether a key of an older version can be ignored.
 

@@ -2,5 +2,5 @@
 
 Read in this order: `workload` (what the rounds compute), `lowering` (the programs), `hlo` (bytes that a compiled
 program moves), `roofline` (a compiled stage and its predicted time), `expected` (the same counted by hand), `planner`
-(the report); `bench` (measured stages), `readings` (their table, and the comparison of two).
+(the report), `layouts` (the mesh and the row length for a batch); then `measured`.
 """

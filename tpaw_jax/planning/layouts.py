@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from tpaw_jax.config import MeshConfig, RunConfig
-from tpaw_jax.models import ModelConfig, tpu_attention
+from tpaw_jax.models import ModelConfig, hub, tpu_attention
 from tpaw_jax.planning import expected, lowering, roofline, workload
 from tpaw_jax.planning.lowering import Target
 from tpaw_jax.planning.planner import rows_of_step
@@ -66,6 +67,17 @@ def resolve(
     say(f"{topology.name}: {best}, for steps of about {best.triplets:.0f} triplets.")
     packing = dataclasses.replace(kept, row_length=best.row_length)
     return dataclasses.replace(config, mesh=dataclasses.replace(best.mesh, preset="auto"), packing=packing)
+
+
+def resolve_here(
+    config: RunConfig, say: Callable[[str], None], architecture: ModelConfig | None = None, begun_with: int = 0
+) -> RunConfig:
+    """`resolve` for the TPU slices at hand; on other devices, the configuration as it is."""
+    topology = tpu.topology_of(jax.devices())
+    if config.mesh.preset != "auto" or topology is None:
+        return config
+    architecture = architecture or hub.load_architecture(config.policy.path)
+    return resolve(config, architecture, topology, say, jax.devices(), begun_with)
 
 
 def layouts(
