@@ -1,7 +1,9 @@
 """Our side of the peer comparison: a team of three scores, then the policy trains. python tpaw.py WORKLOAD.json
 
-Run by ../peers.py. Everything after the first compile is counted: packing, three players' scoring, two epochs of steps
-with their optimizer updates. One triplet visit is one triplet in one epoch.
+Run by ../peers.py. It is a round as a run plays it from its third round on. Everything after the first compile is
+counted: packing, scoring, two epochs of steps with their optimizer updates. The newest player scores all responses; the
+other two score the newest responses only, because they scored the rest in the rounds before. One triplet visit is one
+triplet in one epoch.
 """
 
 import json
@@ -23,6 +25,25 @@ from tpaw_jax.types import Generations, Prompts, TeamScores
 
 EPOCHS, PLAYERS, STEP_TRIPLETS = 2, 3, 64  # SPIN's step
 ROW_LENGTHS = range(768, 2049, 64)
+
+
+class Table:
+    """The log-prob of every response by every player, by prompt and source; not a number while it is unknown."""
+
+    def __init__(self, prompts: int) -> None:
+        self.log_probs = np.full((PLAYERS, prompts, PLAYERS + 1), np.nan, np.float32)  # the last source is the target
+
+    def add(self, player: int, rows: packing.Rows, log_probs: np.ndarray) -> None:
+        real = rows.prompt_index >= 0
+        self.log_probs[player, rows.prompt_index[real], rows.source[real]] = log_probs[real]
+
+    def forget(self, player: int, source: int) -> None:
+        self.log_probs[player, :, source] = np.nan
+
+    def of(self, rows: packing.Rows) -> np.ndarray:
+        """[players, rows, responses]; 0 where a row has no response."""
+        found = self.log_probs[:, np.maximum(rows.prompt_index, 0), rows.source]
+        return np.where(rows.prompt_index >= 0, found, 0).astype(np.float32)
 
 
 def main() -> None:
@@ -47,6 +68,11 @@ def main() -> None:
         batch = packing.step_batch(rows, scores, indices, 1, rows_per_step)
         return jax.device_put((*batch, scalars), train_step.input_shardings(setup.mesh))
 
+    new = [prefix_trees.tree_of_responses(prompts, i, {PLAYERS - 1: g}) for i, g in enumerate(generations[0].tokens)]
+    known = Table(len(prompts))
+    for j, player in enumerate(players[1:], start=1):
+        known.add(j, setup.rows, scoring.score(scorer, player, setup.rows, 1))
+        known.forget(j, PLAYERS - 1)
     blank = TeamScores(np.zeros((PLAYERS, *setup.rows.prompt_index.shape), np.float32), np.ones(PLAYERS, bool))
     scoring.score(scorer, setup.params, packing.take(setup.rows, np.arange(1), 1), 1)
     for _ in range(2):  # the second time, the state lies where the step itself put it
@@ -54,7 +80,12 @@ def main() -> None:
 
     start = time.perf_counter()
     rows = packing.pack(prefix_trees.trees_of_window(prompts, generations, sources), packed)
-    scores = TeamScores(np.stack([scoring.score(scorer, p, rows, 1) for p in players]), np.ones(PLAYERS, bool))
+    known.add(0, rows, scoring.score(scorer, players[0], rows, 1))
+    new_rows = packing.pack(new, packed)
+    for j, player in enumerate(players[1:], start=1):
+        known.add(j, new_rows, scoring.score(scorer, player, new_rows, 1))
+    scores = TeamScores(known.of(rows), np.ones(PLAYERS, bool))
+    assert np.isfinite(scores.log_probs).all()
     scored = time.perf_counter()
     orders = [packing.epoch_order(rows, 0, 0, epoch) for epoch in range(EPOCHS)]
     plan = [order[i : i + rows_per_step] for order in orders for i in range(0, len(order), rows_per_step)]
