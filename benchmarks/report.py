@@ -19,6 +19,7 @@ PAGES = {  # the word of a page's two marks
     "plans": ROOT / "docs" / "planning.md",
     "faults": ROOT / "docs" / "reliability.md",
     "headline": ROOT / "README.md",
+    "batches": ROOT / "docs" / "pods.md",
 }
 NAMES = {
     "tpaw_jax": "tpaw_jax, team of 3",
@@ -51,6 +52,7 @@ def main() -> None:
     tables = {
         "benchmarks": made,
         "plans": [plans(planned), exchanges(planned)],
+        "batches": [batches(planned)],
         "faults": [faults(of("faults")), durability(of("durability")), fuzz(of("fuzz"))],
         "headline": [headline(comparisons)],
     }
@@ -290,7 +292,8 @@ def plans(reports: list[dict]) -> str:
         mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1)
         lines.append(
             [
-                f"{Path(r['model']).name} on {r['topology']}, {mesh}, remat {r['remat']}",
+                f"{Path(r['model']).name} on {r['topology']}, {mesh}, rows of {r['row length']:,}, remat {r['remat']}",
+                f"{run['triplets a step']:,.0f}",
                 f"{step['of GiB']:.1f}",
                 *peaks,
                 f"**{step['predicted MFU']:.0%}**",
@@ -302,9 +305,35 @@ def plans(reports: list[dict]) -> str:
                 f"{run['padded pairs, hours']:.0f}",
             ]
         )
-    head = ["planned", "GiB there are", *(f"{name}, GiB" for name in ("step", "scoring", "prefill", "decode"))]
+    head = [
+        "planned",
+        "triplets per step",
+        "GiB there are",
+        *(f"{name}, GiB" for name in ("step", "scoring", "prefill", "decode")),
+    ]
     head += ["MFU of the step", "binds", "decode moves, over the least", "triplets/s", "hours", "chip-hours"]
     return _table([*head, "hours in pairs"], lines)
+
+
+def batches(reports: list[dict]) -> str:
+    """The same model and chips with steps of the paper's batch, and with one long row per chip."""
+    pairs: dict[tuple[str, str, int], list[dict]] = {}
+    for r in sorted(reports, key=lambda r: r["chips"]):
+        if "predicted run" in r:
+            pairs.setdefault((r["model"], r["topology"], r["chips"]), []).append(r)
+    lines = []
+    for (model, topology, chips), of in pairs.items():
+        if len(of) < 2:
+            continue
+        cells = []
+        for r in sorted(of, key=lambda r: r["predicted run"]["triplets a step"]):
+            run, mesh = r["predicted run"], " x ".join(f"{axis} {n}" for axis, n in r["mesh"].items() if n > 1)
+            layout = f"{mesh}, rows of {r['row length']:,}"
+            cells += [f"{run['triplets a step']:,.0f}", layout, f"{r['stages']['step']['predicted MFU']:.0%}"]
+            cells.append(f"{run['hours']:.2f}")
+        lines.append([f"{Path(model).name}, {topology}", str(chips), *cells])
+    step = ["triplets per step", "layout", "predicted MFU", "hours of the run"]
+    return _table(["model and slice", "chips", *step, *(f"{name}, large steps" for name in step)], lines)
 
 
 def exchanges(reports: list[dict]) -> str:

@@ -132,7 +132,7 @@ def test_the_blockwise_head_never_holds_the_logits_of_a_row():
 
 
 def random_trees(rng, rows, length):
-    """The visibility in rows of trees of up to four responses, with padding at the end and between the parts."""
+    """The visibility in rows of trees of up to four responses, with padding at the end and between the trees."""
     segments, branches, prompt_end = np.zeros((3, rows, length), np.int32)
     for row in range(rows):
         place, segment = 0, 0
@@ -145,7 +145,8 @@ def random_trees(rng, rows, length):
                 segments[row, run], branches[row, run] = segment, branch
                 prompt_end[row, run] = rng.choice(ends) if branch else 0
                 ends += [run.stop] if branch == 0 and run.stop > run.start else []
-                place = run.stop + int(rng.integers(0, 3))
+                place = run.stop
+            place += int(rng.integers(0, 3))
     return Visibility(*map(jnp.asarray, (segments, branches, prompt_end)))
 
 

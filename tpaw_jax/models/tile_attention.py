@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from tpaw_jax.models.attention import SAVED, Attention, Visibility
 
@@ -38,7 +38,6 @@ class Tiles(NamedTuple):
 
     tile: Tile
     bounds: Int[Array, "widths+1"]
-    is_token: Bool[Array, "tokens"]  # a prompt of several turns may have padding between them
 
 
 def key_widths(length: int) -> list[int]:
@@ -51,17 +50,13 @@ def key_widths(length: int) -> list[int]:
 
 
 def plan(visibility: Visibility) -> Tiles:
-    """Cut packed rows into tiles.
-
-    The tokens of a branch must be contiguous, and the branches of a segment must follow each other, trunk first, with
-    at most padding between them.
-    """
+    """Cut packed rows into tiles. The branches of a segment must follow each other, trunk first, without padding."""
     segments_BT, branches_BT, prompt_end_BT = visibility.arrays()
     (rows, length), total = segments_BT.shape, segments_BT.size
     index = jnp.arange(total)
     differs = lambda x: jnp.pad(x[:, 1:] != x[:, :-1], ((0, 0), (1, 0)), constant_values=True).reshape(-1)
     new_part = differs(segments_BT) | differs(branches_BT)  # of the trunk, or a branch: tokens without padding
-    new_segment = differs(_without_padding(segments_BT))
+    new_segment = differs(segments_BT)
     start_of = lambda new: lax.cummax(jnp.where(new, index, 0))
     trunk, part = start_of(new_segment), start_of(new_part)
     end = lax.cummin(jnp.append(jnp.where(new_part, index, total)[1:], total), reverse=True)  # end of own part
@@ -76,20 +71,11 @@ def plan(visibility: Visibility) -> Tiles:
     )
     keys = tile.trunk_length + index + tile.queries - tile.branch
     widths = jnp.asarray(key_widths(length))
-    is_token = segments_BT.reshape(-1) > 0
-    is_tile = ((index - part) % TILE == 0) & is_token
+    is_tile = ((index - part) % TILE == 0) & (segments_BT.reshape(-1) > 0)
     width = jnp.where(is_tile, jnp.searchsorted(widths, keys), len(widths))
     order = jnp.argsort(width)
     bounds = jnp.searchsorted(width[order], jnp.arange(len(widths) + 1))
-    is_token = jnp.pad(is_token, (0, max(length, TILE)))
-    return Tiles(jax.tree.map(lambda x: x[order].astype(jnp.int32), tile), bounds.astype(jnp.int32), is_token)
-
-
-def _without_padding(segments_BT: Array) -> Array:
-    """Segment ids in which padding has the segment of the last token before it."""
-    index_T = jnp.arange(segments_BT.shape[1])
-    last_BT = lax.cummax(jnp.where(segments_BT > 0, index_T, 0), axis=1)
-    return jnp.take_along_axis(segments_BT, last_BT, axis=1)
+    return Tiles(jax.tree.map(lambda x: x[order].astype(jnp.int32), tile), bounds.astype(jnp.int32))
 
 
 @jax.custom_vjp
@@ -117,7 +103,7 @@ def _forward(queries, keys, values, tiles):
         def body(i, carry):
             out_KTGH, lse_KTG = carry
             tile = _take(tiles.tile, i)
-            scores = _scores(_queries(q_KTGH, tile), _keys(k_KTH, tile, width), tile, tiles.is_token)
+            scores = _scores(_queries(q_KTGH, tile), _keys(k_KTH, tile, width), tile)
             top = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total_weight = jnp.sum(weights, axis=-1, keepdims=True)
@@ -151,7 +137,7 @@ def _backward(saved, d_out):
             tile = _take(tiles.tile, i)
             q, k, v = _queries(q_KTGH, tile), _keys(k_KTH, tile, width), _keys(v_KTH, tile, width)
             d_o = _queries(d_out_KTGH, tile)
-            weights = jnp.exp(_scores(q, k, tile, tiles.is_token) - _slice(lse_KTG, tile)[..., None])
+            weights = jnp.exp(_scores(q, k, tile) - _slice(lse_KTG, tile)[..., None])
             weights = jnp.where(_live(tile, weights.ndim), weights, 0)
             d_weights = _matmul("kqh,kch->kqc", _flat(d_o), v).reshape(weights.shape)
             d_scores = _flat((weights * (d_weights - _slice(delta_KTG, tile)[..., None]) * size**-0.5).astype(q.dtype))
@@ -243,16 +229,13 @@ def _add_keys(x: Float[Array, "K BT H"], new: Float[Array, "K C H"], tile: Tile)
     return x
 
 
-def _scores(
-    q: Float[Array, "K Q G H"], k: Float[Array, "K C H"], tile: Tile, is_token: Bool[Array, "tokens"]
-) -> Float[Array, "K Q G C"]:
+def _scores(q: Float[Array, "K Q G H"], k: Float[Array, "K C H"], tile: Tile) -> Float[Array, "K Q G C"]:
     """Scaled float32 scores; masked keys get the lowest float."""
     (kv_heads, length, groups, size), width = q.shape, k.shape[1]
     scores = _matmul("kqh,kch->kqc", _flat(q), k).reshape(kv_heads, length, groups, width) * size**-0.5
     column = jnp.arange(width)
     query = tile.first_query + jnp.arange(length)[:, None]
     seen = (column < tile.trunk_length) | (column - tile.trunk_length + tile.branch <= query)
-    seen &= _keys(is_token[None, :, None], tile, width)[0, :, 0]
     return jnp.where(seen[None, :, None], scores, jnp.finfo(jnp.float32).min)
 
 
