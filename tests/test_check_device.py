@@ -1,0 +1,12 @@
+"""The check that an owner of other devices runs, on this one."""
+
+import forked
+from conftest import ROOT
+
+
+def test_every_check_of_a_device_passes_here(tmp_path):
+    code, printed, errors = forked.start(
+        forked.run_script, ROOT / "scripts" / "check_device.py", output=tmp_path / "printed"
+    ).finish()
+    assert code == 0, errors[-2000:]
+    assert [line[:6] for line in printed.splitlines()[1:]] == ["ok    "] * 4
