@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+import types
 
 import forked
 import jax
@@ -16,11 +17,12 @@ from conftest import DEMO, SHARED_PROGRAMS, small_run
 
 from tpaw_jax import cli
 from tpaw_jax.config import MeshConfig
+from tpaw_jax.data import packing
 from tpaw_jax.generation.policy import open_policy
 from tpaw_jax.observe import metrics
 from tpaw_jax.observe.profiling import compile_log
 from tpaw_jax.runtime import preemption, sharding
-from tpaw_jax.selfplay import loop, round_store, round_summary
+from tpaw_jax.selfplay import loop, round_store, round_summary, round_training
 from tpaw_jax.storage import journal, ring
 from tpaw_jax.training import batch_shapes
 
@@ -295,3 +297,17 @@ def test_a_configuration_that_cannot_be_opened_binds_nobody(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or directory"):
         loop.play(small_run(tmp_path, **settings), lambda _: None)
     assert not (tmp_path / "config.yaml").exists()
+
+
+def test_the_rows_of_a_step_do_not_depend_on_the_devices(tmp_path):
+    """Except in runs that began with version 0.1, whose steps are whole batches of rows."""
+    rng = np.random.default_rng(0)
+    triplets = rng.integers(1, 4, (40, 1)).astype(np.float32)
+    rows = packing.Rows(types.SimpleNamespace(triplet_weight=triplets), np.zeros((40, 1)), np.zeros((40, 1)))
+    config = lambda rows_per_batch: small_run(tmp_path, **{"packing.rows_per_batch": rows_per_batch})
+    steps = [round_training.rows_of_steps(rows, config(n), t=1) for n in (1, 2, 4)]
+    for other in steps[1:]:
+        assert [step.tolist() for step in other] == [step.tolist() for step in steps[0]]
+    assert len(steps[0][0]) == round(8 / triplets.mean())
+    old = round_training.rows_of_steps(rows, config(4), t=1, whole_batches=True)
+    assert {len(step) for step in old} == {4}
