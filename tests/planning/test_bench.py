@@ -82,6 +82,17 @@ def test_a_plan_stands_beside_the_readings(records, tmp_path):
             readings.predictions(path, 8)
 
 
+def test_readings_with_predictions_calibrate_a_plan(records, tmp_path):
+    path = tmp_path / "readings.jsonl"
+    on_tpu = [{**record, "generation": "v5e"} for record in records]
+    for predicted in (0.5, 0.25, 0.1):
+        readings.write(path, readings.with_predictions(on_tpu, {"step": predicted}))
+    median = next(record["median s"] for record in records if record["stage"] == "step")
+    assert readings.calibration(path, "v5e") == {"step": median / 0.25}
+    with pytest.raises(ValueError, match="no readings on v5p with predictions"):
+        readings.calibration(path, "v5p")
+
+
 def test_a_comparison_tells_what_is_faster_and_what_differs(records):
     rng = np.random.default_rng(0)
     timed = lambda stage, median: {

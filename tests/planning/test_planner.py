@@ -375,6 +375,17 @@ def test_hours_are_those_of_steps_passes_and_tokens():
     assert found["sampling h"] * 3600 == pytest.approx(4 * (decoded + prefilled), rel=0.01)
 
 
+def test_a_calibration_scales_the_predicted_times():
+    small = target("v5e:2x2")
+    plain = planner.plan(small, stages=("prefill",))["stages"]["prefill"]
+    scaled = planner.plan(small, stages=("prefill",), calibration={"prefill": 1.5, "step": 9.0})["stages"]["prefill"]
+    assert scaled["predicted s"] == pytest.approx(1.5 * plain["predicted s"])
+    assert scaled["predicted MFU"] == pytest.approx(plain["predicted MFU"] / 1.5)
+    assert scaled["predicted compute s"] == plain["predicted compute s"]
+    assert scaled["calibration"] == 1.5
+    assert "calibration" not in plain
+
+
 def test_a_search_needs_the_step():
     with pytest.raises(ValueError, match="name step among --stages"):
         planner.plan(target("v5e:2x2"), stages=("scoring",), search=True)

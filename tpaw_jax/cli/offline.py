@@ -82,6 +82,7 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> None:
     from tpaw_jax.config import config_file
     from tpaw_jax.models import hub
     from tpaw_jax.planning import layouts, lowering, planner
+    from tpaw_jax.planning.measured import readings
     from tpaw_jax.runtime import tpu
     from tpaw_jax.storage import files
 
@@ -102,7 +103,8 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> None:
     say = lambda line: print(line, file=sys.stderr, flush=True)
     for topology in topologies:
         target = lowering.target_of(layouts.resolve(run, architecture, topology, say), architecture, topology)
-        reports.append(planner.plan(target, prompts, stages, options.search, say))
+        ratios = readings.calibration(Path(options.calibration), topology.generation) if options.calibration else {}
+        reports.append(planner.plan(target, prompts, stages, options.search, say, ratios))
         print(planner.text(reports[-1]) + "\n", flush=True)
         if options.json:  # after each topology: the next may take minutes
             files.write_bytes(Path(options.json), json.dumps(reports, indent=1).encode())

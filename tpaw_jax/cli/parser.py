@@ -122,6 +122,7 @@ def _offline_commands(command: Callable[..., None]) -> None:
         architecture=(False, "where config.json is, if not at policy.path; weights are not needed", str),
         prompts=(False, "prompts per round; default: data.max_prompts, or 50,000", int),
         stages=(False, "plan only some of step,scoring,prefill,decode", str),
+        calibration=(False, "readings on such chips, of tpaw bench --plan --json, by which to scale the times", str),
         search=(False, "also search for the most rows per device and the longest row that fit", None),
         json=(False, "also write the numbers to this file", str),
     )

@@ -5,7 +5,7 @@ follow from the roofline (`roofline`): they are predictions and labelled so; not
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,6 +56,7 @@ def plan(
     stages: Sequence[str] = STAGES,
     search: bool = False,
     say: Callable[[str], None] = lambda text: None,
+    calibration: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Compile `stages` for the topology and report them, JSON-able; with all four stages, also the hours of the run.
 
@@ -65,6 +66,7 @@ def plan(
         stages: some of `STAGES`.
         search: also find the most rows per device and the longest row whose train step fits, by compiling them.
         say: receives progress messages.
+        calibration: measured over predicted seconds, by stage; scales the predicted times.
 
     Raises:
         ValueError: `search` is on, but `stages` does not contain the step.
@@ -80,6 +82,7 @@ def plan(
             remat, compiled[name] = _step(target, load)
         else:
             compiled[name] = _other_stage(target, load, name)
+        compiled[name] = compiled[name]._replace(calibration=(calibration or {}).get(name, 1.0))
     report = _description(target, load, remat)
     report["stages"] = {name: _record(target, load, name, stage, remat) for name, stage in compiled.items()}
     if set(STAGES) <= set(compiled) and all(stage.fits for stage in compiled.values()):

@@ -62,6 +62,7 @@ class Stage(NamedTuple):
     traffic: float  # bytes read and written in memory; 0 if the compiler refuses the program
     exchanges: tuple[Exchange, ...]
     chip: tpu.Chip
+    calibration: float = 1.0  # measured over predicted seconds of such a stage on such chips, if known
 
     @property
     def compute_seconds(self) -> float:
@@ -86,7 +87,8 @@ class Stage(NamedTuple):
     @property
     def seconds(self) -> float:
         """Predicted seconds of one run."""
-        return max(self.compute_seconds, self.memory_seconds, self.overlapped_seconds) + self.exposed_seconds
+        bound = max(self.compute_seconds, self.memory_seconds, self.overlapped_seconds) + self.exposed_seconds
+        return self.calibration * bound
 
     @property
     def bottleneck(self) -> str:
@@ -220,6 +222,7 @@ def record(stage: Stage) -> dict[str, Any]:
         "predicted memory s": stage.memory_seconds,
         "predicted exchange beside s": stage.overlapped_seconds,
         "predicted exchange alone s": stage.exposed_seconds,
+        **({"calibration": stage.calibration} if stage.calibration != 1 else {}),
         "predicted s": stage.seconds,
         "predicted MFU": stage.mfu,
         "binds": stage.bottleneck,

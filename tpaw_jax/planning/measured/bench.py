@@ -315,6 +315,7 @@ def _record(setup: Setup, reading: Reading) -> dict[str, Any]:
     peak = max(s.get("peak_bytes_in_use", 0) for s in stats)
     return {
         "stage": reading.stage,
+        "generation": tpu.generation(setup.mesh.devices.flat[0]),
         "median s": float(np.median(seconds)),
         "fastest s": float(seconds.min()),
         "slowest s": float(seconds.max()),

@@ -16,7 +16,7 @@ Record = Mapping[str, Any]
 RESAMPLES = 4000
 """Bootstrap samples of a ratio of medians."""
 
-NOT_PRINTED = ("seconds", "settings")
+NOT_PRINTED = ("seconds", "settings", "generation")
 
 
 def table(records: Sequence[Record]) -> str:
@@ -50,6 +50,23 @@ def with_predictions(records: Sequence[Record], predicted: Mapping[str, float | 
         ratio = record["median s"] / seconds if seconds else None
         beside.append({**record, "predicted s": seconds, "measured / predicted": ratio})
     return beside
+
+
+def calibration(path: Path, generation: str) -> dict[str, float]:
+    """How many times as long as predicted each stage took, the median of its readings on chips of a generation.
+
+    Raises:
+        ValueError: the file has no such readings with predictions.
+    """
+    ratios: dict[str, list[float]] = {}
+    for record in read(path):
+        if record.get("generation") == generation and record.get("measured / predicted"):
+            ratios.setdefault(record["stage"], []).append(record["measured / predicted"])
+    if not ratios:
+        raise ValueError(
+            f"{path}: no readings on {generation} with predictions; make some with `tpaw bench --plan P --json F`."
+        )
+    return {stage: float(np.median(of_stage)) for stage, of_stage in ratios.items()}
 
 
 def read(path: Path) -> list[Record]:
