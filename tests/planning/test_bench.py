@@ -39,6 +39,9 @@ def test_every_stage_is_timed_and_the_step_comes_last(records):
         assert record["settings"]["devices"].startswith("8 x ")
         assert record["MFU"] is record["device peak GiB"] is None  # a CPU has no published peak, and no count of memory
     assert [record["triplets/s"] is not None for record in records] == [False, False, False, True]
+    prefill, decode, scoring, step = (record["collectives GiB sent per device"] for record in records)
+    assert prefill == decode == 0  # each device samples on its own
+    assert step > 2 * scoring > 0  # gathers of parameters, and the reduction of their gradients
     json.dumps(records)
 
 

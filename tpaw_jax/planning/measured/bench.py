@@ -23,7 +23,7 @@ from tpaw_jax.generation.cache import PAGE, Pages
 from tpaw_jax.generation.policy import sharded_models
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK, DecodeState, Sampler, make_sampler
 from tpaw_jax.models import ModelConfig, Transformer
-from tpaw_jax.planning import lowering, workload
+from tpaw_jax.planning import hlo, lowering, workload
 from tpaw_jax.runtime import processes, sharding, tpu
 from tpaw_jax.runtime.host import Prefetch
 from tpaw_jax.training import batch_shapes, cost, fitting_step, memory, scoring, train_step
@@ -68,7 +68,7 @@ class Reading(NamedTuple):
     compile_seconds: float
     seconds: Sequence[float]  # of each call
     done: Sequence[Done]  # by each call
-    program_bytes: int  # peak memory of the program on one device
+    program: Any  # compiled
     input_wait: float | None = None  # share of the time in which the devices' inputs were waited for
 
 
@@ -161,7 +161,7 @@ def _step(setup: Setup, calls: int, say: Say) -> Reading:
         seconds = _timed(call, calls)
     wait = (waited[WARM_UP + calls - 1] - waited[WARM_UP - 1]) / sum(seconds)
     counts = done[WARM_UP : WARM_UP + calls]
-    return Reading("step", seconds_to_compile, seconds, counts, memory.needed_bytes(compiled), wait)
+    return Reading("step", seconds_to_compile, seconds, counts, compiled, wait)
 
 
 def _score(setup: Setup, calls: int, _: Say) -> Reading:
@@ -186,7 +186,7 @@ def _score(setup: Setup, calls: int, _: Say) -> Reading:
 
         seconds = _timed(call, calls)
     counts = done[WARM_UP : WARM_UP + calls]
-    return Reading("scoring", seconds_to_compile, seconds, counts, memory.needed_bytes(compiled))
+    return Reading("scoring", seconds_to_compile, seconds, counts, compiled)
 
 
 def _prefill(setup: Setup, calls: int, _: Say) -> Reading:
@@ -198,7 +198,7 @@ def _prefill(setup: Setup, calls: int, _: Say) -> Reading:
     pairs = float(sum(n * (n + 1) / 2 for n in lengths))
     work = Work(float(sum(lengths)), len(lengths), pairs)
     done = Done(work.tokens, cost.flops(setup.model.config, work))
-    return Reading("prefill", seconds_to_compile, seconds, [done] * calls, memory.needed_bytes(compiled))
+    return Reading("prefill", seconds_to_compile, seconds, [done] * calls, compiled)
 
 
 def _prefill_rows(setup: Setup) -> tuple[PackedPrompts, list[int]]:
@@ -250,7 +250,7 @@ def _decode(setup: Setup, calls: int, _: Say) -> Reading:
     seconds = _timed(call, calls)
     new = float(slots * shards * STEPS_PER_CHUNK)
     done = Done(new, cost.flops(setup.model.config, Work(new, new, new * typical)))
-    return Reading("decode", seconds_to_compile, seconds, [done] * calls, memory.needed_bytes(compiled))
+    return Reading("decode", seconds_to_compile, seconds, [done] * calls, compiled)
 
 
 def _busy(state: DecodeState, position: int, limit: int) -> DecodeState:
@@ -325,13 +325,20 @@ def _record(setup: Setup, reading: Reading) -> dict[str, Any]:
         "triplets/s": rate([done.triplets for done in reading.done]) if reading.done[0].triplets else None,
         "model TFLOP/s per device": flops / 1e12,
         "MFU": flops / chip.device.peak_flops if chip else None,
-        "program GiB per device": reading.program_bytes / GIB,
+        "program GiB per device": memory.needed_bytes(reading.program) / GIB,
+        "collectives GiB sent per device": _sent(reading.program, devices) / GIB,
         "device peak GiB": peak / GIB if peak else None,
         "input wait": reading.input_wait,
         "compile s": reading.compile_seconds,
         "seconds": list(reading.seconds),
         "settings": dict(_settings(setup)),
     }
+
+
+def _sent(program: Any, devices: int) -> float:
+    """Bytes that a device sends in the collectives of one run of a program. Loops over micro-batches count once."""
+    collectives = hlo.parse(program.as_text()).collectives()
+    return sum(c.sent(len(c.group) or devices) for c in collectives)
 
 
 def _settings(setup: Setup) -> Iterator[tuple[str, Any]]:
