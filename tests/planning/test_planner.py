@@ -272,6 +272,8 @@ def test_a_layout_for_the_batch_keeps_the_devices_busy(llama):
     fitted = lowering.target_of(resolved, llama, topology)
     load = workload.assumed(fitted.config, llama, 4096)
     assert planner.rows_of_step(fitted.config, load.triplets_per_row) > 0.7 * fitted.config.packing.rows_per_batch
+    sft = dataclasses.replace(automatic, objective=dataclasses.replace(config.objective, loss="sft"))
+    assert layouts.resolve(sft, llama, topology, said.append) is sft
     # A run that resumes keeps its row length, and finds a mesh for it.
     kept = layouts.resolve(automatic, llama, topology, said.append, begun_with=4096)
     assert kept.packing.row_length == 4096

@@ -52,6 +52,8 @@ def resolve(
 ) -> RunConfig:
     """Fill in the mesh if `mesh.preset` is auto, and with it the row length if `packing.row_length` is 0.
 
+    Supervised runs and DPO on given responses stay as they are: the assumed lengths are those of self-play.
+
     Args:
         config: the run's.
         architecture: of its model.
@@ -60,7 +62,7 @@ def resolve(
         devices: those of the topology, if they are there.
         begun_with: the row length of a run that resumes; else 0.
     """
-    if config.mesh.preset != "auto":
+    if config.mesh.preset != "auto" or config.objective.loss == "sft" or config.data.responses == "rejected":
         return config
     kept = dataclasses.replace(config.packing, row_length=config.packing.row_length or begun_with)
     best = layouts(dataclasses.replace(config, packing=kept), architecture, topology, devices)[0]
