@@ -64,7 +64,8 @@ def test_chosen_steps_of_every_stage_are_traced_once(tmp_path):
     for stage in ("scoring", "training", "scoring"):
         with profiler.stage(stage):
             for _ in range(2):
-                profiler.step()
+                with profiler.step():
+                    pass
     traced = [path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.xplane.pb")]
     assert sorted(traced) == ["scoring_0000", "training_0000"]
     for wrong in ("10:13", "steps=3:3", "steps=5:2"):

@@ -59,14 +59,15 @@ class Profiler:
         finally:
             self._stop()
 
-    def step(self) -> None:
-        """Call between the steps of a stage."""
+    def step(self) -> contextlib.AbstractContextManager[Any]:
+        """Call between the steps of a stage. A `with` block on the result is marked as the step in the trace."""
         number = self._seen[self._stage] = self._seen.get(self._stage, -1) + 1
         if number >= self.steps.stop:
             self._stop()
         if self.steps and number == self.steps.start:
             jax.profiler.start_trace(str(self.directory / f"{self._stage}_{jax.process_index():04d}"))
             self._tracing = True
+        return jax.profiler.StepTraceAnnotation(self._stage, step_num=number)
 
     def _stop(self) -> None:
         if self._tracing:

@@ -113,8 +113,8 @@ def _run_steps(
         bar.update(first)
         for step in range(first, steps):
             inputs, waited = next(batches), batches.waited
-            session.profiler.step()
-            state, step_metrics = session.step(state, *inputs.arguments)
+            with session.profiler.step():
+                state, step_metrics = session.step(state, *inputs.arguments)
             recorder.push(step, inputs, step_metrics, waited)
             bar.update()
             bar.set_postfix_str(recorder.speed, refresh=False)
