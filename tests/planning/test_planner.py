@@ -246,7 +246,7 @@ def test_batches_that_the_devices_cannot_fill_are_warned_of(batch, warning):
 @pytest.fixture
 def llama(monkeypatch):
     """Llama-3.1-8B's architecture, and few row lengths to try."""
-    lengths = lambda config: [config.packing.row_length] if config.packing.row_length else [1280, 2048, 4096, 8192]
+    lengths = lambda config: [config.packing.row_length] if config.packing.row_length else [1280, 2048, 8192]
     monkeypatch.setattr(layouts, "_row_lengths", lengths)
     return hub.load_architecture(str(ROOT / "configs" / "models" / "llama-3.1-8b"))
 
