@@ -304,10 +304,11 @@ def test_the_rows_of_a_step_do_not_depend_on_the_devices(tmp_path):
     rng = np.random.default_rng(0)
     triplets = rng.integers(1, 4, (40, 1)).astype(np.float32)
     rows = packing.Rows(types.SimpleNamespace(triplet_weight=triplets), np.zeros((40, 1)), np.zeros((40, 1)))
-    config = lambda rows_per_batch: small_run(tmp_path, **{"packing.rows_per_batch": rows_per_batch})
+    settings = {"train.batch_triplets": 10}  # five rows, which are no multiple of a batch
+    config = lambda rows_per_batch: small_run(tmp_path, **settings | {"packing.rows_per_batch": rows_per_batch})
     steps = [round_training.rows_of_steps(rows, config(n), t=1) for n in (1, 2, 4)]
     for other in steps[1:]:
         assert [step.tolist() for step in other] == [step.tolist() for step in steps[0]]
-    assert len(steps[0][0]) == round(8 / triplets.mean())
+    assert len(steps[0][0]) == round(10 / triplets.mean()) == 5
     old = round_training.rows_of_steps(rows, config(4), t=1, whole_batches=True)
     assert {len(step) for step in old} == {4}
