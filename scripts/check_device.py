@@ -43,7 +43,7 @@ def main() -> None:
         check("attention and its gradients", attention_error(attention, rows)),
         check("log-probs of packed trees, chunked head", log_prob_error(model, params, rows)),
         check("cached decoding, share of other tokens", decoding_error(model, params, prompts), 0.05),
-        check("a step lowers the loss", step_error(model, params, rows), 0.0),
+        check("change of the loss over three steps", step_error(model, params, rows), -0.01),
     ]
     sys.exit(not all(passed))
 

@@ -8,7 +8,7 @@
 # stages of a 1.5B model with random weights.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export HF_HUB_OFFLINE=1 JAX_PLATFORMS="${PLATFORM:-cuda}"
+export HF_HUB_OFFLINE=1 JAX_PLATFORMS="${PLATFORM:-cuda,cpu}"
 if [ "$JAX_PLATFORMS" = cpu ]; then
   bin=.venv/bin
 else
