@@ -20,6 +20,65 @@ def test_records_from_the_resumed_step_on_are_dropped_and_a_torn_line_too(tmp_pa
     assert metrics.read_metrics(tmp_path, 1) == [{"round": 1, "step": 0, "loss": 0.0}]
 
 
+def test_steps_that_were_lost_count_their_seconds(tmp_path):
+    log = metrics.open_metrics(tmp_path, 0, 0)
+    for step in range(4):
+        log.write(round=0, step=step, triplets=6.0, triplets_per_second=2.0)
+    log.write(round=0, step=3, **{"held-out": 1.0})
+    assert metrics.open_metrics(tmp_path, 0, 2).lost_seconds == 6.0
+    assert metrics.open_metrics(tmp_path, 0, 2).lost_seconds == 0.0
+
+
+def test_every_second_of_a_round_belongs_to_one_stage(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(profiling, "_compiled", profiling._Compiled())
+
+    def work(seconds, compiled=0.0):
+        nonlocal now
+        now += seconds
+        profiling._compiled.seconds += compiled
+
+    watch = profiling.Stopwatch({"startup": 10.0})
+    with watch.time("scoring"):
+        work(20, compiled=8)
+    with watch.time("training"):
+        work(6, compiled=1)
+        with watch.time("saving"):
+            work(3, compiled=1)
+        work(21)
+        watch.add("input wait", 4)
+    work(15)
+    watch.add_past("lost steps", 5)
+    stages = ("startup", "compiling", "scoring", "saving", "input wait", "training", "lost steps")
+    assert watch.seconds == dict(zip(stages, (10, 10, 12, 2, 4, 22, 5), strict=True))
+    assert watch.report()["round"] == 80
+    shares = watch.shares()
+    assert shares == pytest.approx(
+        {
+            "goodput": 34 / 80,
+            "badput/training_prep": 10 / 80,
+            "badput/program_startup": 10 / 80,
+            "badput/data_loading_sync": 4 / 80,
+            "badput/unproductive_checkpoint_restore_time": 0,
+            "badput/unproductive_checkpoint_save_time": 2 / 80,
+            "badput/wasted_progress_from_disruption": 5 / 80,
+            "badput/custom_badput_events": 0,
+            "badput/other": 15 / 80,
+        }
+    )
+
+
+def test_compilations_are_counted():
+    import jax
+
+    watch = profiling.Stopwatch()
+    with watch.time("scoring"):
+        jax.jit(lambda x: x * 3.25 + 1)(np.float32(2))
+    assert watch.seconds["compiling"] > 0
+    assert watch.report()["round"] >= watch.seconds["compiling"] + watch.seconds["scoring"]
+
+
 def test_missing_players_leave_no_metrics():
     fetched = {"loss": np.float32(2), "player/beta": np.array([0.75, 0.25, 0.0], np.float32)}
     record = metrics.step_record(fetched, players=[4, 3])

@@ -79,10 +79,16 @@ def test_a_round_tells_what_it_should_cost_and_what_it_did(played):
         assert f"Padded pairs with {models} in each step need {row['saving']:.1f} x as much" in of_round
         assert row["saving"] == pytest.approx(row["TFLOP in pairs"] / row["TFLOP"])
         seconds = json.loads((directory / f"round_{t:04d}" / "timings.json").read_text())
-        stages = {"sampling", "packing", "scoring", "held-out", "dry run", "training", "ring", "other"}
+        stages = {"sampling", "packing", "scoring", "held-out", "dry run", "training", "saving", "other"}
+        stages |= {"compiling", "input wait", "restoring", "lost steps"} | ({"startup"} if t == 0 else set())
         assert stages == set(seconds) - {"round"}
         assert sum(seconds[s] for s in stages) <= seconds["round"]
-        assert 0 < row["goodput"] < 1
+        shares = [row["goodput"], *(value for name, value in row.items() if name.startswith("badput/"))]
+        assert all(0 <= share < 1 for share in shares)
+        assert row["goodput"] > 0
+        assert sum(shares) == pytest.approx(1)
+        assert (row["badput/training_prep"] > 0) == (t == 0)  # one process played all rounds
+        assert row["badput/program_startup"] > 0
     assert table[2]["saving"] > table[0]["saving"]
 
 
@@ -243,10 +249,9 @@ def results(directory):
     for path in sorted(directory.glob("round_*/*.npz")):
         arrays = np.load(path)
         found[str(path.relative_to(directory))] = {name: arrays[name].tolist() for name in arrays.files}
-    found["table"] = [
-        {name: value for name, value in row.items() if not name.endswith((" s", "/s", "goodput"))}
-        for row in round_summary.read_all(directory, 3)
-    ]
+    is_timing = lambda name: name.endswith((" s", "/s")) or name.startswith(("goodput", "badput"))
+    rows = round_summary.read_all(directory, 3)
+    found["table"] = [{name: value for name, value in row.items() if not is_timing(name)} for row in rows]
     return found
 
 
@@ -263,6 +268,10 @@ def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(tmp_path, undis
         code, output = play(tmp_path / "killed", place)
         assert code == -signal.SIGKILL, (place, output[-2000:])
     assert_same_as(undisturbed, tmp_path / "killed")
+    timings = [json.loads(path.read_text()) for path in sorted((tmp_path / "killed").glob("round_*/timings.json"))]
+    assert "startup" in timings[0]
+    assert max(seconds["lost steps"] for seconds in timings) > 0
+    assert max(seconds["restoring"] for seconds in timings) > 0
 
 
 def test_a_run_told_to_stop_goes_on_to_the_same_end(tmp_path, undisturbed):

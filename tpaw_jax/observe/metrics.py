@@ -20,6 +20,7 @@ class MetricsLog:
     path: Path
     trackers: Sequence[Tracker] = ()
     steps_before: int = 0  # of earlier rounds
+    lost_seconds: float = 0.0  # of steps that were logged, but whose state was not saved
 
     def write(self, **record: Any) -> None:
         """Append the record of a step; trackers count its step over all rounds."""
@@ -33,11 +34,15 @@ class MetricsLog:
 
 def open_metrics(directory: Path, round_number: int, step: int, trackers: Sequence[Tracker] = ()) -> MetricsLog:
     """The log of a run that resumes at (round, step): drops the round's records from there on, and corrupted lines."""
-    path = directory / "metrics.jsonl"
+    path, lost = directory / "metrics.jsonl", 0.0
     if path.exists():
-        kept = [r for r in _records(path) if r["round"] != round_number or r.get("step", -1) < step]
+        records = _records(path)
+        is_lost = lambda r: r["round"] == round_number and r.get("step", -1) >= step
+        timed = [r for r in records if is_lost(r) and r.get("triplets_per_second")]
+        lost = sum(r["triplets"] / r["triplets_per_second"] for r in timed)
+        kept = [r for r in records if not is_lost(r)]
         files.write_bytes(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
-    return MetricsLog(path, trackers, steps_before(directory, round_number))
+    return MetricsLog(path, trackers, steps_before(directory, round_number), lost)
 
 
 def steps_before(directory: Path, round_number: int) -> int:

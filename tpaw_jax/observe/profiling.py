@@ -1,9 +1,11 @@
-"""Where the time goes: seconds per stage, traces for XProf, compile times."""
+"""Where the time goes: seconds and goodput per stage, traces for XProf, compile times."""
 
 import contextlib
+import functools
 import re
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +14,100 @@ import jax
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
-class Stopwatch:
-    """Seconds spent in each named stage of a round."""
+PRODUCTIVE = ("sampling", "scoring", "training")
 
-    def __init__(self) -> None:
+BADPUT = {
+    "startup": "training_prep",
+    "compiling": "program_startup",
+    "dry run": "program_startup",
+    "packing": "data_loading_sync",
+    "input wait": "data_loading_sync",
+    "restoring": "unproductive_checkpoint_restore_time",
+    "saving": "unproductive_checkpoint_save_time",
+    "lost steps": "wasted_progress_from_disruption",
+    "evaluation": "custom_badput_events",
+    "held-out": "custom_badput_events",
+}
+"""The stages of a round that are not productive, and their category in ml-goodput-measurement's breakdown."""
+
+
+class Stopwatch:
+    """Seconds spent in each named stage of a round.
+
+    A second belongs to one stage: what is timed or compiled inside a block does not count for the block's own stage.
+    """
+
+    def __init__(self, before: Mapping[str, float] | None = None) -> None:
         self.seconds: dict[str, float] = {}
         self.start = time.perf_counter()
+        self._inside: list[float] = []  # for each open block: seconds of other stages
+        _count_compilations()
+        for stage, seconds in (before or {}).items():
+            self.add_past(stage, seconds)
 
-    @property
-    def goodput(self) -> float:
-        """Share of the time so far that went into sampling, scoring and training."""
-        busy = sum(self.seconds.get(stage, 0.0) for stage in ("sampling", "scoring", "training"))
-        return busy / (time.perf_counter() - self.start)
+    def shares(self) -> dict[str, float]:
+        """Goodput and every category of badput as shares of the time so far, which add up to 1.
+
+        Goodput is sampling, scoring and training, minus the time spent compiling or waiting for inputs and disks.
+        """
+        total = time.perf_counter() - self.start
+        found = {"goodput": sum(self.seconds.get(stage, 0.0) for stage in PRODUCTIVE) / total}
+        found |= dict.fromkeys((f"badput/{category}" for category in BADPUT.values()), 0.0)
+        for stage, category in BADPUT.items():
+            found[f"badput/{category}"] += self.seconds.get(stage, 0.0) / total
+        return found | {"badput/other": max(0.0, 1 - sum(found.values()))}
 
     def report(self) -> dict[str, float]:
         """The seconds of each stage, and the total so far as `round`."""
         return {**self.seconds, "round": time.perf_counter() - self.start}
 
+    def add(self, stage: str, seconds: float) -> None:
+        """Count seconds of the open block for another stage."""
+        self._add(stage, seconds)
+        if self._inside:
+            self._inside[-1] += seconds
+
+    def add_past(self, stage: str, seconds: float) -> None:
+        """Count seconds from before the watch was started."""
+        self._add(stage, seconds)
+        self.start -= seconds
+
     @contextlib.contextmanager
     def time(self, stage: str) -> Iterator[None]:
         """Count the time of the block for a stage."""
-        start = time.perf_counter()
+        start, compiled = time.perf_counter(), _compiled.seconds
+        self._inside.append(0.0)
+        before = self.seconds.get("compiling", 0.0)
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            counted = self.seconds.get("compiling", 0.0) - before  # by the blocks inside
+            self.add("compiling", max(0.0, _compiled.seconds - compiled - counted))
+            elapsed = time.perf_counter() - start
+            self._add(stage, max(0.0, elapsed - self._inside.pop()))
+            if self._inside:
+                self._inside[-1] += elapsed
+
+    def _add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+
+class _Compiled(threading.local):
+    seconds = 0.0  # of the thread: what others compile happens beside its stages
+
+
+_compiled = _Compiled()
+
+
+@functools.cache
+def _count_compilations() -> None:
+    """From now on, add the seconds of every compilation to `_compiled`."""
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == COMPILE_EVENT:
+            _compiled.seconds += duration_secs
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 class Profiler:

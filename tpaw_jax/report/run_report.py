@@ -28,7 +28,11 @@ from tpaw_jax.types import TARGET
 IGNORED = {"directory", "seed", "sample_texts", "tensorboard", "report_to"}
 """Configuration keys in which the runs of a group may differ."""
 
-STAGES = ("sampling", "scoring", "training", "evaluation", "held-out", "dry run", "packing", "ring", "other")
+STAGES = (
+    *("startup", "sampling", "scoring", "training", "evaluation", "held-out", "dry run", "compiling", "packing"),
+    *("input wait", "saving", "ring", "restoring", "lost steps", "other"),
+)
+"""The stages of a round in the order of the report; `ring` is `saving` in runs of version 0.1."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,11 +93,11 @@ def play_rounds(
     `loaded` is {round: policy} for the one policy in memory, or empty. Being a dict, it lets a round take the policy
     without leaving a reference in the callers, whose memory would never be freed.
     """
-    store = round_store.open_store(session.journal, session.prompts)
+    store, startup = round_store.open_store(session.journal, session.prompts), session.startup
     for todo in plan.rounds_to_play(session.ring, store, session.first, session.config.rounds, generations):
         t = todo.number
-        this = stages.begin(session, store, todo)
-        policy = stages.load_policy(session, loaded, t)
+        this = stages.begin(session, store, todo, startup)
+        policy = stages.load_policy(this, loaded)
         if todo.generate:
             store = stages.generate(this, store, policy, generations)
         if todo.train:
@@ -110,6 +110,6 @@ def play_rounds(
             stages.push(this, policy)
             if strict and warnings:
                 raise Diverged(f"{' '.join(warnings)} The run is strict and stops here; theta_{t + 1} is in the ring.")
-            loaded[t + 1] = policy
+            loaded[t + 1], startup = policy, 0.0
         del policy  # before the next round's is restored: two may not fit into memory
     return stages.end(session)

@@ -58,8 +58,8 @@ def finish(
             "TFLOP in pairs": in_pairs / 1e12,
             "saving": in_pairs / computed,
             "GFLOP/s": done / busy / 1e9,
-            "goodput": this.watch.goodput,
-            **{f"{stage} s": round(value, 2) for stage, value in seconds.items() if stage not in ("ring", "other")},
+            **this.watch.shares(),
+            **{f"{stage} s": round(value, 2) for stage, value in seconds.items() if stage != "other"},
         }
         write(session, summary)
         return warn(session, health.warnings(summary, len(session.prompts), session.config.longest_response))

@@ -66,13 +66,14 @@ def train(this: Round, rows: packing.Rows, scores: TeamScores, policy: PyTree[Ar
     with this.watch.time("held-out"):
         before = held_out_log_prob(session, policy)
     with this.watch.time("dry run"):
-        state, first, noise = _first_state(session, policy, make_inputs, t)
+        state, first, noise = _first_state(this, policy, make_inputs)
     del policy  # the step donates it
     tolerance = 2 * noise if config.objective.tolerance < 0 else config.objective.tolerance
     with this.watch.time("training"), session.profiler.stage("training"):
         state = _run_steps(this, state, first, len(step_rows), lambda step: make_inputs(step, tolerance, False))
     if session.evaluator is not None:  # a kill during the evaluation must not cost the last steps
-        ring.save_training(session.ring, state, t, len(step_rows))
+        with this.watch.time("saving"):
+            ring.save_training(session.ring, state, t, len(step_rows))
     with this.watch.time("held-out"):
         after = held_out_log_prob(session, state.params)
     share = (len(step_rows) - first) / len(step_rows)
@@ -105,6 +106,7 @@ def _run_steps(
     session, t, config = this.session, this.number, this.session.config.train
     saves = SaveSchedule(config.save_every_steps, config.save_every_minutes)
     log = metrics.open_metrics(session.directory, t, first, session.trackers)
+    this.watch.add_past("lost steps", log.lost_seconds)
     with (
         progress(f"round {t} training", steps, "step") as bar,
         Prefetch(make_inputs, range(first, steps), depth=2) as batches,
@@ -120,14 +122,18 @@ def _run_steps(
             bar.set_postfix_str(recorder.speed, refresh=False)
             preempted, last = session.notice.received_at(STEP_ID_STRIDE * t + step), step + 1 == steps
             if config.validate_each_epoch and (step + 1) % (steps // config.epochs) == 0 and not last:
-                recorder.validate(step, state.params)
+                recorder.flush()
+                with this.watch.time("held-out"):
+                    recorder.validate(step, state.params)
             if preempted or (saves.due(step) and not last):
                 recorder.flush()
-                ring.save_training(session.ring, state, t, step + 1)
+                with this.watch.time("saving"):
+                    ring.save_training(session.ring, state, t, step + 1)
             if preempted:
                 where = f"Round {t}: training stopped after step {step + 1} of {steps}"
                 raise Preempted(f"{where}; run the same command to resume there.")
         recorder.flush()
+    this.watch.add("input wait", batches.waited)
     return state
 
 
@@ -177,15 +183,14 @@ def held_out_log_prob(session: Session, policy: PyTree[Array]) -> float | None:
     return float(log_probs.sum() / tokens)
 
 
-def _first_state(
-    session: Session, policy: PyTree[Array], make_inputs: MakeInputs, t: int
-) -> tuple[TrainState, int, float]:
+def _first_state(this: Round, policy: PyTree[Array], make_inputs: MakeInputs) -> tuple[TrainState, int, float]:
     """The training state to begin with, fresh or restored; the step to begin at; and the noise of the scores.
 
     The noise is the largest |P_t| of the first step, nats times lam, computed by the compiled step without an update.
     In exact arithmetic it is 0, because theta = theta_t; what is left is rounding between train step and scorer. A
     resumed round measures it again, since the machine may be another.
     """
+    session, t = this.session, this.number
     state = train_step.init_state(policy, session.optimizer, session.mesh)
     state, step_metrics = session.step(state, *make_inputs(0, 0.0, True).arguments)
     noise = float(step_metrics["newest_max_abs_reward"])
@@ -196,7 +201,8 @@ def _first_state(
     session.say(f"Round {t}: training resumes after step {saved[-1]}.")
     like = sharding.abstract(state)
     del state  # two states may not fit into memory
-    return ring.restore_training(session.ring, t, saved[-1], like), saved[-1], noise
+    with this.watch.time("restoring"):
+        return ring.restore_training(session.ring, t, saved[-1], like), saved[-1], noise
 
 
 @dataclasses.dataclass

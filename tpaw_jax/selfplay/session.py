@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,7 @@ Say = Callable[[str], None]
 KEYS_THAT_MAY_CHANGE = SPEED_ONLY_KEYS | {
     "directory",
     "mesh.compiler_options",
+    "policy.attention_chunks",
     "report_to",
     "rounds",
     "sample_texts",
@@ -76,6 +78,7 @@ class Session:
     trackers: tuple[Tracker, ...]
     say: Say
     verbose: bool  # print every metric of a round
+    startup: float = 0.0  # seconds that it took to open the session
 
 
 class Round(NamedTuple):
@@ -104,12 +107,11 @@ def open_session(
         ValueError: the configuration cannot be used, or not with what the directory holds; or a process of the pod
             differs from the others.
     """
-    config, mesh, opened = _open_run(config, say)
+    start, (config, mesh, opened) = time.perf_counter(), _open_run(config, say)
     policy = open_policy(config, mesh)
     prompts, held_out, report = dataset.load(config.data, policy.template, config.seed)
     say(_data_lines(report, prompts, held_out))
     _warn_of_long_sequences(config, policy, prompts, say)
-
     optimizer = train_step.make_optimizer(config.train)
     log_prob_fn, step = fitting_step.make_fitting_step(config, policy.model, policy.params, optimizer, mesh, say)
     tasks = config.evaluation.tasks if config.evaluation.each_round else ()
@@ -141,7 +143,8 @@ def open_session(
         say=say,
         verbose=verbose,
     )
-    return session, {session.first: _first_policy(session, policy.params)}
+    first = {session.first: _first_policy(session, policy.params)}
+    return dataclasses.replace(session, startup=time.perf_counter() - start), first
 
 
 def _open_run(config: RunConfig, say: Say) -> tuple[RunConfig, Mesh, Journal]:

@@ -28,7 +28,7 @@ def train(session: Session, loaded: dict[int, PyTree[Array]], strict: bool) -> l
         Diverged: the run is strict, and the training shows a sign of divergence.
     """
     if session.first == 0:
-        this = Round(session, 0, [], Stopwatch())
+        this = Round(session, 0, [], Stopwatch({"startup": session.startup}))
         rows = packing.pack(prefix_trees.trees_of_targets(session.prompts), session.config.packing)
         tokens = sum(map(len, session.prompts.target_tokens))
         session.say(
@@ -65,6 +65,7 @@ def _finish(this: Round, rows: packing.Rows, trained: Trained, evaluated: dict[s
         "held-out after": trained.held_out_after,
         **evaluated,
         "GFLOP/s": done / seconds / 1e9,
+        **this.watch.shares(),
         "training s": round(seconds, 2),
     }
     round_summary.write(session, summary)

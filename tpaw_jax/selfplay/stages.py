@@ -28,10 +28,14 @@ from tpaw_jax.training import cost, scoring
 from tpaw_jax.types import Generations, TeamScores
 
 
-def begin(session: Session, store: Store, todo: RoundPlan) -> Round:
-    """Start a round: print its inputs, its expected cost and, if the disk may fill up, a warning."""
+def begin(session: Session, store: Store, todo: RoundPlan, startup: float) -> Round:
+    """Start a round: print its inputs, its expected cost and, if the disk may fill up, a warning.
+
+    The round's stopwatch counts `startup`, the seconds in which the process got ready for it.
+    """
     t = todo.number
-    this = Round(session, t, session.config.objective.players(t), Stopwatch())
+    before = {"startup": startup} if startup else {}
+    this = Round(session, t, session.config.objective.players(t), Stopwatch(before))
     session.say(round_summary.manifest(this))
     if todo.train:
         session.say(round_summary.expected_cost(this, store))
@@ -42,11 +46,14 @@ def begin(session: Session, store: Store, todo: RoundPlan) -> Round:
     return this
 
 
-def load_policy(session: Session, loaded: dict[int, PyTree[Array]], t: int) -> PyTree[Array]:
-    """The policy of round `t`: the one in memory if it is of that round, else restored from the ring."""
-    policy = loaded.pop(t, None)
+def load_policy(this: Round, loaded: dict[int, PyTree[Array]]) -> PyTree[Array]:
+    """The round's policy: the one in memory if it is of this round, else restored from the ring."""
+    policy = loaded.pop(this.number, None)
     loaded.clear()
-    return ring.restore_policy(session.ring, t, session.like) if policy is None else policy
+    if policy is not None:
+        return policy
+    with this.watch.time("restoring"):
+        return ring.restore_policy(this.session.ring, this.number, this.session.like)
 
 
 def generate(this: Round, store: Store, policy: PyTree[Array], given: Path | None) -> Store:
@@ -60,7 +67,7 @@ def generate(this: Round, store: Store, policy: PyTree[Array], given: Path | Non
         generations = Generations(this.number, rejected, unknown)
     else:
         generations = _sample(this, policy)
-    with this.watch.time("ring"):  # the policy must be on disk before anything that follows from it
+    with this.watch.time("saving"):  # the policy must be on disk before anything that follows from it
         ring.finish_saves(session.ring)
     with this.watch.time("other"):
         store = round_store.append(store, generations)
@@ -106,6 +113,7 @@ def score(
                 del params  # so that at most this player, the next one and the policy are in memory
                 round_store.add_scores(store, t, player, own, log_probs)
                 work += cost.work_of_rows(own)
+            this.watch.add("restoring", loaded.waited)
         return round_store.team_scores(store, rows, this.players, session.config.objective.n_max), work
 
 
@@ -124,7 +132,7 @@ def evaluate(this: Round, policy: PyTree[Array], suffix: str = "") -> dict[str, 
 
 def push(this: Round, policy: PyTree[Array]) -> None:
     """Save the trained policy as the newest checkpoint of the ring; the save continues in the background."""
-    with this.watch.time("ring"):
+    with this.watch.time("saving"):
         ring.push(this.session.ring, policy, this.number + 1)
     files.write_json(this.directory / "timings.json", this.watch.report())
 
