@@ -23,7 +23,7 @@ from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainCon
 from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.generation.cpu import kernels
 from tpaw_jax.models import ModelConfig, Transformer
-from tpaw_jax.models.tile_attention import TILES
+from tpaw_jax.models.attention import TILES
 from tpaw_jax.planning.workload import MEDIANS, SPREADS
 from tpaw_jax.runtime import sharding
 from tpaw_jax.training import logprobs, scoring, train_step

@@ -17,7 +17,7 @@ import numpy as np
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainConfig
 from tpaw_jax.data import packing
 from tpaw_jax.models import Transformer
-from tpaw_jax.models.tile_attention import TILES
+from tpaw_jax.models.attention import TILES
 from tpaw_jax.runtime import sharding
 from tpaw_jax.training import logprobs, memory, train_step
 from tpaw_jax.training.train_step import StepScalars

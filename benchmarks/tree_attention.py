@@ -27,14 +27,16 @@ from jax.sharding import PartitionSpec as P
 
 from tpaw_jax.config import DataConfig, PackingConfig, PolicyConfig, RunConfig, SamplingConfig
 from tpaw_jax.data import packing, prefix_trees
-from tpaw_jax.models import tpu_attention
-from tpaw_jax.models.attention import EINSUM, Visibility
+from tpaw_jax.models.attention import EINSUM, Visibility, rules, tpu_attention
 from tpaw_jax.planning import workload
 from tpaw_jax.planning.workload import Workload
 from tpaw_jax.runtime import host, tpu
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128
 """Of Llama-3.1-8B."""
+
+PAIRS = rules.QUERIES * rules.CHUNK * rules.CHUNKS
+"""Pairs of a token and a key that one matmul computes."""
 
 
 def main() -> None:
@@ -69,7 +71,7 @@ def parity(trees: int, seed: int) -> None:
         visibility = Visibility.of(batch)
         found, expected = (
             values_and_gradients(attention, visibility, seed + turn, *shape)
-            for attention in (tpu_attention.tpu_attention(interpret=True), EINSUM)
+            for attention in (tpu_attention(interpret=True), EINSUM)
         )
         relative = lambda a, b: float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
         errors["values"] = max(errors["values"], relative(found[0], expected[0]))
@@ -129,7 +131,7 @@ def pairs(length: int, seed: int) -> Workload:
         benchmark="tree_attention_pairs",
         row_length=length,
         fill=load.fill,
-        matmuls_of_a_block=load.computed.attended / tpu_attention.PAIRS / (length // tpu_attention.QUERIES),
+        matmuls_of_a_block=load.computed.attended / PAIRS / (length // rules.QUERIES),
         pairs_computed_over_pairs_seen=load.computed.attended / load.row.attended,
     )
     return load
@@ -158,7 +160,7 @@ def compile_matmul(topology: str) -> None:
 
 def compile_attention(topology: str, length: int) -> None:
     """Forward and backward of a layer's attention on a row a chip, bfloat16."""
-    attention = tpu_attention.tpu_attention()
+    attention = tpu_attention()
 
     def of_device(q, k, v, *visibility):
         context = attention.prepare(Visibility(*visibility))
@@ -208,7 +210,7 @@ def schedule(topology: str, length: int, load: Workload, directory: Path) -> Non
     """
     forward, backward = (instructions(directory, name) for name in ("forward_kernel", "backward_kernel"))
     plain = 2 * MATMUL**3 / sum(instructions(directory, "plain").values())  # FLOPs per instruction
-    matmuls, blocks = load.computed.attended / tpu_attention.PAIRS, length // tpu_attention.QUERIES
+    matmuls, blocks = load.computed.attended / PAIRS, length // rules.QUERIES
     flops = 2 * 2 * load.computed.attended * SIZE * (HEADS // KV_HEADS)
     once = backward[0] + backward[1] - forward[0] - forward[1]
     of_row = lambda kernel: matmuls * kernel[3] + blocks * (kernel[2] + (forward[0] + forward[1]) / 4)

@@ -16,8 +16,7 @@ from tpaw_jax.config import ObjectiveConfig, PackingConfig, SamplingConfig, Trai
 from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.generation import engine, slots
 from tpaw_jax.generation.decoder import decoder_of
-from tpaw_jax.models import EINSUM, ModelConfig, Transformer, Visibility, tpu_attention
-from tpaw_jax.models.tile_attention import TILES
+from tpaw_jax.models import EINSUM, ModelConfig, Transformer, Visibility, attention_of
 from tpaw_jax.runtime import sharding
 from tpaw_jax.training import logprobs, train_step
 from tpaw_jax.training.train_step import StepScalars
@@ -36,9 +35,9 @@ def main() -> None:
     prompts = Prompts(np.arange(8, dtype=np.int32), *(tuple(ids(n) for n in rng.integers(8, 60, 8)) for _ in range(2)))
     window = [Generations(t, tuple(ids(n) for n in rng.integers(8, 60, 8)), ()) for t in (1, 0)]
     rows = packing.pack(prefix_trees.trees_of_window(prompts, window), ROWS)
-    attention = tpu_attention.tpu_attention() if jax.default_backend() == "tpu" else TILES
+    attention = attention_of(jax.devices()[0])
     model = Transformer(MODEL, attention=attention)
-    params = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"])()
+    params = jax.jit(lambda: Transformer(MODEL).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"])()
     passed = [
         check("attention and its gradients", attention_error(attention, rows)),
         check("log-probs of packed trees, chunked head", log_prob_error(model, params, rows)),

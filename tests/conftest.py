@@ -25,7 +25,8 @@ from jaxtyping import install_import_hook
 
 # Every annotated array of these modules is checked for its dtype and shape in every test. Modules that define pytrees
 # are left out: JAX builds those from placeholders too.
-for module in ("objective", "training.logprobs", "training.scoring", "models.attention", "models.tile_attention"):
+CHECKED = ("objective", "training.logprobs", "training.scoring", "models.attention.masks", "models.attention.tiles")
+for module in CHECKED:
     install_import_hook(f"tpaw_jax.{module}", "beartype.beartype")
 
 import numpy as np

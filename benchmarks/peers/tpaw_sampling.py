@@ -22,7 +22,7 @@ from tpaw_jax.generation.cpu import kernels
 from tpaw_jax.generation.decoder import decoder_of
 from tpaw_jax.generation.slots import make_sampler
 from tpaw_jax.models import Transformer
-from tpaw_jax.models.tile_attention import TILES
+from tpaw_jax.models.attention import TILES
 from tpaw_jax.observe.profiling import compile_log
 from tpaw_jax.runtime.host import restart_with_huge_pages
 from tpaw_jax.types import Prompts

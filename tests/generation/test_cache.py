@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tpaw_jax.generation import cache
 from tpaw_jax.generation.cache import Pages
 from tpaw_jax.generation.cpu import kernels
-from tpaw_jax.models.attention import attend, rope_angles, rotate
+from tpaw_jax.models.attention.masks import attend
+from tpaw_jax.models.rope import rope_angles, rotate
 
 
 def make_pages(rng, positions, shards=1, heads=2, size=8):

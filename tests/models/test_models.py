@@ -19,7 +19,7 @@ from tpaw_jax.generation import engine
 from tpaw_jax.generation.decoder import decoder_of
 from tpaw_jax.generation.slots import make_sampler
 from tpaw_jax.models import Transformer, config_json, hub
-from tpaw_jax.models.attention import rope_frequencies
+from tpaw_jax.models.rope import rope_frequencies
 
 torch.set_num_threads(1)
 

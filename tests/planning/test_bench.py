@@ -61,11 +61,29 @@ def test_rates_are_of_what_a_call_computes(records, tmp_path):
 def test_random_rows_are_those_of_the_plan(tmp_path):
     run = run_of(tmp_path)
     prompts, window = workload.random_window(run, 512, 20)
-    blank, lengths = workload.draw_lengths(run, 20)
+    blank, of_responses = workload.draw_lengths(run, 20)
     assert [len(x) for x in prompts.prompt_tokens] == [len(x) for x in blank.prompt_tokens]
-    assert [[len(r) for r in g.tokens] for g in window] == lengths[::-1].tolist()
+    assert [[len(r) for r in g.tokens] for g in window] == of_responses[::-1].tolist()
     assert [g.round for g in window] == [2, 1, 0]
     assert len({x.tobytes() for g in window for x in g.tokens}) > 50
+
+
+def test_rows_can_have_the_lengths_of_the_data(tmp_path):
+    run = run_of(tmp_path)
+    lengths = workload.lengths_of_data(run, 512)
+    prompts = len(lengths.prompts)
+    assert prompts == len(lengths.targets) > 8
+    drawn, of_responses = workload.draw_lengths(run, prompts, lengths)
+    pairs = lambda x, y: sorted(zip(map(int, x), map(int, y), strict=True))
+    assert pairs(map(len, drawn.prompt_tokens), map(len, drawn.target_tokens)) == pairs(*lengths)
+    assert set(of_responses.ravel()) <= set(np.clip(lengths.targets, 2, run.sampling.max_new_tokens))
+    assert len(workload.draw_lengths(run, 3 * prompts, lengths)[0]) == 3 * prompts
+    setup = bench._set_up(run, hub.load_architecture(STORIES), workload.Lengths(np.full(9, 7), np.full(9, 5)))
+    tokens = (np.asarray(setup.rows.batch.segment_ids) > 0).sum(axis=1)
+    assert set(tokens % (7 + 4 * 4)) == {0}  # whole trees: a prompt, then all but the last token of four responses
+    assert setup.load.prompt_tokens == 7 * setup.load.prompts
+    assert set(bench._prefill_rows(setup)[1]) == {7}
+    assert dict(bench._settings(setup))["lengths"] == "of the data"
 
 
 def test_a_plan_stands_beside_the_readings(records, tmp_path):

@@ -17,6 +17,7 @@ from tpaw_jax.config import MeshConfig, PackingConfig, config_file
 from tpaw_jax.generation.cache import Pages
 from tpaw_jax.models import ModelConfig, config_json, hub
 from tpaw_jax.planning import expected, layouts, lowering, planner, roofline, workload
+from tpaw_jax.planning.measured import tune
 from tpaw_jax.planning.roofline import Flops
 from tpaw_jax.runtime import host, sharding, tpu
 
@@ -63,7 +64,7 @@ def equal_programs_are_compiled_once():
         yield
 
 
-def target(topology, model=SMALL, mesh=None, **overrides):
+def run_of(mesh=None, **overrides):
     settings = {
         "policy.path": "unused",
         "data.sources": "[{path: unused}]",
@@ -75,8 +76,11 @@ def target(topology, model=SMALL, mesh=None, **overrides):
         | overrides
         | {f"mesh.{axis}": size for axis, size in (mesh or {}).items()}
     )
-    run = config_file.load(ROOT / "configs" / "qwen25_1b5_ultrachat.yaml", [f"{k}={v}" for k, v in settings.items()])
-    return lowering.target_of(run, model, tpu.parse_topology(topology))
+    return config_file.load(ROOT / "configs" / "qwen25_1b5_ultrachat.yaml", [f"{k}={v}" for k, v in settings.items()])
+
+
+def target(topology, model=SMALL, mesh=None, **overrides):
+    return lowering.target_of(run_of(mesh, **overrides), model, tpu.parse_topology(topology))
 
 
 def exchanged(record):
@@ -279,6 +283,36 @@ def test_a_layout_for_the_batch_keeps_the_devices_busy(llama):
     assert kept.packing.row_length == 4096
     with pytest.raises(ValueError, match="rows_per_batch is 3; on v5e:8x8 it must be a multiple of 64 or 32"):
         layouts.layouts(dataclasses.replace(config, packing=PackingConfig(0, 3)), llama, topology)
+
+
+def test_every_stage_lowers_for_gpus():
+    """As far as can be seen without one."""
+    one = tpu.parse_topology("v5e:1x1")
+    on_gpu = lowering.target_of(run_of({"fsdp": 1}), SMALL, one, jax.devices()[:1], "cuda")
+    lowered = [lowering.team_step(on_gpu, "layer", 2), lowering.scoring_pass(on_gpu)]
+    lowered += [lowering.prefill(on_gpu), lowering.decode(on_gpu, 512)]
+    for program in lowered:
+        text = program.as_text()
+        assert "stablehlo.dot_general" in text
+        assert "tpu_custom_call" not in text
+        assert "tpaw_" not in text  # the CPU's kernels
+
+
+def test_predictions_for_the_devices_at_hand(monkeypatch):
+    """They are those of the plan, and of rows with the lengths of the data if those are measured."""
+    planned = target("v5e:2x2")
+    expected_seconds = planner.plan(planned, stages=["scoring"])["stages"]["scoring"]["predicted s"]
+    assert planner.predictions_here(planned.config, SMALL, ["scoring"], str) == {}  # on a CPU
+    devices = planned.topology.devices()
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    found = planner.predictions_here(planned.config, SMALL, ["scoring"], str)
+    assert found == {"scoring": pytest.approx(expected_seconds)}
+    given, assumed, lengths = [], workload.assumed, workload.Lengths(np.full(50, 500), np.full(50, 500))
+    monkeypatch.setattr(workload, "assumed", lambda *arguments: given.append(arguments[3]) or assumed(*arguments))
+    planner.predictions_here(planned.config, SMALL, ["scoring"], str, lengths)
+    assert given == [lengths]
+    (knob,) = [knob for knob in tune.knobs_of(planned.config)["step"] if knob.key == "policy.attention_chunks"]
+    assert knob.values == [2, 4, 8]
 
 
 def test_a_layout_for_large_steps_is_the_preset_with_long_rows(llama):

@@ -12,8 +12,8 @@ from plain import pad, pair_batch, pair_log_probs, pair_loss, triplets_of
 from tpaw_jax.config import ObjectiveConfig, PackingConfig
 from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.models import Transformer
-from tpaw_jax.models.attention import EINSUM, Visibility, attend, visible
-from tpaw_jax.models.tile_attention import TILE, TILES, key_widths, plan
+from tpaw_jax.models.attention.masks import EINSUM, Visibility, attend, visible
+from tpaw_jax.models.attention.tiles import TILE, TILES, key_widths, plan
 from tpaw_jax.training import logprobs
 from tpaw_jax.training.train_step import StepScalars, _triplets
 from tpaw_jax.types import TeamScores

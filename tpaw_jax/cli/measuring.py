@@ -21,15 +21,22 @@ def bench(options: argparse.Namespace, overrides: list[str]) -> None:
     if not options.config:
         raise ValueError("tpaw bench needs --config, or --compare with two files.")
 
+    if options.plan and options.data:
+        raise ValueError("tpaw bench: the plan is for assumed lengths; leave out --plan or --data.")
     run, architecture, stages = _measured(options, overrides, "bench")
 
     import jax
 
+    from tpaw_jax.planning import planner, workload
     from tpaw_jax.planning.measured import bench as benchmark
     from tpaw_jax.runtime import processes
 
-    predicted = readings.predictions(Path(options.plan), jax.device_count()) if options.plan else {}
-    records: Sequence[readings.Record] = benchmark.measure(run, architecture, stages, _calls(options), _say)
+    lengths = workload.lengths_of_data(run, architecture.vocab_size) if options.data else None
+    if options.plan:
+        predicted = readings.predictions(Path(options.plan), jax.device_count())
+    else:
+        predicted = planner.predictions_here(run, architecture, stages, _say, lengths)
+    records: Sequence[readings.Record] = benchmark.measure(run, architecture, stages, _calls(options), _say, lengths)
     if processes.is_main():
         records = readings.with_predictions(records, predicted) if predicted else records
         print(readings.table(records))

@@ -88,7 +88,8 @@ def _measuring_commands(command: Callable[..., None]) -> None:
         architecture=(False, "where config.json is, if not at policy.path; weights are not needed", str),
         stages=(False, "measure only some of step,scoring,prefill,decode", str),
         calls=(False, "timed calls of each stage; default: 10", int),
-        plan=(False, "a plan of these devices, of tpaw plan --json: print its predictions beside the readings", str),
+        data=(False, "use the lengths of the configuration's data, instead of assumed ones", None),
+        plan=(False, "take the predictions from this plan of these devices, of tpaw plan --json", str),
         json=(False, "append the readings to this file, one JSON object per line", str),
         compare=(False, "measure nothing; compare two files that --json wrote: BEFORE AFTER", list),
         **_PROCESSES,
@@ -122,7 +123,7 @@ def _offline_commands(command: Callable[..., None]) -> None:
         architecture=(False, "where config.json is, if not at policy.path; weights are not needed", str),
         prompts=(False, "prompts per round; default: data.max_prompts, or 50,000", int),
         stages=(False, "plan only some of step,scoring,prefill,decode", str),
-        calibration=(False, "readings on such chips, of tpaw bench --plan --json, by which to scale the times", str),
+        calibration=(False, "readings on such chips, of tpaw bench --json, by which to scale the times", str),
         search=(False, "also search for the most rows per device and the longest row that fit", None),
         json=(False, "also write the numbers to this file", str),
     )

@@ -124,6 +124,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 AT_LEAST = {
     "rounds": 1,
     "policy.head_chunk": 1,
+    "policy.attention_chunks": 1,
     "data.max_prompt_length": 1,
     "data.max_prompts": 0,
     "data.holdout_prompts": 0,

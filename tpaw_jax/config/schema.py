@@ -39,6 +39,7 @@ class PolicyConfig:
         "these whose training step fits the device",
     )
     head_chunk: int = option(256, "predictions per row whose logits are computed at a time")
+    attention_chunks: int = option(4, "on TPU and GPU, chunks of 64 keys in a matmul of attention; see `tpaw tune`")
 
 
 @dataclasses.dataclass(frozen=True)

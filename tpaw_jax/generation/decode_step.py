@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from tpaw_jax.generation import cache as kv
 from tpaw_jax.generation.cpu import kernels
 from tpaw_jax.generation.cpu.kernels import PackedMatrix
-from tpaw_jax.models.attention import Visibility, rotate
+from tpaw_jax.models.attention import Visibility
+from tpaw_jax.models.rope import rotate
 from tpaw_jax.models.transformer import Transformer, head_table, rms_norm, rotary_angles
 from tpaw_jax.types import AnyArray, PackedPrompts
 

@@ -12,10 +12,9 @@ from tpaw_jax.config import RunConfig, SamplingConfig
 from tpaw_jax.data import templates
 from tpaw_jax.generation import engine, slots
 from tpaw_jax.generation.decoder import Decoder, decoder_of
-from tpaw_jax.models import hub, tpu_attention
-from tpaw_jax.models.tile_attention import TILES
+from tpaw_jax.models import hub
 from tpaw_jax.models.transformer import shard_model
-from tpaw_jax.runtime import sharding, tpu
+from tpaw_jax.runtime import sharding
 
 SPEED_ONLY_KEYS = frozenset({"sampling.slots", "sampling.prefill_tokens", "sampling.tensor"})
 """Configuration keys that change the speed of sampling, and its tokens at most by floating-point rounding."""
@@ -61,8 +60,7 @@ def sharded_models(
     """
     c = config.policy
     remat = "layer" if c.remat == "auto" else c.remat
-    name = tpu.generation(mesh.devices.flat[0])
-    attention = tpu_attention.tpu_attention(tpu.CHIPS[name].vmem_bytes) if name else TILES
+    attention = models.attention_of(mesh.devices.flat[0], c.attention_chunks)
     whole = models.Transformer(architecture, jnp.dtype(c.compute_dtype), jnp.dtype(c.param_dtype), remat, attention)
     sampling_mesh = sharding.sampling_mesh(config.sampling.tensor)
     sampling_model = shard_model(whole, params, sampling_mesh, key="sampling.tensor")

@@ -2,23 +2,24 @@
 
 Read the files in this order:
 
-1. `attention`: masks of packed trees, rotary embeddings, einsum attention.
-2. `transformer`: the architecture (`ModelConfig`) and the model.
-3. `parallel`: the collectives of a model that is sharded over a mesh.
-4. `tile_attention` (CPU, GPU) and `tpu_attention` (TPU): fast attention over packed trees.
+1. `attention`: attention over packed trees, on CPU, GPU and TPU.
+2. `rope`: rotary embeddings.
+3. `transformer`: the architecture (`ModelConfig`) and the model.
+4. `parallel`: the collectives of a model that is sharded over a mesh.
 5. `config_json`, `hub`, `gguf`: loading and saving Hugging Face directories, loading GGUF files.
 """
 
 from tpaw_jax.models.attention import EINSUM as EINSUM
+from tpaw_jax.models.attention import TILES as TILES
 from tpaw_jax.models.attention import Attention as Attention
 from tpaw_jax.models.attention import Visibility as Visibility
+from tpaw_jax.models.attention import attention_of as attention_of
 from tpaw_jax.models.hub import load_architecture as load_architecture
 from tpaw_jax.models.hub import load_generation_config as load_generation_config
 from tpaw_jax.models.hub import load_pretrained as load_pretrained
 from tpaw_jax.models.hub import load_tokenizer as load_tokenizer
 from tpaw_jax.models.hub import param_shapes as param_shapes
 from tpaw_jax.models.hub import save_pretrained as save_pretrained
-from tpaw_jax.models.tile_attention import TILES as TILES
 from tpaw_jax.models.transformer import REMAT_POLICIES as REMAT_POLICIES
 from tpaw_jax.models.transformer import ModelConfig as ModelConfig
 from tpaw_jax.models.transformer import Transformer as Transformer

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tpaw_jax.models.attention import RopeScaling
+from tpaw_jax.models.rope import RopeScaling
 from tpaw_jax.models.transformer import ModelConfig
 
 ARCHITECTURES = {

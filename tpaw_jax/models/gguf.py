@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tpaw_jax.models.attention import rope_frequencies
 from tpaw_jax.models.config_json import from_dict
+from tpaw_jax.models.rope import rope_frequencies
 from tpaw_jax.models.transformer import ModelConfig
 
 LAYER_NAMES = {  # Hugging Face name in a layer: GGUF name in a block

@@ -10,18 +10,10 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from tpaw_jax.models.attention import (
-    EINSUM,
-    SAVED,
-    Attention,
-    RopeScaling,
-    Visibility,
-    rope_angles,
-    rope_frequencies,
-    rotate,
-)
+from tpaw_jax.models.attention import EINSUM, SAVED, Attention, Visibility
 from tpaw_jax.models.layer_scan import scan_layers
 from tpaw_jax.models.parallel import UNSHARDED, Parallel
+from tpaw_jax.models.rope import RopeScaling, rope_angles, rope_frequencies, rotate
 from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.types import TreeBatch
 

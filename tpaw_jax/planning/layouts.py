@@ -14,7 +14,8 @@ import jax
 from jax.sharding import Mesh
 
 from tpaw_jax.config import MeshConfig, RunConfig
-from tpaw_jax.models import ModelConfig, hub, tpu_attention
+from tpaw_jax.models import ModelConfig, hub
+from tpaw_jax.models.attention import rules
 from tpaw_jax.planning import expected, lowering, roofline, workload
 from tpaw_jax.planning.lowering import Target
 from tpaw_jax.planning.planner import rows_of_step
@@ -114,7 +115,7 @@ def _row_lengths(config: RunConfig) -> list[int]:
     """The configured row length, or those to try: multiples of what attention needs, about an eighth apart."""
     if config.packing.row_length:
         return [config.packing.row_length]
-    step = tpu_attention.QUERIES
+    step = rules.QUERIES
     lengths = [math.ceil(config.longest_tree / step) * step]
     longest = max(LONGEST_ROW, lengths[0])
     while lengths[-1] < longest:

@@ -16,7 +16,8 @@ from tpaw_jax.generation import engine, token_sampling
 from tpaw_jax.generation.cache import PAGE, Pages, PageTable
 from tpaw_jax.generation.decoder import decoder_of
 from tpaw_jax.generation.slots import DecodeState, make_sampler
-from tpaw_jax.models import ModelConfig, Transformer, hub, tpu_attention
+from tpaw_jax.models import ModelConfig, Transformer, hub
+from tpaw_jax.models.attention import gpu_attention, tpu_attention
 from tpaw_jax.models.transformer import shard_model
 from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.training import batch_shapes, scoring, train_step
@@ -34,12 +35,17 @@ class Target(NamedTuple):
     params: PyTree[jax.ShapeDtypeStruct]
     sampling_mesh: Mesh
     sampling_model: Transformer
+    platform: str  # to lower for
 
 
 def target_of(
-    config: RunConfig, architecture: ModelConfig, topology: tpu.Topology, devices: Sequence[Any] | None = None
+    config: RunConfig,
+    architecture: ModelConfig,
+    topology: tpu.Topology,
+    devices: Sequence[Any] | None = None,
+    platform: str = "tpu",
 ) -> Target:
-    """Put a configuration on a topology, whose devices may be there or not.
+    """Put a configuration on a topology, whose devices may be there or not, or lower it for another platform.
 
     Raises:
         ImportError: libtpu is missing.
@@ -51,7 +57,9 @@ def target_of(
     settled = batch_shapes.resolve_packing(config, mesh)
     dtype, compute = jnp.dtype(policy.param_dtype), jnp.dtype(policy.compute_dtype)
     remat = "layer" if policy.remat == "auto" else policy.remat
-    unsharded = Transformer(architecture, compute, dtype, remat, tpu_attention.tpu_attention(topology.chip.vmem_bytes))
+    chunks, vmem = policy.attention_chunks, topology.chip.vmem_bytes
+    attention = tpu_attention(vmem, chunks=chunks) if platform == "tpu" else gpu_attention(chunks)
+    unsharded = Transformer(architecture, compute, dtype, remat, attention)
     params = hub.abstract_params(architecture, dtype, mesh)
     one_process = [d for d in devices if d.process_index == devices[0].process_index]
     tensor = config.sampling.tensor
@@ -64,6 +72,7 @@ def target_of(
         params=params,
         sampling_mesh=sampling_mesh,
         sampling_model=shard_model(unsharded, params, sampling_mesh, key="sampling.tensor"),
+        platform=platform,
     )
 
 
@@ -80,7 +89,7 @@ def team_step(target: Target, remat: str, micro_batches: int) -> jax.stages.Lowe
     step: Any = train_step.configured_step(config, target.model.clone(remat=remat), optimizer, mesh)[1]
     inputs = (*packing.empty_step(config.packing, config.objective.n_max, micro_batches), train_step.NO_SCALARS)
     state = train_step.abstract_state(target.params, optimizer, mesh)
-    return step.lower(state, *_abstract(inputs, train_step.input_shardings(mesh)))
+    return _lower(target, step, state, *_abstract(inputs, train_step.input_shardings(mesh)))
 
 
 def scoring_pass(target: Target) -> jax.stages.Lowered:
@@ -90,7 +99,7 @@ def scoring_pass(target: Target) -> jax.stages.Lowered:
     program = scoring.score_program(log_prob_fn, mesh, tpu.options_of(mesh, config.mesh.compiler_options))
     count = config.packing.rows_per_batch * config.packing.scoring_batches
     rows = packing.empty_like(packing.pack([], config.packing), count)
-    return program.lower(target.params, _abstract(rows.batch, sharding.rows(mesh)))
+    return _lower(target, program, target.params, _abstract(rows.batch, sharding.rows(mesh)))
 
 
 def prefill_row(config: RunConfig) -> int:
@@ -106,7 +115,7 @@ def prefill(target: Target) -> jax.stages.Lowered:
     most = max(1, row // 16)
     prompts = PackedPrompts(shape(row), shape(row), shape(row), shape(most), shape(most))
     sampler: Any = _sampler(target)
-    return sampler.prefill.lower(sampling_params(target), prompts)
+    return _lower(target, sampler.prefill, sampling_params(target), prompts)
 
 
 def slots_per_shard(target: Target) -> int:
@@ -122,7 +131,7 @@ def decode(target: Target, typical_tokens: int) -> jax.stages.Lowered:
     state, table = slots_of(target, typical_tokens)
     until = jax.ShapeDtypeStruct((sampler.shards,), jnp.int32)
     key = jax.eval_shape(lambda: token_sampling.round_key(0, 0))
-    return sampler.decode.lower(weights, state, table, key, until)
+    return _lower(target, sampler.decode, weights, state, table, key, until)
 
 
 def slots_of(target: Target, typical_tokens: int) -> tuple[DecodeState, PageTable]:
@@ -137,7 +146,7 @@ def slots_of(target: Target, typical_tokens: int) -> tuple[DecodeState, PageTabl
 def _sampler(target: Target) -> engine.Sampler:
     config = target.config.sampling
     cache_dtype = config.cache_dtype or target.config.policy.compute_dtype
-    decoder = decoder_of(target.sampling_model, cache_dtype, platform="tpu")
+    decoder = decoder_of(target.sampling_model, cache_dtype, platform=target.platform)
     return make_sampler(decoder, config, [0], target.sampling_mesh)
 
 
@@ -147,6 +156,10 @@ def sampling_params(target: Target) -> PyTree[jax.ShapeDtypeStruct]:
     dtype = jnp.dtype(target.config.policy.compute_dtype)
     cast = lambda x, place: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype, sharding=place)
     return jax.tree.map(cast, target.params, shardings)
+
+
+def _lower(target: Target, program: Any, *arguments: Any) -> jax.stages.Lowered:
+    return program.trace(*arguments).lower(lowering_platforms=(target.platform,))
 
 
 def _abstract(tree: PyTree[Any], shardings: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:

@@ -13,14 +13,14 @@ import jax
 from tpaw_jax.config import RunConfig
 from tpaw_jax.data import packing
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK
-from tpaw_jax.models.transformer import REMAT_POLICIES
+from tpaw_jax.models.transformer import REMAT_POLICIES, ModelConfig
 from tpaw_jax.observe import tables
 from tpaw_jax.planning import expected, lowering, roofline, workload
 from tpaw_jax.planning.expected import SLOTS_BUSY
 from tpaw_jax.planning.lowering import Target
 from tpaw_jax.planning.roofline import GIB, Flops, Stage
 from tpaw_jax.planning.workload import Workload
-from tpaw_jax.runtime import sharding
+from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.training.batch_shapes import most_micro_batches
 from tpaw_jax.training.memory import SHARE_TO_USE
 
@@ -57,6 +57,8 @@ def plan(
     search: bool = False,
     say: Callable[[str], None] = lambda text: None,
     calibration: Mapping[str, float] | None = None,
+    *,
+    lengths: workload.Lengths | None = None,
 ) -> dict[str, Any]:
     """Compile `stages` for the topology and report them, JSON-able; with all four stages, also the hours of the run.
 
@@ -67,13 +69,14 @@ def plan(
         search: also find the most rows per device and the longest row whose train step fits, by compiling them.
         say: receives progress messages.
         calibration: measured over predicted seconds, by stage; scales the predicted times.
+        lengths: of the run's data; None: assumed ones.
 
     Raises:
         ValueError: `search` is on, but `stages` does not contain the step.
     """
     if search and "step" not in stages:
         raise ValueError("--search compiles train steps; name step among --stages.")
-    load = workload.assumed(target.config, target.model.config, prompts)
+    load = workload.assumed(target.config, target.model.config, prompts, lengths)
     compiled: dict[str, Stage] = {}
     remat: str = target.config.policy.remat
     for name in stages:
@@ -91,6 +94,22 @@ def plan(
         report |= largest(target, remat, say)
     report["warnings"] = _warnings(target, load, compiled)
     return report
+
+
+def predictions_here(
+    config: RunConfig,
+    architecture: ModelConfig,
+    stages: Sequence[str],
+    say: Callable[[str], None],
+    lengths: workload.Lengths | None = None,
+) -> dict[str, float | None]:
+    """The predicted seconds of each stage on the devices at hand; empty unless they are TPUs."""
+    topology = tpu.topology_of(jax.devices())
+    if topology is None:
+        return {}
+    target = lowering.target_of(config, architecture, topology, jax.devices())
+    report = plan(target, stages=stages, say=say, lengths=lengths)
+    return {name: stage.get("predicted s") for name, stage in report["stages"].items()}
 
 
 def text(report: dict[str, Any]) -> str:

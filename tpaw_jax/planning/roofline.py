@@ -30,7 +30,8 @@ Llama 3.1 8B at 8,192 tokens on 256 v6e (maxtext.readthedocs.io, version 0.2.2, 
 
 ATTENTION = {"v4": (0.49, 0.82), "v5e": (0.47, 0.76), "v5p": (0.49, 0.82), "v6e": (0.19, 0.34), "tpu7x": (0.11, 0.19)}
 """Speed of the attention kernels, forward and backward, as a share of a plain matmul's. From the schedules of the
-compiler for heads of 128 in groups of 4 (benchmarks/tree_attention.py); v4 is assumed to be like v5p."""
+compiler for heads of 128 in groups of 4, and 4 chunks per matmul (benchmarks/tree_attention.py); v4 is assumed to be
+like v5p."""
 
 
 class Flops(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the rounds of a run compute, at assumed lengths of prompts and responses, before there is any data."""
+"""What the rounds of a run compute, at assumed lengths of prompts and responses, or at those of its data."""
 
 import math
 from typing import NamedTuple
@@ -7,18 +7,25 @@ import jax
 import numpy as np
 
 from tpaw_jax.config import RunConfig
-from tpaw_jax.data import packing, prefix_trees
-from tpaw_jax.models import ModelConfig, tpu_attention
-from tpaw_jax.models.attention import Visibility
+from tpaw_jax.data import dataset, packing, prefix_trees, templates
+from tpaw_jax.models import ModelConfig, hub
+from tpaw_jax.models.attention import Visibility, rules
 from tpaw_jax.training import cost
 from tpaw_jax.training.cost import BACKWARD, Work
-from tpaw_jax.types import Generations, Prompts
+from tpaw_jax.types import Generations, Prompts, TreeBatch
 
 MEDIANS, SPREADS = (160, 280, 240), (0.7, 0.6, 0.5)
 """Median (tokens) and sigma of the assumed log-normal lengths of x, y and y_gen in chats, for data.max_length 1024."""
 
 SAMPLE = 1024
 """Prompts that are drawn and packed to estimate a round."""
+
+
+class Lengths(NamedTuple):
+    """The lengths of a run's data, tokens."""
+
+    prompts: np.ndarray
+    targets: np.ndarray
 
 
 class RoundEstimate(NamedTuple):
@@ -49,9 +56,22 @@ class Workload(NamedTuple):
         return math.ceil((self.prompt_tokens + self.new_tokens) / self.prompts)
 
 
-def assumed(config: RunConfig, model: ModelConfig, prompts: int) -> Workload:
-    """Estimate the rounds of a run on `prompts` prompts, from a packed sample of assumed lengths."""
-    sample, new_tokens = draw_lengths(config, min(SAMPLE, prompts))
+def lengths_of_data(config: RunConfig, vocabulary: int) -> Lengths:
+    """Read and tokenize the configuration's data.
+
+    Raises:
+        FileNotFoundError, ValueError: the tokenizer or the data cannot be used.
+    """
+    tokenizer = hub.load_tokenizer(config.policy.tokenizer or config.policy.path)
+    template = templates.make_template(tokenizer, config.data, vocabulary)
+    prompts, _, _ = dataset.load(config.data, template, config.seed)
+    sizes = lambda sequences: np.array([len(tokens) for tokens in sequences])
+    return Lengths(sizes(prompts.prompt_tokens), sizes(prompts.target_tokens))
+
+
+def assumed(config: RunConfig, model: ModelConfig, prompts: int, lengths: Lengths | None = None) -> Workload:
+    """Estimate the rounds of a run on `prompts` prompts, from a packed sample of assumed lengths, or of `lengths`."""
+    sample, new_tokens = draw_lengths(config, min(SAMPLE, prompts), lengths)
     scale = prompts / len(sample)
     rounds = [_round(config, model, sample, new_tokens, t) for t in range(config.rounds)]
     rows = rounds[-1][1]
@@ -68,24 +88,34 @@ def assumed(config: RunConfig, model: ModelConfig, prompts: int) -> Workload:
     )
 
 
-def random_window(config: RunConfig, vocabulary: int, size: int) -> tuple[Prompts, list[Generations]]:
-    """`size` prompts with random tokens of assumed lengths, and the opponents' responses, newest first."""
-    blank, lengths = draw_lengths(config, size)
+def random_window(
+    config: RunConfig, vocabulary: int, size: int, lengths: Lengths | None = None
+) -> tuple[Prompts, list[Generations]]:
+    """`size` prompts of random tokens, and the opponents' responses, newest first, of lengths as in `draw_lengths`."""
+    blank, of_responses = draw_lengths(config, size, lengths)
     rng = np.random.default_rng((config.seed, 1))
     fill = lambda sequences: tuple(rng.integers(0, vocabulary, len(x)).astype(np.int32) for x in sequences)
     prompts = Prompts(blank.ids, fill(blank.prompt_tokens), fill(blank.target_tokens))
-    rounds = reversed(range(len(lengths)))
-    return prompts, [Generations(t, fill(_blank(lengths[t])), ()) for t in rounds]
+    rounds = reversed(range(len(of_responses)))
+    return prompts, [Generations(t, fill(_blank(of_responses[t])), ()) for t in rounds]
 
 
-def draw_lengths(config: RunConfig, size: int) -> tuple[Prompts, np.ndarray]:
-    """Prompts and targets of assumed lengths, all token 0, and the lengths of their responses, [opponents, size]."""
+def draw_lengths(config: RunConfig, size: int, lengths: Lengths | None = None) -> tuple[Prompts, np.ndarray]:
+    """Prompts and targets, all token 0, and the lengths of their responses, [opponents, size].
+
+    With the lengths of data, responses are as long as targets of other prompts, as a fine-tuned model's are.
+    """
     rng, scale = np.random.default_rng(config.seed), config.data.max_length / 1024
-    draw = lambda i, shape: np.round(rng.lognormal(np.log(MEDIANS[i] * scale), SPREADS[i], shape)).astype(int)
     opponents = config.objective.opponent_rounds or config.objective.n_max
-    x = np.clip(draw(0, size), 4, config.data.max_prompt_length)
-    y = np.clip(draw(1, size), 2, config.data.max_length - x)
-    g = np.clip(draw(2, (opponents, size)), 2, config.sampling.max_new_tokens)
+    if lengths is not None:
+        chosen = rng.choice(len(lengths.prompts), size, replace=size > len(lengths.prompts))
+        x, y, g = lengths.prompts[chosen], lengths.targets[chosen], rng.choice(lengths.targets, (opponents, size))
+    else:
+        draw = lambda i, shape: np.round(rng.lognormal(np.log(MEDIANS[i] * scale), SPREADS[i], shape)).astype(int)
+        x, y, g = draw(0, size), draw(1, size), draw(2, (opponents, size))
+        x = np.clip(x, 4, config.data.max_prompt_length)
+        y = np.clip(y, 2, config.data.max_length - x)
+    g = np.clip(g, 2, config.sampling.max_new_tokens)
     return Prompts(np.arange(size, dtype=np.int32), _blank(x), _blank(y)), g
 
 
@@ -121,10 +151,17 @@ def _useful(rows: packing.Rows) -> Work:
     return cost.work_of_rows(rows)._replace(tokens=tokens)
 
 
+def _in_blocks(batch: TreeBatch) -> Visibility:
+    pad = lambda x: np.pad(np.asarray(x), ((0, 0), (0, -x.shape[1] % rules.QUERIES)))
+    return Visibility(*map(pad, Visibility.of(batch)))
+
+
 def _computed(rows: packing.Rows, config: RunConfig) -> Work:
-    """The work of rows as a TPU computes them."""
+    """The work of rows as a TPU computes them; rows of other devices are padded to blocks of queries."""
     batch, chunk, length = rows.batch, config.policy.head_chunk, config.packing.row_length
     live = (np.asarray(batch.response_ids) < rows.prompt_index.shape[1]).sum(axis=1)
-    matmuls = np.asarray(jax.jit(tpu_attention.plan)(Visibility.of(batch)).matmuls)
+    per_matmul = config.policy.attention_chunks
+    matmuls = np.asarray(jax.jit(rules.plan, static_argnums=1)(_in_blocks(batch), per_matmul).matmuls)
     predictions = float(np.minimum(np.ceil(live / chunk) * chunk, length).sum())
-    return Work(len(rows) * length, predictions, float(matmuls.sum()) * tpu_attention.PAIRS)
+    pairs = float(matmuls.sum()) * rules.QUERIES * rules.CHUNK * per_matmul
+    return Work(len(rows) * length, predictions, pairs)

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from tpaw_jax.config import PackingConfig, RunConfig
 from tpaw_jax.data import packing
-from tpaw_jax.models import tpu_attention
+from tpaw_jax.models.attention import rules
 from tpaw_jax.runtime import sharding, tpu
 
 LONG_ROW = 8192
@@ -33,5 +33,5 @@ def resolve_packing(config: RunConfig, mesh: Mesh, before: Mapping[str, Any] | N
     rows = config.packing.rows_per_batch or (before or {}).get("rows_per_batch") or shards
     length = config.packing.row_length or (before or {}).get("row_length") or max(LONG_ROW, config.longest_tree)
     on_tpu = tpu.generation(mesh.devices.flat[0]) is not None
-    packing.check_rows(length, rows, shards, tpu_attention.QUERIES if on_tpu else 1)
+    packing.check_rows(length, rows, shards, rules.QUERIES if on_tpu else 1)
     return dataclasses.replace(config.packing, rows_per_batch=rows, row_length=length)

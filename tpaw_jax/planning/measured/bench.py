@@ -51,6 +51,7 @@ class Setup(NamedTuple):
     rows: packing.Rows
     rows_of_step: int
     load: workload.Workload
+    lengths: workload.Lengths | None  # of the data; None: assumed
 
 
 class Done(NamedTuple):
@@ -72,7 +73,14 @@ class Reading(NamedTuple):
     input_wait: float | None = None  # share of the time in which the devices' inputs were waited for
 
 
-def measure(config: RunConfig, architecture: ModelConfig, stages: Sequence[str], calls: int, say: Say) -> list[Any]:
+def measure(
+    config: RunConfig,
+    architecture: ModelConfig,
+    stages: Sequence[str],
+    calls: int,
+    say: Say,
+    lengths: workload.Lengths | None = None,
+) -> list[Any]:
     """Time `calls` calls of each stage; returns a JSON-able record of each.
 
     Args:
@@ -81,11 +89,12 @@ def measure(config: RunConfig, architecture: ModelConfig, stages: Sequence[str],
         stages: some of `planner.STAGES`; the step comes last, because it takes the memory of the weights.
         calls: timed calls of each stage, after `WARM_UP` others.
         say: receives progress messages.
+        lengths: of the run's data; None: assumed ones.
 
     Raises:
         ValueError: the configuration cannot be used on these devices.
     """
-    setup = _set_up(config, architecture)
+    setup = _set_up(config, architecture, lengths)
     readers = {"prefill": _prefill, "decode": _decode, "scoring": _score, "step": _step}
     records = []
     for stage in [name for name in readers if name in stages]:
@@ -94,16 +103,16 @@ def measure(config: RunConfig, architecture: ModelConfig, stages: Sequence[str],
     return records
 
 
-def _set_up(config: RunConfig, architecture: ModelConfig) -> Setup:
+def _set_up(config: RunConfig, architecture: ModelConfig, lengths: workload.Lengths | None) -> Setup:
     mesh = sharding.make_mesh(config.mesh)
     config = dataclasses.replace(config, packing=batch_shapes.resolve_packing(config, mesh))
     tpu.check_options(mesh, config.mesh.compiler_options)
     params = _random_params(config, architecture, mesh)
     model, decoder, sampling_mesh = sharded_models(config, architecture, params, mesh)
     sampler = make_sampler(decoder, config.sampling, [], sampling_mesh)
-    rows, rows_of_step = _rows(config, architecture.vocab_size)
-    load = workload.assumed(config, architecture, workload.SAMPLE)
-    return Setup(config, mesh, model, params, sampler, rows, rows_of_step, load)
+    rows, rows_of_step = _rows(config, architecture.vocab_size, lengths)
+    load = workload.assumed(config, architecture, workload.SAMPLE, lengths)
+    return Setup(config, mesh, model, params, sampler, rows, rows_of_step, load, lengths)
 
 
 def _random_params(config: RunConfig, architecture: ModelConfig, mesh: Mesh) -> PyTree[Any]:
@@ -113,14 +122,14 @@ def _random_params(config: RunConfig, architecture: ModelConfig, mesh: Mesh) -> 
     return jax.jit(init, out_shardings=sharding.param_shardings(jax.eval_shape(init), mesh))()
 
 
-def _rows(config: RunConfig, vocabulary: int) -> tuple[packing.Rows, int]:
+def _rows(config: RunConfig, vocabulary: int, lengths: workload.Lengths | None) -> tuple[packing.Rows, int]:
     """Rows of random trees that fill at least two steps, and the rows of a step.
 
     A round has few of first-fit-decreasing's last rows, which are less full, so they are left out.
     """
     c, size = config.packing, 64
     while True:
-        prompts, window = workload.random_window(config, vocabulary, size)
+        prompts, window = workload.random_window(config, vocabulary, size, lengths)
         rows = packing.pack(prefix_trees.trees_of_window(prompts, window), c)
         triplets, most = float(rows.triplets.mean()), most_micro_batches(config)
         of_step = packing.rows_per_step(triplets, config.train.batch_triplets, c, most)
@@ -202,12 +211,12 @@ def _prefill(setup: Setup, calls: int, _: Say) -> Reading:
 
 
 def _prefill_rows(setup: Setup) -> tuple[PackedPrompts, list[int]]:
-    """A row for each shard, filled with prompts of assumed lengths, and the prompts' lengths."""
+    """A row for each shard, filled with prompts, and the prompts' lengths."""
     length, shards = lowering.prefill_row(setup.config), setup.sampler.shards
     tokens, positions, segments = np.zeros((3, shards, length), np.int32)
     first, lengths = np.zeros((shards, length // 16), np.int32), np.ones((shards, length // 16), np.int32)
     sizes, rng = [], np.random.default_rng(setup.config.seed)
-    drawn = workload.draw_lengths(setup.config, workload.SAMPLE)[0].prompt_tokens
+    drawn = workload.draw_lengths(setup.config, workload.SAMPLE, setup.lengths)[0].prompt_tokens
     for row in range(shards):
         used = 0
         for n, prompt in enumerate(drawn[: length // 16]):
@@ -353,6 +362,7 @@ def _settings(setup: Setup) -> Iterator[tuple[str, Any]]:
     yield "remat", c.policy.remat
     yield "row length", c.packing.row_length
     yield "rows of a step", setup.rows_of_step
+    yield "lengths", "assumed" if setup.lengths is None else "of the data"
     yield "fill", round(setup.rows.fill, 4)
     yield "slots", c.sampling.slots
     facts = processes.facts_of_this_host()

@@ -63,9 +63,7 @@ def calibration(path: Path, generation: str) -> dict[str, float]:
         if record.get("generation") == generation and record.get("measured / predicted"):
             ratios.setdefault(record["stage"], []).append(record["measured / predicted"])
     if not ratios:
-        raise ValueError(
-            f"{path}: no readings on {generation} with predictions; make some with `tpaw bench --plan P --json F`."
-        )
+        raise ValueError(f"{path}: no readings on {generation} with predictions; make some with `tpaw bench --json F`.")
     return {stage: float(np.median(of_stage)) for stage, of_stage in ratios.items()}
 
 

@@ -48,7 +48,8 @@ class Trial(NamedTuple):
 
 def knobs_of(config: RunConfig) -> dict[str, list[Knob]]:
     """The keys that change the speed of each stage, with the values to try."""
-    shards = sharding.row_shards(sharding.make_mesh(config.mesh))
+    mesh = sharding.make_mesh(config.mesh)
+    shards, on_cpu = sharding.row_shards(mesh), mesh.devices.flat[0].platform == "cpu"
     batch = config.packing.rows_per_batch or shards
     around = lambda value, *factors: sorted({max(1, round(value * f)) for f in (1, *factors)})
     lengths = [n for n in (1280, 2048, 3072, 4096, 6144, 8192, 12288, 16384) if n >= config.longest_tree]
@@ -58,6 +59,7 @@ def knobs_of(config: RunConfig) -> dict[str, list[Knob]]:
             Knob("packing.rows_per_batch", [shards * n for n in around(batch // shards, 0.5, 2, 4)]),
             Knob("packing.row_length", sorted({*lengths, config.packing.row_length} - {0})),
             Knob("policy.head_chunk", around(config.policy.head_chunk, 0.25, 0.5, 2, 4)),
+            *([] if on_cpu else [Knob("policy.attention_chunks", around(config.policy.attention_chunks, 0.5, 2))]),
         ],
         "scoring": [Knob("packing.scoring_batches", around(config.packing.scoring_batches, 2, 4))],
         "decode": [Knob("sampling.slots", around(config.sampling.slots, 0.25, 0.5, 2, 4))],

@@ -1,4 +1,6 @@
-"""Attention on TPU: the kernels in interpret mode on CPU, against the dense mask, and how much they compute."""
+"""The attention of TPU (in interpret mode) and GPU on CPU, against the dense mask, and how much they compute."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,10 @@ from hypothesis import strategies as st
 
 from tpaw_jax.config import PackingConfig
 from tpaw_jax.data import packing, prefix_trees
-from tpaw_jax.models import tpu_attention
-from tpaw_jax.models.attention import EINSUM, Visibility, visible
+from tpaw_jax.models.attention import EINSUM, TILES, Visibility, attention_of, gpu, rules, tpu, visible
+
+TPU, GPU = tpu.tpu_attention(interpret=True), gpu.gpu_attention()
+both = pytest.mark.parametrize("attention", [TPU, GPU], ids=["tpu", "gpu"])
 
 
 def packed(seed, length, rows, count=6, longest=60):
@@ -37,53 +41,78 @@ def output_and_gradients(attention, visibility, seed, heads, kv_heads, size=64, 
     return jax.jit(jax.grad(weighted, (0, 1, 2), has_aux=True))(q, k, v)
 
 
+def assert_equal_to_the_dense_mask(attention, visibility, seed, heads, kv_heads):
+    found, expected = (output_and_gradients(one, visibility, seed, heads, kv_heads) for one in (attention, EINSUM))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)
+
+
+@both
 @settings(deadline=None, max_examples=6)
 @given(
     seed=st.integers(0, 10**6),
     length=st.sampled_from([128, 256, 384, 1024]),
     heads=st.sampled_from([(2, 2), (4, 2), (6, 2)]),
 )
-def test_the_kernels_equal_the_dense_mask(seed, length, heads):
+def test_attention_equals_the_dense_mask(attention, seed, length, heads):
     visibility = packed(seed, length, 2, longest=min(60, length // 6))
-    found, expected = (
-        output_and_gradients(attention, visibility, seed, *heads)
-        for attention in (tpu_attention.tpu_attention(interpret=True), EINSUM)
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)
+    assert_equal_to_the_dense_mask(attention, visibility, seed, *heads)
 
 
-def test_without_branches_it_is_packed_causal_attention():
+@both
+def test_without_branches_it_is_packed_causal_attention(attention):
     segments = jnp.repeat(jnp.arange(1, 5), jnp.array([200, 30, 100, 54]), total_repeat_length=384)[None]
     visibility = Visibility(jnp.where(segments == 4, 0, segments))  # with padding at the end
-    found, expected = (
-        output_and_gradients(attention, visibility, 0, 2, 1)
-        for attention in (tpu_attention.tpu_attention(interpret=True), EINSUM)
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)
+    assert_equal_to_the_dense_mask(attention, visibility, 0, 2, 1)
+
+
+@pytest.mark.parametrize(("length", "rows"), [(200, 3), (1024, 5)])
+def test_gpu_attention_takes_any_length_of_rows_and_several_batches(length, rows):
+    """Rows of 200 tokens end within a block, and 40 blocks are a full batch and a part of one."""
+    visibility = packed(2, length, rows, count=20 * rows, longest=length // 8)
+    assert visibility.segment_ids.shape == (rows, length)
+    assert_equal_to_the_dense_mask(GPU, visibility, 0, 4, 2)
+
+
+def test_every_device_has_its_attention():
+    class Device:
+        def __init__(self, platform, kind):
+            self.platform, self.device_kind = platform, kind
+
+    assert attention_of(jax.devices()[0]) is TILES
+    assert attention_of(Device("gpu", "NVIDIA H100 80GB HBM3"), 8).attend.func is gpu.attend_batches
+    for kind, mebibytes in (("TPU v5 lite", 60), ("TPU v4", 16)):
+        settings = attention_of(Device("tpu", kind), 8).attend.keywords
+        assert settings == {"vmem": mebibytes * 2**20, "interpret": False, "chunks": 8}
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 8])
+@pytest.mark.parametrize("build", [functools.partial(tpu.tpu_attention, interpret=True), gpu.gpu_attention])
+def test_a_matmul_may_have_another_number_of_chunks(build, chunks):
+    assert_equal_to_the_dense_mask(build(chunks=chunks), packed(4, 512, 2), 0, 4, 2)
 
 
 @pytest.mark.parametrize(("mebibytes", "blocks", "buffers"), [(4, 1, 1), (5, 2, 1), (7, 4, 1)])
 def test_a_small_vmem_gives_the_same_result(mebibytes, blocks, buffers):
     """Less VMEM means fewer blocks in a step of the grid, and one buffer for the keys."""
     visibility = packed(3, 1024, 1)
-    options = tpu_attention._options(jnp.zeros((1, 1, 2, 1024, 64)), mebibytes * 2**20, True)
+    options = tpu._options(jnp.zeros((1, 1, 2, 1024, 64)), tpu.Options(0, 0, 4, mebibytes * 2**20, True))
     assert options[:2] == (blocks, buffers)
     found, expected = (
-        output_and_gradients(tpu_attention.tpu_attention(vmem, interpret=True), visibility, 0, 2, 1)
-        for vmem in (mebibytes * 2**20, tpu_attention.VMEM)
+        output_and_gradients(tpu.tpu_attention(vmem, interpret=True), visibility, 0, 2, 1)
+        for vmem in (mebibytes * 2**20, tpu.VMEM)
     )
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_bfloat16_is_as_exact_as_the_dense_mask_in_bfloat16():
+@both
+def test_bfloat16_is_as_exact_as_the_dense_mask_in_bfloat16(attention):
     visibility = packed(0, 512, 1)
     exact = output_and_gradients(EINSUM, visibility, 0, 4, 2)
     error = lambda found: [
         float(jnp.max(jnp.abs(a - b))) for a, b in zip(*map(jax.tree.leaves, (found, exact)), strict=True)
     ]
     kernel, dense = (
-        error(output_and_gradients(attention, visibility, 0, 4, 2, dtype=jnp.bfloat16))
-        for attention in (tpu_attention.tpu_attention(interpret=True), EINSUM)
+        error(output_and_gradients(one, visibility, 0, 4, 2, dtype=jnp.bfloat16)) for one in (attention, EINSUM)
     )
     assert all(a < 1.5 * b for a, b in zip(kernel, dense, strict=True))
 
@@ -92,22 +121,20 @@ def test_bfloat16_is_as_exact_as_the_dense_mask_in_bfloat16():
 @given(seed=st.integers(0, 10**6), length=st.sampled_from([128, 512, 1024, 2048, 4096]))
 def test_rules_and_chunks_say_what_the_dense_mask_says(seed, length):
     visibility = packed(seed, length, 1, count=12, longest=length // 8)
-    rules = jax.tree.map(lambda x: np.asarray(x)[0], jax.jit(tpu_attention.plan)(visibility))
-    key, (trunk, end, branch, own) = np.arange(length), rules.ranges[:, :, None]
+    ranges, chunks, matmuls = (np.asarray(x)[0] for x in jax.jit(rules.plan)(visibility))
+    key, (trunk, end, branch, own) = np.arange(length), ranges[:, :, None]
     seen = ((key >= trunk) & (key < end)) | ((key >= branch) & (key <= own))
     np.testing.assert_array_equal(seen.any(axis=1), True)  # padding too: an empty row of the softmax is not a number
     real = np.asarray(visibility.segment_ids[0]) > 0
     np.testing.assert_array_equal(seen[real], np.asarray(jax.jit(visible)(visibility))[0][real])
-    needed = seen.reshape(-1, tpu_attention.QUERIES, length // tpu_attention.CHUNK, tpu_attention.CHUNK).any(
-        axis=(1, 3)
-    )
-    for block, chunks in enumerate(rules.chunks):
-        np.testing.assert_array_equal(chunks[chunks >= 0], np.flatnonzero(needed[block]))
-        assert rules.matmuls[block] == -(-needed[block].sum() // tpu_attention.CHUNKS)
+    needed = seen.reshape(-1, rules.QUERIES, length // rules.CHUNK, rules.CHUNK).any(axis=(1, 3))
+    for block, found in enumerate(chunks):
+        np.testing.assert_array_equal(found[found >= 0], np.flatnonzero(needed[block]))
+        assert matmuls[block] == -(-needed[block].sum() // rules.CHUNKS)
 
 
 def test_rows_that_the_kernels_cannot_take_are_refused():
     with pytest.raises(ValueError, match="Rows of 200 tokens: attention on TPU needs a multiple of 128"):
-        tpu_attention.plan(Visibility(jnp.ones((1, 200), jnp.int32)))
+        rules.plan(Visibility(jnp.ones((1, 200), jnp.int32)))
     with pytest.raises(ValueError, match="Rows of 65536 tokens: with heads of 128, their keys do not fit into"):
-        tpu_attention._options(jnp.zeros((1, 1, 1, 65536, 128), jnp.bfloat16), tpu_attention.VMEM, False)
+        tpu._options(jnp.zeros((1, 1, 1, 65536, 128), jnp.bfloat16), tpu.Options(0, 0, 4, tpu.VMEM, False))

@@ -1,11 +1,11 @@
-"""Attention over packed trees in plain XLA that computes only unmasked keys: work follows the trees, not T^2.
+"""Attention over packed trees on CPU, in plain XLA. It computes only unmasked keys: work follows the trees, not T^2.
 
 Rows are cut into tiles of up to `TILE` queries of the same response, or of the same turn of a prompt. A tile attends to
 two spans of its row: the prompt of its response, and its own branch up to the tile's last query. Both are sliced into
 one key list, whose length is rounded up to one of a few widths. Each width has its own loop, whose trip count is data,
 so new rows need no new compilation, and memory is O(T). The backward pass recomputes the attention weights from the
-saved log-sum-exp (FlashAttention, arXiv 2205.14135). Tests compare it with `attention.attend` under the mask
-`attention.visible`.
+saved log-sum-exp (FlashAttention, arXiv 2205.14135). Tests compare it with `masks.attend` under the mask
+`masks.visible`.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
-from tpaw_jax.models.attention import SAVED, Attention, Visibility
+from tpaw_jax.models.attention.masks import SAVED, Attention, Visibility
 
 TILE = 32
 """Queries per tile: enough for efficient matmuls, few enough that a response's last tile is not mostly padding."""

@@ -1,15 +1,12 @@
 """Attention over packed trees on TPU: a Pallas kernel that computes only the keys that queries attend to.
 
-A token of a tree attends to two ranges of its row: a part of the trunk, and its own branch up to itself. Branches are
-short, so blocks of hundreds of queries and keys would mostly compute pairs that the mask then discards. This kernel
-takes `QUERIES` tokens at a time, with all query heads of a key head, and gathers the `CHUNK`-key chunks that any of
-them attends to, a few per matmul. Which chunks those are is data, so new rows need no new compilation. A row's keys and
-values of one head, and their gradients, stay in VMEM, which bounds the length of rows.
+It computes the matmuls of `rules`. A row's keys and values of one head, and their gradients, stay in VMEM, which bounds
+the length of rows.
 
 Scores are computed as [keys, queries]: softmax then reduces over sublanes, and the mask, which is the same for the
 heads of a group, is computed once for all of them. They are in units of log 2, because the hardware has exp2.
 
-Tests compare it with `attention.attend` under the mask `attention.visible`.
+Tests compare it with `masks.attend` under the mask `masks.visible`.
 """
 
 import functools
@@ -23,21 +20,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from tpaw_jax.models.attention import SAVED, Attention, Visibility
-
-QUERIES = 128
-"""Tokens whose queries are computed together."""
-
-CHUNK = 64
-"""Keys that are skipped or computed together."""
-
-CHUNKS = 4
-"""Chunks of one matmul. They need not be adjacent."""
-
-PAIRS = QUERIES * CHUNK * CHUNKS
-"""Pairs of a token and a key that one matmul computes."""
+from tpaw_jax.models.attention.masks import SAVED, Attention
+from tpaw_jax.models.attention.rules import CHUNK, CHUNKS, QUERIES, Rules, plan
 
 VMEM = 60 * 2**20
 """Bytes of VMEM that the kernels may use: TPUs from v5e on have 64 MiB or more."""
@@ -55,57 +41,14 @@ FIRST, LAST = 0, 1
 MASKED, LOG2_E = -1e30, math.log2(math.e)
 
 
-class Rules(NamedTuple):
-    """The attention rule of packed rows: token t attends to keys [r0, r1) and [r2, r3] of `ranges[:, :, t]`."""
-
-    ranges: Int[Array, "B 4 T"]  # begin and end in the trunk, the start of the token's branch, the token itself
-    chunks: Int[Array, "B Q C"]  # for each block of queries: the chunks of keys that it attends to, then -1
-    matmuls: Int[Array, "B Q"]  # the number of matmuls for those chunks
-
-
-def tpu_attention(vmem: int = VMEM, interpret: bool = False) -> Attention:
+def tpu_attention(vmem: int = VMEM, interpret: bool = False, chunks: int = CHUNKS) -> Attention:
     """Build the attention of packed trees on TPU, for use inside `shard_map` or on one device.
 
     Rows must be a multiple of 128 tokens long. With heads of 128, the keys of 32,768 tokens fit into the default of
-    `vmem` bytes. With `interpret`, the kernels run on any device, but slowly.
+    `vmem` bytes. With `interpret`, the kernels run on any device, but slowly. A matmul has `chunks` chunks of keys.
     """
-    return Attention(plan, functools.partial(attend_chunks, vmem=vmem, interpret=interpret))
-
-
-def plan(visibility: Visibility) -> Rules:
-    """Compute the attention rule of packed rows. The tokens of a segment, and of a branch, must be contiguous.
-
-    Raises:
-        ValueError: the row length is not a multiple of 128.
-    """
-    segments_BT, branches_BT, prompt_end_BT = visibility.arrays()
-    rows, length = segments_BT.shape
-    if length % QUERIES:
-        raise ValueError(
-            f"Rows of {length} tokens: attention on TPU needs a multiple of {QUERIES}; change packing.row_length."
-        )
-    tree_BT, branch_BT = jax.vmap(_starts)(segments_BT, branches_BT)
-    trunk_end_BT = jnp.where(branches_BT == 0, tree_BT, prompt_end_BT)
-    index_BT = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    ranges_B4T = jnp.stack([tree_BT, trunk_end_BT, branch_BT, index_BT], axis=1).astype(jnp.int32)
-    seen_BQC = seen_chunks(ranges_B4T)
-    total = seen_BQC.shape[2]
-    padding = -total % CHUNKS
-    chunk_BQC = jnp.sort(jnp.where(seen_BQC, jnp.arange(total), total), axis=2)
-    chunks_BQC = jnp.where(chunk_BQC < total, chunk_BQC, -1)
-    chunks_BQC = jnp.pad(chunks_BQC, ((0, 0), (0, 0), (0, padding)), constant_values=-1)
-    matmuls_BQ = -(-seen_BQC.sum(axis=2) // CHUNKS)
-    return Rules(ranges_B4T, chunks_BQC.astype(jnp.int32), matmuls_BQ.astype(jnp.int32))
-
-
-def seen_chunks(ranges_B4T: Int[Array, "B 4 T"]) -> Bool[Array, "B Q C"]:
-    """Whether any query of each block attends to any key of each chunk."""
-    rows, _, length = ranges_B4T.shape
-    first_C = jnp.arange(length // CHUNK) * CHUNK
-    overlaps = lambda begin, end: (begin[..., None] < first_C + CHUNK) & (end[..., None] > first_C)
-    trunk_begin, trunk_end, branch, own = ranges_B4T.swapaxes(0, 1)
-    seen_BTC = (overlaps(trunk_begin, trunk_end) & (trunk_end > trunk_begin)[..., None]) | overlaps(branch, own + 1)
-    return seen_BTC.reshape(rows, -1, QUERIES, len(first_C)).any(axis=2)
+    attend = functools.partial(attend_chunks, vmem=vmem, interpret=interpret, chunks=chunks)
+    return Attention(functools.partial(plan, chunks=chunks), attend)
 
 
 def attend_chunks(
@@ -113,10 +56,14 @@ def attend_chunks(
     keys: Float[Array, "B T K H"],
     values: Float[Array, "B T K H"],
     rules: Rules,
+    *,
     vmem: int = VMEM,
     interpret: bool = False,
+    chunks: int = CHUNKS,
 ) -> Float[Array, "B T N H"]:
     """Compute grouped-query attention of packed rows, softmax(q k^T / sqrt(H)) v over the keys that `rules` allow.
+
+    `chunks` must be that of the `rules`.
 
     Raises:
         ValueError: the keys of a row do not fit into `vmem` bytes.
@@ -125,7 +72,7 @@ def attend_chunks(
     kv_heads = keys.shape[2]
     grouped = queries.reshape(rows, length, kv_heads, heads // kv_heads, size)
     q_BKGTH, k_BKTH, v_BKTH = grouped.transpose(0, 2, 3, 1, 4), keys.swapaxes(1, 2), values.swapaxes(1, 2)
-    options = _options(q_BKGTH, vmem, interpret)
+    options = _options(q_BKGTH, Options(0, 0, chunks, vmem, interpret))
     out_BKGTH = _attend(q_BKGTH, k_BKTH, v_BKTH, rules, options)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(queries.shape)
 
@@ -135,23 +82,24 @@ class Options(NamedTuple):
 
     blocks: int  # of queries in a step of the grid
     buffers: int  # for the keys of a row
+    chunks: int  # of keys in a matmul
     vmem: int  # bytes
     interpret: bool
 
 
-def _options(q_BKGTH: Array, vmem: int, interpret: bool) -> Options:
-    """The first of `SCHEDULES` for which the backward kernel fits into VMEM."""
+def _options(q_BKGTH: Array, wanted: Options) -> Options:
+    """The options with the first of `SCHEDULES` for which the backward kernel fits into VMEM."""
     _, _, groups, length, size = q_BKGTH.shape
     lanes, itemsize = -(-size // 128) * 128, q_BKGTH.dtype.itemsize
     for blocks, buffers in SCHEDULES:
         keys = 2 * length * lanes * (itemsize + 4) * buffers  # k and v, and the float32 gradients of both
         queries = 3 * 2 * blocks * groups * QUERIES * lanes * itemsize  # q, d_out and dq, two buffers each
-        scores = 5 * CHUNKS * CHUNK * groups * QUERIES * 4  # the values of one matmul, by the compiler's reports
-        if length % (blocks * QUERIES) == 0 and keys + queries + scores <= vmem:
-            return Options(blocks, buffers, vmem, interpret)
+        scores = 5 * wanted.chunks * CHUNK * groups * QUERIES * 4  # the values of one matmul, by the compiler's reports
+        if length % (blocks * QUERIES) == 0 and keys + queries + scores <= wanted.vmem:
+            return wanted._replace(blocks=blocks, buffers=buffers)
     raise ValueError(
-        f"Rows of {length} tokens: with heads of {size}, their keys do not fit into the {vmem // 2**20} MiB of VMEM "
-        "that attention on this TPU may use; lower packing.row_length."
+        f"Rows of {length} tokens: with heads of {size}, their keys do not fit into the {wanted.vmem // 2**20} MiB of "
+        "VMEM that attention on this TPU may use; lower packing.row_length or policy.attention_chunks."
     )
 
 
@@ -200,7 +148,7 @@ def _call(
     chunks, matmuls = rules.chunks.reshape(rows, steps, blocks, -1), rules.matmuls.reshape(rows, steps, 1, blocks)
     rule_specs = [in_smem(chunks), in_smem(matmuls), pl.BlockSpec((None, 4, tokens), lambda b, h, i: (b, 0, i))]
     return pl.pallas_call(
-        kernel,
+        functools.partial(kernel, per_matmul=options.chunks),
         grid=(rows, kv_heads, steps),
         in_specs=rule_specs + [block[kind] for kind in INPUTS[: len(inputs)]],
         out_specs=[block[kind] for kind in outputs],
@@ -214,7 +162,7 @@ def _call(
     )(chunks, matmuls, rules.ranges, *inputs)
 
 
-def _forward_kernel(*refs: Any) -> None:
+def _forward_kernel(*refs: Any, per_matmul: int) -> None:
     """The output of a step's queries, and the log of the sum of the exponentials of their scores."""
     chunks, matmuls, ranges, q, k, v, out, lse, acc = refs
     groups, tokens, size = q.shape
@@ -227,7 +175,7 @@ def _forward_kernel(*refs: Any) -> None:
 
         def one_matmul(j, carry):
             most_1W, total_1W = carry
-            starts = _starts_of_chunks(chunks, i, j)
+            starts = _starts_of_chunks(chunks, i, j * per_matmul, per_matmul)
             s_KW = _dot(_gather(k, starts), q_WH, LAST, LAST) * (LOG2_E * size**-0.5)
             s_KW = jnp.where(_sees(ranges_4Q, starts, groups), s_KW, MASKED)
             new_1W = jnp.maximum(most_1W, s_KW.max(axis=0, keepdims=True))
@@ -244,7 +192,7 @@ def _forward_kernel(*refs: Any) -> None:
     lax.fori_loop(0, tokens // QUERIES, one_block, 0)
 
 
-def _backward_kernel(*refs: Any) -> None:
+def _backward_kernel(*refs: Any, per_matmul: int) -> None:
     """The gradients of a step's queries; those of all keys and values are summed over the steps."""
     chunks, matmuls, ranges, q, k, v, d_out, lse, delta, dq, dk, dv, acc = refs
     step, (groups, tokens, size) = pl.program_id(2), q.shape
@@ -261,7 +209,7 @@ def _backward_kernel(*refs: Any) -> None:
         acc[...] = jnp.zeros_like(acc)
 
         def one_matmul(j, _):
-            starts = _starts_of_chunks(chunks, i, j)
+            starts = _starts_of_chunks(chunks, i, j * per_matmul, per_matmul)
             k_KH, v_KH = _gather(k, starts), _gather(v, starts)
             s_KW = _dot(k_KH, q_WH, LAST, LAST) * (LOG2_E * size**-0.5)
             p_KW = jnp.where(_sees(ranges_4Q, starts, groups), jnp.exp2(s_KW - lse_1W), 0.0)
@@ -282,9 +230,9 @@ def _queries(block: Array) -> pl.Slice:
     return pl.ds(pl.multiple_of(block * QUERIES, QUERIES), QUERIES)
 
 
-def _starts_of_chunks(chunks: Any, block: Array, matmul: Array) -> list[Array]:
-    """The first keys of a matmul's chunks; that of a missing chunk is negative, so that no query attends to it."""
-    return [chunks[block, matmul * CHUNKS + n] * CHUNK for n in range(CHUNKS)]
+def _starts_of_chunks(chunks: Any, block: Array, first: Array, count: int) -> list[Array]:
+    """The first keys of `count` chunks; that of a missing chunk is negative, so that no query attends to it."""
+    return [chunks[block, first + n] * CHUNK for n in range(count)]
 
 
 def _keys(start: Array) -> pl.Slice:
@@ -321,16 +269,3 @@ def _by_block(x_BKGT: Array, blocks: int) -> Array:
     rows, kv_heads, groups, _ = x_BKGT.shape
     split = x_BKGT.reshape(rows, kv_heads, groups, -1, blocks, QUERIES)
     return split.transpose(0, 1, 3, 4, 2, 5).reshape(rows, kv_heads, -1, blocks, groups * QUERIES)
-
-
-def _starts(segments_T: Array, branches_T: Array) -> tuple[Array, Array]:
-    """For each token: the start of its segment, and of its branch. The trunk starts with the segment.
-
-    Each token of padding is a segment of its own.
-    """
-    index = jnp.arange(len(segments_T))
-    differs = lambda x: jnp.concatenate([jnp.ones(1, bool), x[1:] != x[:-1]])
-    start_of = lambda new: lax.cummax(jnp.where(new, index, 0))
-    segment = jnp.where(segments_T > 0, start_of(differs(segments_T)), index)
-    branch = start_of(differs(segments_T) | differs(branches_T))
-    return segment, jnp.where(branches_T == 0, segment, branch)
