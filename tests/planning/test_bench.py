@@ -124,8 +124,10 @@ def test_a_comparison_tells_what_is_faster_and_what_differs(records):
     before = [timed("step", 1.0), timed("decode", 1.0), timed("scoring", 1.0), timed("prefill", 1.0)]
     after = [timed("step", 0.8), timed("decode", 1.2), timed("scoring", 1.0)]
     after[0]["settings"]["row length"] = 4096
+    after[0]["settings"]["versions"]["the version of jax"] = "9"
     lines = readings.comparison(before, after).splitlines()
-    assert [line.split()[0] for line in lines] == ["stage", "step", "decode", "scoring", "row"]
+    assert [line.split()[0] for line in lines] == ["stage", "step", "decode", "scoring", "row", "the"]
+    assert lines[5] == f"  the version of jax: {jax.__version__} before, 9 after"
     assert lines[1].endswith("faster")
     assert lines[2].endswith("slower")
     assert lines[3].endswith("no difference")

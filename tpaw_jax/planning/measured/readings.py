@@ -106,10 +106,14 @@ def comparison(before: Sequence[Record], after: Sequence[Record]) -> str:
         ratio = medians[0] / medians[1]
         rows.append([stage, *(f"{m:.4g}" for m in medians), f"{ratio:.3f}", f"{low:.3f} to {high:.3f}", verdict])
     lines = [tables.aligned(rows)]
-    old, new = before[0]["settings"], after[0]["settings"]
+    old, new = (_flat(records[0]["settings"]) for records in (before, after))
     differ = [key for key in old | new if old.get(key) != new.get(key)]
     lines += [f"  {key}: {old.get(key)} before, {new.get(key)} after" for key in differ]
     return "\n".join(lines)
+
+
+def _flat(settings: Record) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != "versions"} | dict(settings["versions"])
 
 
 def _interval(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
