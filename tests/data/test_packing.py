@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tpaw_jax.config import PackingConfig
 from tpaw_jax.data import packing, prefix_trees
+from tpaw_jax.data.first_fit import Bins
 from tpaw_jax.models.attention import Visibility, visible
 from tpaw_jax.types import TARGET, Prompts, TeamScores
 
@@ -183,6 +184,36 @@ def test_a_step_has_room_for_the_micro_batches_that_rounds_ask_for(rows_per_batc
             rows = packing.pack(trees, config)
             wanted = packing.rows_per_step(float(rows.triplets.mean()), 64, config, most=100)
             assert wanted <= most * rows_per_batch
+
+
+def first_fit(needs, capacity):
+    """The bin of each item, by trying every bin."""
+    free, chosen = [], []
+    for item in needs:
+        room = (k for k, left in enumerate(free) if all(have >= need for have, need in zip(left, item, strict=True)))
+        place = next(room, len(free))
+        if place == len(free):
+            free.append(list(capacity))
+        free[place] = [have - need for have, need in zip(free[place], item, strict=True)]
+        chosen.append(place)
+    return chosen
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    items=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 9), st.integers(0, 3)), max_size=80),
+    decreasing=st.booleans(),
+)
+def test_bins_are_those_of_first_fit(items, decreasing):
+    """Also where each need has room in a bin of its own, but none has room for all of them."""
+    items = sorted(items, reverse=True) if decreasing else items
+    bins = Bins((12, 9, 3))
+    assert [bins.add(item) for item in items] == first_fit(items, (12, 9, 3))
+
+
+def test_an_item_that_no_bin_can_hold_is_refused():
+    with pytest.raises(ValueError, match=r"needs \(3, 5, 1\) does not fit into a bin of \(4, 4, 4\)"):
+        Bins((4, 4, 4)).add((3, 5, 1))
 
 
 def tree_of_lengths(i, x, y, generated):

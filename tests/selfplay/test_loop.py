@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import signal
-import types
 
 import forked
 import jax
@@ -16,7 +15,7 @@ import yaml
 from conftest import DEMO, SHARED_PROGRAMS, small_run
 
 from tpaw_jax import cli
-from tpaw_jax.config import MeshConfig
+from tpaw_jax.config import MeshConfig, PackingConfig
 from tpaw_jax.data import packing
 from tpaw_jax.generation.policy import open_policy
 from tpaw_jax.observe import metrics
@@ -312,7 +311,8 @@ def test_the_rows_of_a_step_do_not_depend_on_the_devices(tmp_path):
     """Except in runs that began with version 0.1, whose steps are whole batches of rows."""
     rng = np.random.default_rng(0)
     triplets = rng.integers(1, 4, (40, 1)).astype(np.float32)
-    rows = packing.Rows(types.SimpleNamespace(triplet_weight=triplets), np.zeros((40, 1)), np.zeros((40, 1)))
+    rows = packing.empty(PackingConfig(), 40)
+    vars(rows)["triplets"] = triplets.sum(axis=1)
     settings = {"train.batch_triplets": 10}  # five rows, which are no multiple of a batch
     config = lambda rows_per_batch: small_run(tmp_path, **settings | {"packing.rows_per_batch": rows_per_batch})
     steps = [round_training.rows_of_steps(rows, config(n), t=1) for n in (1, 2, 4)]

@@ -2,5 +2,5 @@
 
 Read in this order: `records` (files and hub datasets to conversations), `templates` (conversations to tokens),
 `dataset` (`load`: mix, truncate, hold out), `prefix_trees` (a prompt with its responses, or the turns of a conversation
-on one trunk), `packing` (trees in rows of fixed shape).
+on one trunk), `first_fit` (bin packing), `packing` (trees in rows of fixed shape).
 """

@@ -4,37 +4,71 @@ Segments are assigned to rows by first-fit-decreasing bin packing.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import jax
 import numpy as np
 
 from tpaw_jax.config import PackingConfig
+from tpaw_jax.data.first_fit import Bins
 from tpaw_jax.data.prefix_trees import Segment, Tree, segments_of
 from tpaw_jax.types import TeamScores, TreeBatch
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """Packed rows on the host, with the prompt and source of each response."""
+    """Which segments each row holds. The arrays of rows are written where they are needed: `take(...).batch`."""
 
-    batch: TreeBatch  # numpy arrays, rows on the leading axis
-    prompt_index: np.ndarray  # [rows, R] int32, -1 is padding
-    source: np.ndarray  # [rows, R] int32
+    members: Sequence[Sequence[Segment]]
+    config: PackingConfig
 
     def __len__(self) -> int:
-        return len(self.prompt_index)
+        return len(self.members)
 
-    @property
+    @functools.cached_property
+    def prompt_index(self) -> np.ndarray:
+        """The prompt of each response, [rows, R] int32; -1 is padding."""
+        return self._of_responses(-1, lambda tree: [tree.prompt] * len(tree.sources))
+
+    @functools.cached_property
+    def source(self) -> np.ndarray:
+        """The source of each response, [rows, R] int32."""
+        return self._of_responses(0, lambda tree: tree.sources)
+
+    @functools.cached_property
+    def tokens(self) -> np.ndarray:
+        """Number of tokens in each row, without padding, [rows]."""
+        return np.array([sum(segment.length for segment in segments) for segments in self.members], int)
+
+    @functools.cached_property
+    def predictions(self) -> np.ndarray:
+        """Number of predicted tokens in each row, [rows]."""
+        return np.array([sum(segment.predictions for segment in segments) for segments in self.members], int)
+
+    @functools.cached_property
     def triplets(self) -> np.ndarray:
-        """Number of triplets in each row, counted with multiplicity, [rows]."""
-        return np.asarray(self.batch.triplet_weight).sum(axis=-1)
+        """Number of triplets in each row, counted with multiplicity, [rows] float32."""
+        counts = [sum(n for tree in _trees(segments) for *_, n in tree.triplets) for segments in self.members]
+        return np.array(counts, np.float32)
 
     @property
     def fill(self) -> float:
         """Fraction of the rows' tokens that are not padding."""
-        return float((np.asarray(self.batch.segment_ids) > 0).mean()) if len(self) else 0.0
+        return float(self.tokens.sum() / (len(self) * self.config.row_length)) if len(self) else 0.0
+
+    @functools.cached_property
+    def batch(self) -> TreeBatch:
+        """All rows as numpy arrays, rows on the leading axis: 32 bytes per token. Meant for a few rows, see `take`."""
+        return _write_rows(self.members, self.config)
+
+    def _of_responses(self, padding: int, values: Callable[[Tree], Sequence[int]]) -> np.ndarray:
+        found = np.full((len(self), self.config.max_responses_per_row), padding, np.int32)
+        for row, segments in enumerate(self.members):
+            of_row = [value for tree in _trees(segments) for value in values(tree)]
+            found[row, : len(of_row)] = of_row
+        return found
 
 
 def pack(trees: Sequence[Tree], config: PackingConfig) -> Rows:
@@ -46,7 +80,7 @@ def pack(trees: Sequence[Tree], config: PackingConfig) -> Rows:
     Raises:
         ValueError: x, y and one generation do not fit into a row. Names the prompt and the lengths.
     """
-    return _write_rows(_assign_to_rows(trees, config), config)
+    return Rows(_assign_to_rows(trees, config), config)
 
 
 def check_rows(row_length: int, rows_per_batch: int, shards: int, multiple: int) -> None:
@@ -71,33 +105,26 @@ def row_count(trees: Sequence[Tree], config: PackingConfig) -> int:
 
 def _assign_to_rows(trees: Sequence[Tree], config: PackingConfig) -> list[list[Segment]]:
     """The segments of each row, by first-fit-decreasing over (tokens, predictions, responses)."""
-    segments = segments_of(trees, config)
-    needs = np.array([(s.length, s.predictions, s.responses) for s in segments], int)
-    needs = needs.reshape(-1, 3)
-    order = np.argsort(-needs[:, 0], kind="stable")
-    free = np.empty((len(segments), 3), int)
-    free[:] = config.row_length, config.row_length, config.max_responses_per_row
+    sized = [(segment, segment.length) for segment in segments_of(trees, config)]
+    bins = Bins((config.row_length, config.row_length, config.max_responses_per_row))
     members: list[list[Segment]] = []
-    for i in order:
-        row = int(np.argmax((free[: len(members) + 1] >= needs[i]).all(axis=1)))
+    for segment, length in sorted(sized, key=lambda one: -one[1]):
+        row = bins.add((length, segment.predictions, segment.responses))
         if row == len(members):
             members.append([])
-        members[row].append(segments[i])
-        free[row] -= needs[i]
+        members[row].append(segment)
     return members
 
 
-def empty_like(rows: Rows, count: int) -> Rows:
-    """Build `count` padding rows with the shapes of `rows`."""
-    shape = lambda x: np.zeros((count, *x.shape[1:]), x.dtype)
-    batch = jax.tree.map(shape, rows.batch)
-    batch = batch.replace(response_ids=np.full_like(batch.response_ids, rows.prompt_index.shape[1]))
-    return Rows(batch, np.full_like(shape(rows.prompt_index), -1), shape(rows.source))
+def empty(config: PackingConfig, count: int) -> Rows:
+    """Build `count` padding rows."""
+    return Rows([()] * count, config)
 
 
 def take(rows: Rows, indices: np.ndarray, size: int) -> Rows:
     """Select the rows at `indices` as a batch of `size` rows, padded with empty rows at the end."""
-    return _pad(_select(rows, indices), size)
+    chosen = [rows.members[i] for i in indices]
+    return Rows([*chosen, *[()] * (size - len(chosen))], rows.config)
 
 
 BatchTriplets = int | Literal["auto"]
@@ -155,7 +182,7 @@ def step_batch(
     rows_per_batch = max(1, rows_per_batch)
     used = -(-len(indices) // rows_per_batch)
     total = most_micro_batches * rows_per_batch
-    batch = _pad(_select(rows, indices), total).batch
+    batch = take(rows, indices, total).batch
     split = lambda x: x.reshape(most_micro_batches, rows_per_batch, *x.shape[1:])
     players, _, responses = scores.log_probs.shape
     padded = np.zeros((players, total, responses), np.float32)
@@ -172,21 +199,11 @@ def empty_step(config: PackingConfig, players: int, micro_batches: int) -> tuple
     return step_batch(rows, scores, np.arange(0), config.rows_per_batch, micro_batches)
 
 
-def _select(rows: Rows, indices: np.ndarray) -> Rows:
-    batch = jax.tree.map(lambda x: x[indices], rows.batch)
-    return Rows(batch, rows.prompt_index[indices], rows.source[indices])
+def _trees(segments: Sequence[Segment]) -> Iterator[Tree]:
+    return (tree for segment in segments for tree in segment.trees)
 
 
-def _pad(rows: Rows, size: int) -> Rows:
-    if len(rows) == size:
-        return rows
-    padding = empty_like(rows, size - len(rows))
-    both = lambda a, b: np.concatenate([a, b])
-    batch = jax.tree.map(both, rows.batch, padding.batch)
-    return Rows(batch, both(rows.prompt_index, padding.prompt_index), both(rows.source, padding.source))
-
-
-def _write_rows(members: Sequence[Sequence[Segment]], config: PackingConfig) -> Rows:
+def _write_rows(members: Sequence[Sequence[Segment]], config: PackingConfig) -> TreeBatch:
     count, length, most = len(members), config.row_length, config.max_responses_per_row
     ints = lambda n, value=0: np.full((count, n), value, np.int32)
     batch = TreeBatch(
@@ -202,20 +219,18 @@ def _write_rows(members: Sequence[Sequence[Segment]], config: PackingConfig) -> 
         triplet_generated=ints(most),
         triplet_weight=np.zeros((count, most), np.float32),
     )
-    rows = Rows(batch, ints(most, -1), ints(most))
     for row, segments in enumerate(members):
-        writer = _RowWriter(rows, row)
+        writer = _RowWriter(batch, row)
         for segment in segments:
             writer.write(segment)
-    return rows
+    return batch
 
 
 class _RowWriter:
-    """Writes segments into one row of `rows`, one after the other."""
+    """Writes segments into one row of a batch, one after the other."""
 
-    def __init__(self, rows: Rows, row: int):
-        self.batch = jax.tree.map(lambda x: x[row], rows.batch)  # views, so that writing to them changes `rows`
-        self.prompt_index, self.source = rows.prompt_index[row], rows.source[row]
+    def __init__(self, batch: TreeBatch, row: int):
+        self.batch = jax.tree.map(lambda x: x[row], batch)  # views, so that writing to them changes `batch`
         self.segment, self.token, self.prediction, self.response, self.triplet = 0, 0, 0, 0, 0
 
     def write(self, segment: Segment) -> None:
@@ -228,8 +243,8 @@ class _RowWriter:
             written.append(np.concatenate([trunk[:fork], branch]) if len(branch) else trunk)
         for tree in segment.trees:
             first = self.response
-            for source, response in zip(tree.sources, tree.responses, strict=True):
-                self._predictions(tree, source, response, written[0])
+            for response in tree.responses:
+                self._predictions(tree, response, written[0])
                 written = written[1:]
             for target, generated, weight in tree.triplets:
                 self.batch.triplet_target[self.triplet] = first + target
@@ -248,12 +263,11 @@ class _RowWriter:
         self.token += len(tokens)
         return np.arange(span.start, span.stop)
 
-    def _predictions(self, tree: Tree, source: int, response: np.ndarray, places: np.ndarray) -> None:
+    def _predictions(self, tree: Tree, response: np.ndarray, places: np.ndarray) -> None:
         """Write what is predicted of a response, from the places of its prompt and of itself."""
         read = len(tree.prompt_tokens) - 1
         predicted = slice(self.prediction, self.prediction + len(response))
         self.batch.hidden_index[predicted] = places[read : read + len(response)]
         self.batch.labels[predicted] = response
         self.batch.response_ids[predicted] = self.response
-        self.prompt_index[self.response], self.source[self.response] = tree.prompt, source
         self.prediction, self.response = self.prediction + len(response), self.response + 1

@@ -79,12 +79,16 @@ class Segment:
                 in_trunk = not len(rest) and np.array_equal(self.trunk[fork : fork + len(branch)], branch)
                 yield fork, branch[:0] if in_trunk else branch
 
+    def branch_lengths(self) -> list[tuple[int, int]]:
+        """The fork and the number of tokens of each branch, as of `branches`."""
+        if len(self.trees) == 1:
+            return [(self.forks[0], len(response) - 1) for response in self.trees[0].responses]
+        return [(fork, len(branch)) for fork, branch in self.branches()]
+
     @property
     def length(self) -> int:
         """Row tokens that the segment occupies."""
-        if len(self.trees) == 1:
-            return self.trees[0].length
-        return len(self.trunk) + sum(len(branch) for _, branch in self.branches())
+        return len(self.trunk) + sum(n for _, n in self.branch_lengths())
 
     def joined_by(self, tree: Tree) -> "Segment":
         """The segment with another tree, whose prompt is not longer than the trunk."""

@@ -98,7 +98,7 @@ def scoring_pass(target: Target) -> jax.stages.Lowered:
     log_prob_fn = make_log_prob_fn(target.model, config.policy.head_chunk)
     program = scoring.score_program(log_prob_fn, mesh, tpu.options_of(mesh, config.mesh.compiler_options))
     count = config.packing.rows_per_batch * config.packing.scoring_batches
-    rows = packing.empty_like(packing.pack([], config.packing), count)
+    rows = packing.empty(config.packing, count)
     return _lower(target, program, target.params, _abstract(rows.batch, sharding.rows(mesh)))
 
 

@@ -147,8 +147,7 @@ def _scaled(sample: RoundEstimate, scale: float) -> RoundEstimate:
 
 def _useful(rows: packing.Rows) -> Work:
     """The work of the rows' real tokens, without padding."""
-    tokens = float((np.asarray(rows.batch.segment_ids) > 0).sum())
-    return cost.work_of_rows(rows)._replace(tokens=tokens)
+    return cost.work_of_rows(rows)._replace(tokens=float(rows.tokens.sum()))
 
 
 def _in_blocks(batch: TreeBatch) -> Visibility:

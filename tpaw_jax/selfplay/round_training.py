@@ -179,8 +179,7 @@ def held_out_log_prob(session: Session, policy: PyTree[Array]) -> float | None:
         return None
     config = session.config.packing
     log_probs = scoring.score(session.scorer, policy, rows, config.rows_per_batch, config.scoring_batches)
-    tokens = np.sum(np.asarray(rows.batch.response_ids) < rows.prompt_index.shape[1])
-    return float(log_probs.sum() / tokens)
+    return float(log_probs.sum()) / int(rows.predictions.sum())
 
 
 def _first_state(this: Round, policy: PyTree[Array], make_inputs: MakeInputs) -> tuple[TrainState, int, float]:

@@ -211,7 +211,7 @@ def _read(this: Round, path: Path) -> Generations:
 
 def _score_rows(this: Round, player: int, params: PyTree[Array], rows: Rows) -> np.ndarray:
     session, config = this.session, this.session.config.packing
-    tokens = lambda rows: int((np.asarray(rows.batch.segment_ids) > 0).sum())
+    tokens = lambda rows: int(rows.tokens.sum())
     with progress(f"round {this.number} player {player} scoring", tokens(rows), "token") as bar:
 
         def show(batch: Rows) -> None:

@@ -4,7 +4,7 @@ Model FLOPs are counted: a multiply-add is two, and a backward pass costs two fo
 rematerialization or by the chunked head is not counted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from tpaw_jax.config import PackingConfig, RunConfig
 from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.data.packing import Rows
-from tpaw_jax.data.prefix_trees import Tree, segments_of
+from tpaw_jax.data.prefix_trees import Segment, Tree, segments_of
 from tpaw_jax.models.transformer import ModelConfig
 from tpaw_jax.types import Generations, Prompts
 
@@ -66,22 +66,23 @@ def flops(model: ModelConfig, work: Work) -> float:
 
 def work_of_trees(trees: Sequence[Tree], config: PackingConfig) -> Work:
     """Count a pass over trees, without the padding of their rows."""
-    tokens, predictions, attended = 0, 0, 0.0
-    for segment in segments_of(trees, config):
-        branches = [(fork, len(branch)) for fork, branch in segment.branches()]
-        tokens += len(segment.trunk) + sum(n for _, n in branches)
-        predictions += segment.predictions
-        attended += _causal(len(segment.trunk)) + sum(n * fork + _causal(n) for fork, n in branches)
-    return Work(tokens, predictions, attended)
+    return _work_of_segments(segments_of(trees, config))
 
 
 def work_of_rows(rows: Rows) -> Work:
     """Count a pass over packed rows. The layers compute padding too; attention and the head skip it."""
-    segments = np.asarray(rows.batch.segment_ids)
-    predictions = int((np.asarray(rows.batch.response_ids) < rows.prompt_index.shape[1]).sum())
-    # A token at position p attends to p + 1 keys: its prompt, and its own response up to itself.
-    attended = int((np.asarray(rows.batch.positions) + 1)[segments > 0].sum())
-    return Work(segments.size, predictions, attended)
+    work = _work_of_segments(segment for segments in rows.members for segment in segments)
+    return work._replace(tokens=len(rows) * rows.config.row_length)
+
+
+def _work_of_segments(segments: Iterable[Segment]) -> Work:
+    tokens, predictions, attended = 0, 0, 0.0
+    for segment in segments:
+        trunk, branches = len(segment.trunk), segment.branch_lengths()
+        tokens += trunk + sum(n for _, n in branches)
+        predictions += segment.predictions
+        attended += _causal(trunk) + sum(n * fork + _causal(n) for fork, n in branches)
+    return Work(tokens, predictions, attended)
 
 
 def work_of_padded_pairs(prompts: Prompts, window: Sequence[Generations], batch: int) -> Work:

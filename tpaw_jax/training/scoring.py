@@ -63,11 +63,15 @@ def score(
     `rows_per_batch`; so at most two programs are compiled. `progress` is called with each batch.
     """
     cuts = _cuts(len(rows), rows_per_batch, rows_per_batch * batches_at_once)
-    batch_of = lambda cut: packing.take(rows, np.arange(cut[0], min(sum(cut), len(rows))), cut[1])
+
+    def batch_of(cut: tuple[int, int]) -> tuple[Rows, TreeBatch]:
+        batch = packing.take(rows, np.arange(cut[0], min(sum(cut), len(rows))), cut[1])
+        return batch, batch.batch
+
     pending, scored = [], []
     with Prefetch(batch_of, cuts) as batches:
-        for batch in batches:
-            pending.append(scorer(params, batch.batch))
+        for batch, arrays in batches:
+            pending.append(scorer(params, arrays))
             if len(pending) > 1:  # fetch the previous result while the device computes this one
                 scored.append(np.asarray(pending.pop(0)))
             progress(batch)

@@ -30,7 +30,7 @@ from tpaw_jax.training import batch_shapes, cost, fitting_step, memory, scoring,
 from tpaw_jax.training.batch_shapes import most_micro_batches
 from tpaw_jax.training.cost import BACKWARD, Work
 from tpaw_jax.training.train_step import StepScalars
-from tpaw_jax.types import PackedPrompts, TeamScores
+from tpaw_jax.types import PackedPrompts, TeamScores, TreeBatch
 
 WARM_UP = 2
 """Calls of a program before the first that is timed."""
@@ -180,18 +180,19 @@ def _score(setup: Setup, calls: int, _: Say) -> Reading:
     program = scoring.score_program(log_prob_fn, mesh, tpu.options_of(mesh, config.mesh.compiler_options))
     size = config.packing.rows_per_batch * config.packing.scoring_batches
 
-    def batch(start: int) -> packing.Rows:
-        return packing.take(rows, np.arange(start, start + size) % len(rows), size)
+    def batch(start: int) -> tuple[packing.Rows, TreeBatch]:
+        chosen = packing.take(rows, np.arange(start, start + size) % len(rows), size)
+        return chosen, chosen.batch
 
-    place = lambda chosen: sharding.place(chosen.batch, sharding.rows(mesh))
-    compiled, seconds_to_compile = _compiled(program, setup.params, place(batch(0)))
+    place = lambda arrays: sharding.place(arrays, sharding.rows(mesh))
+    compiled, seconds_to_compile = _compiled(program, setup.params, place(batch(0)[1]))
     done = []
     with Prefetch(batch, _starts(size, calls), depth=1) as ahead:
 
         def call() -> Any:
-            chosen = next(ahead)
+            chosen, arrays = next(ahead)
             done.append(_done(setup, chosen, 1)._replace(triplets=0.0))
-            return compiled(setup.params, place(chosen))
+            return compiled(setup.params, place(arrays))
 
         seconds = _timed(call, calls)
     counts = done[WARM_UP : WARM_UP + calls]
@@ -307,7 +308,7 @@ def _timed(call: Callable[[], Any], calls: int) -> list[float]:
 
 
 def _done(setup: Setup, rows: packing.Rows, passes: float) -> Done:
-    work = cost.work_of_rows(rows)._replace(tokens=float((np.asarray(rows.batch.segment_ids) > 0).sum()))
+    work = cost.work_of_rows(rows)._replace(tokens=float(rows.tokens.sum()))
     flops = passes * cost.flops(setup.model.config, work)
     return Done(work.tokens, flops, float(rows.triplets.sum()))
 
