@@ -96,6 +96,19 @@ def test_processes_that_differ_are_named(tmp_path):
     assert all("the configuration is" in error and "on process 1" in error for error in errors), errors
 
 
+def test_steps_that_are_not_finite_stop_all_processes_and_leave_the_whole_batch(tmp_path):
+    settings = {"train.max_skipped_in_a_row": 3, "objective.tolerance": 0, "rounds": 1}
+    codes, _, errors = start(tmp_path / "run", 2, 2, call=pod_run.play_not_finite, **settings)
+    assert not any(codes), errors
+    first, second = ((tmp_path / f"run_{process}.txt").read_text() for process in range(2))
+    assert first == second
+    assert "not finite in 3 steps in a row" in first
+    (saved,) = (tmp_path / "run" / "round_0000").glob("not_finite_step_*.npz")
+    assert str(saved) in first
+    arrays = np.load(saved)
+    assert arrays["tokens"].shape[1] == 8  # rows of a batch: those of both processes
+
+
 def test_one_process_needs_no_others():
     processes.check_same({"anything": "at all", **processes.facts_of_this_host()})
     processes.barrier("one process")

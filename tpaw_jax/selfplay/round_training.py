@@ -22,7 +22,7 @@ from tpaw_jax.storage import files, ring
 from tpaw_jax.training import scoring, train_step
 from tpaw_jax.training.batch_shapes import most_micro_batches
 from tpaw_jax.training.train_step import StepScalars
-from tpaw_jax.types import TeamScores, TrainState
+from tpaw_jax.types import TeamScores, TrainState, TreeBatch
 
 STEP_ID_STRIDE = 1 << 24
 """A pod's preemption service numbers steps over the whole run: step s of round t is t * STEP_ID_STRIDE + s."""
@@ -42,10 +42,12 @@ class Trained(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """The device arguments of one train step beside the state, and the tokens in them."""
+    """The device arguments of one train step beside the state, and what they are on the host."""
 
     arguments: tuple[Any, ...]
-    tokens: int
+    batch: TreeBatch
+    scores: TeamScores
+    tokens: int  # in the batch
 
 
 MakeInputs = Callable[[int, float, bool], StepInputs]
@@ -94,7 +96,7 @@ def _make_inputs(
         batch, team, used = packing.step_batch(rows, scores, step_rows[step], config.packing.rows_per_batch, most)
         scalars = StepScalars(rates[step], lam, np.float32(tolerance), np.bool_(dry_run))
         tokens = int((np.asarray(batch.segment_ids) > 0).sum())
-        return StepInputs(sharding.place((batch, team, used, scalars), shardings), tokens)
+        return StepInputs(sharding.place((batch, team, used, scalars), shardings), batch, team, tokens)
 
     return make
 
@@ -276,8 +278,8 @@ class StepRecorder:
     def _stop(self, step: int, inputs: StepInputs) -> None:
         limit = self.session.config.train.max_skipped_in_a_row
         path = round_directory(self.session.directory, self.round) / f"not_finite_step_{step:08d}.npz"
-        batch, scores, *_ = jax.device_get(inputs.arguments)
-        files.write_arrays(path, log_probs=scores.log_probs, **dataclasses.asdict(batch))
+        if processes.is_main():  # the devices of each process hold a part of the batch only
+            files.write_arrays(path, log_probs=inputs.scores.log_probs, **dataclasses.asdict(inputs.batch))
         raise FloatingPointError(
             f"Round {self.round}, step {step}: the loss or gradient was not finite in {limit} steps in a row. The last "
             f"batch is saved in {path}. Look at that batch, or start over in another directory with a lower "
