@@ -209,6 +209,8 @@ def test_bins_are_those_of_first_fit(items, decreasing):
     items = sorted(items, reverse=True) if decreasing else items
     bins = Bins((12, 9, 3))
     assert [bins.add(item) for item in items] == first_fit(items, (12, 9, 3))
+    for free in bins._free:  # a node that says more than is below it costs only time
+        assert free[1 : len(free) // 2] == [max(pair) for pair in zip(free[2::2], free[3::2], strict=True)]
 
 
 def test_an_item_that_no_bin_can_hold_is_refused():
