@@ -108,10 +108,11 @@ def test_what_a_stopped_run_took_is_noted_too(tmp_path, monkeypatch):
                 raise SystemExit("stopped")
             super().tpaw(name, settings)
 
-    study, arm = Stopped(tmp_path, "additions", None, 60, 1), run.Arm("tpaw/seed_0_rate_1e-05", "play", {})
-    study.of = lambda settings: 0.5
-    now = iter([0.0, 1.0, 1201.0, 2000.0, 2001.0, 4401.0])  # the budget is asked for, then a run begins and ends
+    # The study opens; then twice: the budget is asked for, a run begins and ends.
+    now = iter([0.0, 0.0, 1.0, 1201.0, 2000.0, 2001.0, 4401.0])
     monkeypatch.setattr(run, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
+    study, arm = Stopped(tmp_path, "additions", None, 3600, 1), run.Arm("tpaw/seed_0_rate_1e-05", "play", {})
+    study.of = lambda settings: 0.5
     with pytest.raises(SystemExit):
         study.run(arm)
     study.run(arm)

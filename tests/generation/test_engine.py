@@ -24,6 +24,9 @@ from tpaw_jax.runtime import sharding
 from tpaw_jax.types import Prompts
 
 STOPS = (1, 403)
+SEED = 48
+"""Its numbers are at least 2e-5 of probability away from a boundary between two tokens. Seed 3 has one at 6e-8: on CPUs
+without AVX-512, where XLA rounds differently for each number of slots, the slots would decide."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def generate(stories, prompts, decoder=None, mesh=None, params=None, num_generat
     sampler = make_sampler(decoder, settings, STOPS, mesh)
     params = stories[1] if params is None else params
     return engine.generate(
-        sampler, params, prompts, seed=3, round_number=2, num_generations=num_generations, stop_fn=stop_fn
+        sampler, params, prompts, seed=SEED, round_number=2, num_generations=num_generations, stop_fn=stop_fn
     )
 
 
@@ -227,7 +230,7 @@ def test_the_last_response_is_finished_when_more_slots_must_finish_than_are_left
     prompts, limits = random_prompts(np.random.default_rng(1), 41)[0], [12] + 40 * [1]
     settings = SamplingConfig(max_new_tokens=12, slots=41)
     sampler = make_sampler(decoder_of(Transformer(stories[0])), settings, STOPS)
-    found = engine.generate(sampler, stories[1], prompts, seed=3, round_number=2, limits=limits)
+    found = engine.generate(sampler, stories[1], prompts, seed=SEED, round_number=2, limits=limits)
     assert 1 < len(found.tokens[0]) <= 12
     assert all(len(tokens) == 1 for tokens in found.tokens[1:])
 
@@ -236,7 +239,7 @@ def test_every_request_has_its_own_limit(stories, prompts):
     whole = generate(stories, prompts, slots=5)
     settings = SamplingConfig(max_new_tokens=12, slots=3)
     sampler = make_sampler(decoder_of(Transformer(stories[0])), settings, STOPS)
-    answer = lambda limits: engine.generate(sampler, stories[1], prompts, seed=3, round_number=2, limits=limits)
+    answer = lambda limits: engine.generate(sampler, stories[1], prompts, seed=SEED, round_number=2, limits=limits)
     limits = [1 + i % 12 for i in range(len(prompts))]
     for found, expected, limit in zip(answer(limits).tokens, whole.tokens, limits, strict=True):
         np.testing.assert_array_equal(found, expected[:limit])

@@ -56,8 +56,15 @@ def assert_same_run(found, expected, rounds):
     for t in range(rounds):
         for a, b in zip(tokens(found, t), tokens(expected, t), strict=True):
             np.testing.assert_array_equal(a, b)
-    for a, b in zip(map(flat, (policy(found, rounds),)), map(flat, (policy(expected, rounds),)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    a, b = (flat(policy(directory, rounds)) for directory in (found, expected))
+    difference, moved = a - b, b - flat(models.load_pretrained(STORIES)[1])
+    assert rms(difference) < 3e-4 * rms(moved)
+    # Adam turns the rounding of a gradient that is almost 0 into a step, so a few values may differ more.
+    assert np.abs(difference).max() < 0.1 * np.abs(moved).max()
+
+
+def rms(x):
+    return np.sqrt(np.mean(np.square(x, dtype=np.float64)))
 
 
 def flat(tree):

@@ -1,7 +1,9 @@
 """Logits -> tokens: temperature, top-k and top-p, and the random stream of every token.
 
 The random number of a token comes from fold_in over (seed, round, prompt id, token number). The sampled text therefore
-does not depend on the number of slots, the order of requests, the devices or a restart.
+does not depend on the number of slots, the order of requests, the devices or a restart. One exception: XLA may round
+logits differently for another number of slots. A number within that rounding, about 1e-6 of probability, of the boundary
+between two tokens may then select the other token.
 """
 
 import jax
