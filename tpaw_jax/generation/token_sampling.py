@@ -2,8 +2,8 @@
 
 The random number of a token comes from fold_in over (seed, round, prompt id, token number). The sampled text therefore
 does not depend on the number of slots, the order of requests, the devices or a restart. One exception: XLA may round
-logits differently for another number of slots. A number within that rounding, about 1e-6 of probability, of the boundary
-between two tokens may then select the other token.
+logits differently for another number of slots. A number that is within that rounding, about 1e-6 of probability, of the
+boundary between two tokens may then select the other token.
 """
 
 import jax
