@@ -1,14 +1,16 @@
 """What does a round cost the host: seconds and memory of reading, tokenizing, packing and storing N prompts?
 
-    python benchmarks/data_scale.py --records 50000 200000
+    python benchmarks/data_scale.py --records 50000 200000 --hosts 1 4
 
 Synthetic records with UltraChat-like lengths, tokenized by the demo model's tokenizer, and three generations a prompt
-of random tokens. One JSON line per number of records, each in a process of its own, so that the peaks are its own.
+of random tokens. One JSON line per number of records and of hosts, which are processes of this machine here.
 """
 
 import argparse
 import json
+import os
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -36,35 +38,62 @@ BATCH = 16  # rows that are written at a time
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, nargs="+", default=[50_000, 200_000, 2_000_000])
-    parser.add_argument("--in-this-process", action="store_true", help="used by the script itself")
+    parser.add_argument("--hosts", type=int, nargs="+", default=[1, 4], help="processes that act as hosts of a pod")
+    parser.add_argument("--processes", type=int, default=0, help="of each host; 0: its share of the cores")
+    parser.add_argument("--host", help="used by the script itself")
     options = parser.parse_args()
+    if options.host:
+        host, hosts, port, directory = options.host.split(",")
+        measure(options.records[0], Path(directory), int(host), int(hosts), int(port), options.processes)
+        return
     for count in options.records:
-        if options.in_this_process:
-            measure(count)
-        else:
-            subprocess.run([sys.executable, __file__, "--records", str(count), "--in-this-process"], check=True)
+        with tempfile.TemporaryDirectory() as directory:
+            write_records(Path(directory) / "records.jsonl", count)
+            for hosts in options.hosts:
+                processes = options.processes or max(1, len(os.sched_getaffinity(0)) // hosts)
+                common.emit(benchmark="data_scale", **of_hosts(count, Path(directory), hosts, processes))
 
 
-def measure(count: int) -> None:
-    """The line of one number of records."""
+def of_hosts(count: int, directory: Path, hosts: int, processes: int) -> dict[str, Any]:
+    """The seconds and peaks of a number of hosts, the most of any of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, __file__, "--records", str(count), "--processes", str(processes), "--host"]
+    start = lambda host: subprocess.Popen(
+        [*command, f"{host},{hosts},{port},{directory}"], stdout=subprocess.PIPE, text=True
+    )
+    outputs = [process.communicate()[0] for process in [start(host) for host in range(hosts)]]
+    found = [json.loads(output.splitlines()[-1]) for output in outputs]
+    most = lambda key: {name: max(one[key][name] for one in found) for name in found[0][key]}
+    facts = {"hosts": hosts, "processes": processes, **found[0]}
+    return facts | {"seconds": most("seconds"), "peak_gib": most("peak_gib")}
+
+
+def measure(count: int, directory: Path, host: int, hosts: int, port: int, processes: int) -> None:
+    """Print the line of one host. A peak is the most memory that its process, without its workers, has had so far."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    if hosts > 1:
+        jax.distributed.initialize(f"127.0.0.1:{port}", hosts, host)
     seconds: dict[str, float] = {}
     peaks: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as directory:
 
-        def timed(name: str, call: Any, *arguments: Any) -> Any:
-            start = time.perf_counter()
-            result = call(*arguments)
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-            peaks[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            return result
+    def timed(name: str, call: Any, *arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = call(*arguments)
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+        peaks[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return result
 
-        path = Path(directory) / "records.jsonl"
-        write_records(path, count)
-        run = configuration(path)
-        template = templates.make_template(hub.load_tokenizer(str(DEMO / "stories260K")), run.data, 512)
-        prompts, _, _ = timed("reading and tokenizing", dataset.load, run.data, template, run.seed)
+    run = configuration(directory / "records.jsonl", processes)
+    template = templates.make_template(hub.load_tokenizer(str(DEMO / "stories260K")), run.data, 512)
+    with tempfile.TemporaryDirectory() as own:
+        shared = directory / f"of_{hosts}"
+        prompts, _, _ = timed("reading and tokenizing", dataset.load, run.data, template, run.seed, shared)
         window = generations(prompts)
-        store = round_store.open_store(journal.open_journal(Path(directory) / "run"), prompts)
+        store = round_store.open_store(journal.open_journal(Path(own)), prompts)
         for one in reversed(window):
             store = timed("storing three rounds", round_store.append, store, one)
         trees = timed("trees", prefix_trees.trees_of_window, prompts, window, store.sources)
@@ -73,25 +102,26 @@ def measure(count: int) -> None:
         some = range(0, min(len(rows), 50 * BATCH), BATCH)
         timed("rows", lambda: [packing.take(rows, np.arange(i, min(i + BATCH, len(rows))), BATCH).batch for i in some])
         seconds["a row"] = seconds.pop("rows") / (len(some) * BATCH)
-    tokens = sum(len(x) for x in prompts.prompt_tokens) / len(prompts)
     common.emit(
-        benchmark="data_scale",
         records=count,
         prompts=len(prompts),
-        tokens_per_prompt=tokens,
+        tokens_per_prompt=sum(len(x) for x in prompts.prompt_tokens) / len(prompts),
         rows=len(rows),
         fill=rows.fill,
         seconds=seconds,
         peak_gib=peaks,
         machine=common.machine(),
     )
+    if hosts > 1:
+        jax.distributed.shutdown()
 
 
-def configuration(path: Path) -> RunConfig:
+def configuration(path: Path, processes: int) -> RunConfig:
     """The demo's data settings with the paper's lengths."""
     settings = {
         "data.sources": json.dumps([{"path": str(path)}]),
         "data.max_prompts": 0,
+        "data.processes": processes,
         "data.max_prompt_length": 512,
         "data.max_length": 1024,
         "sampling.max_new_tokens": 256,

@@ -9,4 +9,4 @@ def _without_torch(name, path=None, target=None):
     return None if name.split(".")[0] == "torch" else _find_spec(name, path, target)
 
 
-PathFinder.find_spec = _without_torch
+PathFinder.find_spec = staticmethod(_without_torch)

@@ -5,22 +5,34 @@ training     demo, sft, play
 models       eval, generate, export
 measuring    bench
 offline      report, data, prompts, plan
+pod          what a command does as one of several processes
 overrides    --key value sets a key of the configuration
 """
 
+import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
-from tpaw_jax.cli import overrides
+from tpaw_jax.cli import overrides, pod
 from tpaw_jax.cli.parser import make_parser
-from tpaw_jax.runtime import host
+from tpaw_jax.runtime import host, supervisor
+
+RESUMES = {
+    "generate": "the same command resumes from the finished responses",
+    "demo": "the same command resumes from the last finished stage",
+    "play": "the same command resumes from the last finished stage",
+    "sft": "the same command resumes from the last saved step",
+}
+"""What an interrupted command says."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 on success, 2 if the input cannot be used, 130 after Ctrl-C.
 
-    A run that was asked to stop exits with 75 (`preemption.EXIT_CODE`); the same command resumes it.
+    A run that was asked to stop exits with 75 (`preemption.EXIT_CODE`); the same command resumes it. As one of several
+    processes, a command runs in a child of this process (see `supervisor`), and ends with 69 if another process failed.
     """
     if arguments is None:
         host.restart_with_huge_pages()
@@ -28,21 +40,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = make_parser().parse_known_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    of_several = pod.is_one_of_several(options)
+    if of_several and arguments is None and supervisor.STATUS not in os.environ:
+        return pod.supervise(options)
+    if supervisor.STATUS in os.environ:
+        supervisor.end_with_parent()
+    code, sentence, consequence = _run(options, rest, of_several)
+    if sentence and not (of_several and consequence):
+        print(sentence, file=sys.stderr)
+    if of_several:
+        pod.end(code, sentence.removeprefix("tpaw: "), consequence)
+    return code
+
+
+def _run(options: argparse.Namespace, rest: list[str], of_several: bool) -> tuple[int, str, bool]:
+    """The exit code of a command, its error, and whether the failure of another process may be the cause."""
     try:
         options.command(options, overrides.read(rest))
     except KeyboardInterrupt:
-        resumes = {
-            "generate": "the same command resumes from the finished responses",
-            "demo": "the same command resumes from the last finished stage",
-            "play": "the same command resumes from the last finished stage",
-            "sft": "the same command resumes from the last saved step",
-        }
-        hint = resumes.get(options.command.__name__)
-        print(f"tpaw: interrupted{'; ' + hint if hint else ''}.", file=sys.stderr)
-        return 130
+        hint = RESUMES.get(options.command.__name__)
+        return 130, f"tpaw: interrupted{'; ' + hint if hint else ''}.", False
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
-        if options.traceback:
+        if options.traceback and not of_several:
             raise
-        print(f"tpaw: {error}", file=sys.stderr)
-        return 2
-    return 0
+        where = "".join(traceback.format_exception(error)) if options.traceback else ""
+        return 2, f"{where}tpaw: {str(error) or repr(error)}", _may_follow(error)
+    except SystemExit as stopped:
+        return stopped.code if isinstance(stopped.code, int) else 1, "", False
+    except Exception as error:
+        if not of_several:
+            raise
+        return 1, "".join(traceback.format_exception(error)), True
+    return 0, "", False
+
+
+def _may_follow(error: BaseException | None) -> bool:
+    """Whether an error may come from another process: collectives raise these, and others turn them into sentences."""
+    while error is not None:
+        if isinstance(error, RuntimeError | TimeoutError | ConnectionError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tpaw_jax.cli import pod
 from tpaw_jax.cli.overrides import refuse
 
 
@@ -66,7 +67,6 @@ def _measured(options: argparse.Namespace, overrides: list[str], name: str) -> t
     from tpaw_jax.config import config_file
     from tpaw_jax.models import hub
     from tpaw_jax.planning import layouts, planner
-    from tpaw_jax.runtime import processes
 
     run = config_file.load(options.config, overrides)
     if run.objective.loss == "sft" or run.data.responses == "rejected":
@@ -78,8 +78,7 @@ def _measured(options: argparse.Namespace, overrides: list[str], name: str) -> t
         raise ValueError(f"--stages: unknown {', '.join(sorted(unknown))}; choose from {', '.join(planner.STAGES)}.")
     if _calls(options) < 1:
         raise ValueError(f"--calls is {options.calls}; it must be at least 1.")
-    if options.pod or options.coordinator:
-        processes.join(options.coordinator, options.num_processes, options.process_id)
+    pod.join(options)
     architecture = hub.load_architecture(options.architecture or run.policy.path)
     return layouts.resolve_here(run, _say, architecture), architecture, stages
 

@@ -88,3 +88,11 @@ def export(options: argparse.Namespace, overrides: list[str]) -> None:
 
     refuse(overrides)
     print(exporting.write(Path(options.run), options.round, Path(options.out)))
+
+
+def export_data(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Write a round's triplets with their scores, as Parquet or a saved dataset, for other trainers."""
+    from tpaw_jax.selfplay import export as exporting
+
+    refuse(overrides)
+    print(exporting.write_triplets(Path(options.run), options.round, Path(options.out)))

@@ -47,20 +47,21 @@ def prompts(options: argparse.Namespace, overrides: list[str]) -> None:
 def data(options: argparse.Namespace, overrides: list[str]) -> None:
     """Report on a configuration's data, and show how conversations become tokens."""
     from tpaw_jax.config import config_file
-    from tpaw_jax.data import dataset, preview, templates
+    from tpaw_jax.data import dataset, templates
     from tpaw_jax.models import hub
+    from tpaw_jax.report import data_preview
 
     run = config_file.load(options.config, overrides)
     tokenizer = hub.load_tokenizer(run.policy.tokenizer or run.policy.path)
     template = templates.make_template(tokenizer, run.data, _vocabulary(run.policy.path))
     prompts, held_out, found = dataset.load(run.data, template, run.seed)
-    print(preview.report(prompts, held_out, found, template))
+    print(data_preview.report(prompts, held_out, found, template))
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     shown = min(options.show or 0, len(prompts))
     if shown:
-        print(f"\n{preview.legend(color)}")
+        print(f"\n{data_preview.legend(color)}")
     for number in range(shown):
-        print("\n" + preview.show(prompts, number, template, shutil.get_terminal_size().columns, color))
+        print("\n" + data_preview.show(prompts, number, template, shutil.get_terminal_size().columns, color))
 
 
 def _vocabulary(path: str) -> int | None:

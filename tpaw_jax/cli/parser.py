@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tpaw_jax.cli.measuring import bench, tune
-from tpaw_jax.cli.models import evaluate, export, generate
+from tpaw_jax.cli.models import evaluate, export, export_data, generate
 from tpaw_jax.cli.offline import data, plan, prompts, report
 from tpaw_jax.cli.training import demo, play, sft
 
@@ -18,6 +18,8 @@ _PROCESSES: dict[str, Any] = dict(
     coordinator=(False, "run as one of several processes: HOST:PORT of process 0", str),
     num_processes=(False, "with --coordinator: the number of processes", int),
     process_id=(False, "with --coordinator: the index of this process, from 0", int),
+    host_timeout=(False, "seconds without a heartbeat after which a process counts as failed; default: 60", float),
+    max_restarts=(False, "how often each process starts again after one has failed; default: 0", int),
 )
 
 
@@ -78,6 +80,13 @@ def _model_commands(command: Callable[..., None]) -> None:
         run=(True, "a run directory", str),
         round=(False, "the policy of this round; default: the newest", int),
         out=(True, "the directory to write", str),
+    )
+    command(
+        export_data,
+        "export-data",
+        run=(True, "a run directory", str),
+        round=(False, "the triplets of this round; default: the newest that is scored", int),
+        out=(True, "the .parquet file, or the directory of a saved dataset, to write", str),
     )
 
 

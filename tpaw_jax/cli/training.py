@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tpaw_jax
+from tpaw_jax.cli import pod
 
 
 def demo(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -51,12 +52,11 @@ def _train(options: argparse.Namespace, run: Any, given: str | None) -> None:
     from tpaw_jax.storage import journal
 
     profiled = parse_steps(options.profile) if options.profile else range(0)
-    if options.pod or options.coordinator:
-        if options.export:
-            raise ValueError(
-                "--export works in one process only. When the pod has finished, run `tpaw export` on one host."
-            )
-        processes.join(options.coordinator, options.num_processes, options.process_id)
+    if options.export and pod.is_one_of_several(options):
+        raise ValueError(
+            "--export works in one process only. When the pod has finished, run `tpaw export` on one host."
+        )
+    pod.join(options)
     if options.export:
         hub.check_export(options.export)
     begun = journal.open_journal(Path(run.directory), read_only=True).config.get("packing", {})

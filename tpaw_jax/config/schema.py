@@ -92,6 +92,7 @@ class DataConfig:
         "responses that targets are compared with: sampled from the policy, or the records' rejected ones (DPO)",
     )
     skip_bad_records: bool = option(False, "skip malformed records and list them, instead of stopping at the first")
+    processes: int = option(0, "processes of each host that tokenize; 0: one per core, fewer for little data")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A run's data: records to prompts and targets, then prompts with their responses to packed prefix trees.
 
-Read in this order: `records` (files and hub datasets to conversations), `templates` (conversations to tokens),
-`dataset` (`load`: mix, truncate, hold out), `prefix_trees` (a prompt with its responses, or the turns of a conversation
-on one trunk), `first_fit` (bin packing), `packing` (trees in rows of fixed shape).
+Read in this order: `sources` (files and hub datasets to raw records), `records` (these to conversations), `templates`
+(conversations to tokens), `encoding` (these three, a chunk of a source at a time, in several processes), `dataset`
+(`load`: share the work, mix, hold out), `prefix_trees` (a prompt with its responses, or the turns of a conversation on
+one trunk), `first_fit` (bin packing), `packing` (trees in rows of fixed shape).
 """

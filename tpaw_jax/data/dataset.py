@@ -1,17 +1,26 @@
-"""Load a run's data: mix the sources, tokenize, truncate, hold prompts out, and fingerprint the result."""
+"""Load a run's data: mix the sources, tokenize, truncate, hold prompts out, and fingerprint the result.
+
+The processes of a pod share the work: each checks and encodes its chunks of the sources, then all hold all tokens. The
+result does not depend on the number of processes.
+"""
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
-from typing import NamedTuple
+import itertools
+import json
+from pathlib import Path
+from typing import NamedTuple, Self
 
+import jax
 import numpy as np
 
-from tpaw_jax.config import DataConfig, SourceConfig
-from tpaw_jax.data.conversations import has_reasoning
-from tpaw_jax.data.records import Record, parse_record
-from tpaw_jax.data.sources import read_source
+from tpaw_jax.config import DataConfig
+from tpaw_jax.data import encoding
+from tpaw_jax.data.encoding import Encoded, Mapper, Task
+from tpaw_jax.data.sources import Rows, split_source
 from tpaw_jax.data.templates import Template
+from tpaw_jax.runtime import processes
+from tpaw_jax.storage import exchange
 from tpaw_jax.types import Prompts
 
 
@@ -30,117 +39,212 @@ class DataReport:
     fingerprint: str  # hash of all tokens, so that a resumed run notices changed data
 
 
-def load(config: DataConfig, template: Template, seed: int) -> tuple[Prompts, Prompts, DataReport]:
+def load(
+    config: DataConfig, template: Template, seed: int, directory: Path | None = None
+) -> tuple[Prompts, Prompts, DataReport]:
     """The training prompts, the held-out prompts, and a report.
+
+    Args:
+        config: names the sources.
+        template: turns records into tokens.
+        seed: of the order, and of the sampling of weighted sources.
+        directory: one that all processes share, for tokens on their way; without it, every process does all the work.
 
     Raises:
         ValueError: a source cannot be read, a record is malformed (names file, line and field), or no prompt to train
             on is left.
     """
-    skipped: list[str] = []
-    records = [r for i, source in enumerate(config.sources) for r in _read(source, i, config, skipped, seed)]
-    order = np.random.default_rng(seed).permutation(len(records))
-    held_out = min(config.holdout_prompts, len(records))
-    wanted = len(records) if config.max_prompts == 0 else min(len(records), held_out + config.max_prompts)
-    conversations = _encode_all([records[i] for i in order[:wanted]], template, config, skipped)
-    if len(conversations) <= held_out:
+    tasks = [Task(i, chunk) for i, source in enumerate(config.sources) for chunk in split_source(source)]
+    share = _Share.of(tasks, directory)
+    if share.hosts > 1:
+        processes.check_same(_facts(tasks, template))
+    tables = list({id(t.chunk.table): t.chunk.table for t in share.tasks if isinstance(t.chunk, Rows)}.values())
+    with encoding.workers(template, config, sum(task.chunk.records for task in share.tasks), tables) as mapper:
+        facts, skipped = _check(share, mapper, config)
+        records = _mix(share, facts, config, seed)
+        held_out = min(config.holdout_prompts, len(records))
+        wanted = records if config.max_prompts == 0 else records[: held_out + config.max_prompts]
+        tokens = _encode(share, wanted, mapper, config)
+    skipped += [tokens.errors[record] for record in wanted.tolist() if record in tokens.errors]
+    kept = wanted[tokens.turns[wanted] > 0]
+    if len(kept) <= held_out:
         raise ValueError(
             f"data.sources: {len(records)} usable records leave no prompt to train on after {held_out} are held out "
             f"({len(skipped)} records were skipped). Add data, or lower data.holdout_prompts."
         )
-    encoded = [one for turns in conversations for one in turns]
-    sizes = [len(turns) for turns in conversations]
-    prompts = Prompts(
-        np.arange(len(encoded), dtype=np.int32),
-        tuple(np.asarray(one.prompt, np.int32) for one in encoded),
-        tuple(np.asarray(one.target, np.int32) for one in encoded),
-        tuple(np.asarray(one.rejected, np.int32) for one in encoded if one.rejected is not None),
-        None if max(sizes) == 1 else np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
-    )
+    prompts, cuts = _prompts(tokens, kept, config)
     report = DataReport(
         records=len(records),
-        prompts_cut=sum(one.prompt_cut for one in encoded),
-        targets_cut=sum(one.target_cut for one in encoded),
-        starts_cut=sum(one.start_cut for one in encoded),
-        turns_behind=sum(record.turns_behind > 0 for record in records),
-        with_tools=sum(record.uses_tools for record in records),
-        with_reasoning=sum(has_reasoning(record.answer) for record in records),
+        prompts_cut=_count(cuts, encoding.PROMPT_CUT),
+        targets_cut=_count(cuts, encoding.TARGET_CUT),
+        starts_cut=_count(cuts, encoding.START_CUT),
+        turns_behind=_count(facts[records], encoding.TURNS_BEHIND),
+        with_tools=_count(facts[records], encoding.TOOLS),
+        with_reasoning=_count(facts[records], encoding.REASONING),
         skipped=tuple(skipped),
         fingerprint=_fingerprint(prompts),
     )
-    first = sum(sizes[:held_out])
-    held_out_tokens = {prompts.prompt_tokens[i].tobytes() for i in range(first)}
-    train = [i for i in range(first, len(prompts)) if prompts.prompt_tokens[i].tobytes() not in held_out_tokens]
+    return (*_hold_out(prompts, int(tokens.turns[kept[:held_out]].sum())), report)
+
+
+def _hold_out(prompts: Prompts, count: int) -> tuple[Prompts, Prompts]:
+    """The prompts to train on, which equal none of the first `count`, and those."""
+    held_out = {tokens.tobytes() for tokens in prompts.prompt_tokens[:count]}
+    train = [i for i in range(count, len(prompts)) if prompts.prompt_tokens[i].tobytes() not in held_out]
     if not train:
         raise ValueError(
             "data.sources: every prompt to train on is also a held-out prompt. Add data, or lower data.holdout_prompts."
         )
-    return prompts.take(train), prompts.take(range(first)), report
+    return prompts.take(train), prompts.take(range(count))
 
 
-def _read(source: SourceConfig, number: int, config: DataConfig, skipped: list[str], seed: int) -> list[Record]:
-    """The records of one source, sampled by its weight; errors are raised, or appended to `skipped`."""
-    records = []
-    for where, raw in read_source(source):
-        try:
-            if isinstance(raw, ValueError):
-                raise raw
-            record = parse_record(raw, where, config.responses == "rejected")
-            records.append(dataclasses.replace(record, where=where))
-        except ValueError as error:
-            if not config.skip_bad_records:
-                raise
-            skipped.append(str(error))
-    if source.weight == 1.0:
-        return records
-    count = round(source.weight * len(records))
-    order = np.random.default_rng((seed, number)).permutation(len(records))
-    return [records[order[i % len(records)]] for i in range(count)]
+def _facts(tasks: list[Task], template: Template) -> dict[str, str]:
+    """Digests of what all hosts must have alike, since each encodes a part."""
+    digest = lambda parts: hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    tokenizer = template.tokenizer
+    return {
+        "the digest of the records": digest([f"{task.source} {task.chunk.facts}" for task in tasks]),
+        "the digest of the tokenizer": digest([tokenizer.backend_tokenizer.to_str()]),
+        "the digest of the chat template": digest([repr((template.chat, template.modes, template.system_prompt))]),
+    }
 
 
-class _Encoded(NamedTuple):
-    """The tokens of a prompt and its responses, and whether they were truncated."""
+class _Share(NamedTuple):
+    """The tasks of all processes, those of this process, and where to exchange results."""
 
-    prompt: list[int]
-    target: list[int]
-    rejected: list[int] | None
-    prompt_cut: bool
-    start_cut: bool
-    target_cut: bool
+    all_tasks: list[Task]
+    starts: np.ndarray  # [tasks + 1] int64: the number of each task's first record among all records
+    process: int  # this one
+    hosts: int  # processes that share the work
+    directory: Path
+
+    @classmethod
+    def of(cls, tasks: list[Task], directory: Path | None) -> Self:
+        """Every `hosts`-th task; all of them without a directory."""
+        starts = np.cumsum([0, *(task.chunk.records for task in tasks)])
+        process, hosts = (0, 1) if directory is None else (jax.process_index(), jax.process_count())
+        return cls(tasks, starts, process, hosts, directory or Path())
+
+    @property
+    def numbers(self) -> range:
+        """The numbers of this process's tasks."""
+        return range(self.process, len(self.all_tasks), self.hosts)
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The tasks of this process."""
+        return [self.all_tasks[number] for number in self.numbers]
+
+    def gather(self, name: str, errors: dict[int, str], **arrays: np.ndarray) -> list[dict[str, np.ndarray]]:
+        """Each process's arrays, and in `errors` the errors of all, by record."""
+        if self.hosts == 1:
+            return [arrays]
+        encoded = np.frombuffer(json.dumps(list(errors.items())).encode(), np.uint8)
+        gathered = exchange.all_gather(self.directory, name, errors=encoded, **arrays)
+        for part in gathered:
+            errors |= {int(record): message for record, message in json.loads(part.pop("errors").tobytes())}
+        return gathered
 
 
-def _encode_all(
-    records: Sequence[Record], template: Template, config: DataConfig, skipped: list[str]
-) -> list[list[_Encoded]]:
-    """Tokenize the turns of records that are trained on; errors are raised, or appended to `skipped`."""
-    encoded = []
-    for record in records:
-        turns = record.turns() if config.train_on == "all" else [record]
-        try:
-            encoded.append([_encode(turn, template, config) for turn in turns])
-        except ValueError as error:
-            message = f"{record.where}: {error}"
-            if not config.skip_bad_records:
-                raise ValueError(message) from error
-            skipped.append(message)
-    return encoded
+def _check(share: _Share, mapper: Mapper, config: DataConfig) -> tuple[np.ndarray, list[str]]:
+    """The facts of all records, [records] uint8, and the errors of those that are not usable, in order.
 
-
-def _encode(record: Record, template: Template, config: DataConfig) -> _Encoded:
-    """Tokenize a prompt and its responses and truncate them to the configured lengths.
-
-    As in SPIN, prompts lose their beginning and targets their end. Unlike SPIN, a prompt above its limit is truncated
-    even if prompt and target together would fit, because sampling needs the room after the prompt.
+    Raises:
+        ValueError: the first malformed record, unless they are to be skipped.
     """
-    prompt, target, rejected = template.encode(record)
-    prompt_cut = len(prompt) > config.max_prompt_length
-    has_start = record.messages[0]["role"] == "system" or prompt[0] == template.tokenizer.bos_token_id
-    if prompt_cut:
-        prompt = prompt[-config.max_prompt_length :]
-    room = config.max_length - len(prompt)
-    return _Encoded(
-        prompt, target[:room], rejected and rejected[:room], prompt_cut, prompt_cut and has_start, len(target) > room
+    parts: list[np.ndarray] = []
+    errors: dict[int, str] = {}
+    for number, found in zip(share.numbers, mapper(encoding.check, share.tasks), strict=True):
+        parts.append(found.facts)
+        errors |= {int(share.starts[number]) + place: message for place, message in found.errors}
+        if errors and not config.skip_bad_records:
+            break
+    gathered = share.gather("facts", errors, facts=np.concatenate([np.zeros(0, np.uint8), *parts]))
+    if errors and not config.skip_bad_records:
+        raise ValueError(errors[min(errors)])
+    facts = np.zeros(share.starts[-1], np.uint8)
+    for process, part in enumerate(gathered):
+        first = 0
+        for number in share._replace(process=process).numbers:
+            low, high = share.starts[number : number + 2]
+            facts[low:high] = part["facts"][first : first + high - low]
+            first += high - low
+    return facts, [errors[record] for record in sorted(errors)]
+
+
+def _mix(share: _Share, facts: np.ndarray, config: DataConfig, seed: int) -> np.ndarray:
+    """The numbers of the usable records, each source's sampled by its weight, in random order."""
+    source_of = np.repeat([task.source for task in share.all_tasks], np.diff(share.starts))
+    mixed = [np.zeros(0, np.int64)]
+    for i, source in enumerate(config.sources):
+        usable = np.flatnonzero((source_of == i) & (facts & encoding.USABLE > 0))
+        if source.weight != 1.0 and len(usable):
+            order = np.random.default_rng((seed, i)).permutation(len(usable))
+            usable = usable[order[np.arange(round(source.weight * len(usable))) % len(usable)]]
+        mixed.append(usable)
+    records = np.concatenate(mixed)
+    return records[np.random.default_rng(seed).permutation(len(records))]
+
+
+class _Tokens(NamedTuple):
+    """The tokens of all records that are used; records are counted over all sources, turns over all records."""
+
+    turns: np.ndarray  # [records] int32; 0 if it is not used
+    first: np.ndarray  # [records] int64: the number of its first turn
+    parts: list[np.ndarray]  # prompt, target and rejected response of turn 0, then of turn 1, ...
+    cuts: np.ndarray  # [turns] uint8
+    errors: dict[int, str]  # by record
+
+
+def _encode(share: _Share, wanted: np.ndarray, mapper: Mapper, config: DataConfig) -> _Tokens:
+    """The tokens of the records whose numbers are `wanted`.
+
+    Raises:
+        ValueError: a record cannot be encoded, unless such are to be skipped.
+    """
+    needed = np.unique(wanted)
+    bounds = np.searchsorted(needed, share.starts)
+    places = [needed[low:high] for low, high in itertools.pairwise(bounds)]  # of each task
+    own: list[Encoded] = []
+    errors: dict[int, str] = {}
+    own_places = [places[number] - share.starts[number] for number in share.numbers]
+    for number, found in zip(share.numbers, mapper(encoding.encode, share.tasks, own_places), strict=True):
+        own.append(found)
+        errors |= {int(places[number][place]): message for place, message in found.errors}
+        if errors and not config.skip_bad_records:
+            break
+    joined = encoding.join(own)
+    own.clear()
+    gathered = share.gather("tokens", errors, **joined)
+    if errors and not config.skip_bad_records:
+        raise ValueError(errors[min(errors)])
+    counts = [[len(places[number]) for number in share._replace(process=i).numbers] for i in range(share.hosts)]
+    of_process = [encoding.split(part, sizes) for part, sizes in zip(gathered, counts, strict=True)]
+    in_order = [of_process[number % share.hosts][number // share.hosts] for number in range(len(share.all_tasks))]
+    turns = np.zeros(share.starts[-1], np.int32)
+    turns[needed] = np.concatenate([np.zeros(0, np.int32), *(one.turns for one in in_order)])
+    return _Tokens(
+        turns=turns,
+        first=np.cumsum(turns, dtype=np.int64) - turns,
+        parts=[part for one in in_order for part in one.parts()],
+        cuts=np.concatenate([np.zeros(0, np.uint8), *(one.cuts for one in in_order)]),
+        errors=errors,
     )
+
+
+def _prompts(tokens: _Tokens, kept: np.ndarray, config: DataConfig) -> tuple[Prompts, np.ndarray]:
+    """The prompts of the turns of the records `kept`, and what was cut of each."""
+    sizes = tokens.turns[kept]
+    turns = np.repeat(tokens.first[kept] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+    prompt, target, rejected = (tuple(tokens.parts[3 * turn + i] for turn in turns.tolist()) for i in range(3))
+    ids = np.arange(len(turns), dtype=np.int32)
+    conversations = None if max(sizes) == 1 else np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    rejected = rejected if config.responses == "rejected" else ()
+    return Prompts(ids, prompt, target, rejected, conversations), tokens.cuts[turns]
+
+
+def _count(flags: np.ndarray, bit: int) -> int:
+    return int(np.count_nonzero(flags & bit))
 
 
 def _fingerprint(prompts: Prompts) -> str:

@@ -8,6 +8,7 @@ always queued behind the running one, so the device never waits for the host.
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,8 @@ from jaxtyping import Array, PyTree
 from tpaw_jax.generation import token_sampling
 from tpaw_jax.generation.cache import PAGE, Pages
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK, Admission, Prefilled, Sampler, Snapshot, Weights
-from tpaw_jax.runtime import processes, sharding
+from tpaw_jax.runtime import sharding
+from tpaw_jax.storage import exchange
 from tpaw_jax.types import AnyArray, Generations, PackedPrompts, Prompts
 
 Response = tuple[np.ndarray, np.ndarray]
@@ -120,9 +122,14 @@ def local_share(sampler: Sampler, prompts: int) -> tuple[np.ndarray, bool]:
     return np.arange(jax.process_index(), prompts, jax.process_count()), False
 
 
-def gather_from_processes(generations: Generations, indices: np.ndarray, round_number: int) -> Generations:
-    """The responses to all prompts, given this process's own, which answer the prompts at `indices`; one per prompt."""
-    gathered = processes.all_gather(
+def gather_from_processes(
+    generations: Generations, indices: np.ndarray, round_number: int, directory: Path | None = None
+) -> Generations:
+    """The responses to all prompts, one each, given this process's own to the prompts at `indices`. They go through a
+    `directory` that all processes share, or through the devices."""
+    gathered = exchange.all_gather(
+        directory,
+        "responses",
         index=indices,
         lengths=np.array([len(tokens) for tokens in generations.tokens], np.int32),
         tokens=np.concatenate([*generations.tokens, np.zeros(0, np.int32)]),

@@ -9,31 +9,48 @@ import io
 import json
 import platform
 import socket
+from collections import Counter
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # for a barrier that ends; see `heartbeat` too
 from jax.experimental import multihost_utils
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 """Packages whose versions must be the same on all processes."""
 
+BARRIER_SECONDS = 3600
+"""How long a process waits for the others. The longest wait is for the checkpoint of a slow disk."""
 
-def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+_reached: Counter[str] = Counter()
+
+
+class NotConnected(ValueError):
+    """The processes of a pod could not connect to each other."""
+
+
+def join(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None, timeout: float = 50.0
+) -> None:
     """Connect to the other processes, found from the arguments or the pod's metadata. Call before any use of devices.
 
+    JAX aborts the processes after twice the `timeout`, in seconds, without a sign of one of them.
+
     Raises:
-        ValueError: only some of the arguments are given, or the processes cannot connect.
+        ValueError: only some of the arguments are given, or they cannot be used.
+        NotConnected: the processes cannot connect.
     """
     given = [value is not None for value in (coordinator, processes, process)]
     if any(given) and not all(given):
         raise ValueError("--coordinator, --num-processes and --process-id go together: give all of them, or none.")
     try:
-        jax.distributed.initialize(coordinator, processes, process)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=int(2 * timeout))
+    except RuntimeError as error:
+        raise NotConnected(
             f"The processes of the pod could not connect to each other ({error}). Check the coordinator's address and "
             "port, and that every process has started."
         ) from error
@@ -45,9 +62,21 @@ def is_main() -> bool:
 
 
 def barrier(where: str) -> None:
-    """Wait until all processes reach this call; `where` must be the same on all."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+    """Wait until all processes reach this call; `where` must be the same on all.
+
+    Raises:
+        RuntimeError: a process did not reach it in `BARRIER_SECONDS`.
+    """
+    if jax.process_count() == 1:
+        return
+    _reached[where] += 1
+    client: Any = distributed.global_state.client
+    try:
+        client.wait_at_barrier(f"tpaw: {where}, {_reached[where]}", 1000 * BARRIER_SECONDS)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"The processes of the pod did not meet at the same place ('{where}', within {BARRIER_SECONDS} s): {error}"
+        ) from error
 
 
 def all_gather(**arrays: np.ndarray) -> list[dict[str, np.ndarray]]:

@@ -35,6 +35,7 @@ Say = Callable[[str], None]
 """Prints a text of one or more lines."""
 
 KEYS_THAT_MAY_CHANGE = SPEED_ONLY_KEYS | {
+    "data.processes",
     "directory",
     "mesh.compiler_options",
     "policy.attention_chunks",
@@ -109,7 +110,7 @@ def open_session(
     """
     start, (config, mesh, opened) = time.perf_counter(), _open_run(config, say)
     policy = open_policy(config, mesh)
-    prompts, held_out, report = dataset.load(config.data, policy.template, config.seed)
+    prompts, held_out, report = dataset.load(config.data, policy.template, config.seed, opened.directory)
     say(_data_lines(report, prompts, held_out))
     _warn_of_long_sequences(config, policy, prompts, say)
     optimizer = train_step.make_optimizer(config.train)

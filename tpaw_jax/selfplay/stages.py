@@ -180,7 +180,9 @@ def _sample(this: Round, policy: PyTree[Array]) -> Generations:
                 on_finished=lambda new: append({int(indices[n]): r for n, r in new.items()}) if saves else None,
                 progress=_sampling_progress(this, bar),
             )
-        return sampled if together else engine.gather_from_processes(sampled, indices, this.number)
+        if together:
+            return sampled
+        return engine.gather_from_processes(sampled, indices, this.number, session.directory)
 
 
 def _sampling_progress(this: Round, bar: Any) -> Callable[[int, int], None]:

@@ -9,8 +9,9 @@ from conftest import STORIES
 
 from tpaw_jax import cli
 from tpaw_jax.config import DataConfig, SourceConfig
-from tpaw_jax.data import dataset, preview, templates
+from tpaw_jax.data import dataset, templates
 from tpaw_jax.models import hub
+from tpaw_jax.report import data_preview
 from tpaw_jax.types import Prompts
 
 CHATML = (
@@ -47,7 +48,7 @@ def loaded(tmp_path, tokenizer):
 
 def test_the_report_counts(loaded):
     found = dict(
-        re.match(r"(\S.*?|  \S.*?)  +(\S.*)", line).groups() for line in preview.report(*loaded).splitlines()[:13]
+        re.match(r"(\S.*?|  \S.*?)  +(\S.*)", line).groups() for line in data_preview.report(*loaded).splitlines()[:13]
     )
     assert found["records"] == "4"
     assert found["prompts for training"] == "4"
@@ -57,7 +58,7 @@ def test_the_report_counts(loaded):
     assert found["with tools"] == "0 (0.0%)"
     assert (found["repeated prompts"], found["repeated prompts with target"]) == ("2", "1")
     assert found["boundary within a token"] == "2"  # "assistant\n" before "\n\nBecause"
-    assert "a.jsonl, line 5, field 'messages', turn 1: the field 'content' is empty" in preview.report(*loaded)
+    assert "a.jsonl, line 5, field 'messages', turn 1: the field 'content' is empty" in data_preview.report(*loaded)
 
 
 @pytest.mark.parametrize("width", [20, 80, 160])
@@ -65,7 +66,7 @@ def test_the_report_counts(loaded):
 def test_the_tokens_shown_are_the_text_in_lines_that_fit(loaded, width, color):
     prompts, _, _, template = loaded
     for number in range(len(prompts)):
-        first, *lines = preview.show(prompts, number, template, width, color).split("\n")
+        first, *lines = data_preview.show(prompts, number, template, width, color).split("\n")
         assert first.startswith(f"prompt {prompts.ids[number]}: ")
         plain = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in lines]
         assert all(len(line) <= width for line in plain)
@@ -77,8 +78,8 @@ def test_the_tokens_shown_are_the_text_in_lines_that_fit(loaded, width, color):
 def test_a_truncated_target_shows_no_end_of_turn(loaded):
     prompts, _, _, template = loaded
     cut = Prompts(prompts.ids, prompts.prompt_tokens, tuple(y[:-1] for y in prompts.target_tokens))
-    assert "[end of turn]" in preview.show(prompts, 0, template, 80, False)
-    assert "[end of turn]" not in preview.show(cut, 0, template, 80, False)
+    assert "[end of turn]" in data_preview.show(prompts, 0, template, 80, False)
+    assert "[end of turn]" not in data_preview.show(cut, 0, template, 80, False)
 
 
 def test_the_command_reports_and_shows(tmp_path, capsys):
