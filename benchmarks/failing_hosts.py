@@ -44,11 +44,11 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timeout", type=float, default=10, help="--host-timeout of the processes")
-    parser.add_argument("--case", nargs="+", help="only cases of these faults")
+    parser.add_argument("--case", nargs="+", help="only cases of these faults, or of FAULT:PROCESS")
     parser.add_argument("--restarts", type=int, default=0, help="--max-restarts; the run must then finish")
     options = parser.parse_args()
     for case in CASES:
-        if not options.case or case.fault in options.case:
+        if not options.case or {case.fault, f"{case.fault}:{case.process}"} & set(options.case):
             common.emit(benchmark="failing_hosts", timeout=options.timeout, **measure(case, options))
 
 
@@ -118,7 +118,7 @@ def children(pid: int) -> list[int]:
 def sentences(log: Path) -> list[str]:
     """What `tpaw` said of the end, without what it printed while it ran."""
     lines = log.read_text(errors="replace").splitlines()
-    return [line for line in lines if line.startswith("tpaw: ")] or lines[-1:]
+    return [line for line in lines if line.startswith("tpaw: ")] or list(filter(None, lines))[-1:]
 
 
 def run_command() -> None:

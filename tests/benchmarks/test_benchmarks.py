@@ -26,6 +26,7 @@ RUNS = {  # script: arguments, and the benchmarks of its lines
         ["--trees", "12", "--row-length", "2048", "--topology", "v5e:2x2"],
         ["tree_attention_parity", "tree_attention_pairs", "tree_attention_compile"],
     ),
+    "data_scale.py": (["--records", "60", "--hosts", "1", "2"], ["data_scale", "data_scale"]),
     "cache_dtype.py": (["--config", str(DEMO / "demo.yaml"), "--prompts", "4"], ["cache_dtype"]),
     "memory.py": (
         [*TINY, "--row-length", "512", "--policies", "layer", "--budget-gib", "0.02", "--longest", "2048"],
@@ -72,6 +73,9 @@ def test_a_benchmark_prints_its_lines(tmp_path, script):
             assert line["machine"]["backend"] == "cpu"
         if line["benchmark"] == "tree_attention_parity":
             assert max(line["largest_relative_error"].values()) < 1e-5
+        if line["benchmark"] == "data_scale":
+            assert (line["records"], line["prompts"], line["rows"]) == (60, 60, lines[0]["rows"])
+            assert all(seconds > 0 for seconds in line["seconds"].values())
         if line["benchmark"] == "durability":
             assert line["ratio_at_defaults"] == pytest.approx(
                 1 + line["seconds_of_a_save"]["median"] / line["seconds_between_saves"], abs=1e-3
@@ -82,6 +86,15 @@ def test_a_benchmark_prints_its_lines(tmp_path, script):
             assert line["full_gib"] > 3 * line["chunked_gib"]
         if line["benchmark"] == "memory_longest_row":
             assert line["row_length"] in (1024, 2048)
+
+
+def test_a_host_whose_disk_is_full_ends_the_other(tmp_path):
+    (line,) = run(tmp_path / "lines", "failing_hosts.py", "--case", "disk:1", "--timeout", "10")
+    assert line["codes"] == [2, 2]
+    assert line["rounds"] == 0
+    said = "sampled_0001.jsonl could not be written: the disk is full."
+    assert line["said"][0][-1].startswith("tpaw: Process 1 of 2 (host ")
+    assert all(said in sentences[-1] for sentences in line["said"])
 
 
 def test_the_benchmark_of_a_round_accounts_for_all_its_time(tmp_path):

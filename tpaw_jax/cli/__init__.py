@@ -27,6 +27,9 @@ RESUMES = {
 }
 """What an interrupted command says."""
 
+STATUS_CODES = ("ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE", "UNKNOWN")
+"""How the messages of XLA's errors begin when a collective fails."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 on success, 2 if the input cannot be used, 130 after Ctrl-C.
@@ -75,9 +78,11 @@ def _run(options: argparse.Namespace, rest: list[str], of_several: bool) -> tupl
 
 
 def _may_follow(error: BaseException | None) -> bool:
-    """Whether an error may come from another process: collectives raise these, and others turn them into sentences."""
+    """Whether an error may come from another process: it is of a collective, or made of such an error."""
     while error is not None:
         if isinstance(error, RuntimeError | TimeoutError | ConnectionError):
+            return True
+        if str(error).partition(":")[0] in STATUS_CODES:  # XLA raises ValueError too
             return True
         error = error.__cause__ or error.__context__
     return False

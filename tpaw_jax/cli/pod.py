@@ -29,8 +29,9 @@ def join(options: argparse.Namespace) -> None:
 
     if _timeout(options) < 5:
         raise ValueError(f"--host-timeout is {options.host_timeout:g}; it must be at least 5 seconds.")
+    jax_timeout = max(100.0, 2 * _timeout(options))  # JAX aborts without a sentence: `heartbeat` has to come first
     try:
-        processes.join(options.coordinator, options.num_processes, options.process_id, _timeout(options))
+        processes.join(options.coordinator, options.num_processes, options.process_id, jax_timeout)
     except processes.NotConnected as error:  # the same command may find the others later
         print(f"tpaw: {error}", file=sys.stderr)
         sys.exit(supervisor.EXIT_CODE)

@@ -125,6 +125,10 @@ class Heartbeat:
         late = (p for p, seen in self._seen.items() if p not in self._ended and now - seen > self.timeout)
         return next((p for p in late if p != self.own), None)
 
+    def _others_run(self) -> bool:
+        ended, now = set(self._ended) | {self.own}, time.monotonic()
+        return any(now - seen <= self.timeout for process, seen in self._seen.items() if process not in ended)
+
     def _name(self, process: int) -> str:
         return f"Process {process} of {self.count} (host {self.hosts.get(process, 'unknown')})"
 
@@ -136,7 +140,7 @@ class Heartbeat:
                 if not said:  # not by `print`: the main thread may hold its lock
                     os.write(2, f"tpaw: {end.sentence}\n".encode())
                 deadline = time.monotonic() + min(LINGER, self.timeout)
-                while self.own == 0 and len(self._ended) < self.count and time.monotonic() < deadline:
+                while self.own == 0 and self._others_run() and time.monotonic() < deadline:
                     time.sleep(0.1)
             finally:
                 os._exit(end.code)

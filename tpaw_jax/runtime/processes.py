@@ -34,11 +34,11 @@ class NotConnected(ValueError):
 
 
 def join(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None, timeout: float = 50.0
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None, timeout: float = 100.0
 ) -> None:
     """Connect to the other processes, found from the arguments or the pod's metadata. Call before any use of devices.
 
-    JAX aborts the processes after twice the `timeout`, in seconds, without a sign of one of them.
+    JAX aborts all processes when it has not heard of one for `timeout` seconds.
 
     Raises:
         ValueError: only some of the arguments are given, or they cannot be used.
@@ -48,7 +48,7 @@ def join(
     if any(given) and not all(given):
         raise ValueError("--coordinator, --num-processes and --process-id go together: give all of them, or none.")
     try:
-        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=int(2 * timeout))
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=int(timeout))
     except RuntimeError as error:
         raise NotConnected(
             f"The processes of the pod could not connect to each other ({error}). Check the coordinator's address and "
