@@ -145,12 +145,10 @@ def generations(prompts: Prompts) -> list[Generations]:
     """Three rounds of responses of random tokens, newest first."""
     rng = np.random.default_rng(1)
     _, _, lengths = common.lengths(len(prompts), 3, 1.0, 0)
-    draw = lambda n: rng.integers(3, 512, n).astype(np.int32)
-    blank = lambda n: np.zeros(n, np.float32)
-    return [
-        Generations(t, tuple(draw(n) for n in lengths[:, t]), tuple(blank(n) for n in lengths[:, t]))
-        for t in reversed(range(3))
-    ]
+    split = lambda flat, t: tuple(np.split(flat, np.cumsum(lengths[:, t])[:-1]))
+    draw = lambda t: rng.integers(3, 512, lengths[:, t].sum(), np.int32)
+    blank = lambda t: np.zeros(lengths[:, t].sum(), np.float32)
+    return [Generations(t, split(draw(t), t), split(blank(t), t)) for t in reversed(range(3))]
 
 
 if __name__ == "__main__":

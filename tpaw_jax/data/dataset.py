@@ -213,23 +213,32 @@ def _encode(share: _Share, wanted: np.ndarray, mapper: Mapper, config: DataConfi
         errors |= {int(places[number][place]): message for place, message in found.errors}
         if errors and not config.skip_bad_records:
             break
-    joined = encoding.join(own)
-    own.clear()
-    gathered = share.gather("tokens", errors, **joined)
+    of_tasks = own if share.hosts == 1 else _exchange(share, own, errors, [len(one) for one in places])
     if errors and not config.skip_bad_records:
         raise ValueError(errors[min(errors)])
-    counts = [[len(places[number]) for number in share._replace(process=i).numbers] for i in range(share.hosts)]
-    of_process = [encoding.split(part, sizes) for part, sizes in zip(gathered, counts, strict=True)]
-    in_order = [of_process[number % share.hosts][number // share.hosts] for number in range(len(share.all_tasks))]
     turns = np.zeros(share.starts[-1], np.int32)
-    turns[needed] = np.concatenate([np.zeros(0, np.int32), *(one.turns for one in in_order)])
+    turns[needed] = np.concatenate([np.zeros(0, np.int32), *(one.turns for one in of_tasks)])
     return _Tokens(
         turns=turns,
         first=np.cumsum(turns, dtype=np.int64) - turns,
-        parts=[part for one in in_order for part in one.parts()],
-        cuts=np.concatenate([np.zeros(0, np.uint8), *(one.cuts for one in in_order)]),
+        parts=[part for one in of_tasks for part in one.parts()],
+        cuts=np.concatenate([np.zeros(0, np.uint8), *(one.cuts for one in of_tasks)]),
         errors=errors,
     )
+
+
+def _exchange(share: _Share, own: list[Encoded], errors: dict[int, str], records: list[int]) -> list[Encoded]:
+    """The results of all tasks, given those of this process, and in `errors` the errors of all.
+
+    `own` is emptied; `records` are those of each task. If a process has stopped at an error, the result is empty.
+    """
+    joined = encoding.join(own)
+    own.clear()
+    gathered = share.gather("tokens", errors, **joined)
+    if any(len(part["turns"]) != sum(records[i :: share.hosts]) for i, part in enumerate(gathered)):
+        return []
+    of_process = [encoding.split(part, records[i :: share.hosts]) for i, part in enumerate(gathered)]
+    return [of_process[number % share.hosts][number // share.hosts] for number in range(len(records))]
 
 
 def _prompts(tokens: _Tokens, kept: np.ndarray, config: DataConfig) -> tuple[Prompts, np.ndarray]:

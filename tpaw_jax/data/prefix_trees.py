@@ -112,13 +112,13 @@ def first_sources(prompts: Prompts, generations: Sequence[Generations]) -> dict[
     Returns:
         round -> int32 sources, [prompts].
     """
-    seen = [{target.tobytes(): TARGET} for target in prompts.target_tokens]
-    return {
-        g.round: np.array(
-            [seen[i].setdefault(tokens.tobytes(), g.round) for i, tokens in enumerate(g.tokens)], np.int32
-        )
-        for g in sorted(generations, key=lambda g: g.round)
-    }
+    in_order = sorted(generations, key=lambda g: g.round)
+    sources = {g.round: np.zeros(len(prompts), np.int32) for g in in_order}
+    for i, target in enumerate(prompts.target_tokens):
+        seen = {target.tobytes(): TARGET}
+        for g in in_order:
+            sources[g.round][i] = seen.setdefault(g.tokens[i].tobytes(), g.round)
+    return sources
 
 
 def trees_of_window(

@@ -63,13 +63,13 @@ def append(store: Store, generations: Generations) -> Store:
         RegeneratedDifferently: they were lost, and differ from what they were.
     """
     lengths = np.array([len(tokens) for tokens in generations.tokens], np.int32)
-    tokens = np.concatenate(generations.tokens).astype(np.int32)
+    tokens = np.concatenate(generations.tokens).astype(np.int32, copy=False)
     content = files.npz(
         round=np.asarray(generations.round, np.int32),
         prompt_ids=store.prompts.ids,
         lengths=lengths,
         tokens=tokens,
-        log_probs=np.concatenate(generations.log_probs).astype(np.float32),
+        log_probs=np.concatenate(generations.log_probs).astype(np.float32, copy=False),
     )
     digest = hashlib.sha256(lengths.tobytes() + tokens.tobytes()).hexdigest()
     name = generations_name(generations.round)

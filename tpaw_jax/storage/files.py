@@ -103,20 +103,20 @@ def is_corruption(error: Exception) -> bool:
     return not any(words in str(error).lower() for words in _NOT_CORRUPTION)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write a file atomically, on process 0 only."""
     if processes.is_main():
         replace(path, content)
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes | memoryview) -> None:
     """Write a file atomically, on any process: write `partial_path(path)`, flush it to disk, rename it."""
     write_partial(path, content)
     with explain_os_errors(path):
         os.replace(partial_path(path), path)
 
 
-def write_partial(path: Path, content: bytes) -> None:
+def write_partial(path: Path, content: bytes | memoryview) -> None:
     """The first half of `replace`: write `partial_path(path)` and flush it to disk. On failure it is removed."""
     partial = partial_path(path)
     try:
@@ -174,11 +174,11 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     write_bytes(path, npz(**arrays))
 
 
-def npz(**arrays: np.ndarray) -> bytes:
+def npz(**arrays: np.ndarray) -> memoryview:
     """Encode named arrays as an .npz file; equal arrays give equal bytes."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type] # numpy's stub takes names for options
-    return buffer.getvalue()
+    return buffer.getbuffer()  # not a copy: a round's responses may have gigabytes
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

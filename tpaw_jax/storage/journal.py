@@ -98,7 +98,9 @@ def save(journal: Journal) -> None:
         os.replace(files.partial_path(path), path)
 
 
-def write(journal: Journal, name: str, stage: str, round_number: int, content: bytes, same: str | None = None) -> None:
+def write(
+    journal: Journal, name: str, stage: str, round_number: int, content: bytes | memoryview, same: str | None = None
+) -> None:
     """Write a file of a stage. The journal lists it before it appears under its final name.
 
     Raises:
@@ -264,5 +266,5 @@ def _checksum(content: dict[str, Any]) -> str:
     return _sha256(json.dumps(content, sort_keys=True).encode())
 
 
-def _sha256(content: bytes) -> str:
+def _sha256(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()
