@@ -107,6 +107,8 @@ bench: $(VENV)/test $(VENV)/smollm2 peers
 	$(MEASURE)/trees_vs_pairs.py > $(RESULTS)/trees_vs_pairs.jsonl
 	$(MEASURE)/trees_vs_pairs.py --scale 1 --prompts 6 --batch 2 --repeats 1 >> $(RESULTS)/trees_vs_pairs.jsonl
 	$(MEASURE)/memory.py > $(RESULTS)/memory.jsonl
+	$(MEASURE)/data_scale.py --records 50000 200000 > $(RESULTS)/data_scale.jsonl
+	$(MEASURE)/failing_hosts.py > $(RESULTS)/failing_hosts.jsonl
 	$(MEASURE)/faults.py --lanes 2 $(shell test $$(id -u) = 0 && echo --disk) > $(RESULTS)/faults.jsonl
 	$(MEASURE)/durability.py --model smollm2 --rows 1 --steps 3 --repeats 3 > $(RESULTS)/durability.jsonl
 	$(MEASURE)/durability.py --model small --rows 1 --steps 20 --repeats 3 >> $(RESULTS)/durability.jsonl
