@@ -25,6 +25,6 @@ for ((attempt = 0; attempt <= restarts; attempt++)); do
   if [ "$code" -eq 0 ] || [ "$code" -eq 2 ]; then
     exit "$code"
   fi
-  sleep 20
+  sleep 80 # longer than --host-timeout: the other hosts must have ended before this one joins them again
 done
 exit 1

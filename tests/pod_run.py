@@ -80,7 +80,7 @@ def beat(directory: Path, port: int, count: int, process: int, fault: str, timeo
     if fault.startswith("fails"):
         heartbeat.fail(2, "the disk is full.")
     if fault == "suffers":
-        pod.end(1, "Traceback ...\na collective failed", consequence=True)
+        pod.end(1, "Traceback ...\na collective failed", pod.Told("a collective failed", consequence=True))
     if fault == "barrier":
         processes.BARRIER_SECONDS = 1
         try:

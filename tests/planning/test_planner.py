@@ -143,7 +143,8 @@ def test_sampling_exchanges_only_over_tensor(tensor):
     ("topology", "heads", "kv_heads", "head_dim", "sharers", "most"),
     [
         ("v5e:2x2", 16, 4, 128, 1, 1.1),
-        ("v5e:2x2", 16, 4, 128, 4, 1.2),  # a page that four slots may hold has four slots' intermediates
+        # a page that four slots may hold has four slots' intermediates
+        pytest.param("v5e:2x2", 16, 4, 128, 4, 1.2, marks=SIMILAR),
         pytest.param("v5e:2x2", 32, 4, 64, 1, 1.1, marks=SIMILAR),
         ("v5e:2x2", 24, 3, 64, 1, 1.2),  # three heads of 64 are joined: what they give is wider
         pytest.param(
@@ -460,8 +461,8 @@ def test_the_configurations_for_pods_are_the_papers():
 @pytest.mark.parametrize(
     ("name", "topologies", "stages", "chips"),
     [
-        ("llama31_8b_ultrachat", "v5e:2x2", "prefill,decode", [4]),
-        ("qwen25_1b5_gsm8k", "v5e:2x2,v5e:2x4", "prefill", [4, 8]),
+        ("llama31_8b_ultrachat", "v5e:2x2,v5e:2x4", "prefill,decode", [4, 8]),
+        ("qwen25_1b5_gsm8k", "v5e:2x2", "prefill", [4]),
     ],
 )
 def test_the_command_plans_without_weights(tmp_path, name, topologies, stages, chips):

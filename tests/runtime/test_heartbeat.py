@@ -13,7 +13,7 @@ from tpaw_jax.runtime import heartbeat
 HOST = socket.gethostname()
 
 
-def end_together(tmp_path, faults, timeout=3.0):
+def end_together(tmp_path, faults, timeout=20.0):
     """Exit codes, errors and seconds of processes that beat, of which some fail."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -58,7 +58,7 @@ def test_a_process_that_fails_last_ends_those_that_wait_for_it(tmp_path):
 def test_a_silent_process_ends_the_others_after_the_timeout(tmp_path, fault, process):
     faults = ["waits", "waits"]
     faults[process] = fault
-    codes, _, errors, _ = end_together(tmp_path, faults)
+    codes, _, errors, _ = end_together(tmp_path, faults, timeout=3.0)
     assert codes[process] == -signal.SIGKILL, errors
     assert codes[1 - process] == 69, errors
     said = f"tpaw: Process {process} of 2 (host {HOST}) has not answered for 3 s: the process was killed"
@@ -67,7 +67,7 @@ def test_a_silent_process_ends_the_others_after_the_timeout(tmp_path, fault, pro
 
 def test_an_error_that_follows_from_a_failure_is_not_reported_instead_of_it(tmp_path):
     """As when a collective raises because another process is gone."""
-    codes, _, errors, _ = end_together(tmp_path, ["suffers", "killed"])
+    codes, _, errors, _ = end_together(tmp_path, ["suffers", "killed"], timeout=3.0)
     assert codes[0] == 69, errors
     assert "has not answered for 3 s" in errors[0]
     assert "collective" not in errors[0]

@@ -20,7 +20,7 @@ def no_pause(monkeypatch):
     monkeypatch.setattr(supervisor, "SECONDS_BETWEEN_STARTS", 0.0)
 
 
-def supervise(code, restarts=0, timeout=60.0):
+def supervise(code, restarts=0, timeout=0.1):
     return supervisor.supervise([sys.executable, "-c", code], timeout, restarts)
 
 

@@ -48,33 +48,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return pod.supervise(options)
     if supervisor.STATUS in os.environ:
         supervisor.end_with_parent()
-    code, sentence, consequence = _run(options, rest, of_several)
-    if sentence and not (of_several and consequence):
-        print(sentence, file=sys.stderr)
+    code, printed, told = _run(options, rest, of_several)
     if of_several:
-        pod.end(code, sentence.removeprefix("tpaw: "), consequence)
+        pod.end(code, printed, told)
+    elif printed:
+        print(printed, file=sys.stderr)
     return code
 
 
-def _run(options: argparse.Namespace, rest: list[str], of_several: bool) -> tuple[int, str, bool]:
-    """The exit code of a command, its error, and whether the failure of another process may be the cause."""
+def _run(options: argparse.Namespace, rest: list[str], of_several: bool) -> tuple[int, str, pod.Told]:
+    """The exit code of a command, what it prints of its error, and what it tells the other processes."""
     try:
         options.command(options, overrides.read(rest))
     except KeyboardInterrupt:
         hint = RESUMES.get(options.command.__name__)
-        return 130, f"tpaw: interrupted{'; ' + hint if hint else ''}.", False
+        sentence = f"interrupted{'; ' + hint if hint else ''}."
+        return 130, f"tpaw: {sentence}", pod.Told(sentence)
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
         if options.traceback and not of_several:
             raise
         where = "".join(traceback.format_exception(error)) if options.traceback else ""
-        return 2, f"{where}tpaw: {str(error) or repr(error)}", _may_follow(error)
+        sentence = str(error) or repr(error)
+        return 2, f"{where}tpaw: {sentence}", pod.Told(sentence, _may_follow(error))
     except SystemExit as stopped:
-        return stopped.code if isinstance(stopped.code, int) else 1, "", False
+        return stopped.code if isinstance(stopped.code, int) else 1, "", pod.Told("the process ended.")
     except Exception as error:
         if not of_several:
             raise
-        return 1, "".join(traceback.format_exception(error)), True
-    return 0, "", False
+        sentence = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return 1, "".join(traceback.format_exception(error)), pod.Told(sentence, consequence=True)
+    return 0, "", pod.Told("")
 
 
 def _may_follow(error: BaseException | None) -> bool:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import sys
+from typing import NamedTuple
 
 from tpaw_jax.runtime import supervisor
 
@@ -38,25 +39,29 @@ def join(options: argparse.Namespace) -> None:
     heartbeat.start(_timeout(options))
 
 
-def end(code: int, sentence: str, consequence: bool) -> None:
-    """End all processes if this one failed; otherwise wait until all have finished.
+class Told(NamedTuple):
+    """What a process that ends tells the others."""
 
-    Args:
-        code: the exit code.
-        sentence: why it failed.
-        consequence: the failure of another process may be the cause; `sentence` is not printed yet.
-    """
+    sentence: str
+    consequence: bool = False  # the failure of another process may be the cause
+
+
+def end(code: int, printed: str, told: Told) -> None:
+    """Print the error, if any, and end all processes if this one failed; otherwise wait until all have finished."""
     from tpaw_jax.runtime import heartbeat
 
-    if consequence:
-        heartbeat.await_failure()
-        with contextlib.suppress(OSError):  # the log may be on a full disk
-            print(sentence, file=sys.stderr, flush=True)
-        sentence = sentence.strip().splitlines()[-1]
-    if code in (0, supervisor.PREEMPTED):
-        heartbeat.finish()
-    else:
-        heartbeat.fail(code, sentence)
+    try:
+        if told.consequence:
+            heartbeat.await_failure()
+        if printed:
+            with contextlib.suppress(OSError):  # the log may be on a full disk
+                print(printed, file=sys.stderr, flush=True)
+        if code in (0, supervisor.PREEMPTED):
+            heartbeat.finish()
+    except KeyboardInterrupt:
+        code, told = 130, Told("interrupted.")
+    if code not in (0, supervisor.PREEMPTED):
+        heartbeat.fail(code, told.sentence)
 
 
 def _timeout(options: argparse.Namespace) -> float:

@@ -102,9 +102,11 @@ def _facts(tasks: list[Task], template: Template) -> dict[str, str]:
     """Digests of what all hosts must have alike, since each encodes a part."""
     digest = lambda parts: hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     tokenizer = template.tokenizer
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = fast.to_str() if fast else repr((type(tokenizer), sorted(tokenizer.get_vocab().items())))
     return {
         "the digest of the records": digest([f"{task.source} {task.chunk.facts}" for task in tasks]),
-        "the digest of the tokenizer": digest([tokenizer.backend_tokenizer.to_str()]),
+        "the digest of the tokenizer": digest([vocabulary]),
         "the digest of the chat template": digest([repr((template.chat, template.modes, template.system_prompt))]),
     }
 

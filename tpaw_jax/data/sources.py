@@ -37,7 +37,7 @@ class Lines(NamedTuple):
     @property
     def facts(self) -> str:
         """What is the same for chunks of equal content."""
-        return f"{self.path} {self.offset} {self.lines} {self.checksum}"
+        return f"{self.offset} {self.lines} {self.checksum}"
 
     def read(self) -> Iterator[Located]:
         """The records."""

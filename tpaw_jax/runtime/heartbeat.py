@@ -2,7 +2,7 @@
 
 Each process writes a beat to the key-value store of JAX's coordinator, which lives in process 0, and reads the others'.
 A process that fails says so there. If a process says that, or stops beating, the others end. Collectives would
-otherwise wait: for minutes until JAX aborts them, or forever.
+otherwise wait, for minutes until JAX aborts them or forever.
 """
 
 import contextlib
@@ -48,10 +48,12 @@ class Heartbeat:
         self._seen = dict.fromkeys(range(self.count), time.monotonic())  # when it was read
         self._ended: dict[int, _End] = {}
         self._answered = time.monotonic()  # when the coordinator last did
+        self._written = ""  # the content of the file of `STATUS`
         self._stopped = threading.Event()
         self._ending = threading.Lock()
-        for work in (self._beat, self._watch):
-            threading.Thread(target=work, name=f"tpaw{work.__name__}", daemon=True).start()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
+        for thread in self._threads:
+            thread.start()
 
     def finish(self) -> None:
         """Wait until all processes have finished; a failure ends this one too, since files may be missing."""
@@ -61,6 +63,8 @@ class Heartbeat:
             time.sleep(0.1)
         self._end_if_another_failed()
         self._stopped.set()
+        for thread in self._threads:
+            thread.join(2 * INTERVAL)
         with contextlib.suppress(OSError):  # the supervisor expects no more beats
             _status().unlink()
 
@@ -93,13 +97,32 @@ class Heartbeat:
         for key, value in self._client.key_value_dir_get("tpaw/ended/"):
             self._ended[int(key.rsplit("/", 1)[1])] = _End(*json.loads(value))
         self._answered = time.monotonic()
-        with contextlib.suppress(OSError):
-            partial = _status().with_suffix(".partial")
-            partial.write_text(json.dumps({"process": self.own, "hosts": self.hosts}))
-            partial.replace(_status())
+        if STATUS in os.environ:
+            self._sign_of_life(json.dumps({"process": self.own, "hosts": self.hosts}))
+
+    def _sign_of_life(self, content: str) -> None:
+        """Tell the supervisor that this process lives. On a full disk, only the time of the file changes."""
+        try:
+            if content != self._written:
+                partial = _status().with_suffix(".partial")
+                partial.write_text(content)
+                partial.replace(_status())
+                self._written = content
+            else:
+                os.utime(_status())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.utime(_status())
 
     def _watch(self) -> None:
+        last = time.monotonic()
         while not self._stopped.wait(INTERVAL / 4):
+            now = time.monotonic()
+            if now - last > 2 * INTERVAL:  # this process stood still, so it cannot know how the others are
+                self._answered += now - last
+                for process in self._seen:
+                    self._seen[process] += now - last
+            last = now
             self._end_if_another_failed()
             silent = self._silent()
             if silent is not None:
@@ -126,8 +149,9 @@ class Heartbeat:
         return next((p for p in late if p != self.own), None)
 
     def _others_run(self) -> bool:
-        ended, now = set(self._ended) | {self.own}, time.monotonic()
-        return any(now - seen <= self.timeout for process, seen in self._seen.items() if process not in ended)
+        """Whether another process may still want to read why all end: one that waits in `finish` does too."""
+        ended, now = {process for process, end in self._ended.items() if end.code}, time.monotonic()
+        return any(now - seen <= self.timeout for p, seen in self._seen.items() if p not in ended | {self.own})
 
     def _name(self, process: int) -> str:
         return f"Process {process} of {self.count} (host {self.hosts.get(process, 'unknown')})"

@@ -34,7 +34,7 @@ GRACE = 5.0
 """Seconds that a process without heartbeats gets beyond 1.5 times the timeout, to say itself why it ends."""
 
 SECONDS_BETWEEN_STARTS = 15.0
-"""Longer than a failed process 0 stays (`heartbeat.LINGER`): a new process must not join an old coordinator."""
+"""Beyond the timeout, in which the others notice a failure: a new process must not join an old coordinator."""
 
 
 def supervise(command: Sequence[str], timeout: float, restarts: int) -> int:
@@ -58,7 +58,7 @@ def supervise(command: Sequence[str], timeout: float, restarts: int) -> int:
                 return code
             attempt += 1
             _say(f"exit code {code}; starting again, {attempt} of {restarts} times.")
-            pause = time.monotonic() + SECONDS_BETWEEN_STARTS
+            pause = time.monotonic() + SECONDS_BETWEEN_STARTS + timeout
             while time.monotonic() < pause and not signals.received:
                 time.sleep(0.1)
             if signals.received:
@@ -75,7 +75,8 @@ class _Signals:
 
     def __enter__(self) -> "_Signals":
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            self._before[number] = signal.signal(number, self._forward)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+                self._before[number] = signal.signal(number, self._forward)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -105,7 +106,10 @@ def _wait(child: subprocess.Popen[bytes], status: Path, timeout: float, signals:
             code = child.wait(timeout=1)
             break
         except subprocess.TimeoutExpired:
-            beat = status.stat().st_mtime_ns if status.exists() else -1
+            try:
+                beat = status.stat().st_mtime_ns
+            except FileNotFoundError:
+                beat = -1
             if beat != seen:
                 seen, changed = beat, time.monotonic()
             elif beat != -1 and time.monotonic() - changed > limit:

@@ -98,7 +98,7 @@ def _scored_round(settings: config.RunConfig, store: Store, wanted: int | None) 
     """The wanted round, or the newest, all of whose players have scored all of D_O; and D_O as trees."""
     objective = settings.objective
     for t in sorted(store.generations, reverse=True) if wanted is None else [wanted]:
-        if not set(objective.opponents(t)) <= store.generations.keys():
+        if not {t, *objective.opponents(t)} <= store.generations.keys():
             continue
         window = [store.generations[r] for r in objective.opponents(t)]
         trees = prefix_trees.trees_of_window(store.prompts, window, store.sources)

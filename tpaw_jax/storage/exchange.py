@@ -20,14 +20,14 @@ def all_gather(directory: Path | None, name: str, **arrays: np.ndarray) -> list[
         OSError: the directory cannot be written.
     """
     count, own = jax.process_count(), jax.process_index()
+    if directory is not None and processes.is_main():  # what a killed run left; all have read the exchange before
+        for left in directory.glob(f".exchange_{name}_*.npz*"):
+            left.unlink(missing_ok=True)
     if count == 1 or directory is None:
         return processes.all_gather(**arrays)
     # a name that was never used: a mounted bucket may show the former content of a file for a while
     token = processes.all_gather(token=np.frombuffer(os.urandom(8), np.int64))[0]["token"][0]
     path_of = lambda process: directory / f".exchange_{name}_{token & 0xFFFFFFFF:08x}_{process:05d}.npz"
-    if processes.is_main():  # what a killed run left; all have read the files of the exchange before
-        for left in directory.glob(f".exchange_{name}_*.npz*"):
-            left.unlink(missing_ok=True)
     processes.barrier(f"exchange of {name} begins")
     files.replace(path_of(own), files.npz(**arrays))
     processes.barrier(f"{name} written")
