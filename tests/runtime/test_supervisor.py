@@ -67,6 +67,11 @@ def test_a_process_that_a_signal_ends_is_named(number, sentence, capfd):
     assert f"tpaw: {sentence}\n" in capfd.readouterr().err
 
 
+def test_a_process_that_jax_ends_before_its_first_heartbeat_was_not_connected(capfd):
+    assert supervise("import os; os.abort()") == 69
+    assert "tpaw: JAX has ended the process before it was connected to the others. Check" in capfd.readouterr().err
+
+
 def test_a_process_without_a_heartbeat_is_killed(capfd, monkeypatch):
     monkeypatch.setattr(supervisor, "GRACE", 0.5)
     start = time.monotonic()
@@ -79,11 +84,7 @@ def test_signals_reach_the_process(tmp_path):
     ready = tmp_path / "ready"
     child = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
     child += f"open({str(ready)!r}, 'w'); time.sleep(60)"
-    parent = "import sys; from tpaw_jax.runtime import supervisor; sys.exit(supervisor.supervise(sys.argv[1:], 60, 3))"
-    running = subprocess.Popen([sys.executable, "-c", parent, sys.executable, "-c", child])
-    while not ready.exists():
-        assert running.poll() is None
-        time.sleep(0.01)
+    running = supervised(child, ready.exists)
     running.send_signal(signal.SIGTERM)
     assert running.wait(30) == 75
 
@@ -93,11 +94,7 @@ def test_the_process_ends_with_its_parent(tmp_path):
     place = tmp_path / "pid"
     child = "from tpaw_jax.runtime import supervisor; supervisor.end_with_parent(); "
     child += f"import os, time; open({str(place)!r}, 'w').write(str(os.getpid()) + '.'); time.sleep(60)"
-    parent = "import sys; from tpaw_jax.runtime import supervisor; sys.exit(supervisor.supervise(sys.argv[1:], 60, 3))"
-    running = subprocess.Popen([sys.executable, "-c", parent, sys.executable, "-c", child])
-    while not place.exists() or not place.read_text().endswith("."):
-        assert running.poll() is None
-        time.sleep(0.01)
+    running = supervised(child, lambda: place.exists() and place.read_text().endswith("."))
     running.kill()
     running.wait()
     pid = int(place.read_text().rstrip("."))
@@ -105,6 +102,16 @@ def test_the_process_ends_with_its_parent(tmp_path):
     while is_running(pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def supervised(child, is_ready):
+    """A supervisor in a process of its own, once its child is ready."""
+    parent = "import sys; from tpaw_jax.runtime import supervisor; sys.exit(supervisor.supervise(sys.argv[1:], 60, 3))"
+    running = subprocess.Popen([sys.executable, "-c", parent, sys.executable, "-c", child])
+    while not is_ready():
+        assert running.poll() is None
+        time.sleep(0.01)
+    return running
 
 
 def is_running(pid):

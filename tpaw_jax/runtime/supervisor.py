@@ -121,6 +121,11 @@ def _wait(child: subprocess.Popen[bytes], status: Path, timeout: float, signals:
         return code, ""
     if signals.received:
         return 128 - code, ""
+    if code == -signal.SIGABRT and not status.exists():
+        return EXIT_CODE, (
+            "JAX has ended the process before it was connected to the others. Check the coordinator's address and "
+            "port, and that every process has started."
+        )
     if code == -signal.SIGABRT and _read(status).get("process"):
         first = _read(status)["hosts"].get("0", "unknown")
         return EXIT_CODE, (
