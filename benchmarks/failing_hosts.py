@@ -174,7 +174,7 @@ def disk_full(marker: Path) -> None:
 
     def full(path: Path, lines: Any) -> None:
         marker.touch()
-        with files.explain_os_errors(path):
+        with files.explain_errors(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     files.append_lines = full

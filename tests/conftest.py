@@ -29,6 +29,7 @@ CHECKED = ("objective", "training.logprobs", "training.scoring", "models.attenti
 for module in CHECKED:
     install_import_hook(f"tpaw_jax.{module}", "beartype.beartype")
 
+import cloud_storage
 import numpy as np
 import pytest
 
@@ -37,6 +38,7 @@ from tpaw_jax.config import config_file
 from tpaw_jax.generation.cpu import kernels
 from tpaw_jax.models import hub
 from tpaw_jax.selfplay import session
+from tpaw_jax.storage import bucket
 from tpaw_jax.training import fitting_step, scoring
 from tpaw_jax.types import Generations, Prompts
 
@@ -161,6 +163,20 @@ def random_conversations(rng, count, vocabulary=512, longest=13):
     _, rounds = random_prompts(rng, len(prompts), vocabulary, longest)
     of = np.asarray(conversations, np.int32)
     return Prompts(np.arange(len(prompts), dtype=np.int32), tuple(prompts), tuple(targets), conversations=of), rounds
+
+
+@pytest.fixture(scope="session")
+def cloud():
+    """The environment of a Cloud Storage server that runs until the session ends; this process uses it too."""
+    with cloud_storage.serve() as environment:
+        os.environ.update(environment)  # clients keep the first server they see
+        yield environment
+
+
+@pytest.fixture
+def in_bucket(cloud, request):
+    """A directory in a bucket."""
+    return bucket.open_path(f"gs://{cloud_storage.BUCKET}/{request.node.name}")
 
 
 def small_run(directory, *over, **overrides):

@@ -36,16 +36,17 @@ class Child(NamedTuple):
         return self.process.exitcode, self.output.read_text(), _errors(self.output).read_text()
 
 
-def start(function, *arguments, output: Path, **config) -> Child:
+def start(function, *arguments, output: Path, environment: dict[str, str] | None = None, **config) -> Child:
     """Call a function in a new process, which exits with what it returns; it has one device unless `config` says more.
 
     Args:
         function: one of an importable module.
         output: the file of what it prints.
+        environment: variables of its own.
         config: settings of JAX.
     """
     config = {"jax_num_cpu_devices": 1} | config
-    process = _server().Process(target=_call, args=(function, arguments, output, config))
+    process = _server().Process(target=_call, args=(function, arguments, output, environment or {}, config))
     process.start()
     return Child(process, output)
 
@@ -69,7 +70,8 @@ def _server():
     return context
 
 
-def _call(function, arguments, output, config):
+def _call(function, arguments, output, environment, config):
+    os.environ.update(environment)
     for path, stream in ((output, sys.stdout), (_errors(output), sys.stderr)):
         with path.open("w") as file:
             os.dup2(file.fileno(), stream.fileno())

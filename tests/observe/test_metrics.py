@@ -12,10 +12,10 @@ def test_records_from_the_resumed_step_on_are_dropped_and_a_torn_line_too(tmp_pa
     log = metrics.open_metrics(tmp_path, 0, 0)
     for round_number, step in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0)):
         log.write(round=round_number, step=step, loss=float(step))
-    with log.path.open("ab") as file:
+    with log.file.path.open("ab") as file:
         file.write(b'{"step": 1}\n[1]\n{"round": \xff}\n{"round": 1, "st')
     metrics.open_metrics(tmp_path, 1, 1)
-    kept = [json.loads(line) for line in log.path.read_text().splitlines()]
+    kept = [json.loads(line) for line in log.file.path.read_text().splitlines()]
     assert [(r["round"], r["step"]) for r in kept] == [(0, 0), (0, 1), (1, 0), (2, 0)]
     assert metrics.read_metrics(tmp_path, 1) == [{"round": 1, "step": 0, "loss": 0.0}]
 

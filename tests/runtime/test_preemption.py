@@ -1,4 +1,4 @@
-"""Stopping on a signal, and the lock that keeps other processes out of a run."""
+"""Stopping on a signal."""
 
 import os
 import signal
@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from tpaw_jax.runtime.preemption import Preempted, PreemptionNotice
-from tpaw_jax.storage import files
 
 
 def test_the_first_signal_is_noted_and_handlers_are_restored():
@@ -37,28 +36,3 @@ def test_the_second_signal_ends_the_process_at_once():
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stdout == "noted\n"
     assert "SIGINT: the run stops once its current work is saved" in done.stderr
-
-
-def test_only_one_process_gets_the_lock_of_a_directory(tmp_path):
-    with (
-        files.locked(tmp_path / "run"),
-        pytest.raises(ValueError, match=rf"another process is using this directory: process {os.getpid()} on "),
-        files.locked(tmp_path / "run"),
-    ):
-        pass
-    with files.locked(tmp_path / "run"):  # free again
-        pass
-
-
-def test_a_killed_process_releases_its_lock(tmp_path):
-    code = """if True:
-        import os, signal, sys
-        from pathlib import Path
-        from tpaw_jax.storage import files
-        with files.locked(Path(sys.argv[1])):
-            os.kill(os.getpid(), signal.SIGKILL)
-    """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=120, check=False)
-    assert done.returncode == -signal.SIGKILL
-    with files.locked(tmp_path):
-        pass

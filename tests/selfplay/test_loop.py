@@ -22,7 +22,7 @@ from tpaw_jax.observe import metrics
 from tpaw_jax.observe.profiling import compile_log
 from tpaw_jax.runtime import preemption, sharding
 from tpaw_jax.selfplay import loop, round_store, round_summary, round_training
-from tpaw_jax.storage import journal, ring
+from tpaw_jax.storage import bucket, journal, ring
 from tpaw_jax.training import batch_shapes
 
 # Each (program, times, why) of a three-round run; anything else is a leak.
@@ -233,6 +233,12 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeypat
     assert events.read_bytes().count(b"train/skipped_in_a_row") == steps >= 2
 
 
+def play_in_bucket(directory, log, environment, *place_and_signal):
+    child = forked.start(killed_run.play, directory, *place_and_signal, output=log, environment=environment)
+    code, output, errors = child.finish()
+    return code, output + errors
+
+
 def play(directory, *place_and_signal):
     """Play the run of killed_run.py in a process of its own; its exit code and what it printed."""
     child = forked.start(killed_run.play, directory, *place_and_signal, output=directory.with_suffix(".log"))
@@ -280,6 +286,21 @@ def test_a_run_told_to_stop_goes_on_to_the_same_end(tmp_path, undisturbed):
         assert where in output
         assert "run the same command to resume there" in output
     assert_same_as(undisturbed, tmp_path / "stopped")
+
+
+def test_a_run_in_a_bucket_killed_in_every_stage_ends_as_one_on_a_disk(tmp_path, undisturbed, in_bucket, cloud):
+    log = tmp_path / "log"
+    for place in killed_run.PLACES:
+        code, output = play_in_bucket(in_bucket, log, cloud, place)
+        assert code == -signal.SIGKILL, (place, output[-2000:])
+    code, output = play_in_bucket(in_bucket, log, cloud)
+    assert code == 0, output[-2000:]
+    assert not (in_bucket / ".held").exists()
+    for name in bucket.sizes(in_bucket):
+        path = tmp_path / "downloaded" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((in_bucket / name).read_bytes())
+    assert_same_as(undisturbed, tmp_path / "downloaded")
 
 
 def assert_same_as(undisturbed, disturbed):

@@ -14,9 +14,9 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     from tpaw_jax.evaluation import exact_match
     from tpaw_jax.generation.policy import open_policy
     from tpaw_jax.runtime import sharding
-    from tpaw_jax.storage import files, journal, ring
+    from tpaw_jax.storage import bucket, files, journal, ring
 
-    checkpoint = Path(options.checkpoint) if options.checkpoint else None
+    checkpoint = bucket.open_path(options.checkpoint) if options.checkpoint else None
     of_run = checkpoint if checkpoint and (checkpoint / "journal.json").exists() else None
     if checkpoint and not of_run:
         overrides = [*overrides, f"policy.path={checkpoint}"]
@@ -85,14 +85,16 @@ def generate(options: argparse.Namespace, overrides: list[str]) -> None:
 def export(options: argparse.Namespace, overrides: list[str]) -> None:
     """Write a policy of a run as a Hugging Face directory."""
     from tpaw_jax.selfplay import export as exporting
+    from tpaw_jax.storage import bucket
 
     refuse(overrides)
-    print(exporting.write(Path(options.run), options.round, Path(options.out)))
+    print(exporting.write(bucket.open_path(options.run), options.round, Path(options.out)))
 
 
 def export_data(options: argparse.Namespace, overrides: list[str]) -> None:
     """Write a round's triplets with their scores, as Parquet or a saved dataset, for other trainers."""
     from tpaw_jax.selfplay import export as exporting
+    from tpaw_jax.storage import bucket
 
     refuse(overrides)
-    print(exporting.write_triplets(Path(options.run), options.round, Path(options.out)))
+    print(exporting.write_triplets(bucket.open_path(options.run), options.round, Path(options.out)))

@@ -49,7 +49,7 @@ def _train(options: argparse.Namespace, run: Any, given: str | None) -> None:
     from tpaw_jax.planning import layouts
     from tpaw_jax.runtime import preemption, processes
     from tpaw_jax.selfplay import loop
-    from tpaw_jax.storage import journal
+    from tpaw_jax.storage import bucket, journal
 
     profiled = parse_steps(options.profile) if options.profile else range(0)
     if options.export and pod.is_one_of_several(options):
@@ -59,7 +59,7 @@ def _train(options: argparse.Namespace, run: Any, given: str | None) -> None:
     pod.join(options)
     if options.export:
         hub.check_export(options.export)
-    begun = journal.open_journal(Path(run.directory), read_only=True).config.get("packing", {})
+    begun = journal.open_journal(bucket.open_path(run.directory), read_only=True).config.get("packing", {})
     say = lambda line: print(line, flush=True) if processes.is_main() else None
     run = layouts.resolve_here(run, say, begun_with=begun.get("row_length", 0))
     generations = Path(given) if given else None
@@ -82,6 +82,7 @@ def _train(options: argparse.Namespace, run: Any, given: str | None) -> None:
 
 def _report_run(options: argparse.Namespace, run: Any, compiled: list[tuple[str, float]]) -> None:
     from tpaw_jax.selfplay import export as exporting
+    from tpaw_jax.storage import bucket
 
     print(f"Compiled {len(compiled)} programs in {sum(s for _, s in compiled):.0f} s.")
     if options.verbose:
@@ -91,4 +92,4 @@ def _report_run(options: argparse.Namespace, run: Any, compiled: list[tuple[str,
     texts = "" if run.objective.loss == "sft" else "round_*/samples.jsonl, "
     print(f"Results are in {run.directory}: metrics.jsonl, {texts}round_*/summary.json, ring/policies.")
     if options.export:
-        print(exporting.write(Path(run.directory), None, Path(options.export)))
+        print(exporting.write(bucket.open_path(run.directory), None, Path(options.export)))

@@ -19,11 +19,14 @@ import numpy as np
 
 from tpaw_jax.data.templates import Template
 from tpaw_jax.generation.engine import Response, generations_of
-from tpaw_jax.storage import files
+from tpaw_jax.storage import bucket, files
 from tpaw_jax.types import Generations, Prompts
 
 SECONDS_BETWEEN_APPENDS = 2.0
 """A bucket mounted as a file system accepts about one write per file and second, and each write blocks."""
+
+SHARE_BETWEEN_APPENDS = 0.02
+"""An hour of sampling then makes some 200 objects in a bucket."""
 
 
 class ExternalResponses(NamedTuple):
@@ -75,11 +78,13 @@ def appender(
 ) -> Iterator[Callable[[Mapping[int, Response]], None]]:
     """Yields a function that takes finished responses and appends them to the file, at most every `seconds`.
 
-    The first call writes at once. What is left is written on exit, also after an exception or a preemption notice; a
-    kill can lose the responses of the last `seconds`.
+    In a bucket, where every append is an object, the time between appends grows to `SHARE_BETWEEN_APPENDS` of the time
+    since the first. The first call writes at once. What is left is written on exit, also after an exception or a
+    preemption notice; a kill can lose the responses since the last append.
     """
     waiting: dict[int, Response] = {}
-    written = -math.inf
+    written, begun = -math.inf, time.monotonic()
+    share = SHARE_BETWEEN_APPENDS if bucket.is_remote(path) else 0.0
 
     def write() -> None:
         nonlocal written
@@ -89,7 +94,8 @@ def appender(
 
     def keep(responses: Mapping[int, Response]) -> None:
         waiting.update(responses)
-        if time.monotonic() - written >= seconds:
+        now = time.monotonic()
+        if now - written >= max(seconds, share * (now - begun)):
             write()
 
     try:
@@ -100,14 +106,21 @@ def appender(
 
 
 def append(path: Path, prompts: Prompts, responses: Mapping[int, Response], num_generations: int = 1) -> None:
-    """Append finished responses, by request as in `engine.generate`, and flush them to disk."""
+    """Append finished responses, by request as in `engine.generate`, and flush them to disk.
+
+    In a bucket, every call writes an object of its own, whose name begins as the path's.
+    """
     lines = []
     for n, (tokens, log_probs) in responses.items():
         i, sample = divmod(n, num_generations)
         record = {"prompt_id": int(prompts.ids[i]), "token_ids": tokens.tolist(), "log_probs": log_probs.tolist()}
         record |= {"sample": sample} if num_generations > 1 else {}
         lines.append(json.dumps(record | {"check": _check(record)}))
-    files.append_lines(path, lines)
+    if bucket.is_remote(path):
+        part = path.with_name(f"{path.stem}_{time.time_ns():x}.jsonl")
+        files.replace(part, "".join(line + "\n" for line in lines).encode())
+    else:
+        files.append_lines(path, lines)
 
 
 def read_and_repair(
@@ -115,7 +128,7 @@ def read_and_repair(
 ) -> dict[int, Response]:
     """The responses that `append` wrote, by request. Removes truncated and corrupted lines from the file."""
     responses, intact = _read_appended(path, prompts, num_generations)
-    if path.exists() and len(content := b"".join(intact)) < path.stat().st_size:
+    if path.exists() and len(content := b"".join(intact)) < files.size(path):
         lines = len(path.read_bytes().splitlines())
         say(
             f"{path}: {lines - len(intact)} of {lines} lines are corrupted or truncated; "

@@ -17,7 +17,7 @@ from tpaw_jax.storage import files
 class MetricsLog:
     """Appends records to metrics.jsonl and logs them to trackers."""
 
-    path: Path
+    file: files.LineLog
     trackers: Sequence[Tracker] = ()
     steps_before: int = 0  # of earlier rounds
     lost_seconds: float = 0.0  # of steps that were logged, but whose state was not saved
@@ -26,10 +26,14 @@ class MetricsLog:
         """Append the record of a step; trackers count its step over all rounds."""
         if not processes.is_main():
             return
-        with files.explain_os_errors(self.path), self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self.file.write(json.dumps(record))
         for tracker in self.trackers:
             tracker.log(grouped(record), self.steps_before + record["step"])
+
+    def flush(self) -> None:
+        """Write what a bucket has not got yet."""
+        if processes.is_main():
+            self.file.flush()
 
 
 def open_metrics(directory: Path, round_number: int, step: int, trackers: Sequence[Tracker] = ()) -> MetricsLog:
@@ -42,7 +46,7 @@ def open_metrics(directory: Path, round_number: int, step: int, trackers: Sequen
         lost = sum(r["triplets"] / r["triplets_per_second"] for r in timed)
         kept = [r for r in records if not is_lost(r)]
         files.write_bytes(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
-    return MetricsLog(path, trackers, steps_before(directory, round_number), lost)
+    return MetricsLog(files.LineLog(path), trackers, steps_before(directory, round_number), lost)
 
 
 def steps_before(directory: Path, round_number: int) -> int:

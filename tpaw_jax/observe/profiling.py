@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import re
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from tpaw_jax.storage import bucket, files
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -118,6 +122,7 @@ class Profiler:
 
     def __init__(self, directory: Path, steps: range) -> None:
         self.directory, self.steps = directory, steps
+        self._local: Path | None = None  # where a trace is written that goes to a bucket
         self._stage, self._tracing = "", False
         self._seen: dict[str, int] = {}
 
@@ -136,7 +141,10 @@ class Profiler:
         if number >= self.steps.stop:
             self._stop()
         if self.steps and number == self.steps.start:
-            jax.profiler.start_trace(str(self.directory / f"{self._stage}_{jax.process_index():04d}"))
+            if bucket.is_remote(self.directory):
+                self._local = Path(tempfile.mkdtemp(prefix="tpaw_profile_"))
+            name = f"{self._stage}_{jax.process_index():04d}"
+            jax.profiler.start_trace(str((self._local or self.directory) / name))
             self._tracing = True
         return jax.profiler.StepTraceAnnotation(self._stage, step_num=number)
 
@@ -144,6 +152,10 @@ class Profiler:
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
+            if self._local is not None:
+                for path in filter(Path.is_file, self._local.rglob("*")):
+                    files.replace(self.directory / path.relative_to(self._local).as_posix(), path.read_bytes())
+                shutil.rmtree(self._local)
 
 
 def parse_steps(text: str) -> range:

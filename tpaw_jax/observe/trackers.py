@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tpaw_jax.runtime import processes
-from tpaw_jax.storage import files
+from tpaw_jax.storage import bucket, files
 
 PROJECT = "tpaw_jax"
 """The project of a run, unless the tracker's own environment variable names one."""
@@ -142,7 +142,8 @@ def _wandb(module: Any, directory: Path, config: dict[str, Any]) -> tuple[Log, C
     defaults = {"project": PROJECT, "name": directory.name, "run_id": _run_id(directory)}
     given = {key: value for key, value in defaults.items() if f"WANDB_{key.upper()}" not in os.environ}
     given = {"id" if key == "run_id" else key: value for key, value in given.items()}
-    run = module.init(dir=str(directory), config=config, resume="allow", **given)
+    place = {} if bucket.is_remote(directory) else {"dir": str(directory)}
+    run = module.init(config=config, **place, resume="allow", **given)
     run.define_metric("*", step_metric="step")  # wandb's own steps cannot go back to the last checkpoint
 
     def log(values: Mapping[str, float], step: int) -> None:

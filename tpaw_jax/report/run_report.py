@@ -22,7 +22,7 @@ from tpaw_jax.report import figures
 from tpaw_jax.report.figures import Series
 from tpaw_jax.report.page import PAGE
 from tpaw_jax.selfplay import round_store
-from tpaw_jax.storage import files, journal
+from tpaw_jax.storage import bucket, files, journal
 from tpaw_jax.types import TARGET
 
 IGNORED = {"directory", "seed", "sample_texts", "tensorboard", "report_to"}
@@ -63,7 +63,7 @@ def read(run: str) -> RunRecord:
         FileNotFoundError: the directory does not contain a run.
     """
     name, _, path = ("", "", run) if Path(run).is_dir() or "=" not in run else run.partition("=")
-    directory = Path(path)
+    directory = bucket.open_path(path)
     opened = journal.open_journal(directory, read_only=True)
     if not opened.config:
         raise FileNotFoundError(f"{directory}: this is not a run directory (journal.json is missing).")

@@ -75,7 +75,7 @@ def write_triplets(run: Path, round_number: int | None, out: Path) -> str:
         raise ValueError(f"{run}: the data files, the chat template or the tokenizer have changed since the run began.")
     store = round_store.open_store(opened, prompts)
     t, trees = _scored_round(settings, store, round_number)
-    with files.explain_os_errors(out), tempfile.TemporaryDirectory(dir=_parent(out), prefix=".export_") as folder:
+    with files.explain_errors(out), tempfile.TemporaryDirectory(dir=_parent(out), prefix=".export_") as folder:
         file = Path(folder) / "triplets.parquet"
         count = _write_parquet(_triplets(store, trees, template, settings.objective.players(t)), file)
         (file if out.suffix == ".parquet" else _saved_dataset(file)).rename(out)

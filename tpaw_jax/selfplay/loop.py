@@ -16,7 +16,7 @@ from tpaw_jax.runtime import processes
 from tpaw_jax.runtime.preemption import Preempted, PreemptionNotice
 from tpaw_jax.selfplay import plan, round_store, round_summary, round_training, sft, stages
 from tpaw_jax.selfplay.session import Say, Session, open_session
-from tpaw_jax.storage import files, recovery, ring
+from tpaw_jax.storage import bucket, owner, recovery, ring
 from tpaw_jax.storage.files import CorruptedFile
 from tpaw_jax.storage.journal import RegeneratedDifferently
 
@@ -52,16 +52,16 @@ def play(
         Diverged: the run is strict, and the last round shows a sign of divergence (`health.warnings`).
         CorruptedFile: file after file reads back corrupted.
     """
-    directory, notice = Path(config.directory), notice or PreemptionNotice()
+    directory, notice = bucket.open_path(config.directory), notice or PreemptionNotice()
     say = say if processes.is_main() else lambda text: None
     corrupted_files = 0
-    with files.locked(directory) if processes.is_main() else contextlib.nullcontext():
+    with owner.owned(directory, say) if processes.is_main() else contextlib.nullcontext():
         while True:
             try:
                 return _play_session(*open_session(config, say, profiled, notice, verbose), generations, strict)
             except CorruptedFile as corrupted:
                 corrupted_files += 1
-                outside = directory.absolute() not in corrupted.path.absolute().parents
+                outside = bucket.absolute(directory) not in bucket.absolute(corrupted.path).parents
                 if outside or corrupted_files >= MAX_CORRUPTED_FILES:
                     raise
                 recovery.quarantine(directory, corrupted, say)

@@ -16,7 +16,7 @@ from tpaw_jax.runtime import processes
 from tpaw_jax.selfplay.round_store import Store, round_directory, round_name
 from tpaw_jax.selfplay.round_training import Trained
 from tpaw_jax.selfplay.session import Round, Session
-from tpaw_jax.storage import files, journal
+from tpaw_jax.storage import bucket, files, journal
 from tpaw_jax.training import cost, train_step
 from tpaw_jax.training.cost import RoundWork, Work
 
@@ -125,6 +125,8 @@ def expected_cost(this: Round, store: Store) -> str:
 
 def disk_warning(session: Session) -> str:
     """A sentence if the disk may not hold what a round writes: its policy and two training states, old and new."""
+    if bucket.is_remote(session.directory):
+        return ""
     state = train_step.abstract_state(session.like, session.optimizer, session.mesh)
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     needed = size(session.like) + 2 * size(state) + 8 * session.config.sampling.max_new_tokens * len(session.prompts)

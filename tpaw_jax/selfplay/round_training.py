@@ -130,11 +130,13 @@ def _run_steps(
             if preempted or (saves.due(step) and not last):
                 recorder.flush()
                 with this.watch.time("saving"):
+                    log.flush()
                     ring.save_training(session.ring, state, t, step + 1)
             if preempted:
                 where = f"Round {t}: training stopped after step {step + 1} of {steps}"
                 raise Preempted(f"{where}; run the same command to resume there.")
         recorder.flush()
+        log.flush()
     this.watch.add("input wait", batches.waited)
     return state
 

@@ -26,7 +26,7 @@ from tpaw_jax.runtime import processes, sharding, tpu
 from tpaw_jax.runtime.preemption import PreemptionNotice
 from tpaw_jax.selfplay import plan
 from tpaw_jax.selfplay.round_store import round_directory
-from tpaw_jax.storage import files, journal, recovery, ring
+from tpaw_jax.storage import bucket, files, journal, recovery, ring
 from tpaw_jax.storage.journal import Journal
 from tpaw_jax.training import batch_shapes, fitting_step, scoring, train_step
 from tpaw_jax.types import Prompts
@@ -153,7 +153,7 @@ def _open_run(config: RunConfig, say: Say) -> tuple[RunConfig, Mesh, Journal]:
 
     Returns the configuration with its packing resolved, the mesh and the journal.
     """
-    directory = Path(config.directory)
+    directory = bucket.open_path(config.directory)
     processes.check_same({"the configuration": json.dumps(to_dict(config)), **processes.facts_of_this_host()})
     processes.check_shared_directory(directory)
     mesh, opened = sharding.make_mesh(config.mesh), journal.open_journal(directory)

@@ -161,7 +161,8 @@ def _sample(this: Round, policy: PyTree[Array]) -> Generations:
         progress(f"round {this.number} sampling", len(indices), "response") as bar,
     ):
         if saves:
-            generation_file.read_and_repair(path, prompts, session.say)
+            for part in this.directory.glob(f"{path.stem}*.jsonl"):
+                generation_file.read_and_repair(part, prompts, session.say)
         processes.barrier("partial responses are read")
         saved = generation_file.read_partial(sorted(this.directory.glob("sampled_*.jsonl")), prompts)
         finished = {n: saved[i] for n, i in enumerate(indices) if i in saved}

@@ -1,6 +1,7 @@
 """What a run keeps on disk.
 
-Read in this order: `files` (atomic writes, locks, corrupted files), `journal` (which stages are finished, with the
+Read in this order: `files` (atomic writes, corrupted files), `bucket` (the same on Cloud Storage), `owner` (one process
+at a time uses a directory), `journal` (which stages are finished, with the
 checksums of their files), `ring` (the checkpoints of policies and of the training state), `recovery` (what happens to
 corrupted files).
 """

@@ -1,12 +1,12 @@
-"""Atomic file writes, a lock for directories, and readers that recognize corrupted files."""
+"""Atomic file writes, on disks and in buckets, and readers that recognize corrupted files."""
 
 import contextlib
 import errno
-import fcntl
 import io
 import json
 import os
-import socket
+import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tpaw_jax.runtime import processes
+from tpaw_jax.storage import bucket
 
 _NOT_CORRUPTION = (
     "resource_exhausted",
@@ -22,6 +23,9 @@ _NOT_CORRUPTION = (
     "unavailable",
     "deadline",
     "too many open files",
+    "connection",
+    "timed out",
+    "retries",
 )
 """Parts of the messages of read errors that are not caused by the file's content."""
 
@@ -36,6 +40,10 @@ _WRITE_ERRORS = {
 }
 
 
+class BucketError(OSError):
+    """A bucket could not be used, whatever it holds."""
+
+
 class CorruptedFile(ValueError):
     """The file or checkpoint at `path` does not hold what was written."""
 
@@ -45,12 +53,16 @@ class CorruptedFile(ValueError):
 
 
 @contextlib.contextmanager
-def explain_os_errors(path: Path) -> Iterator[None]:
+def explain_errors(path: Path) -> Iterator[None]:
     """Turn system errors from writing `path` into one sentence with the cause and what to do.
 
     Raises:
-        OSError: the disk is full, the path cannot be written, or too many files are open.
+        OSError: the disk is full, the path cannot be written, too many files are open, or a bucket cannot be used.
     """
+    if bucket.is_remote(path):
+        with explain_bucket_errors(path):
+            yield
+        return
     try:
         yield
     except Exception as error:  # Orbax and TensorStore wrap the system's errors in many types
@@ -65,40 +77,29 @@ def explain_os_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold the lock of a directory while the block runs. The lock is released however the process ends.
-
-    File systems without locks, such as mounted buckets, are not guarded.
+def explain_bucket_errors(path: Path) -> Iterator[None]:
+    """Turn errors of a bucket's server into one sentence with the cause and what to do.
 
     Raises:
-        ValueError: another process holds the lock; names its host and process number.
-        OSError: the directory cannot be written.
+        BucketError: the bucket cannot be reached, does not exist, or may not be used.
     """
-    with explain_os_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        opened = (directory / ".held").open("a+")
-    with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "an unknown process"
-            raise ValueError(
-                f"{directory}: another process is using this directory: {holder}. Wait until it ends, stop it, or "
-                "choose another directory."
-            ) from error
-        except OSError:
-            pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+    try:
         yield
+    except (FileNotFoundError, ValueError, BucketError):
+        raise
+    except Exception as error:  # gcsfs, aiohttp, google-auth and TensorStore have many types
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise BucketError(
+            f"{path}: the bucket could not be used ({type(error).__name__}: {reason}). Check that it exists, that this "
+            "host's account may read and write its objects, and the network. All finished work is intact: run the "
+            "same command again to resume."
+        ) from error
 
 
 def is_corruption(error: Exception) -> bool:
     """Whether a read error is caused by the file's content, not by memory, permissions or the network."""
     system = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EIO)
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) in system:
+    if isinstance(error, MemoryError | BucketError) or getattr(error, "errno", None) in system:
         return False
     return not any(words in str(error).lower() for words in _NOT_CORRUPTION)
 
@@ -110,17 +111,24 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 
 
 def replace(path: Path, content: bytes | memoryview) -> None:
-    """Write a file atomically, on any process: write `partial_path(path)`, flush it to disk, rename it."""
+    """Write a file atomically, on any process: write `partial_path(path)`, flush it to disk, rename it.
+
+    In a bucket: put the object.
+    """
+    if bucket.is_remote(path):
+        with explain_bucket_errors(path):
+            path.write_bytes(content)
+        return
     write_partial(path, content)
-    with explain_os_errors(path):
+    with explain_errors(path):
         os.replace(partial_path(path), path)
 
 
 def write_partial(path: Path, content: bytes | memoryview) -> None:
-    """The first half of `replace`: write `partial_path(path)` and flush it to disk. On failure it is removed."""
+    """The first half of `replace` on a disk: write `partial_path(path)` and flush it. On failure it is removed."""
     partial = partial_path(path)
     try:
-        with explain_os_errors(path):
+        with explain_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
                 file.write(content)
@@ -137,14 +145,67 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
+def size(path: Path) -> int:
+    """The bytes of a file."""
+    facts: Any = path.stat()
+    return facts.length if bucket.is_remote(path) else facts.st_size
+
+
+def move(path: Path, new: Path) -> None:
+    """Rename a file or directory; in a bucket, object by object."""
+    if bucket.is_remote(path):
+        bucket.move(path, new)
+    else:
+        path.rename(new)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a checkpoint so that a kill in between leaves no incomplete one under its final name."""
+    if bucket.is_remote(path):
+        bucket.remove_tree(path)
+    else:
+        shutil.rmtree(path.rename(path.with_name(path.name + ".removed")))
+
+
 def append_lines(path: Path, lines: Sequence[str]) -> None:
     """Append lines to a text file that only this process writes, and flush to disk. A kill can cut the last line."""
-    with explain_os_errors(path):
+    with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
             file.write("".join(line + "\n" for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
+
+
+class LineLog:
+    """Appends lines to a text file that only this process writes.
+
+    On a disk, each line at once. Objects of a bucket cannot grow: there, the whole text is put again every
+    `seconds`, and by `flush`.
+    """
+
+    def __init__(self, path: Path, seconds: float = 10.0) -> None:
+        self.path, self.seconds = path, seconds
+        self._text = b""
+        self._put = time.monotonic()
+        if bucket.is_remote(path) and path.exists():
+            self._text = path.read_bytes()
+
+    def write(self, line: str) -> None:
+        """Append a line."""
+        if not bucket.is_remote(self.path):
+            with explain_errors(self.path), self.path.open("a") as file:
+                file.write(line + "\n")
+            return
+        self._text += line.encode() + b"\n"
+        if time.monotonic() - self._put >= self.seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is left."""
+        if bucket.is_remote(self.path):
+            replace(self.path, self._text)
+            self._put = time.monotonic()
 
 
 def parse_json(content: str | bytes, where: object) -> Any:
@@ -188,9 +249,16 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         CorruptedFile: the content cannot be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(_stream(path), allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except Exception as error:  # zipfile, struct, numpy and the system raise many types
         if not is_corruption(error):
             raise
         raise CorruptedFile(path, f"the file is damaged ({type(error).__name__}: {error})") from error
+
+
+def _stream(path: Path) -> Path | io.BytesIO:
+    if not bucket.is_remote(path):
+        return path
+    with explain_bucket_errors(path):
+        return io.BytesIO(path.read_bytes())

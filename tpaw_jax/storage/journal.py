@@ -1,8 +1,9 @@
 """The journal of a run: which stages of which rounds are finished, and the checksums of their files.
 
-`journal.json` is replaced atomically; the version before it stays as `journal.before.json`. A file counts as finished
-only if the journal lists it. A corrupted file is renamed to `*.damaged` and stays in the journal as lost, so that the
-run can tell whether the regenerated file is identical.
+`journal.json` is replaced atomically; the version before it stays as `journal.before.json`. In a bucket, it is replaced
+only if no other process has replaced it since it was read. A file counts as finished only if the journal lists it. A
+corrupted file is renamed to `*.damaged` and stays in the journal as lost, so that the run can tell whether the
+regenerated file is identical.
 """
 
 import dataclasses
@@ -15,12 +16,16 @@ from typing import Any
 import numpy as np
 
 from tpaw_jax.runtime import processes
-from tpaw_jax.storage import files
+from tpaw_jax.storage import bucket, files
 
 STAGES = ("sampling", "scoring", "training", "summary", "policy")
 """The stages of a round, in order."""
 
 _VERSION = 1
+
+
+class TakenOver(ValueError):
+    """Another process has replaced the journal since this one read it."""
 
 
 class RegeneratedDifferently(Exception):
@@ -43,6 +48,7 @@ class Journal:
     whole_batches: bool = False  # steps have whole batches of rows, because the run began with version 0.1
     read_only: bool = False  # read-only, because another process may be running
     read_from: str = ""  # the file that was read instead, if journal.json was corrupted or missing
+    generation: bucket.Generation = b""  # of journal.json, in a bucket
 
     def is_complete(self, name: str) -> bool:
         """Whether a file or checkpoint is finished and was not found corrupted."""
@@ -63,23 +69,36 @@ def open_journal(directory: Path, read_only: bool = False) -> Journal:
     """
     paths = [directory / "journal.json", directory / "journal.before.json"]
     partial = files.partial_path(paths[0])  # all that a kill between the two renames of `save` leaves
-    for path in [partial, *paths] if partial.exists() and not paths[0].exists() else paths:
+    remote = bucket.is_remote(directory)
+    generation = bucket.read(paths[0])[1] if remote else b""  # before the content, so that a change in between is seen
+    for path in [partial, *paths] if not remote and partial.exists() and not paths[0].exists() else paths:
         content = _read(path)
         if content is not None:
-            found = "" if path == paths[0] else path.name
-            whole = content.get("whole_batches", True)
-            return Journal(directory, content["config"], content["data"], content["facts"], whole, read_only, found)
+            return Journal(
+                directory,
+                content["config"],
+                content["data"],
+                content["facts"],
+                whole_batches=content.get("whole_batches", True),
+                read_only=read_only,
+                read_from="" if path == paths[0] else path.name,
+                generation=generation,
+            )
     if any(path.exists() for path in paths) or any((directory / "ring" / "policies").glob("[0-9]*")):
         raise ValueError(
             f"{directory}: this directory holds a run, but its {paths[0].name} and {paths[1].name} are missing or "
             "damaged, so the run cannot tell which of its files are complete. Restore one of the two from a backup, or "
             "choose another directory."
         )
-    return Journal(directory, read_only=read_only)
+    return Journal(directory, read_only=read_only, generation=generation)
 
 
 def save(journal: Journal) -> None:
-    """Write the journal, on process 0 only, and keep the version before it."""
+    """Write the journal, on process 0 only, and keep the version before it.
+
+    Raises:
+        TakenOver: another process has written it.
+    """
     if journal.read_only or not processes.is_main():
         return
     content = {
@@ -91,8 +110,11 @@ def save(journal: Journal) -> None:
     }
     path = journal.directory / "journal.json"
     text = json.dumps({"checksum": _checksum(content), **content}, indent=1) + "\n"
+    if bucket.is_remote(path):
+        _replace(journal, path, text.encode())
+        return
     files.write_partial(path, text.encode())
-    with files.explain_os_errors(path):
+    with files.explain_errors(path):
         if _read(path) is not None:
             os.replace(path, path.with_name("journal.before.json"))
         os.replace(files.partial_path(path), path)
@@ -101,18 +123,21 @@ def save(journal: Journal) -> None:
 def write(
     journal: Journal, name: str, stage: str, round_number: int, content: bytes | memoryview, same: str | None = None
 ) -> None:
-    """Write a file of a stage. The journal lists it before it appears under its final name.
+    """Write a file of a stage. On a disk, the journal lists it before it appears under its final name.
 
     Raises:
         RegeneratedDifferently: the file had been lost, and `same` differs from the lost one's.
     """
     path = journal.directory / name
+    remote = bucket.is_remote(path)
     if processes.is_main():
-        files.write_partial(path, content)
+        if remote:
+            _check_owner(journal)
+        (files.replace if remote else files.write_partial)(path, content)
     facts = {"round": round_number, "stage": stage, "bytes": len(content), "sha256": _sha256(content), "same": same}
     removed = record(journal, name, facts)
-    if processes.is_main():
-        with files.explain_os_errors(path):
+    if processes.is_main() and not remote:
+        with files.explain_errors(path):
             os.replace(files.partial_path(path), path)
     raise_if_different(journal, name, removed)
 
@@ -172,7 +197,8 @@ def check(journal: Journal) -> dict[str, str]:
             continue
         fault = _checkpoint_fault(path, facts) if "files" in facts else _file_fault(path, facts)
         partial = files.partial_path(path)
-        if fault and not journal.read_only and partial.exists() and not _file_fault(partial, facts):
+        on_disk = not bucket.is_remote(path)
+        if fault and on_disk and not journal.read_only and partial.exists() and not _file_fault(partial, facts):
             os.replace(partial, path)
         elif fault:
             faults[name] = fault
@@ -190,7 +216,7 @@ def quarantine(journal: Journal, name: str) -> None:
         damaged, number = path.with_name(path.name + ".damaged"), 1
         while damaged.exists():
             damaged, number = path.with_name(f"{path.name}.damaged{number}"), number + 1
-        path.rename(damaged)
+        files.move(path, damaged)
     processes.barrier("corrupted file renamed")
 
 
@@ -203,7 +229,10 @@ def remove_sampled(journal: Journal, first: int) -> None:
 
 def measure(checkpoint: Path) -> tuple[int, int]:
     """The number of files of a checkpoint, and their bytes."""
-    sizes = [path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()]
+    if bucket.is_remote(checkpoint):
+        sizes = [*bucket.sizes(checkpoint).values()]
+    else:
+        sizes = [path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()]
     return len(sizes), sum(sizes)
 
 
@@ -221,13 +250,39 @@ def _remove_after(journal: Journal, name: str) -> list[str]:
     if processes.is_main():
         for other in later:
             path = journal.directory / other
-            if path.is_dir():  # renamed only: no run reads what its journal does not list
+            if bucket.is_remote(path) and path.is_dir():
+                bucket.remove_tree(path)
+            elif path.is_dir():  # renamed only: no run reads what its journal does not list
                 path.rename(path.with_name(path.name + ".removed"))
             else:
                 path.unlink(missing_ok=True)
         remove_sampled(journal, journal.facts[name]["round"] + 1)
     processes.barrier("removal is done")
     return later
+
+
+def _replace(journal: Journal, path: Path, content: bytes) -> None:
+    with files.explain_errors(path):
+        before, _ = bucket.read(path)
+        if before is not None and _content_of(before, path) is not None:
+            path.with_name("journal.before.json").write_bytes(before)
+        generation = bucket.replace(path, content, journal.generation)
+    if generation is None:
+        raise _taken_over(journal)
+    journal.generation = generation
+
+
+def _check_owner(journal: Journal) -> None:
+    with files.explain_errors(journal.directory):
+        if bucket.read(journal.directory / "journal.json")[1] != journal.generation:
+            raise _taken_over(journal)
+
+
+def _taken_over(journal: Journal) -> TakenOver:
+    return TakenOver(
+        f"{journal.directory}: another process has taken over this run, because this one was silent for too long (see "
+        "`.held` there). What the other one wrote is untouched; this one stops."
+    )
 
 
 def _order(journal: Journal, name: str) -> tuple[int, int]:
@@ -238,8 +293,8 @@ def _order(journal: Journal, name: str) -> tuple[int, int]:
 def _file_fault(path: Path, facts: dict[str, Any]) -> str:
     if not path.exists():
         return "it is missing"
-    if path.stat().st_size != facts["bytes"]:
-        return f"it has {path.stat().st_size} bytes instead of {facts['bytes']}"
+    if files.size(path) != facts["bytes"]:
+        return f"it has {files.size(path)} bytes instead of {facts['bytes']}"
     return "" if _sha256(path.read_bytes()) == facts["sha256"] else "its checksum differs from the journal's"
 
 
@@ -255,10 +310,17 @@ def _checkpoint_fault(path: Path, facts: dict[str, Any]) -> str:
 def _read(path: Path) -> dict[str, Any] | None:
     """The content of a journal file; None if it is missing, corrupted or of another version."""
     try:
-        content = files.parse_json(path.read_bytes(), path)
+        return _content_of(path.read_bytes(), path)
+    except OSError:
+        return None
+
+
+def _content_of(text: bytes, path: Path) -> dict[str, Any] | None:
+    try:
+        content = files.parse_json(text, path)
         checksum = content.pop("checksum")
         return content if checksum == _checksum(content) and content["version"] == _VERSION else None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         return None
 
 

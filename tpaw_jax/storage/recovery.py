@@ -4,12 +4,11 @@ The policy of a round answers its prompts again; a policy is trained again on it
 journal then tells whether the result is identical. If it is not, everything computed from it is regenerated too.
 """
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from tpaw_jax.runtime import processes
-from tpaw_jax.storage import journal
+from tpaw_jax.storage import bucket, files, journal
 from tpaw_jax.storage.files import CorruptedFile
 from tpaw_jax.storage.journal import Journal
 
@@ -29,7 +28,7 @@ def quarantine(directory: Path, corrupted: CorruptedFile, say: Callable[[str], N
     If it is a player that the ring no longer has, nothing can regenerate it: the run starts over.
     """
     opened = journal.open_journal(directory)
-    name = corrupted.path.absolute().relative_to(directory.absolute()).as_posix()
+    name = bucket.absolute(corrupted.path).relative_to(bucket.absolute(directory)).as_posix()
     processes.barrier("the journal is read")
     if corrupted.path.exists() or name in opened.facts:
         say(f"{corrupted} {_consequence(opened, name)}")
@@ -44,7 +43,7 @@ def start_over(opened: Journal, say: Callable[[str], None]) -> None:
     say("The lost files cannot be regenerated from what the ring holds: the run starts over from theta_0.")
     if processes.is_main():
         for path in [*opened.directory.glob("ring/*/[0-9]*")]:
-            shutil.rmtree(path.rename(path.with_name(path.name + ".removed")))
+            files.remove_tree(path)
         for name in opened.facts:
             (opened.directory / name).unlink(missing_ok=True)
         journal.remove_sampled(opened, 0)

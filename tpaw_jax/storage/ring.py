@@ -1,6 +1,7 @@
 """The ring on disk: Orbax checkpoints of the policies of the newest N_max rounds, and of the training state.
 
-Saves are atomic and asynchronous. An old checkpoint is removed only after its successor is complete. Every process
+Saves are atomic and asynchronous: on a disk, Orbax renames a complete checkpoint; in a bucket, it writes an object that
+says so. An old checkpoint is removed only after its successor is complete. Every process
 saves and restores its own shards; process 0 removes. A checkpoint holds a digest of each of its arrays, computed on the
 devices before writing and compared after reading, on any mesh.
 """
@@ -8,7 +9,6 @@ devices before writing and compared after reading, on any mesh.
 import dataclasses
 import hashlib
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree, UInt32
 
 from tpaw_jax.runtime import processes, sharding
-from tpaw_jax.storage import files, journal
+from tpaw_jax.storage import bucket, files, journal
 from tpaw_jax.storage.files import CorruptedFile
 from tpaw_jax.storage.journal import Journal
 from tpaw_jax.types import TrainState
@@ -59,9 +59,9 @@ class Ring:
 
 def open_ring(opened: Journal, n_max: int) -> Ring:
     """Open the ring of a run, in the folder `ring` beside its journal."""
-    directory = opened.directory.absolute() / "ring"
-    for kind in ("policies", "training"):
-        with files.explain_os_errors(directory / kind):
+    directory = bucket.absolute(opened.directory) / "ring"
+    for kind in ("policies", "training") if not bucket.is_remote(directory) else ():
+        with files.explain_errors(directory / kind):
             (directory / kind).mkdir(parents=True, exist_ok=True)
     return Ring(directory, n_max, ocp.StandardCheckpointer(), opened)
 
@@ -73,9 +73,11 @@ def remove_unfinished(ring: Ring) -> None:
     """
     processes.barrier("before removal")
     for kind in ("policies", "training") if processes.is_main() else ():
-        for path in (ring.directory / kind).iterdir():
-            if path.is_dir() and ".damaged" not in path.name and _name(ring, path) not in ring.journal.facts:
-                shutil.rmtree(path)
+        for path in _children(ring.directory / kind):
+            unlisted = _name(ring, path) not in ring.journal.facts
+            incomplete = bucket.is_remote(path) and not bucket.is_committed(path)
+            if path.is_dir() and ".damaged" not in path.name and (unlisted or incomplete):
+                files.remove_tree(path)
     processes.barrier("after removal")
 
 
@@ -97,7 +99,7 @@ def finish_saves(ring: Ring) -> None:
         OSError: a checkpoint could not be written; earlier ones are intact.
         RegeneratedDifferently: a lost policy was regenerated with another result.
     """
-    with files.explain_os_errors(ring.directory):
+    with files.explain_errors(ring.directory):
         ring.checkpointer.wait_until_finished()
     processes.barrier("checkpoints are complete")
     removed_after = {_name(ring, path): _record(ring, path, digests) for path, digests in ring.pending.items()}
@@ -178,10 +180,10 @@ def _training_path(ring: Ring, round_number: int, step: int) -> Path:
 
 
 def _start_save(ring: Ring, path: Path, tree: PyTree[Array]) -> None:
-    if not path.exists():
+    if path not in _complete(path.parent, re.escape(path.name)):
         journal.begin(ring.journal, _name(ring, path), *_stage_and_round(path))
         ring.pending[path] = digests_of(tree)
-        with files.explain_os_errors(path):
+        with files.explain_errors(path):
             ring.checkpointer.save(path, {"values": tree, "digests": ring.pending[path]})
 
 
@@ -212,9 +214,9 @@ def _name(ring: Ring, path: Path) -> str:
 
 
 def _remove(ring: Ring, path: Path) -> None:
-    """Forget, rename, then delete, so that a kill in between leaves no incomplete checkpoint under its final name."""
+    """Forget, then delete, so that a kill in between leaves none that is listed but incomplete."""
     journal.forget(ring.journal, _name(ring, path))
-    shutil.rmtree(path.rename(path.with_name(path.name + ".removed")))
+    files.remove_tree(path)
 
 
 def _restore(ring: Ring, path: Path, like: PyTree[Array]) -> PyTree[Any]:
@@ -265,5 +267,10 @@ def _try_to_read(ring: Ring, path: Path, abstract: PyTree[Any]) -> tuple[dict[st
 
 
 def _complete(directory: Path, pattern: str) -> list[Path]:
-    """The checkpoints that Orbax has renamed to their final names, which it does once they are complete."""
-    return [path for path in directory.iterdir() if re.fullmatch(pattern, path.name)]
+    """The checkpoints in a directory that Orbax has marked as complete."""
+    found = [path for path in _children(directory) if re.fullmatch(pattern, path.name)]
+    return [path for path in found if bucket.is_committed(path)] if bucket.is_remote(directory) else found
+
+
+def _children(directory: Path) -> list[Path]:
+    return list(directory.glob("*"))  # also where a bucket has nothing under the name
