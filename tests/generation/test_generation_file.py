@@ -118,7 +118,7 @@ def test_appended_responses_are_read_back_and_a_truncated_line_is_removed(tmp_pa
 
 
 def test_appends_are_rate_limited_and_lose_nothing(tmp_path, prompts, monkeypatch):
-    path, now = tmp_path / "sampled.jsonl", iter([0.0, 0.0, 1.0, 3.0, 3.0, 3.5, 9.0])
+    path, now = tmp_path / "sampled.jsonl", iter([0.0, 0.0, 0.0, 1.0, 3.0, 3.0, 3.5, 9.0])
     monkeypatch.setattr(generation_file.time, "monotonic", lambda: next(now))
     made = {i: (np.arange(1, dtype=np.int32), np.zeros(1, np.float32)) for i in range(3)}
     there = lambda: list(generation_file.read_partial([path], prompts))
@@ -139,6 +139,22 @@ def test_appends_are_rate_limited_and_lose_nothing(tmp_path, prompts, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         sample()
     assert there() == [0]  # the rest is written on exit
+
+
+def test_appends_to_a_bucket_are_objects_that_come_ever_more_rarely(in_bucket, prompts, monkeypatch):
+    path, now = in_bucket / "sampled_0000.jsonl", [0.0]
+    monkeypatch.setattr(generation_file.time, "monotonic", lambda: now[0])
+    response = np.arange(1, dtype=np.int32), np.zeros(1, np.float32)
+    counts = []
+    with generation_file.appender(path, prompts, seconds=2.0) as keep:
+        for i, now[0] in enumerate([0.0, 1.0, 3.0, 1000.0, 1010.0, 1025.0]):
+            keep({i % len(prompts): response})
+            counts.append(len(list(in_bucket.glob("sampled_0000*.jsonl"))))
+        keep({0: response})
+    assert counts == [1, 1, 2, 3, 3, 4]
+    parts = list(in_bucket.glob("sampled_*.jsonl"))
+    assert len(parts) == 5
+    assert set(generation_file.read_partial(parts, prompts)) == set(range(min(6, len(prompts))))
 
 
 def test_another_engine_answers_the_prompts_of_an_exported_policy(tmp_path, capsys):

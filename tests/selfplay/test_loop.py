@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 
 import forked
@@ -288,9 +289,10 @@ def test_a_run_told_to_stop_goes_on_to_the_same_end(tmp_path, undisturbed):
     assert_same_as(undisturbed, tmp_path / "stopped")
 
 
-def test_a_run_in_a_bucket_killed_in_every_stage_ends_as_one_on_a_disk(tmp_path, undisturbed, in_bucket, cloud):
+def test_a_run_in_a_bucket_killed_in_its_stages_ends_as_one_on_a_disk(tmp_path, undisturbed, in_bucket, cloud):
     log = tmp_path / "log"
-    for place in killed_run.PLACES:
+    some = ("keeping", "scored", "saving", "pushing")
+    for place in killed_run.PLACES if "TPAW_ALL_TESTS" in os.environ else some:
         code, output = play_in_bucket(in_bucket, log, cloud, place)
         assert code == -signal.SIGKILL, (place, output[-2000:])
     code, output = play_in_bucket(in_bucket, log, cloud)
