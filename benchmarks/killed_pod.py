@@ -27,9 +27,9 @@ import faults
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import cloud_storage
+import cloud_storage  # noqa: E402
 
-from tpaw_jax.storage import bucket
+from tpaw_jax.storage import bucket  # noqa: E402
 
 TIMEOUT = 10
 """Seconds, the --host-timeout of the processes."""

@@ -80,10 +80,10 @@ def equal_runs_share_programs():
         return SHARED_PROGRAMS[names][0]
 
     @functools.wraps(make_scorer)
-    def shared_scorer(log_prob_fn, mesh=None, compiler_options=None):
+    def shared_scorer(log_prob_fn, mesh=None, compiler_options=None, context=1):
         names = "scorer", log_prob_fn, mesh
         if names not in SHARED_PROGRAMS:
-            SHARED_PROGRAMS[names] = make_scorer(log_prob_fn, mesh, compiler_options)
+            SHARED_PROGRAMS[names] = make_scorer(log_prob_fn, mesh, compiler_options, context)
         return SHARED_PROGRAMS[names]
 
     def key(config, model):

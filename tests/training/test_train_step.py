@@ -28,13 +28,16 @@ def setup(
     remat="layer",
     mesh=None,
     sum_over_data=False,
+    attention=TILES,
     **train,
 ):
     prompts, rounds = random_prompts(np.random.default_rng(0), 10)
     trees = prefix_trees.trees_of_window(prompts, rounds[::-1], prefix_trees.first_sources(prompts, rounds))
     rows = packing.pack(trees, PackingConfig(row_length=128, max_responses_per_row=12))
-    mesh = sharding.make_mesh(mesh or MeshConfig(fsdp=devices), jax.devices()[:devices])
-    model = shard_model(Transformer(stories[0], dtype=compute, remat=remat, attention=TILES), stories[1], mesh)
+    meshed, mesh = mesh, sharding.make_mesh(mesh or MeshConfig(fsdp=devices), jax.devices()[:devices])
+    context = 1 if meshed is None else meshed.context
+    model = Transformer(stories[0], dtype=compute, remat=remat, attention=attention)
+    model = shard_model(model, stories[1], mesh, context=context)
     how = model.parallel._replace(sum_over_data=sum_over_data)
     model = model.clone(parallel=how)
     log_prob_fn = logprobs.make_log_prob_fn(model, 64)
@@ -42,11 +45,11 @@ def setup(
     optimizer = train_step.make_optimizer(config)
     params = jax.device_put(stories[1], sharding.param_shardings(stories[1], mesh))
     params = jax.tree.map(jnp.copy, params)  # the step donates them
-    scorer = scoring.make_scorer(log_prob_fn, mesh)
+    scorer = scoring.make_scorer(log_prob_fn, mesh, context=context)
     scored = scoring.score(scorer, params, rows, rows_per_batch)
     scores = TeamScores(np.stack([scored, scored + 3, scored - 2]), np.ones(3, bool))
     step = train_step.make_train_step(
-        log_prob_fn, optimizer, ObjectiveConfig(), mesh, summed_over_data=how.summed_over_data()
+        log_prob_fn, optimizer, ObjectiveConfig(), mesh, summed_over_data=how.summed_over_data(), context=context
     )
     inputs = packing.step_batch(rows, scores, np.arange(len(rows)), rows_per_batch, most)
     return step, train_step.init_state(params, optimizer, mesh), inputs, scores
@@ -299,6 +302,25 @@ def test_eight_devices_take_the_steps_of_one(stories, steps_of_one_device, mesh,
     losses, params, log_probs = five_steps(*run)
     kernel = params["layers"]["q"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (5, 64 // mesh.fsdp, 64 // mesh.tensor)
+    np.testing.assert_allclose(losses, steps_of_one_device[0], rtol=1e-5)
+    np.testing.assert_allclose(log_probs, steps_of_one_device[2], rtol=1e-5, atol=1e-4)
+    assert_close(host(params), host(steps_of_one_device[1]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows", "attention", "remat"),
+    [
+        (MeshConfig(fsdp=8, context=4), 2, TILES, "layer"),
+        pytest.param(MeshConfig(fsdp=8, context=8), 1, TILES, "dots", id="more devices than key-value heads"),
+        pytest.param(MeshConfig(data=2, fsdp=4, context=2), 8, EINSUM, "none", id="two rows a group"),
+        (MeshConfig(fsdp=4, tensor=2, context=2), 2, TILES, "head"),
+    ],
+)
+def test_devices_that_share_rows_take_the_steps_of_one(stories, steps_of_one_device, mesh, rows, attention, remat):
+    """Context parallelism: fewer rows than devices."""
+    run = setup(stories, 8, rows, -(-8 // rows), mesh=mesh, attention=attention, remat=remat)
+    losses, params, log_probs = five_steps(*run)
+    assert params["layers"]["q"]["kernel"].addressable_shards[0].data.shape == (5, 64 // mesh.fsdp, 64 // mesh.tensor)
     np.testing.assert_allclose(losses, steps_of_one_device[0], rtol=1e-5)
     np.testing.assert_allclose(log_probs, steps_of_one_device[2], rtol=1e-5, atol=1e-4)
     assert_close(host(params), host(steps_of_one_device[1]), rtol=0, atol=1e-5)

@@ -221,6 +221,9 @@ class MeshConfig:
     data: int = option(1, "replicas of the model, each with its share of the rows")
     fsdp: int = option(-1, "shards of parameters and optimizer state, each with its share of the rows")
     tensor: int = option(1, "shards of every matrix product (tensor parallelism)")
+    context: int = option(
+        1, "neighbours on fsdp that share their rows, each with a part of the tokens (context parallelism)"
+    )
     compiler_options: tuple[str, ...] = option(
         (), "XLA options of the step and of scoring, each name=value; name= drops one of `tpu.COMPILER_OPTIONS`"
     )

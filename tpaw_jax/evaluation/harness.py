@@ -44,8 +44,9 @@ class PolicyLM(TemplateLM):
         self.positions = policy.model.config.max_position_embeddings
         self.max_length = min(self.positions, self.packing.row_length)
         greedy_fn = logprobs.make_greedy_fn(policy.model, config.policy.head_chunk)
-        self._program = scoring.score_program(greedy_fn, mesh, tpu.options_of(mesh, config.mesh.compiler_options))
-        self._rows = sharding.rows(mesh)
+        options, context = tpu.options_of(mesh, config.mesh.compiler_options), config.mesh.context
+        self._program = scoring.score_program(greedy_fn, mesh, options, context)
+        self._rows = scoring.batch_sharding(mesh, context)
         self._samplers: dict[tuple[int, float, float, int], Any] = {}
 
     @property

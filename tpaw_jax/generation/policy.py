@@ -65,7 +65,8 @@ def sharded_models(
     sampling_mesh = sharding.sampling_mesh(config.sampling.tensor)
     sampling_model = shard_model(whole, params, sampling_mesh, key="sampling.tensor")
     decoder = decoder_of(sampling_model, config.sampling.cache_dtype)
-    return shard_model(whole, params, mesh, config.train.reduce_dtype), decoder, sampling_mesh
+    model = shard_model(whole, params, mesh, config.train.reduce_dtype, context=config.mesh.context)
+    return model, decoder, sampling_mesh
 
 
 def stop_tokens(template: templates.Template, generation: Mapping[str, Any]) -> list[int]:

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from tpaw_jax.models.attention import EINSUM, SAVED, Attention, Visibility
+from tpaw_jax.models.context import check, exchanging_heads, own_tokens
 from tpaw_jax.models.layer_scan import scan_layers
 from tpaw_jax.models.parallel import UNSHARDED, Parallel
 from tpaw_jax.models.rope import RopeScaling, rope_angles, rope_frequencies, rotate
@@ -227,7 +228,10 @@ class Transformer(nn.Module):
         return self._rows(tokens, positions, Visibility(segment_ids), with_cache=True)[:2]
 
     def hidden_and_head(self, batch: TreeBatch) -> tuple[Float[Array, "B T D"], Float[Array, "v D"]]:
-        """Compute the hidden states of packed trees, and all columns of the output embedding in the compute dtype."""
+        """Compute the hidden states of packed trees, and all columns of the output embedding in the compute dtype.
+
+        With context parallelism, the hidden states are those of the device's part of the tokens.
+        """
         hidden, _, head = self._rows(batch.tokens, batch.positions, Visibility.of(batch), with_cache=False)
         return hidden, self.parallel.table(head, f"{self._head_name}/embedding", self.dtype)
 
@@ -246,7 +250,10 @@ class Transformer(nn.Module):
         return getattr(self, self._head_name)()
 
     def _rows(self, tokens_BT, positions_BT, visibility, with_cache):
-        context, angles = self.attention.prepare(visibility), rotary_angles(self.config, positions_BT)
+        context = self.attention.prepare(visibility)
+        if self.parallel.context > 1:
+            tokens_BT, positions_BT = (own_tokens(x, self.parallel.context) for x in (tokens_BT, positions_BT))
+        angles = rotary_angles(self.config, positions_BT)
         x_MD = self.parallel.embed(self.embed(), "embed/embedding", tokens_BT.reshape(-1), self.dtype)
         cache, head = None, self._head()
         if self.parallel.specs and not with_cache:
@@ -266,7 +273,13 @@ class Transformer(nn.Module):
 
 
 def shard_model(
-    model: Transformer, params: PyTree[Any], mesh: Mesh, reduce_dtype: str = "float32", key: str = "mesh.tensor"
+    model: Transformer,
+    params: PyTree[Any],
+    mesh: Mesh,
+    reduce_dtype: str = "float32",
+    key: str = "mesh.tensor",
+    *,
+    context: int = 1,
 ) -> Transformer:
     """Prepare a model for use inside `shard_map`, with parameters sharded by `sharding.PARAM_AXES`.
 
@@ -276,9 +289,10 @@ def shard_model(
         mesh: the mesh they are sharded over.
         reduce_dtype: dtype in which gradients are reduced over `fsdp`.
         key: configuration key of the tensor axis's size, for error messages.
+        context: devices of `fsdp` that share rows.
 
     Raises:
-        ValueError: the tensor axis does not divide the number of heads or feed-forward features.
+        ValueError: the tensor axis or `context` does not divide the number of heads or feed-forward features.
     """
     c, tensor = model.config, mesh.shape["tensor"]
     if c.num_heads % tensor or c.num_kv_heads % tensor or c.intermediate_size % tensor:
@@ -288,8 +302,11 @@ def shard_model(
         )
     specs = {name: spec for name, spec in sharding.param_specs(params, mesh).items() if any(spec)}
     slices = tpu.slice_count(list(mesh.devices.flat))
-    parallel = Parallel(specs, tensor, reduce_dtype, sharding.scatter_stages(mesh), slices=slices)
-    return model.clone(parallel=parallel)
+    parallel = Parallel(specs, tensor, context, reduce_dtype, sharding.scatter_stages(mesh), slices=slices)
+    if context == 1:
+        return model.clone(parallel=parallel)
+    check(context, mesh.shape["fsdp"], c.num_heads // tensor, c.num_kv_heads // tensor)
+    return model.clone(parallel=parallel, attention=exchanging_heads(model.attention, context))
 
 
 def rotary_angles(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:

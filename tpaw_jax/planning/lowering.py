@@ -68,7 +68,7 @@ def target_of(
         config=dataclasses.replace(config, packing=settled),
         topology=topology,
         mesh=mesh,
-        model=shard_model(unsharded, params, mesh, config.train.reduce_dtype),
+        model=shard_model(unsharded, params, mesh, config.train.reduce_dtype, context=config.mesh.context),
         params=params,
         sampling_mesh=sampling_mesh,
         sampling_model=shard_model(unsharded, params, sampling_mesh, key="sampling.tensor"),
@@ -89,17 +89,18 @@ def team_step(target: Target, remat: str, micro_batches: int) -> jax.stages.Lowe
     step: Any = train_step.configured_step(config, target.model.clone(remat=remat), optimizer, mesh)[1]
     inputs = (*packing.empty_step(config.packing, config.objective.n_max, micro_batches), train_step.NO_SCALARS)
     state = train_step.abstract_state(target.params, optimizer, mesh)
-    return _lower(target, step, state, *_abstract(inputs, train_step.input_shardings(mesh)))
+    return _lower(target, step, state, *_abstract(inputs, train_step.input_shardings(mesh, config.mesh.context)))
 
 
 def scoring_pass(target: Target) -> jax.stages.Lowered:
     """A frozen player's forward pass over `packing.scoring_batches` batches of rows."""
     config, mesh = target.config, target.mesh
     log_prob_fn = make_log_prob_fn(target.model, config.policy.head_chunk)
-    program = scoring.score_program(log_prob_fn, mesh, tpu.options_of(mesh, config.mesh.compiler_options))
+    options, context = tpu.options_of(mesh, config.mesh.compiler_options), config.mesh.context
+    program = scoring.score_program(log_prob_fn, mesh, options, context)
     count = config.packing.rows_per_batch * config.packing.scoring_batches
     rows = packing.empty(config.packing, count)
-    return _lower(target, program, target.params, _abstract(rows.batch, sharding.rows(mesh)))
+    return _lower(target, program, target.params, _abstract(rows.batch, scoring.batch_sharding(mesh, context)))
 
 
 def prefill_row(config: RunConfig) -> int:

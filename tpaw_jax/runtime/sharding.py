@@ -154,9 +154,9 @@ def _replicate(x: Array, everywhere: NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(x, everywhere)
 
 
-def row_shards(mesh: Mesh) -> int:
-    """The number of shards that the rows of a batch are split into."""
-    return int(np.prod([mesh.shape[axis] for axis in MESH_AXES_OF["batch"]]))
+def row_shards(mesh: Mesh, context: int = 1) -> int:
+    """The number of shards that the rows of a batch are split into, if `context` devices share rows."""
+    return int(np.prod([mesh.shape[axis] for axis in MESH_AXES_OF["batch"]])) // context
 
 
 def scatter_stages(mesh: Mesh) -> tuple[int, ...]:

@@ -90,7 +90,8 @@ def _make_inputs(
     most = most_micro_batches(config)
     scale = train_step.rate_scale(config, _triplets_per_step(rows, step_rows))
     rates = scale * train_step.learning_rates(config.train, t, len(step_rows))
-    lam, shardings = np.float32(of_round(config.objective.lam, t)), train_step.input_shardings(session.mesh)
+    lam = np.float32(of_round(config.objective.lam, t))
+    shardings = train_step.input_shardings(session.mesh, config.mesh.context)
 
     def make(step: int, tolerance: float, dry_run: bool) -> StepInputs:
         batch, team, used = packing.step_batch(rows, scores, step_rows[step], config.packing.rows_per_batch, most)

@@ -131,7 +131,9 @@ def open_session(
         sampler=policy.sampler,
         stop_fn=policy.stop_fn,
         evaluator=evaluator,
-        scorer=scoring.make_scorer(log_prob_fn, mesh, tpu.options_of(mesh, config.mesh.compiler_options)),
+        scorer=scoring.make_scorer(
+            log_prob_fn, mesh, tpu.options_of(mesh, config.mesh.compiler_options), config.mesh.context
+        ),
         optimizer=optimizer,
         step=step,
         journal=opened,

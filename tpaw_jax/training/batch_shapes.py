@@ -1,6 +1,7 @@
 """The fixed batch shapes of a run: automatic configuration values are resolved from the devices."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,9 +30,9 @@ def resolve_packing(config: RunConfig, mesh: Mesh, before: Mapping[str, Any] | N
     Raises:
         ValueError: batches do not split evenly over the devices, or TPUs cannot compute the rows.
     """
-    shards = sharding.row_shards(mesh)
+    shards = sharding.row_shards(mesh, config.mesh.context)
     rows = config.packing.rows_per_batch or (before or {}).get("rows_per_batch") or shards
     length = config.packing.row_length or (before or {}).get("row_length") or max(LONG_ROW, config.longest_tree)
     on_tpu = tpu.generation(mesh.devices.flat[0]) is not None
-    packing.check_rows(length, rows, shards, rules.QUERIES if on_tpu else 1)
+    packing.check_rows(length, rows, shards, math.lcm(config.mesh.context, rules.QUERIES if on_tpu else 1))
     return dataclasses.replace(config.packing, rows_per_batch=rows, row_length=length)

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
+from tpaw_jax.models import context
 from tpaw_jax.models.attention import Visibility, visible
 from tpaw_jax.models.transformer import KEEPS_LOGITS, Transformer, head_name
 from tpaw_jax.types import TreeBatch
@@ -43,8 +44,9 @@ def make_log_prob_fn(model: Transformer, head_chunk: int) -> LogProbFn:
 
     def log_prob_fn(params: PyTree[Array], batch: TreeBatch) -> Float[Array, "B R"]:
         batch = jax.tree.map(jnp.asarray, batch)  # outside jit, host batches work too
-        hidden, table, labels, live, axis = _predictions(model, params, batch)
-        return sum_by_response(token_log_probs(hidden, table, labels, live, head_chunk, keep=keep, axis=axis), batch)
+        batch, hidden, table, labels, live, axis = _predictions(model, params, batch)
+        log_probs_BP = token_log_probs(hidden, table, labels, live, head_chunk, keep=keep, axis=axis)
+        return _totals(log_probs_BP, batch, model)
 
     return log_prob_fn
 
@@ -57,18 +59,20 @@ def make_greedy_fn(model: Transformer, head_chunk: int) -> Callable[[PyTree[Arra
 
     def greedy_fn(params: PyTree[Array], batch: TreeBatch) -> Float[Array, "B R 2"]:
         batch = jax.tree.map(jnp.asarray, batch)
-        hidden, table, labels, live, axis = _predictions(model, params, batch)
-        log_probs_BR = sum_by_response(token_log_probs(hidden, table, labels, live, head_chunk, axis=axis), batch)
+        batch, hidden, table, labels, live, axis = _predictions(model, params, batch)
+        log_probs_BR = _totals(token_log_probs(hidden, table, labels, live, head_chunk, axis=axis), batch, model)
         not_greedy_BP = ~_is_argmax(hidden, table, labels, head_chunk, axis) & live
-        greedy_BR = sum_by_response(not_greedy_BP.astype(jnp.float32), batch) == 0
+        greedy_BR = _totals(not_greedy_BP, batch, model) == 0
         return jnp.stack([log_probs_BR, greedy_BR.astype(jnp.float32)], axis=-1)
 
     return greedy_fn
 
 
 def _predictions(model: Transformer, params: PyTree[Array], batch: TreeBatch) -> tuple[Any, ...]:
-    """Hidden states [B, P, D], output embedding, labels, mask of real predictions, and mesh axis of the vocabulary."""
+    """The batch as the device computes it; hidden states [B, P, D], output embedding, labels, mask of real predictions,
+    and mesh axis of the vocabulary."""
     parallel = model.parallel
+    batch = context.rows_of_group(batch, parallel.context) if parallel.context > 1 else batch
     outputs: Any = model.apply({"params": params}, batch, method="hidden_and_head")
     hidden_BTD, table_VD = outputs
     hidden_BPD = jnp.take_along_axis(hidden_BTD, batch.hidden_index[..., None], axis=1)
@@ -77,7 +81,13 @@ def _predictions(model: Transformer, params: PyTree[Array], batch: TreeBatch) ->
     if parallel.splits_vocabulary(name):
         hidden_BPD, axis = parallel.copy_to_tensor(hidden_BPD), "tensor"
         labels_BP = labels_BP - lax.axis_index(axis) * table_VD.shape[0]
-    return hidden_BPD, table_VD, labels_BP, live_BP, axis
+    return batch, hidden_BPD, table_VD, labels_BP, live_BP, axis
+
+
+def _totals(per_token: Array, batch: TreeBatch, model: Transformer) -> Float[Array, "B R"]:
+    """Sum a value per token over each response, on all devices that share its row."""
+    sums_BR, shared_by = sum_by_response(per_token, batch), model.parallel.context
+    return context.total_of_group(sums_BR, shared_by) if shared_by > 1 else sums_BR
 
 
 def from_apply_fn(apply_fn: ApplyFn) -> LogProbFn:

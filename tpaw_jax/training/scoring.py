@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, PyTree
 
 from tpaw_jax.data import packing
 from tpaw_jax.data.packing import Rows
+from tpaw_jax.models import context as contexts
 from tpaw_jax.runtime import sharding
 from tpaw_jax.runtime.host import Prefetch
 from tpaw_jax.training.logprobs import LogProbFn
@@ -20,7 +21,10 @@ Scorer = LogProbFn
 
 
 def make_scorer(
-    log_prob_fn: LogProbFn, mesh: Mesh | None = None, compiler_options: Mapping[str, str] | None = None
+    log_prob_fn: LogProbFn,
+    mesh: Mesh | None = None,
+    compiler_options: Mapping[str, str] | None = None,
+    context: int = 1,
 ) -> Scorer:
     """Build the compiled scorer from the function that the train step differentiates.
 
@@ -29,24 +33,37 @@ def make_scorer(
     tests and A8).
     """
     mesh = sharding.single_device_mesh() if mesh is None else mesh
-    program = score_program(log_prob_fn, mesh, compiler_options)
-    return lambda params, batch: program(params, sharding.place(batch, sharding.rows(mesh)))
+    program, placed = score_program(log_prob_fn, mesh, compiler_options, context), batch_sharding(mesh, context)
+    return lambda params, batch: program(params, sharding.place(batch, placed))
 
 
-def score_program(log_prob_fn: LogProbFn, mesh: Mesh, compiler_options: Mapping[str, str] | None = None) -> Any:
-    """Build the jitted (params, batch) -> log-probs. Each device computes its own rows; the result is replicated."""
-    by_row = sharding.rows(mesh)
+def batch_sharding(mesh: Mesh, context: int = 1) -> NamedSharding:
+    """The sharding of a batch of the scorer: by row, or whole on every device if `context` devices share rows."""
+    return sharding.rows(mesh) if context == 1 else sharding.replicated(mesh)
+
+
+def score_program(
+    log_prob_fn: LogProbFn, mesh: Mesh, compiler_options: Mapping[str, str] | None = None, context: int = 1
+) -> Any:
+    """Build the jitted (params, batch) -> log-probs. Each device, or group of `context` devices, computes its own rows.
+
+    The result is replicated.
+    """
+    by_row, shards = sharding.rows(mesh), sharding.row_shards(mesh)
 
     def log_probs(params: PyTree[Array], batch: TreeBatch) -> Array:
         specs = jax.tree.map(lambda placed: placed.spec, sharding.param_shardings(params, mesh))
         per_device = jax.shard_map(
             log_prob_fn, mesh=mesh, in_specs=(specs, by_row.spec), out_specs=by_row.spec, check_vma=False
         )
-        return per_device(params, batch)
+        if context == 1:
+            return per_device(params, batch)
+        return contexts.collect(per_device(params, contexts.spread(batch, context, shards)), context, shards)
 
     options = dict(compiler_options) if compiler_options else None
     replicated = sharding.replicated(mesh)
-    return jax.jit(log_probs, in_shardings=(None, by_row), out_shardings=replicated, compiler_options=options)
+    placed = batch_sharding(mesh, context)
+    return jax.jit(log_probs, in_shardings=(None, placed), out_shardings=replicated, compiler_options=options)
 
 
 def score(

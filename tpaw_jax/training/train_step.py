@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree
 
 from tpaw_jax.config import ObjectiveConfig, RunConfig, TrainConfig, of_round
 from tpaw_jax.models import Transformer
+from tpaw_jax.models import context as contexts
 from tpaw_jax.objective import TeamLoss, team_loss
 from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.training import batch_shapes, gradients
@@ -153,6 +154,7 @@ def make_train_step(
     compiler_options: Mapping[str, str] | None = None,
     *,
     summed_over_data: Collection[str] = (),
+    context: int = 1,
 ) -> TrainStep:
     """Build the compiled train step of the objective; see `make_step` for the other arguments and the result.
 
@@ -180,9 +182,8 @@ def make_train_step(
         return -jnp.sum(log_probs_BR) / total, jax.lax.stop_gradient(sums)
 
     loss, counted = (supervised, _tokens) if objective.loss == "sft" else (team, _triplet_count)
-    return make_step(
-        loss, optimizer, mesh, reduce_dtype, compiler_options, counted=counted, summed_over_data=summed_over_data
-    )
+    options: dict[str, Any] = {"counted": counted, "summed_over_data": summed_over_data, "context": context}
+    return make_step(loss, optimizer, mesh, reduce_dtype, compiler_options, **options)
 
 
 def configured_step(
@@ -200,6 +201,7 @@ def configured_step(
         config.train.reduce_dtype,
         options,
         summed_over_data=parallel.summed_over_data(),
+        context=parallel.context,
     )
 
 
@@ -212,6 +214,7 @@ def make_step(
     *,
     counted: Callable[[TreeBatch], Array] = _triplet_count,
     summed_over_data: Collection[str] = (),
+    context: int = 1,
 ) -> TrainStep:
     """Build the compiled step(state, batch, scores, micro_batches, scalars) -> (state, metrics). It donates the state.
 
@@ -227,6 +230,7 @@ def make_step(
         compiler_options: XLA options.
         counted: batch -> the number that the loss is a mean over.
         summed_over_data: parameters whose gradients the loss's backward pass has summed over `data` already.
+        context: devices that share rows, see `models.context`.
     """
     mesh = sharding.single_device_mesh() if mesh is None else mesh
     slices = tpu.slice_count(list(mesh.devices.flat))
@@ -235,6 +239,10 @@ def make_step(
         total = jnp.maximum(counted(batch), 1.0)
         param_specs = jax.tree.map(lambda s: s.spec, sharding.param_shardings(state.params, mesh))
         input_specs = jax.tree.map(lambda s: s.spec, input_shardings(mesh))
+        if context > 1:
+            shards = sharding.row_shards(mesh)
+            batch = contexts.spread(batch, context, shards)
+            scores = contexts.spread_scores(scores, context, shards)
         loss, sums, summed = jax.shard_map(
             _loss_and_gradients(micro_loss, param_specs, reduce_dtype, summed_over_data, slices),
             mesh=mesh,
@@ -249,7 +257,7 @@ def make_step(
         means = _means(sums, jnp.maximum(sums["triplets"], 1.0))
         return state, {"loss": loss, **means, **update_metrics}
 
-    in_shardings = (None, *input_shardings(mesh))  # None: keep the state's own sharding
+    in_shardings = (None, *input_shardings(mesh, context))  # None: keep the state's own sharding
     return jax.jit(step, donate_argnums=0, in_shardings=in_shardings, compiler_options=dict(compiler_options or {}))
 
 
@@ -268,9 +276,14 @@ def _loss_and_gradients(micro_loss, param_specs, reduce_dtype, summed_over_data,
     return per_device
 
 
-def input_shardings(mesh: Mesh) -> tuple[Any, ...]:
-    """Return the shardings of the step's batch, scores, number of micro-batches and scalars."""
+def input_shardings(mesh: Mesh, context: int = 1) -> tuple[Any, ...]:
+    """Return the shardings of the step's batch, scores, number of micro-batches and scalars.
+
+    Batch and scores are split by row, or replicated if `context` devices share rows.
+    """
     replicated: Any = sharding.replicated(mesh)
+    if context > 1:
+        return (replicated,) * 4
     log_probs: Any = sharding.rows(mesh, leading=2)
     return sharding.rows(mesh, leading=1), TeamScores(log_probs, replicated), replicated, replicated
 

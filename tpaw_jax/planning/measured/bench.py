@@ -146,7 +146,7 @@ def _step(setup: Setup, calls: int, say: Say) -> Reading:
     players, most = config.objective.n_max, most_micro_batches(config)
     scores = TeamScores(np.zeros((players, *rows.prompt_index.shape), np.float32), np.ones(players, bool))
     scalars = StepScalars(np.float32(0), np.float32(config.objective.lam[0]), np.float32(0), np.bool_(False))
-    shardings = train_step.input_shardings(mesh)
+    shardings = train_step.input_shardings(mesh, config.mesh.context)
 
     def inputs(indices: np.ndarray) -> tuple[Any, Done]:
         batch, team, used = packing.step_batch(rows, scores, indices, config.packing.rows_per_batch, most)
@@ -177,14 +177,15 @@ def _score(setup: Setup, calls: int, _: Say) -> Reading:
     config, mesh, rows = setup.config, setup.mesh, setup.rows
     optimizer = train_step.make_optimizer(config.train)
     log_prob_fn = train_step.configured_step(config, setup.model, optimizer, mesh)[0]
-    program = scoring.score_program(log_prob_fn, mesh, tpu.options_of(mesh, config.mesh.compiler_options))
+    options, context = tpu.options_of(mesh, config.mesh.compiler_options), config.mesh.context
+    program = scoring.score_program(log_prob_fn, mesh, options, context)
     size = config.packing.rows_per_batch * config.packing.scoring_batches
 
     def batch(start: int) -> tuple[packing.Rows, TreeBatch]:
         chosen = packing.take(rows, np.arange(start, start + size) % len(rows), size)
         return chosen, chosen.batch
 
-    place = lambda arrays: sharding.place(arrays, sharding.rows(mesh))
+    place = lambda arrays: sharding.place(arrays, scoring.batch_sharding(mesh, context))
     compiled, seconds_to_compile = _compiled(program, setup.params, place(batch(0)[1]))
     done = []
     with Prefetch(batch, _starts(size, calls), depth=1) as ahead:
