@@ -4,8 +4,8 @@ ARG BASE=python:3.13-slim
 FROM ${BASE}
 # Version of the package; the image has no git history to read it from.
 ARG VERSION=0.2.0.dev0
-# EXTRAS=gguf,tensorboard,tpu also installs what GGUF models and TensorBoard need.
-ARG EXTRAS=tpu
+# EXTRAS=gcs,gguf,tensorboard,tpu also installs what GGUF models and TensorBoard need.
+ARG EXTRAS=gcs,tpu
 ENV PYTHONUNBUFFERED=1
 WORKDIR /tpaw_jax
 COPY . .

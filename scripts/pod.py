@@ -90,7 +90,7 @@ def install(options: argparse.Namespace, overrides: list[str]) -> list[list[str]
     script = (
         f"set -e; mkdir -p tpaw_jax; gcloud storage cat {shlex.quote(options.source)} | tar xz -C tpaw_jax; "
         '"$(tpaw_jax/scripts/find_python.sh)" -m venv venv; '
-        "venv/bin/pip install -q -c tpaw_jax/requirements.lock -e 'tpaw_jax[tpu]'"
+        "venv/bin/pip install -q -c tpaw_jax/requirements.lock -e 'tpaw_jax[gcs,tpu]'"
     )
     return _on_all_hosts(options, script)
 
@@ -167,7 +167,7 @@ COMMANDS = {"create": create, "install": install, "play": play, "logs": logs, "d
 def _host_command(options: argparse.Namespace, overrides: list[str], restarts: int | None = None) -> list[str]:
     restarts = options.max_restarts if restarts is None else restarts
     script = ["bash", "scripts/on_each_host.sh", options.name, options.bucket, MOUNT, str(restarts)]
-    return [*script, options.config, f"--directory={MOUNT}/{options.name}/run", *overrides]
+    return [*script, options.config, f"--directory=gs://{options.bucket}/{options.name}/run", *overrides]
 
 
 def _on_all_hosts(options: argparse.Namespace, script: str) -> list[list[str]]:

@@ -33,7 +33,7 @@ def test_a_slice_is_created_played_on_and_deleted(capsys):
     ]
     played = printed(capsys, "play", *place, "--bucket", "b", "--config", "c.yaml", "--", "--rounds", "2")
     assert "--worker=all" in played
-    assert "scripts/on_each_host.sh mine b /mnt/runs 20 c.yaml --directory=/mnt/runs/mine/run --rounds 2" in played
+    assert "scripts/on_each_host.sh mine b /mnt/runs 20 c.yaml --directory=gs://b/mine/run --rounds 2" in played
     assert "queued-resources delete mine" in printed(capsys, "delete", *place)
 
 

@@ -14,7 +14,7 @@ from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainCon
 from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.models import EINSUM, TILES, Transformer, parallel, shard_model
 from tpaw_jax.runtime import sharding, tpu
-from tpaw_jax.training import logprobs, scoring, train_step
+from tpaw_jax.training import learning_rate, logprobs, scoring, train_step
 from tpaw_jax.training.train_step import StepScalars
 from tpaw_jax.types import TeamScores
 
@@ -195,7 +195,7 @@ def test_schedules_are_transformers_one_step_earlier(schedule):
         peer.step()
         scheduler.step()
     config = TrainConfig(schedule=schedule, learning_rate=(1.0, 2.0))
-    ours = train_step.learning_rates(config, round_number=7, steps=steps)
+    ours = learning_rate.of_steps(config, round_number=7, steps=steps)
     np.testing.assert_allclose(ours[:warmup], theirs[1 : warmup + 1], rtol=1e-6)
     np.testing.assert_allclose(ours[warmup:], theirs[warmup:steps], rtol=1e-6)
     assert (ours > 0).all()

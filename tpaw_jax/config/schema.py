@@ -261,7 +261,7 @@ class EvaluationConfig:
 class RunConfig:
     """A run of `tpaw play` or `tpaw sft`."""
 
-    directory: str = option("runs/tpaw", "directory of everything the run writes")
+    directory: str = option("runs/tpaw", "directory of everything the run writes, also gs://bucket/run")
     rounds: int = option(4, "number of rounds", "TPAW reports 4")
     seed: int = option(42, "seed of every random stream", "SPIN")
     sample_texts: int = option(3, "responses printed and stored each round")

@@ -153,11 +153,12 @@ def _add_params(sent: dict[str, float], target: Target, batches: int, *, step: b
 
 
 def _add_activations(sent: dict[str, float], target: Target, batches: int, *, step: bool, again: bool) -> None:
-    """Add the exchange of embeddings over `fsdp`, and the sums of activations over `tensor`.
+    """Add the exchange of embeddings over `fsdp`, of heads in `mesh.context`, and the sums over `tensor`.
 
     Each device holds some columns of the embedding table: tokens are gathered, then their columns exchanged. Over
     `tensor`, the outputs of attention and feed-forward are summed forward, their gradients backward, and attention's
-    outputs once more if layers are recomputed.
+    outputs once more if layers are recomputed. Devices that share rows exchange queries, keys, values and attention's
+    output; backward, their gradients, and all but the output once more if layers are recomputed.
     """
     config, mesh, model = target.config, target.mesh.shape, target.model.config
     fsdp, data, tensor = mesh["fsdp"], mesh["data"], mesh["tensor"]
@@ -166,6 +167,15 @@ def _add_activations(sent: dict[str, float], target: Target, batches: int, *, st
     if fsdp > 1:
         sent["all-to-all"] = _others(fsdp) * (2 if step else 1) * tokens * model.hidden_size * compute
         sent["all-gather"] += _others(fsdp) * 4 * tokens * fsdp
+    context = config.mesh.context
+    if context > 1:
+        heads, kv_heads = model.num_heads / tensor, max(model.num_kv_heads / tensor, context)
+        passes = (2 if step else 1) * (2 * heads + 2 * kv_heads) + (again * (heads + 2 * kv_heads) if step else 0)
+        sent["all-to-all"] += _others(context) * passes * model.num_layers * tokens * model.head_dim * compute
+        row_bytes = 4 * (8 * config.packing.row_length + 3 * config.packing.max_responses_per_row)
+        sent["all-gather"] += (
+            _others(context) * context * row_bytes * batches * config.packing.rows_per_batch * context / (data * fsdp)
+        )
     if tensor > 1:
         sums = (4 + again) * model.num_layers + 2 if step else 2 * model.num_layers + 1
         sent["all-reduce"] += 2 * _others(tensor) * sums * tokens * model.hidden_size * compute

@@ -149,5 +149,5 @@ def check_shared_directory(directory: Path) -> None:
     if blind:
         raise ValueError(
             f"{directory}: process {', '.join(blind)} does not see what process 0 writes there. Choose a directory "
-            "that all hosts share: a mounted bucket or a network file system."
+            "that all hosts share: a bucket (gs://) or a network file system."
         )

@@ -19,7 +19,7 @@ from tpaw_jax.runtime.preemption import Preempted
 from tpaw_jax.selfplay.round_store import round_directory
 from tpaw_jax.selfplay.session import Round, Session
 from tpaw_jax.storage import files, ring
-from tpaw_jax.training import scoring, train_step
+from tpaw_jax.training import learning_rate, scoring, train_step
 from tpaw_jax.training.batch_shapes import most_micro_batches
 from tpaw_jax.training.train_step import StepScalars
 from tpaw_jax.types import TeamScores, TrainState, TreeBatch
@@ -88,8 +88,8 @@ def _make_inputs(
     """A function that assembles the inputs of a step and moves them to the device."""
     config = session.config
     most = most_micro_batches(config)
-    scale = train_step.rate_scale(config, _triplets_per_step(rows, step_rows))
-    rates = scale * train_step.learning_rates(config.train, t, len(step_rows))
+    scale = learning_rate.scale(config, _triplets_per_step(rows, step_rows))
+    rates = scale * learning_rate.of_steps(config.train, t, len(step_rows))
     lam = np.float32(of_round(config.objective.lam, t))
     shardings = train_step.input_shardings(session.mesh, config.mesh.context)
 
@@ -167,7 +167,7 @@ def _say_batch(session: Session, rows: packing.Rows, step_rows: list[np.ndarray]
     if config.train.batch_triplets == "auto":
         session.say(
             f"Round {t}: steps of {triplets:.0f} triplets, because train.batch_triplets is auto. The learning rate is "
-            f"{train_step.rate_scale(config, triplets):.3g} times train.learning_rate."
+            f"{learning_rate.scale(config, triplets):.3g} times train.learning_rate."
         )
     elif (idle := 1 - size / (-(-size // batch) * batch)) > 0.25 and len(rows) > size:
         session.say(

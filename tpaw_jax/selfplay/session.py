@@ -117,7 +117,7 @@ def open_session(
     log_prob_fn, step = fitting_step.make_fitting_step(config, policy.model, policy.params, optimizer, mesh, say)
     tasks = config.evaluation.tasks if config.evaluation.each_round else ()
     evaluator = exact_match.make_evaluator(config, policy, tasks) if tasks else None
-    kept = ring.open_ring(opened, config.objective.n_max)
+    kept, options = ring.open_ring(opened, config.objective.n_max), tpu.options_of(mesh, config.mesh.compiler_options)
     _bind_to_data(opened, config, report.fingerprint)  # last, so that an unusable configuration is not stored
     ring.remove_unfinished(kept)
     session = Session(
@@ -131,9 +131,7 @@ def open_session(
         sampler=policy.sampler,
         stop_fn=policy.stop_fn,
         evaluator=evaluator,
-        scorer=scoring.make_scorer(
-            log_prob_fn, mesh, tpu.options_of(mesh, config.mesh.compiler_options), config.mesh.context
-        ),
+        scorer=scoring.make_scorer(log_prob_fn, mesh, options, config.mesh.context),
         optimizer=optimizer,
         step=step,
         journal=opened,

@@ -4,7 +4,7 @@ Read the files in this order:
 
 1. `logprobs`: the log-probs of responses, the one function that scoring and training share.
 2. `scoring`: the scores of frozen players.
-3. `train_step`: optimizer, learning rates, the compiled step.
+3. `train_step`: optimizer and compiled step; `learning_rate`: its rates.
 4. `batch_shapes`: the batch shapes that a run fixes at its start.
 5. `memory`: a rematerialization policy that fits the device.
 6. `fitting_step`: the train step of a configuration, with such a policy.

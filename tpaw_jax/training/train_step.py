@@ -4,7 +4,6 @@ Learning rate, lam, tolerance and the number of micro-batches are data, so round
 program. A step whose loss or gradient is not finite updates nothing but its counters.
 """
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
-from tpaw_jax.config import ObjectiveConfig, RunConfig, TrainConfig, of_round
+from tpaw_jax.config import ObjectiveConfig, RunConfig, TrainConfig
 from tpaw_jax.models import Transformer
 from tpaw_jax.models import context as contexts
 from tpaw_jax.objective import TeamLoss, team_loss
@@ -72,36 +71,6 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         "sgd": lambda: optax.sgd(1.0, momentum=c.b1 or None),
     }
     return optax.chain(optax.clip_by_global_norm(c.max_grad_norm), named[c.optimizer]())
-
-
-def learning_rates(config: TrainConfig, round_number: int, steps: int) -> np.ndarray:
-    """Compute the learning rate of every step of a round, [steps] float32.
-
-    Warm-up takes ceil(warmup_ratio * steps) steps and ends at the peak. Then the rate decays towards 0, linearly or as
-    a half cosine, or stays constant. These are the schedules of transformers, shifted by one step so that no step has
-    rate 0.
-    """
-    peak, warmup = of_round(config.learning_rate, round_number), math.ceil(config.warmup_ratio * steps)
-    step = np.arange(steps)
-    done = (step - warmup) / max(1, steps - warmup)
-    after = {"linear": 1 - done, "cosine": 0.5 * (1 + np.cos(np.pi * done)), "constant": np.ones(steps)}
-    return (peak * np.where(step < warmup, (step + 1) / max(1, warmup), after[config.schedule])).astype(np.float32)
-
-
-REFERENCE_BATCH = {"sft": 128}
-"""Triplets per step that learning rates are meant for, by `objective.loss`; 64 for all others, as in SPIN."""
-
-
-def rate_scale(config: RunConfig, triplets_per_step: float) -> float:
-    """The factor of the learning rate for a step of so many triplets: 1 unless `train.batch_triplets` is auto.
-
-    It is the square root of the ratio of batch sizes for adaptive optimizers (Malladi et al. 2022, arXiv:2205.10287),
-    and the ratio for sgd (Goyal et al. 2017, arXiv:1706.02677).
-    """
-    if config.train.batch_triplets != "auto":
-        return 1.0
-    ratio = triplets_per_step / REFERENCE_BATCH.get(config.objective.loss, 64)
-    return ratio if config.train.optimizer == "sgd" else math.sqrt(ratio)
 
 
 def init_state(params: PyTree[Array], optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
