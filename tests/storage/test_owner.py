@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from tpaw_jax.runtime import supervisor
 from tpaw_jax.storage import bucket, journal, owner
 
 quiet = lambda text: None
@@ -63,7 +64,8 @@ def test_of_many_that_wait_for_a_lease_one_gets_it(in_bucket):
 
     def own():
         try:
-            with owner.owned(in_bucket, quiet, seconds=1):
+            with owner.owned(in_bucket, quiet, seconds=1) as own:
+                own.check()
                 owners.append(1)
                 done.wait(20)
         except ValueError as error:
@@ -96,12 +98,39 @@ def test_one_that_has_lost_its_lease_writes_nothing_more(in_bucket):
     journal.write(slow, "round_0000/generations.npz", "sampling", 0, b"first")
     fast = journal.open_journal(in_bucket)
     journal.write(fast, "round_0000/generations.npz", "sampling", 0, b"second")
-    with pytest.raises(journal.TakenOver, match="another process has taken over this run"):
+    with pytest.raises(journal.TakenOver, match="another process writes here, so this one stops"):
         journal.write(slow, "round_0000/generations.npz", "sampling", 0, b"third")
     assert (in_bucket / "round_0000/generations.npz").read_bytes() == b"second"
     with pytest.raises(journal.TakenOver):
         journal.save(slow)
     assert journal.check(journal.open_journal(in_bucket)) == {}
+
+
+def test_an_owner_whose_lease_was_taken_ends_at_its_next_beat(in_bucket):
+    code = """if True:
+        import sys, time
+        from tpaw_jax.storage import bucket, journal, owner
+        directory = bucket.open_path(sys.argv[1])
+        with owner.owned(directory, print, seconds=2) as own:
+            own.check()
+            (directory / ".held").write_bytes(b'{"key": "of another"}')
+            try:
+                own.check()
+            except journal.TakenOver:
+                print("checked", flush=True)
+            time.sleep(60)
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(in_bucket)], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout) == (supervisor.EXIT_CODE, "checked\n")
+    assert "another process writes here, so this one stops" in done.stderr
+    assert json.loads((in_bucket / ".held").read_bytes()) == {"key": "of another"}
+
+
+def test_two_processes_that_write_the_same_journal_are_told_apart(in_bucket):
+    one, other = journal.open_journal(in_bucket), journal.open_journal(in_bucket)
+    journal.save(one)
+    with pytest.raises(journal.TakenOver):
+        journal.save(other)
 
 
 def test_a_write_that_was_answered_too_late_meets_itself(in_bucket):

@@ -34,8 +34,9 @@ STATUS_CODES = ("ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAI
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 on success, 2 if the input cannot be used, 130 after Ctrl-C.
 
-    A run that was asked to stop exits with 75 (`preemption.EXIT_CODE`); the same command resumes it. As one of several
-    processes, a command runs in a child of this process (see `supervisor`), and ends with 69 if another process failed.
+    A run that was asked to stop exits with 75 (`preemption.EXIT_CODE`); the same command resumes it. One that could not
+    reach its bucket exits with 69. As one of several processes, a command runs in a child of this process (see
+    `supervisor`), and ends with 69 if another process failed.
     """
     if arguments is None:
         host.restart_with_huge_pages()
@@ -69,7 +70,8 @@ def _run(options: argparse.Namespace, rest: list[str], of_several: bool) -> tupl
             raise
         where = "".join(traceback.format_exception(error)) if options.traceback else ""
         sentence = str(error) or repr(error)
-        return 2, f"{where}tpaw: {sentence}", pod.Told(sentence, _may_follow(error))
+        code = supervisor.EXIT_CODE if getattr(error, "passes", False) else 2  # a bucket that could not be reached
+        return code, f"{where}tpaw: {sentence}", pod.Told(sentence, _may_follow(error))
     except SystemExit as stopped:
         return stopped.code if isinstance(stopped.code, int) else 1, "", pod.Told("the process ended.")
     except Exception as error:

@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from tpaw_jax.models.attention import Attention
+from tpaw_jax.runtime import sharding
 from tpaw_jax.types import TeamScores, TreeBatch
 
 
@@ -92,31 +94,34 @@ def total_of_group(values: Float[Array, "b R"], context: int) -> Float[Array, "b
     return jnp.where(_part(context) == 0, total, 0)
 
 
-def spread(batch: TreeBatch, context: int, shards: int) -> TreeBatch:
+def spread(batch: TreeBatch, context: int, mesh: Mesh) -> TreeBatch:
     """Give rows [*lead, B, ...] to the first device of each group, and empty rows to the others: B context rows."""
     empty = batch.triplet_weight.shape[-1]
     rows_first = batch.tokens.ndim - 2
     fill = lambda name: empty if name == "response_ids" else 0
-    return batch.replace(
-        **{name: _spread(x, context, shards, rows_first, fill(name)) for name, x in vars(batch).items()}
-    )
+    return batch.replace(**{name: _spread(x, context, mesh, rows_first, fill(name)) for name, x in vars(batch).items()})
 
 
-def spread_scores(scores: TeamScores, context: int, shards: int) -> TeamScores:
+def spread_scores(scores: TeamScores, context: int, mesh: Mesh) -> TeamScores:
     """`spread` for the scores of a batch, [*lead, J, B, R]."""
     x = scores.log_probs
-    return scores.replace(log_probs=_spread(x, context, shards, x.ndim - 2, 0))
+    return scores.replace(log_probs=_spread(x, context, mesh, x.ndim - 2, 0))
 
 
-def collect(values: Float[Array, "BC *rest"], context: int, shards: int) -> Float[Array, "B *rest"]:
+def collect(values: Float[Array, "BC *rest"], context: int, mesh: Mesh) -> Float[Array, "B *rest"]:
     """The values of the rows that `spread` got."""
-    by_device = values.reshape(shards // context, context, -1, *values.shape[1:])
+    if context == 1:
+        return values
+    by_device = values.reshape(sharding.row_shards(mesh, context), context, -1, *values.shape[1:])
     return by_device[:, 0].reshape(-1, *values.shape[1:])
 
 
-def _spread(x: Array, context: int, shards: int, axis: int, fill: float) -> Array:
-    of_group = x.shape[axis] // (shards // context)
-    x = x.reshape(*x.shape[:axis], shards // context, 1, of_group, *x.shape[axis + 1 :])
+def _spread(x: Array, context: int, mesh: Mesh, axis: int, fill: float) -> Array:
+    if context == 1:
+        return x
+    groups_of_mesh = sharding.row_shards(mesh, context)
+    of_group = x.shape[axis] // groups_of_mesh
+    x = x.reshape(*x.shape[:axis], groups_of_mesh, 1, of_group, *x.shape[axis + 1 :])
     padding = [(0, 0)] * x.ndim
     padding[axis + 1] = (0, context - 1)
     x = jnp.pad(x, padding, constant_values=fill)

@@ -158,7 +158,7 @@ def _add_activations(sent: dict[str, float], target: Target, batches: int, *, st
     Each device holds some columns of the embedding table: tokens are gathered, then their columns exchanged. Over
     `tensor`, the outputs of attention and feed-forward are summed forward, their gradients backward, and attention's
     outputs once more if layers are recomputed. Devices that share rows exchange queries, keys, values and attention's
-    output; backward, their gradients, and all but the output once more if layers are recomputed.
+    output; backward, their gradients, and all once more if layers are recomputed.
     """
     config, mesh, model = target.config, target.mesh.shape, target.model.config
     fsdp, data, tensor = mesh["fsdp"], mesh["data"], mesh["tensor"]
@@ -170,7 +170,7 @@ def _add_activations(sent: dict[str, float], target: Target, batches: int, *, st
     context = config.mesh.context
     if context > 1:
         heads, kv_heads = model.num_heads / tensor, max(model.num_kv_heads / tensor, context)
-        passes = (2 if step else 1) * (2 * heads + 2 * kv_heads) + (again * (heads + 2 * kv_heads) if step else 0)
+        passes = (2 if step else 1) * (2 * heads + 2 * kv_heads) + (again * (2 * heads + 2 * kv_heads) if step else 0)
         sent["all-to-all"] += _others(context) * passes * model.num_layers * tokens * model.head_dim * compute
         row_bytes = 4 * (8 * config.packing.row_length + 3 * config.packing.max_responses_per_row)
         sent["all-gather"] += (

@@ -62,7 +62,9 @@ def read(run: str) -> RunRecord:
     Raises:
         FileNotFoundError: the directory does not contain a run.
     """
-    name, _, path = ("", "", run) if Path(run).is_dir() or "=" not in run else run.partition("=")
+    name, equals, path = run.partition("=")
+    if not equals or "://" in name or Path(run).is_dir():
+        name, path = "", run
     directory = bucket.open_path(path)
     opened = journal.open_journal(directory, read_only=True)
     if not opened.config:

@@ -144,7 +144,7 @@ def check_shared_directory(directory: Path) -> None:
     seen = all_gather(seen=np.array([marker.exists()]))
     barrier("marker read")
     if is_main():
-        marker.unlink()
+        marker.unlink(missing_ok=True)
     blind = [str(process) for process, one in enumerate(seen) if not one["seen"][0]]
     if blind:
         raise ValueError(

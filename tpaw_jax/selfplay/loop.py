@@ -55,7 +55,10 @@ def play(
     directory, notice = bucket.open_path(config.directory), notice or PreemptionNotice()
     say = say if processes.is_main() else lambda text: None
     corrupted_files = 0
-    with owner.owned(directory, say) if processes.is_main() else contextlib.nullcontext():
+    explained = bucket.explain_errors(directory) if bucket.is_remote(directory) else contextlib.nullcontext()
+    own = owner.owned(directory, say) if processes.is_main() else contextlib.nullcontext(owner.Owner())
+    with explained, own as proof:
+        processes.barrier("the directory is owned")
         while True:
             try:
                 return _play_session(*open_session(config, say, profiled, notice, verbose), generations, strict)
@@ -64,8 +67,10 @@ def play(
                 outside = bucket.absolute(directory) not in bucket.absolute(corrupted.path).parents
                 if outside or corrupted_files >= MAX_CORRUPTED_FILES:
                     raise
+                proof.check()
                 recovery.quarantine(directory, corrupted, say)
             except RegeneratedDifferently as change:
+                proof.check()
                 say(str(change))
 
 

@@ -73,7 +73,7 @@ def generate(this: Round, store: Store, policy: PyTree[Array], given: Path | Non
         store = round_store.append(store, generations)
         if processes.is_main():
             for sampled in this.directory.glob("sampled_*.jsonl"):
-                sampled.unlink()
+                sampled.unlink(missing_ok=True)
         round_summary.save_texts(session, store, this.number)
     return store
 

@@ -33,7 +33,7 @@ def all_gather(directory: Path | None, name: str, **arrays: np.ndarray) -> list[
     processes.barrier(f"{name} written")
     gathered = [arrays if process == own else _read(path_of(process)) for process in range(count)]
     processes.barrier(f"{name} read")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):  # it is removed at the next exchange
         path_of(own).unlink()
     return gathered
 

@@ -23,9 +23,6 @@ _NOT_CORRUPTION = (
     "unavailable",
     "deadline",
     "too many open files",
-    "connection",
-    "timed out",
-    "retries",
 )
 """Parts of the messages of read errors that are not caused by the file's content."""
 
@@ -38,10 +35,6 @@ _WRITE_ERRORS = {
     errno.EMFILE: "this process has too many open files (see ulimit -n)",
     errno.ENFILE: "the system has too many open files",
 }
-
-
-class BucketError(OSError):
-    """A bucket could not be used, whatever it holds."""
 
 
 class CorruptedFile(ValueError):
@@ -60,7 +53,7 @@ def explain_errors(path: Path) -> Iterator[None]:
         OSError: the disk is full, the path cannot be written, too many files are open, or a bucket cannot be used.
     """
     if bucket.is_remote(path):
-        with explain_bucket_errors(path):
+        with bucket.explain_errors(path):
             yield
         return
     try:
@@ -76,32 +69,14 @@ def explain_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def explain_bucket_errors(path: Path) -> Iterator[None]:
-    """Turn errors of a bucket's server into one sentence with the cause and what to do.
-
-    Raises:
-        BucketError: the bucket cannot be reached, does not exist, or may not be used.
-    """
-    try:
-        yield
-    except (FileNotFoundError, ValueError, BucketError):
-        raise
-    except Exception as error:  # gcsfs, aiohttp, google-auth and TensorStore have many types
-        reason = (str(error).strip().splitlines() or [""])[0][:300]
-        raise BucketError(
-            f"{path}: the bucket could not be used ({type(error).__name__}: {reason}). Check that it exists, that this "
-            "host's account may read and write its objects, and the network. All finished work is intact: run the "
-            "same command again to resume."
-        ) from error
-
-
-def is_corruption(error: Exception) -> bool:
-    """Whether a read error is caused by the file's content, not by memory, permissions or the network."""
-    system = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EIO)
-    if isinstance(error, MemoryError | BucketError) or getattr(error, "errno", None) in system:
+def is_corruption(error: Exception, path: Path) -> bool:
+    """Whether an error of reading `path` is caused by its content, not by memory, permissions or the network."""
+    if bucket.is_remote(path) and bucket.is_outage(error):
         return False
-    return not any(words in str(error).lower() for words in _NOT_CORRUPTION)
+    system = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EIO)
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in system:
+        return False
+    return not any(words in str(error).replace(str(path), "").lower() for words in _NOT_CORRUPTION)
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
@@ -116,17 +91,19 @@ def replace(path: Path, content: bytes | memoryview) -> None:
     In a bucket: put the object.
     """
     if bucket.is_remote(path):
-        with explain_bucket_errors(path):
+        with bucket.explain_errors(path):
             path.write_bytes(content)
         return
     write_partial(path, content)
-    with explain_errors(path):
-        os.replace(partial_path(path), path)
+    finish_partial(path)
 
 
 def write_partial(path: Path, content: bytes | memoryview) -> None:
     """The first half of `replace` on a disk: write `partial_path(path)` and flush it. On failure it is removed."""
     partial = partial_path(path)
+    if bucket.is_remote(path):
+        replace(partial, content)
+        return
     try:
         with explain_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,6 +115,15 @@ def write_partial(path: Path, content: bytes | memoryview) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def finish_partial(path: Path) -> None:
+    """The second half: give the written file its name."""
+    with explain_errors(path):
+        if bucket.is_remote(path):
+            bucket.move(partial_path(path), path)
+        else:
+            os.replace(partial_path(path), path)
 
 
 def partial_path(path: Path) -> Path:
@@ -160,7 +146,7 @@ def move(path: Path, new: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a checkpoint so that a kill in between leaves no incomplete one under its final name."""
+    """Remove a checkpoint so that a kill in between leaves none that looks complete."""
     if bucket.is_remote(path):
         bucket.remove_tree(path)
     else:
@@ -181,7 +167,7 @@ class LineLog:
     """Appends lines to a text file that only this process writes.
 
     On a disk, each line at once. Objects of a bucket cannot grow: there, the whole text is put again every
-    `seconds`, and by `flush`.
+    `seconds`, or more rarely if that takes long, and by `flush`.
     """
 
     def __init__(self, path: Path, seconds: float = 10.0) -> None:
@@ -204,8 +190,10 @@ class LineLog:
     def flush(self) -> None:
         """Write what is left."""
         if bucket.is_remote(self.path):
+            begun = time.monotonic()
             replace(self.path, self._text)
             self._put = time.monotonic()
+            self.seconds = max(self.seconds, 50 * (self._put - begun))
 
 
 def parse_json(content: str | bytes, where: object) -> Any:
@@ -252,7 +240,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(_stream(path), allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except Exception as error:  # zipfile, struct, numpy and the system raise many types
-        if not is_corruption(error):
+        if not is_corruption(error, path):
             raise
         raise CorruptedFile(path, f"the file is damaged ({type(error).__name__}: {error})") from error
 
@@ -260,5 +248,5 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 def _stream(path: Path) -> Path | io.BytesIO:
     if not bucket.is_remote(path):
         return path
-    with explain_bucket_errors(path):
+    with bucket.explain_errors(path):
         return io.BytesIO(path.read_bytes())

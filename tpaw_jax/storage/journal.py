@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Journal:
     read_only: bool = False  # read-only, because another process may be running
     read_from: str = ""  # the file that was read instead, if journal.json was corrupted or missing
     generation: bucket.Generation = b""  # of journal.json, in a bucket
+    writer: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))  # no two write the same text
 
     def is_complete(self, name: str) -> bool:
         """Whether a file or checkpoint is finished and was not found corrupted."""
@@ -70,9 +72,9 @@ def open_journal(directory: Path, read_only: bool = False) -> Journal:
     paths = [directory / "journal.json", directory / "journal.before.json"]
     partial = files.partial_path(paths[0])  # all that a kill between the two renames of `save` leaves
     remote = bucket.is_remote(directory)
-    generation = bucket.read(paths[0])[1] if remote else b""  # before the content, so that a change in between is seen
+    text, generation = bucket.read(paths[0]) if remote else (None, b"")
     for path in [partial, *paths] if not remote and partial.exists() and not paths[0].exists() else paths:
-        content = _read(path)
+        content = _content_of(text, path) if text is not None and path == paths[0] else _read(path)
         if content is not None:
             return Journal(
                 directory,
@@ -107,6 +109,7 @@ def save(journal: Journal) -> None:
         "data": journal.data_fingerprint,
         "whole_batches": journal.whole_batches,
         "facts": journal.facts,
+        **({"writer": journal.writer} if bucket.is_remote(journal.directory) else {}),
     }
     path = journal.directory / "journal.json"
     text = json.dumps({"checksum": _checksum(content), **content}, indent=1) + "\n"
@@ -123,22 +126,19 @@ def save(journal: Journal) -> None:
 def write(
     journal: Journal, name: str, stage: str, round_number: int, content: bytes | memoryview, same: str | None = None
 ) -> None:
-    """Write a file of a stage. On a disk, the journal lists it before it appears under its final name.
+    """Write a file of a stage. The journal lists it before it appears under its final name.
 
     Raises:
         RegeneratedDifferently: the file had been lost, and `same` differs from the lost one's.
     """
     path = journal.directory / name
-    remote = bucket.is_remote(path)
     if processes.is_main():
-        if remote:
-            _check_owner(journal)
-        (files.replace if remote else files.write_partial)(path, content)
+        check_owner(journal)
+        files.write_partial(path, content)
     facts = {"round": round_number, "stage": stage, "bytes": len(content), "sha256": _sha256(content), "same": same}
     removed = record(journal, name, facts)
-    if processes.is_main() and not remote:
-        with files.explain_errors(path):
-            os.replace(files.partial_path(path), path)
+    if processes.is_main():
+        files.finish_partial(path)
     raise_if_different(journal, name, removed)
 
 
@@ -197,9 +197,8 @@ def check(journal: Journal) -> dict[str, str]:
             continue
         fault = _checkpoint_fault(path, facts) if "files" in facts else _file_fault(path, facts)
         partial = files.partial_path(path)
-        on_disk = not bucket.is_remote(path)
-        if fault and on_disk and not journal.read_only and partial.exists() and not _file_fault(partial, facts):
-            os.replace(partial, path)
+        if fault and not journal.read_only and partial.exists() and not _file_fault(partial, facts):
+            files.finish_partial(path)
         elif fault:
             faults[name] = fault
     gathered = processes.all_gather(faults=np.frombuffer(json.dumps(faults).encode(), np.uint8))
@@ -224,7 +223,7 @@ def remove_sampled(journal: Journal, first: int) -> None:
     """Remove the responses kept while sampling (`sampled_N.jsonl`), from round `first` on."""
     for path in journal.directory.glob("round_*/sampled_*.jsonl"):
         if int(path.parent.name.removeprefix("round_")) >= first:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def measure(checkpoint: Path) -> tuple[int, int]:
@@ -248,9 +247,11 @@ def _remove_after(journal: Journal, name: str) -> list[str]:
         del journal.facts[other]
     processes.barrier("removal begins")
     if processes.is_main():
+        check_owner(journal)
         for other in later:
             path = journal.directory / other
-            if bucket.is_remote(path) and path.is_dir():
+            if bucket.is_remote(path):
+                path.unlink(missing_ok=True)
                 bucket.remove_tree(path)
             elif path.is_dir():  # renamed only: no run reads what its journal does not list
                 path.rename(path.with_name(path.name + ".removed"))
@@ -262,26 +263,31 @@ def _remove_after(journal: Journal, name: str) -> list[str]:
 
 
 def _replace(journal: Journal, path: Path, content: bytes) -> None:
-    with files.explain_errors(path):
-        before, _ = bucket.read(path)
-        if before is not None and _content_of(before, path) is not None:
-            path.with_name("journal.before.json").write_bytes(before)
-        generation = bucket.replace(path, content, journal.generation)
+    before, _ = bucket.read(path)
+    if before is not None and _content_of(before, path) is not None:
+        files.replace(path.with_name("journal.before.json"), before)
+    generation = bucket.replace(path, content, journal.generation)
     if generation is None:
-        raise _taken_over(journal)
+        raise taken_over(journal.directory)
     journal.generation = generation
 
 
-def _check_owner(journal: Journal) -> None:
-    with files.explain_errors(journal.directory):
-        if bucket.read(journal.directory / "journal.json")[1] != journal.generation:
-            raise _taken_over(journal)
+def check_owner(journal: Journal) -> None:
+    """Check that no other process has replaced the journal in a bucket since this one read or wrote it.
+
+    Raises:
+        TakenOver: one has.
+    """
+    directory = journal.directory
+    if bucket.is_remote(directory) and bucket.read(directory / "journal.json")[1] != journal.generation:
+        raise taken_over(directory)
 
 
-def _taken_over(journal: Journal) -> TakenOver:
+def taken_over(directory: Path) -> TakenOver:
+    """The error of a process whose run another one has taken over."""
     return TakenOver(
-        f"{journal.directory}: another process has taken over this run, because this one was silent for too long (see "
-        "`.held` there). What the other one wrote is untouched; this one stops."
+        f"{directory}: another process writes here, so this one stops. The usual cause: this host was cut off from the "
+        "bucket for so long that the other process took over the run."
     )
 
 
@@ -309,6 +315,9 @@ def _checkpoint_fault(path: Path, facts: dict[str, Any]) -> str:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """The content of a journal file; None if it is missing, corrupted or of another version."""
+    if bucket.is_remote(path):
+        text, _ = bucket.read(path)
+        return None if text is None else _content_of(text, path)
     try:
         return _content_of(path.read_bytes(), path)
     except OSError:

@@ -5,43 +5,58 @@ for `LEASE_SECONDS`, by the clock of the process that watches it, is free for th
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tpaw_jax.storage import bucket, files
+from tpaw_jax.runtime import supervisor
+from tpaw_jax.storage import bucket, files, journal
 
-LEASE_SECONDS = 60.0
-"""A network outage shorter than this costs nobody a run."""
+LEASE_SECONDS = 120.0
+"""Longer than the processes of a pod live on without process 0."""
 
-BEATS = 6
+BEATS = 8
 """How often an owner rewrites its lease in that time."""
 
 
+class Owner:
+    """Proof that this process owns a directory."""
+
+    def check(self) -> None:
+        """Check that it still does.
+
+        Raises:
+            journal.TakenOver: another process has taken the lease.
+        """
+
+
 @contextlib.contextmanager
-def owned(directory: Path, say: Callable[[str], None], seconds: float = LEASE_SECONDS) -> Iterator[None]:
+def owned(directory: Path, say: Callable[[str], None], seconds: float = LEASE_SECONDS) -> Iterator[Owner]:
     """Own a directory while the block runs.
 
     A lock is released however the process ends. A lease that a dead process left is taken at once if that process ran
-    on this host, else after `seconds`. File systems without locks, such as mounted buckets, are not guarded.
+    on this host, else after `seconds`. A process whose lease was taken ends at its next beat. File systems without
+    locks, such as mounted buckets, are not guarded.
 
     Raises:
         ValueError: another process owns it; names its host and process number.
         OSError: the directory cannot be written.
     """
-    with _leased(directory, say, seconds) if bucket.is_remote(directory) else _locked(directory):
-        yield
+    with _leased(directory, say, seconds) if bucket.is_remote(directory) else _locked(directory) as owner:
+        yield owner
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def _locked(directory: Path) -> Iterator[Owner]:
     with files.explain_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         opened = (directory / ".held").open("a+")
@@ -56,63 +71,83 @@ def _locked(directory: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(_name(os.getpid(), socket.gethostname()) + "\n")
         file.flush()
-        yield
+        yield Owner()
+
+
+@dataclasses.dataclass
+class _Lease(Owner):
+    """A lease, kept by a thread."""
+
+    path: Path
+    own: dict[str, Any]
+    seconds: float
+    generation: bucket.Generation
+    ended: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def check(self) -> None:
+        if not self._is_own(bucket.read(self.path)[0]):
+            raise journal.taken_over(self.path.parent)
+
+    def keep(self) -> None:
+        """Renew the lease until `ended` is set. Ends the process if another one has taken the lease."""
+        beat, store = 0, bucket.open_store(self.path.parent, retries=2, seconds=1)
+        while not self.ended.wait(self.seconds / BEATS):
+            beat += 1
+            with contextlib.suppress(bucket.BucketError):  # a later beat may pass
+                content = _content(self.own, beat, self.seconds)
+                renewed = bucket.replace(self.path, content, self.generation, store)
+                if renewed is not None:
+                    self.generation = renewed
+                    continue
+                found, self.generation = bucket.read(self.path, store)
+                if found is not None and not self._is_own(found):
+                    print(f"tpaw: {journal.taken_over(self.path.parent)}", file=sys.stderr, flush=True)
+                    os._exit(supervisor.EXIT_CODE)  # nothing that this process writes may meet what the other writes
+
+    def release(self) -> None:
+        """Stop renewing it, and remove it."""
+        self.ended.set()
+        with contextlib.suppress(bucket.BucketError):  # it runs out by itself
+            store = bucket.open_store(self.path.parent, retries=2, seconds=1)
+            found, generation = bucket.read(self.path, store)
+            if self._is_own(found):
+                bucket.replace(self.path, None, generation, store)
+
+    def _is_own(self, content: bytes | None) -> bool:
+        return _parsed(content).get("key") == self.own["key"]
 
 
 @contextlib.contextmanager
-def _leased(directory: Path, say: Callable[[str], None], seconds: float) -> Iterator[None]:
+def _leased(directory: Path, say: Callable[[str], None], seconds: float) -> Iterator[Owner]:
     path, own = directory / ".held", {**_this_process(), "key": secrets.token_hex(8)}
-    with files.explain_errors(directory):
-        generation = _take(path, own, say, seconds)
-    ended = threading.Event()
-    keeper = threading.Thread(target=_keep, args=(path, own, generation, seconds, ended), daemon=True)
-    keeper.start()
+    lease = _Lease(path, own, seconds, _take(path, own, say, seconds))
+    threading.Thread(target=lease.keep, daemon=True).start()
     try:
-        yield
+        yield lease
     finally:
-        ended.set()
-        keeper.join()
-        with contextlib.suppress(Exception):  # it runs out by itself
-            content, generation = bucket.read(path)
-            if _parsed(content).get("key") == own["key"]:
-                bucket.replace(path, None, generation)
+        lease.release()
 
 
 def _take(path: Path, own: dict[str, Any], say: Callable[[str], None], seconds: float) -> bucket.Generation:
-    watched, since = None, time.monotonic()
+    watched, since = None, 0.0
     while True:
         content, generation = bucket.read(path)
         holder = _parsed(content)
         if watched is not None and generation != watched and content is not None:
             raise _in_use(path.parent, _name(holder.get("process"), holder.get("host")))
-        waited = time.monotonic() - since
-        if content is None or _has_ended(holder) or waited >= holder.get("seconds", seconds):
+        waits = holder.get("seconds", seconds)
+        over = watched is not None and time.monotonic() - since >= waits
+        if content is None or over or _has_ended(holder):
             taken = bucket.replace(path, _content(own, 0, seconds), generation)
             if taken is not None:
                 return taken
         elif watched is None:
-            watched = generation
+            watched, since = generation, time.monotonic()
             say(
                 f"{path.parent}: {_name(holder.get('process'), holder.get('host'))} used this directory last and may "
-                f"still do. Waiting {holder.get('seconds', seconds):g} s for a sign of life."
+                f"still do. Waiting {waits:g} s for a sign of life."
             )
         time.sleep(min(1.0, seconds / (2 * BEATS)))
-
-
-def _keep(
-    path: Path, own: dict[str, Any], generation: bucket.Generation, seconds: float, ended: threading.Event
-) -> None:
-    beat = 0
-    while not ended.wait(seconds / BEATS):
-        beat += 1
-        with contextlib.suppress(Exception):  # a later beat may pass
-            renewed = bucket.replace(path, _content(own, beat, seconds), generation)
-            if renewed is None:
-                content, generation = bucket.read(path)
-                if _parsed(content).get("key") != own["key"]:
-                    return  # the next save of the journal says so
-            else:
-                generation = renewed
 
 
 def _content(own: dict[str, Any], beat: int, seconds: float) -> bytes:
@@ -134,7 +169,7 @@ def _this_process() -> dict[str, Any]:
 def _has_ended(holder: dict[str, Any]) -> bool:
     """Whether the holder ran on this host since it was started, and is gone."""
     here = holder.get("host") == socket.gethostname() and holder.get("boot") == _boot() != ""
-    return here and _started(holder.get("process")) != holder.get("started")
+    return here and _started(holder.get("process")) not in ("unknown", holder.get("started"))
 
 
 def _boot() -> str:
@@ -146,10 +181,16 @@ def _boot() -> str:
 
 def _started(process: Any) -> str:
     """When a process was started, in ticks since the boot; empty if there is none."""
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return "unknown"
+    except (OSError, TypeError, ValueError):
+        return ""
     with contextlib.suppress(OSError):
         after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         return "" if after_name[0] in "ZX" else after_name[19]
-    return ""
+    return "unknown"
 
 
 def _name(process: Any, host: Any) -> str:

@@ -42,6 +42,7 @@ def start_over(opened: Journal, say: Callable[[str], None]) -> None:
     """Remove all policies, training states and rounds."""
     say("The lost files cannot be regenerated from what the ring holds: the run starts over from theta_0.")
     if processes.is_main():
+        journal.check_owner(opened)
         for path in [*opened.directory.glob("ring/*/[0-9]*")]:
             files.remove_tree(path)
         for name in opened.facts:

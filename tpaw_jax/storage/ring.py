@@ -1,14 +1,16 @@
 """The ring on disk: Orbax checkpoints of the policies of the newest N_max rounds, and of the training state.
 
-Saves are atomic and asynchronous: on a disk, Orbax renames a complete checkpoint; in a bucket, it writes an object that
-says so. An old checkpoint is removed only after its successor is complete. Every process
-saves and restores its own shards; process 0 removes. A checkpoint holds a digest of each of its arrays, computed on the
-devices before writing and compared after reading, on any mesh.
+Saves are asynchronous and atomic: Orbax renames a complete checkpoint, or in a bucket writes an object that says so. An
+old checkpoint is removed only after its successor is complete. Every process saves and restores its own shards; process
+0 removes. A checkpoint holds a digest of each of its arrays, computed on the devices before writing and compared after
+reading, on any mesh.
 """
 
 import dataclasses
 import hashlib
 import re
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,10 @@ _OTHER_MODEL = ("do not match", "not compatible with the stored shape")
 
 _PRIMES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
 """The primes of xxHash, from which the weights of a digest are computed."""
+
+
+SECONDS_BEFORE_READING_AGAIN = 5.0
+"""Before a checkpoint in a bucket that could not be read counts as damaged, it is read again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +82,8 @@ def remove_unfinished(ring: Ring) -> None:
         for path in _children(ring.directory / kind):
             unlisted = _name(ring, path) not in ring.journal.facts
             incomplete = bucket.is_remote(path) and not bucket.is_committed(path)
-            if path.is_dir() and ".damaged" not in path.name and (unlisted or incomplete):
-                files.remove_tree(path)
+            if ".damaged" not in path.name and (unlisted or incomplete):
+                bucket.remove_tree(path) if bucket.is_remote(path) else shutil.rmtree(path)
     processes.barrier("after removal")
 
 
@@ -239,7 +245,9 @@ def _restore(ring: Ring, path: Path, like: PyTree[Array]) -> PyTree[Any]:
     raise CorruptedFile(path, next(filter(None, faults)))
 
 
-def _try_to_read(ring: Ring, path: Path, abstract: PyTree[Any]) -> tuple[dict[str, PyTree[Any]] | None, str]:
+def _try_to_read(
+    ring: Ring, path: Path, abstract: PyTree[Any], again: bool = True
+) -> tuple[dict[str, PyTree[Any]] | None, str]:
     """The values and digests of a checkpoint, or None and what is wrong if it is corrupted.
 
     Raises:
@@ -253,7 +261,9 @@ def _try_to_read(ring: Ring, path: Path, abstract: PyTree[Any]) -> tuple[dict[st
     try:
         return ring.checkpointer.restore(path, {"values": abstract, "digests": digests}), ""
     except Exception as error:  # Orbax and TensorStore raise many types
-        if not files.is_corruption(error):
+        if bucket.is_remote(path) and not files.is_corruption(error, path):
+            raise bucket.BucketError(path, error) from error
+        if not files.is_corruption(error, path):
             raise OSError(
                 f"{path} could not be read and was left as it is ({type(error).__name__}: {error}). Fix the cause, "
                 "then run the same command again."
@@ -262,6 +272,11 @@ def _try_to_read(ring: Ring, path: Path, abstract: PyTree[Any]) -> tuple[dict[st
             raise ValueError(
                 f"{path}: the checkpoint belongs to another model than the one at policy.path ({error})."
             ) from error
+        if again and bucket.is_remote(path):  # gcsfs takes some failed requests for absent objects
+            time.sleep(SECONDS_BEFORE_READING_AGAIN)
+            committed = bucket.is_committed(path)
+            if committed and jax.process_count() == 1:
+                return _try_to_read(ring, path, abstract, again=False)
         reason = str(error).strip().splitlines()[:1]
         return None, f"the checkpoint cannot be read ({type(error).__name__}: {' '.join(reason)[:200]})"
 
@@ -273,4 +288,6 @@ def _complete(directory: Path, pattern: str) -> list[Path]:
 
 
 def _children(directory: Path) -> list[Path]:
-    return list(directory.glob("*"))  # also where a bucket has nothing under the name
+    if bucket.is_remote(directory):
+        return bucket.children(directory)
+    return [path for path in directory.iterdir() if path.is_dir()]

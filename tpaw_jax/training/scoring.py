@@ -49,16 +49,14 @@ def score_program(
 
     The result is replicated.
     """
-    by_row, shards = sharding.rows(mesh), sharding.row_shards(mesh)
+    by_row = sharding.rows(mesh)
 
     def log_probs(params: PyTree[Array], batch: TreeBatch) -> Array:
         specs = jax.tree.map(lambda placed: placed.spec, sharding.param_shardings(params, mesh))
         per_device = jax.shard_map(
             log_prob_fn, mesh=mesh, in_specs=(specs, by_row.spec), out_specs=by_row.spec, check_vma=False
         )
-        if context == 1:
-            return per_device(params, batch)
-        return contexts.collect(per_device(params, contexts.spread(batch, context, shards)), context, shards)
+        return contexts.collect(per_device(params, contexts.spread(batch, context, mesh)), context, mesh)
 
     options = dict(compiler_options) if compiler_options else None
     replicated = sharding.replicated(mesh)

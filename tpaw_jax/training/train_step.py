@@ -208,10 +208,7 @@ def make_step(
         total = jnp.maximum(counted(batch), 1.0)
         param_specs = jax.tree.map(lambda s: s.spec, sharding.param_shardings(state.params, mesh))
         input_specs = jax.tree.map(lambda s: s.spec, input_shardings(mesh))
-        if context > 1:
-            shards = sharding.row_shards(mesh)
-            batch = contexts.spread(batch, context, shards)
-            scores = contexts.spread_scores(scores, context, shards)
+        batch, scores = contexts.spread(batch, context, mesh), contexts.spread_scores(scores, context, mesh)
         loss, sums, summed = jax.shard_map(
             _loss_and_gradients(micro_loss, param_specs, reduce_dtype, summed_over_data, slices),
             mesh=mesh,
@@ -219,7 +216,6 @@ def make_step(
             out_specs=(P(), P(), param_specs),
             check_vma=False,  # `gradients` and `models.parallel` do all reductions themselves
         )(state.params, batch, scores, micro_batches, scalars, total)
-
         shardings = state_shardings(state.params, optimizer, mesh)
         state, update_metrics = _update(state, optimizer, loss, summed, scalars)
         state = jax.lax.with_sharding_constraint(state, shardings)
