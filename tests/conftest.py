@@ -5,6 +5,7 @@ import functools
 import gc
 import importlib.util
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -176,7 +177,8 @@ def cloud():
 @pytest.fixture
 def in_bucket(cloud, request):
     """A directory in a bucket."""
-    return bucket.open_path(f"gs://{cloud_storage.BUCKET}/{request.node.name}")
+    name = re.sub(r"[^\w]+", "_", request.node.name)
+    return bucket.open_path(f"gs://{cloud_storage.BUCKET}/{name}")
 
 
 def small_run(directory, *over, **overrides):
