@@ -1,17 +1,20 @@
 """Does a run that is disturbed end as the undisturbed one? One JSON line a fault, then a summary of each kind.
 
     python benchmarks/faults.py --kills 100 --damages 30 --disk
+    python benchmarks/faults.py --kills 100 --damages 30 --bucket
 
 Plays a small run of three rounds (the embedded model) as `tpaw play` does. A kill is SIGKILL at a random moment of the
 run, after which the same command goes on. A damage is done to a file of a run that was killed while it trained or
 sampled; the next run must name the file. With `--disk` (Linux, as root) the run lies on a small file system in memory,
 which is filled in each stage, is too small from the start, or can only be read, or the process may open few files; it
-goes on when that is mended. Compared are the checksums of all policies, scores and responses at the end. Redone work is
-what both processes spent on rounds beyond the undisturbed one, which counts the loading of programs, and the optimizer
-steps they took beyond its.
+goes on when that is mended. With `--bucket` the run is in a bucket of tests/cloud_storage.py.
+
+Compared are the checksums of all policies, scores and responses at the end. Redone work is what both processes spent on
+rounds beyond the undisturbed one, which counts the loading of programs, and the optimizer steps they took beyond its.
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import random
@@ -28,9 +31,13 @@ from typing import NamedTuple
 
 import common
 
-from tpaw_jax.storage import journal
-
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import cloud_storage  # noqa: E402
+
+from tpaw_jax.storage import bucket, journal  # noqa: E402
+
 SETTINGS = {
     "data.max_prompts": 16,
     "data.holdout_prompts": 4,
@@ -51,6 +58,7 @@ KINDS = {
     "emptied": lambda path: path.write_bytes(b""),
     "removed": lambda path: path.unlink(),
 }
+BEING_SAMPLED = "round_0001/sampled_0000"
 FILES = {  # of a run killed in training (round 2), but what is sampled in sampling
     "newest policy": "ring/policies/00002",
     "another player": "ring/policies/00001",
@@ -59,7 +67,7 @@ FILES = {  # of a run killed in training (round 2), but what is sampled in sampl
     "responses of the round before": "round_0001/generations.npz",
     "scores": "round_0002/scores_of_player_0001.npz",
     "journal": "journal.json",
-    "responses being sampled": "round_0001/sampled_0000.jsonl",
+    "responses being sampled": BEING_SAMPLED,
 }
 STAGES = ("sampling", "scoring", "training", "pushing")
 """Of a run, in which the disk is filled."""
@@ -129,17 +137,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--damages", type=int, default=30)
-    parser.add_argument("--disk", action="store_true")
+    where_to = parser.add_mutually_exclusive_group()
+    where_to.add_argument("--disk", action="store_true")
+    where_to.add_argument("--bucket", action="store_true")
     parser.add_argument(
         "--lanes", type=int, default=1, help="runs that are killed at the same time; seconds are then theirs"
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    with tempfile.TemporaryDirectory(prefix="faults-") as place:
+    with tempfile.TemporaryDirectory(prefix="faults-") as place, serving(options.bucket) as environment:
+        os.environ.update(environment)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{place}/cache"
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        of = lambda name: Path(place) / name
+        of = lambda name: bucket.open_path(
+            f"gs://{cloud_storage.BUCKET}/{name}" if options.bucket else f"{place}/{name}"
+        )
         Play(of("first")).end()  # fills the compilation cache
         undisturbed = Play(of("whole")).end()
         assert undisturbed.code == 0, undisturbed.text
@@ -154,7 +167,7 @@ def main() -> None:
             longest = undisturbed.playing * options.lanes
             of_number = lambda n: kill(n, of, undisturbed, random.Random(options.seed * 1000 + n), longest)
             told(list(lanes.map(of_number, range(options.kills))))
-        damages(options.damages, of)
+        damages(options.damages, of, environment)
         if options.disk:
             full_disks(of)
             read_only(of)
@@ -173,7 +186,7 @@ def kill(number: int, of, undisturbed: Ended, rng: random.Random, longest: float
         if play.wait_until(lambda: time.perf_counter() >= play.first + moment):  # noqa: B023
             break
         longest = min(longest, play.end().playing)
-        shutil.rmtree(directory)
+        remove(directory)
     killed, stage, steps = play.kill(), where(directory), steps_logged(directory)
     ended = Play(directory).end()
     record = {
@@ -186,7 +199,7 @@ def kill(number: int, of, undisturbed: Ended, rng: random.Random, longest: float
         "steps redone": max(0, steps - goes_on_after(ended.text)) if stage == "training" else 0,
     }
     common.emit(benchmark="faults", fault="kill", **record)
-    shutil.rmtree(directory)
+    remove(directory)
     return record
 
 
@@ -206,12 +219,10 @@ def told(records: list[dict]) -> None:
         )
 
 
-def damages(count: int, of) -> None:
+def damages(count: int, of, environment: dict[str, str]) -> None:
     """Damage a file of a killed run, each kind of file in each way, and bring it back."""
     sampling, training = Play(of("sampling")), Play(of("training"))
-    assert sampling.wait_until(lambda: size(of("sampling") / FILES["responses being sampled"]) > 4000), (
-        "was not seen sampling"
-    )
+    assert sampling.wait_until(lambda: bytes_sampled(of("sampling")) > 2000), "was not seen sampling"
     sampling.kill()
     assert training.wait_until(lambda: any((of("training") / "ring" / "training").glob("00002_*[0-9]"))), (
         "was not seen training"
@@ -225,10 +236,9 @@ def damages(count: int, of) -> None:
     ]
     for name, file, kind, damage in every[:count]:
         directory = of("damaged")
-        shutil.copytree(of("sampling" if "sampled" in file else "training"), directory)
-        path = directory / file
-        if path.is_dir():
-            path = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        copy(of("sampling" if "sampled" in file else "training"), directory, environment)
+        found = sizes_below(directory)
+        path = directory / max((name for name in found if name.startswith(file)), key=found.__getitem__)
         damage(path)
         ended = Play(directory).end()
         named = next((line for line in ended.text.splitlines() if file in line and line.startswith(str(directory))), "")
@@ -242,7 +252,7 @@ def damages(count: int, of) -> None:
         }
         records.append(record)
         common.emit(benchmark="faults", fault="damage", **record)
-        shutil.rmtree(directory)
+        remove(directory)
     if records:
         counts = {key: sum(r[key] for r in records) for key in ("found", "finished", "same")}
         common.emit(benchmark="faults", fault="damage, all", damages=len(records), **counts)
@@ -294,7 +304,7 @@ def few_files(of) -> None:
         directory = of(f"files_{number}")
         stopped = Play(directory, number).end()
         mended("too many open files", stopped, where(directory), directory, of)
-        shutil.rmtree(directory)
+        remove(directory)
 
 
 def mended(fault: str, stopped: Ended, stage: str, directory: Path, of) -> None:
@@ -367,8 +377,37 @@ def goes_on_after(text: str) -> int:
     return int(told[1].split(".")[0]) if len(told) > 1 else 0
 
 
-def size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def serving(in_bucket: bool) -> contextlib.AbstractContextManager[dict[str, str]]:
+    return cloud_storage.serve() if in_bucket else contextlib.nullcontext({})
+
+
+def remove(directory: Path) -> None:
+    if bucket.is_remote(directory):
+        bucket.remove_tree(directory)
+    else:
+        shutil.rmtree(directory)
+
+
+def copy(source: Path, target: Path, environment: dict[str, str]) -> None:
+    if bucket.is_remote(source):
+        prefix = lambda path: f"{os.fspath(path).removeprefix('gs://').partition('/')[2]}/"
+        cloud_storage.copy_all(environment, prefix(source), prefix(target))
+    else:
+        shutil.copytree(source, target)
+
+
+def bytes_sampled(directory: Path) -> int:
+    """Bytes of responses that are being sampled in round 1."""
+    try:
+        return sum(size for name, size in sizes_below(directory).items() if name.startswith(BEING_SAMPLED))
+    except FileNotFoundError:  # removed meanwhile
+        return 0
+
+
+def sizes_below(directory: Path) -> dict[str, int]:
+    if bucket.is_remote(directory):
+        return bucket.sizes(directory)
+    return {p.relative_to(directory).as_posix(): p.stat().st_size for p in directory.rglob("*") if p.is_file()}
 
 
 def _with(path: Path, change) -> None:

@@ -10,6 +10,13 @@ from tpaw_jax.cli.models import evaluate, export, export_data, generate
 from tpaw_jax.cli.offline import data, plan, prompts, report
 from tpaw_jax.cli.training import demo, play, sft
 
+
+def _on_this_host(path: str) -> str:
+    if "://" in path:
+        raise argparse.ArgumentTypeError(f"{path} is not a path on this host; only run directories may be in a bucket")
+    return path
+
+
 _CONFIGURATION = (True, "YAML files, each overriding the ones before; set any key with --key.subkey value", list)
 
 
@@ -39,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _training_commands(command: Callable[..., None]) -> None:
     training: dict[str, Any] = dict(
         config=_CONFIGURATION,
-        export=(False, "also export the last policy to this directory, for transformers and vLLM", str),
+        export=(False, "also export the last policy to this directory, for transformers and vLLM", _on_this_host),
         profile=(False, "trace these steps of each stage of the first round, as steps=10:13", str),
         strict=(False, "stop at the end of a round that shows a sign of divergence", None),
         verbose=(False, "print all metrics of each round, and compile times by program", None),
@@ -47,7 +54,7 @@ def _training_commands(command: Callable[..., None]) -> None:
     )
     command(demo, **{name: option for name, option in training.items() if name != "config"})
     command(sft, **training)
-    given = (False, "responses of another engine, JSONL; plays the one round that they answer", str)
+    given = (False, "responses of another engine, JSONL; plays the one round that they answer", _on_this_host)
     command(play, **training, generations=given)
 
 
@@ -59,9 +66,13 @@ def _model_commands(command: Callable[..., None]) -> None:
         checkpoint=(False, "a run directory, a model or a .gguf file; default: the configuration's policy.path", str),
         round=(False, "with a run directory: the policy of this round; default: the newest", int),
         tasks=(False, "names of evaluation.tasks, separated by commas; default: all", str),
-        out=(False, "write every response to this file, JSONL; with --harness, the results as JSON", str),
+        out=(False, "write every response to this file, JSONL; with --harness, the results as JSON", _on_this_host),
         harness=(False, "run these lm-eval tasks instead, separated by commas", str),
-        harness_path=(False, "with --harness: a directory of task YAML files instead of lm-eval's own tasks", str),
+        harness_path=(
+            False,
+            "with --harness: a directory of task YAML files instead of lm-eval's own tasks",
+            _on_this_host,
+        ),
         chat_template=(False, "with --harness: apply the chat template to the contexts", None),
         num_fewshot=(False, "with --harness: number of few-shot examples", int),
         limit=(False, "with --harness: number of documents per task, from the first", int),
@@ -73,20 +84,20 @@ def _model_commands(command: Callable[..., None]) -> None:
         model=(False, "use this model instead of the configuration's policy.path", str),
         round=(False, "use the random stream of this round; default: 0", int),
         num_generations=(False, "responses per prompt; default: 1", int),
-        out=(True, "the JSONL file to write", str),
+        out=(True, "the JSONL file to write", _on_this_host),
     )
     command(
         export,
         run=(True, "a run directory", str),
         round=(False, "the policy of this round; default: the newest", int),
-        out=(True, "the directory to write", str),
+        out=(True, "the directory to write", _on_this_host),
     )
     command(
         export_data,
         "export-data",
         run=(True, "a run directory", str),
         round=(False, "the triplets of this round; default: the newest that is scored", int),
-        out=(True, "the .parquet file, or the directory of a saved dataset, to write", str),
+        out=(True, "the .parquet file, or the directory of a saved dataset, to write", _on_this_host),
     )
 
 
@@ -94,21 +105,21 @@ def _measuring_commands(command: Callable[..., None]) -> None:
     command(
         bench,
         config=(False, *_CONFIGURATION[1:]),
-        architecture=(False, "where config.json is, if not at policy.path; weights are not needed", str),
+        architecture=(False, "where config.json is, if not at policy.path; weights are not needed", _on_this_host),
         stages=(False, "measure only some of step,scoring,prefill,decode", str),
         calls=(False, "timed calls of each stage; default: 10", int),
         data=(False, "use the lengths of the configuration's data, instead of assumed ones", None),
-        plan=(False, "take the predictions from this plan of these devices, of tpaw plan --json", str),
-        json=(False, "append the readings to this file, one JSON object per line", str),
+        plan=(False, "take the predictions from this plan of these devices, of tpaw plan --json", _on_this_host),
+        json=(False, "append the readings to this file, one JSON object per line", _on_this_host),
         compare=(False, "measure nothing; compare two files that --json wrote: BEFORE AFTER", list),
         **_PROCESSES,
     )
     command(
         tune,
         config=_CONFIGURATION,
-        out=(True, "the YAML file to write, for --config RUN.yaml OUT.yaml", str),
+        out=(True, "the YAML file to write, for --config RUN.yaml OUT.yaml", _on_this_host),
         minutes=(False, "how long to search; default: 20", float),
-        architecture=(False, "where config.json is, if not at policy.path; weights are not needed", str),
+        architecture=(False, "where config.json is, if not at policy.path; weights are not needed", _on_this_host),
         stages=(False, "tune only some of step,scoring,prefill,decode", str),
         calls=(False, "timed calls of each program; default: 10", int),
         **_PROCESSES,
@@ -119,22 +130,22 @@ def _offline_commands(command: Callable[..., None]) -> None:
     command(
         report,
         runs=(True, "run directories; NAME=DIRECTORY groups runs under one name", tuple),
-        out=(True, "the HTML file to write", str),
-        png=(False, "also write each plot as a PNG to this directory", str),
+        out=(True, "the HTML file to write", _on_this_host),
+        png=(False, "also write each plot as a PNG to this directory", _on_this_host),
     )
     command(data, config=_CONFIGURATION, show=(False, "also show this many prompts and targets as tokens", int))
-    command(prompts, config=_CONFIGURATION, out=(True, "the JSONL file to write", str))
+    command(prompts, config=_CONFIGURATION, out=(True, "the JSONL file to write", _on_this_host))
     command(
         plan,
         config=_CONFIGURATION,
         topology=(True, "such as v5e:16x16, or '2 x v5e:16x16' for two slices; several separated by commas", str),
         slices=(False, "number of slices of each topology; default: 1", int),
-        architecture=(False, "where config.json is, if not at policy.path; weights are not needed", str),
+        architecture=(False, "where config.json is, if not at policy.path; weights are not needed", _on_this_host),
         prompts=(False, "prompts per round; default: data.max_prompts, or 50,000", int),
         stages=(False, "plan only some of step,scoring,prefill,decode", str),
-        calibration=(False, "readings on such chips, of tpaw bench --json, by which to scale the times", str),
+        calibration=(False, "readings on such chips, of tpaw bench --json, by which to scale the times", _on_this_host),
         search=(False, "also search for the most rows per device and the longest row that fit", None),
-        json=(False, "also write the numbers to this file", str),
+        json=(False, "also write the numbers to this file", _on_this_host),
     )
 
 
