@@ -87,11 +87,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lag", type=float, default=0.0, help="seconds in which listings of the bucket lag")
     parser.add_argument("--failing", type=float, default=0.0, help="share of the requests answered with status 503")
     options = parser.parse_args()
     rng, begun = random.Random(options.seed), time.perf_counter()
-    server = cloud_storage.serve("--lag", str(options.lag), "--failing", str(options.failing))
+    server = cloud_storage.serve("--failing", str(options.failing))
     with tempfile.TemporaryDirectory() as folder, server as environment:
         os.environ.update(environment, JAX_COMPILATION_CACHE_DIR=f"{folder}/cache")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -125,7 +124,7 @@ def main() -> None:
         codes = ended.end()
         same = codes == [0, 0] and faults.results(killed) == faults.results(whole)
         facts = {"kills": kills, "finished": codes == [0, 0], "same": same, "seconds": time.perf_counter() - begun}
-        common.emit(benchmark="killed_pod", lag=options.lag, failing=options.failing, **facts, **common.machine())
+        common.emit(benchmark="killed_pod", failing=options.failing, **facts, **common.machine())
 
 
 def faults_line(log: Path) -> str:

@@ -1,8 +1,8 @@
 """A Cloud Storage server in memory, in a process of its own: the part of the JSON API that gcsfs and TensorStore use.
 
 As Cloud Storage documents it: an object is whole or absent, every write makes a new generation, and
-`ifGenerationMatch` is checked atomically. Two things can be worse than there: `--lag` hides writes from listings for
-some seconds, and `--failing` answers that share of all requests with status 503.
+`ifGenerationMatch` is checked atomically, and listings are up to date. `--failing` answers that share of all requests
+with status 503.
 
     python cloud_storage.py PORT
 """
@@ -68,16 +68,14 @@ def copy_all(environment: dict[str, str], source: str, target: str) -> None:
 class Stored(NamedTuple):
     content: bytes
     generation: int
-    written: float  # by the monotonic clock
 
 
 class Bucket:
     """The objects, and the uploads in progress."""
 
-    def __init__(self, lag: float, failing: float) -> None:
-        self.lag, self.failing = lag, failing
+    def __init__(self, failing: float) -> None:
+        self.failing = failing
         self.objects: dict[str, Stored] = {}
-        self.removed: dict[str, tuple[Stored, float]] = {}
         self.uploads: dict[str, tuple[str, dict[str, str], bytearray]] = {}
         self.lock, self.numbers = threading.RLock(), itertools.count(1_700_000_000_000_000)
 
@@ -86,27 +84,16 @@ class Bucket:
         with self.lock:
             if not self.matches(name, query):
                 return None
-            self.objects[name] = Stored(content, next(self.numbers), time.monotonic())
+            self.objects[name] = Stored(content, next(self.numbers))
             return metadata(name, self.objects[name])
 
     def remove(self, name: str) -> Stored | None:
         with self.lock:
-            stored = self.objects.pop(name, None)
-            if stored is not None:
-                self.removed[name] = stored, time.monotonic()
-            return stored
+            return self.objects.pop(name, None)
 
     def matches(self, name: str, query: dict[str, str]) -> bool:
         stored = self.objects.get(name)
         return int(query.get("ifGenerationMatch", "-1")) in (-1, stored.generation if stored else 0)
-
-    def listed(self) -> list[tuple[str, Stored]]:
-        """What a listing shows: not yet what was written, and still what was removed, in the last `lag` seconds."""
-        with self.lock:
-            since = time.monotonic() - self.lag
-            shown = {name: stored for name, (stored, when) in self.removed.items() if when > since}
-            shown |= {name: stored for name, stored in self.objects.items() if stored.written <= since}
-            return sorted(shown.items())
 
 
 def metadata(name: str, stored: Stored) -> dict[str, Any]:
@@ -223,7 +210,9 @@ class Handler(BaseHTTPRequestHandler):
         start, stop = query.get("startOffset", ""), query.get("endOffset", "\U0010ffff")
         items, prefixes = [], {}
         page: dict[str, Any] = {"kind": "storage#objects"}
-        for name, stored in self.bucket.listed():
+        with self.bucket.lock:
+            objects = sorted(self.bucket.objects.items())
+        for name, stored in objects:
             if not name.startswith(prefix) or not start <= name < stop or name <= query.get("pageToken", ""):
                 continue
             folder, below, _ = name[len(prefix) :].partition(delimiter or "\0")
@@ -324,10 +313,9 @@ def error(status: int, message: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("port", type=int)
-    parser.add_argument("--lag", type=float, default=0.0, help="seconds")
     parser.add_argument("--failing", type=float, default=0.0, help="share of the requests")
     options = parser.parse_args()
-    Handler.bucket = Bucket(options.lag, options.failing)
+    Handler.bucket = Bucket(options.failing)
     server = Server(("127.0.0.1", options.port), Handler)
     print("ready", flush=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()

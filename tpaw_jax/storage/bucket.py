@@ -10,7 +10,6 @@ import importlib.util
 import logging
 import os
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -152,16 +151,6 @@ def remove_tree(path: Path) -> None:
 def is_committed(checkpoint: Path) -> bool:
     """Whether a checkpoint is complete."""
     return read(checkpoint / _COMMITTED)[0] is not None
-
-
-def await_listing(checkpoint: Path, seconds: float = 60.0) -> None:
-    """Wait until a complete checkpoint's last object is listed: then all its objects are.
-
-    Listings of Cloud Storage are up to date; those of other servers of its API may not be.
-    """
-    begun = time.monotonic()
-    while _COMMITTED not in sizes(checkpoint) and time.monotonic() - begun < seconds:
-        time.sleep(0.2)
 
 
 def read(path: Path, store: tensorstore.KvStore | None = None) -> tuple[bytes | None, Generation]:

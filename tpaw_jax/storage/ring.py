@@ -196,8 +196,6 @@ def _start_save(ring: Ring, path: Path, tree: PyTree[Array]) -> None:
 def _record(ring: Ring, path: Path, digests: PyTree[Array]) -> list[str] | None:
     """Add a complete checkpoint to the journal (see `journal.record`)."""
     numbers = [int(number) for number in jax.device_get(jax.tree.leaves(digests))]
-    if bucket.is_remote(path):
-        bucket.await_listing(path)
     count, size = journal.measure(path)
     stage, round_number = _stage_and_round(path)
     facts = {
