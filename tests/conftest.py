@@ -50,6 +50,7 @@ FIXTURES = ROOT / "tests" / "fixtures"
 gc.freeze()  # JAX keeps many objects alive; looking through them again and again takes a tenth of the tests' time
 gc.set_threshold(200_000, 50, 50)
 
+SIMILAR = pytest.mark.skipif("TPAW_ALL_TESTS" not in os.environ, reason="20 s of compiling what another case resembles")
 needs_compiler = pytest.mark.skipif(not kernels.available(), reason="there is no AVX-512 or no C++ compiler")
 
 

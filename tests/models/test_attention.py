@@ -80,7 +80,7 @@ def test_every_device_has_its_attention():
 
     assert attention_of(jax.devices()[0]) is TILES
     assert attention_of(Device("gpu", "NVIDIA H100 80GB HBM3"), 8).attend.func is gpu.attend_batches
-    for kind, mebibytes in (("TPU v5 lite", 60), ("TPU v4", 16)):
+    for kind, mebibytes in (("TPU v5 lite", 110), ("TPU v5p", 60), ("TPU v4", 16)):
         settings = attention_of(Device("tpu", kind), 8).attend.keywords
         assert settings == {"vmem": mebibytes * 2**20, "interpret": False, "chunks": 8}
 
@@ -138,3 +138,11 @@ def test_rows_that_the_kernels_cannot_take_are_refused():
         rules.plan(Visibility(jnp.ones((1, 200), jnp.int32)))
     with pytest.raises(ValueError, match="Rows of 65536 tokens: with heads of 128, their keys do not fit into"):
         tpu._options(jnp.zeros((1, 1, 1, 65536, 128), jnp.bfloat16), tpu.Options(0, 0, 4, tpu.VMEM, False))
+
+
+def test_long_rows_take_more_memory_where_there_is_and_others_do_not():
+    options = lambda length: tpu._options(
+        jnp.zeros((1, 1, 1, length, 128), jnp.bfloat16), tpu.Options(0, 0, 4, 110 * 2**20, False)
+    )
+    assert [options(length).vmem // 2**20 for length in (8192, 32768, 65536)] == [60, 60, 110]
+    assert [options(length)[:2] for length in (8192, 32768, 65536)] == [(4, 2), (4, 1), (4, 1)]

@@ -3,13 +3,12 @@
 import dataclasses
 import functools
 import json
-import os
 
 import forked
 import jax
 import numpy as np
 import pytest
-from conftest import DEMO, ROOT, STORIES
+from conftest import DEMO, ROOT, SIMILAR, STORIES
 from jax.experimental.compilation_cache import compilation_cache
 
 from tpaw_jax import cli
@@ -24,8 +23,6 @@ from tpaw_jax.runtime import host, sharding, tpu
 SMALL = ModelConfig("llama", 2048, 512, 1024, 2, 4, 2, 128, 10000.0, 1e-5, 8192, False)
 TIED = dataclasses.replace(SMALL, tie_embeddings=True, model_type="qwen2", qkv_bias=True)
 WIDER = dataclasses.replace(TIED, hidden_size=1024, num_heads=8)
-
-SIMILAR = pytest.mark.skipif("TPAW_ALL_TESTS" not in os.environ, reason="20 s of compiling what another case resembles")
 
 
 @pytest.fixture(autouse=True, scope="module")

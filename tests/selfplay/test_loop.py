@@ -234,6 +234,15 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeypat
     assert events.read_bytes().count(b"train/skipped_in_a_row") == steps >= 2
 
 
+ON_DISK, IN_BUCKET = ("sampling", "sampled", "scoring", "training"), ("keeping", "scored", "saving", "pushing")
+
+
+def places(some):
+    """Where runs are killed: everywhere in `make test-all`, else in some of the stages."""
+    assert {*ON_DISK, *IN_BUCKET} == {*killed_run.PLACES}
+    return killed_run.PLACES if "TPAW_ALL_TESTS" in os.environ else some
+
+
 def play_in_bucket(directory, log, environment, *place_and_signal):
     child = forked.start(killed_run.play, directory, *place_and_signal, output=log, environment=environment)
     code, output, errors = child.finish()
@@ -269,8 +278,8 @@ def undisturbed(tmp_path_factory):
     return directory
 
 
-def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(tmp_path, undisturbed):
-    for place in killed_run.PLACES:  # one run, killed and started again in every stage
+def test_a_run_killed_in_its_stages_ends_as_the_undisturbed_one(tmp_path, undisturbed):
+    for place in places(ON_DISK):  # one run, killed and started again in every stage
         code, output = play(tmp_path / "killed", place)
         assert code == -signal.SIGKILL, (place, output[-2000:])
     assert_same_as(undisturbed, tmp_path / "killed")
@@ -291,8 +300,7 @@ def test_a_run_told_to_stop_goes_on_to_the_same_end(tmp_path, undisturbed):
 
 def test_a_run_in_a_bucket_killed_in_its_stages_ends_as_one_on_a_disk(tmp_path, undisturbed, in_bucket, cloud):
     log = tmp_path / "log"
-    some = ("keeping", "scored", "saving", "pushing")
-    for place in killed_run.PLACES if "TPAW_ALL_TESTS" in os.environ else some:
+    for place in places(IN_BUCKET):
         code, output = play_in_bucket(in_bucket, log, cloud, place)
         assert code == -signal.SIGKILL, (place, output[-2000:])
     code, output = play_in_bucket(in_bucket, log, cloud)

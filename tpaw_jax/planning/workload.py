@@ -17,6 +17,9 @@ from tpaw_jax.types import Generations, Prompts, TreeBatch
 MEDIANS, SPREADS = (160, 280, 240), (0.7, 0.6, 0.5)
 """Median (tokens) and sigma of the assumed log-normal lengths of x, y and y_gen in chats, for data.max_length 1024."""
 
+ROWS_AT_ONCE = 256
+"""Rows of 8,192 tokens whose attention is planned at once: 256 MiB."""
+
 SAMPLE = 1024
 """Prompts that are drawn and packed to estimate a round."""
 
@@ -160,7 +163,9 @@ def _computed(rows: packing.Rows, config: RunConfig) -> Work:
     batch, chunk, length = rows.batch, config.policy.head_chunk, config.packing.row_length
     live = (np.asarray(batch.response_ids) < rows.prompt_index.shape[1]).sum(axis=1)
     per_matmul = config.policy.attention_chunks
-    matmuls = np.asarray(jax.jit(rules.plan, static_argnums=1)(_in_blocks(batch), per_matmul).matmuls)
+    planned, some = jax.jit(rules.plan, static_argnums=1), max(1, ROWS_AT_ONCE * 8192**2 // length**2)
+    pieces = [packing.take(rows, np.arange(i, min(i + some, len(rows))), some).batch for i in range(0, len(rows), some)]
+    matmuls = [np.asarray(planned(_in_blocks(piece), per_matmul).matmuls) for piece in pieces]
     predictions = float(np.minimum(np.ceil(live / chunk) * chunk, length).sum())
-    pairs = float(matmuls.sum()) * rules.QUERIES * rules.CHUNK * per_matmul
+    pairs = float(sum(n.sum() for n in matmuls)) * rules.QUERIES * rules.CHUNK * per_matmul
     return Work(len(rows) * length, predictions, pairs)

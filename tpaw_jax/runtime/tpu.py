@@ -21,7 +21,7 @@ class Chip(NamedTuple):
     ici_bandwidth: float  # bytes per second over one ICI link in one direction: half the published bidirectional one
     dcn_bandwidth: float  # bytes per second between slices, over the data center's network
     host: tuple[int, ...]  # shape of the chips of one host in a slice of several
-    vmem_bytes: int = 60 * 2**20  # of on-chip memory that attention may use; all but v4 have 64 MiB or more
+    vmem_bytes: int = 60 * 2**20  # of on-chip memory that attention may use; v5p and tpu7x have 64 MiB
     devices: int = 1  # that JAX sees in it
 
     @property
@@ -33,9 +33,9 @@ class Chip(NamedTuple):
 
 CHIPS = {
     "v4": Chip(275e12, 31.25 * 2**30, 1228e9, 50e9, 6.25e9, (2, 2, 1), vmem_bytes=16 * 2**20),
-    "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 50e9, 3.125e9, (2, 2)),
+    "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 50e9, 3.125e9, (2, 2), vmem_bytes=110 * 2**20),
     "v5p": Chip(459e12, 95.74 * 2**30, 2765e9, 100e9, 6.25e9, (2, 2, 1)),
-    "v6e": Chip(918e12, 31.25 * 2**30, 1638e9, 100e9, 12.5e9, (2, 2)),
+    "v6e": Chip(918e12, 31.25 * 2**30, 1638e9, 100e9, 12.5e9, (2, 2), vmem_bytes=110 * 2**20),
     "tpu7x": Chip(2307e12, 2 * 94.74 * 2**30, 7380e9, 100e9, 12.5e9, (2, 2, 1), devices=2),
 }
 GENERATIONS = tuple(CHIPS)

@@ -10,6 +10,7 @@ Tests compare it with `masks.attend` under the mask `masks.visible`.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from tpaw_jax.models.attention.masks import SAVED, Attention
 from tpaw_jax.models.attention.rules import CHUNK, CHUNKS, QUERIES, Rules, plan
 
 VMEM = 60 * 2**20
-"""Bytes of VMEM that the kernels may use: TPUs from v5e on have 64 MiB or more."""
+"""Bytes of VMEM that the kernels use if they can: TPUs from v5e on have 64 MiB or more."""
 
 SCHEDULES = ((4, 2), (4, 1), (2, 1), (1, 1))
 """Blocks of queries in a step of the grid, and buffers for a row's keys: the first one that fits is used. With two
@@ -45,7 +46,8 @@ def tpu_attention(vmem: int = VMEM, interpret: bool = False, chunks: int = CHUNK
     """Build the attention of packed trees on TPU, for use inside `shard_map` or on one device.
 
     Rows must be a multiple of 128 tokens long. With heads of 128, the keys of 32,768 tokens fit into the default of
-    `vmem` bytes. With `interpret`, the kernels run on any device, but slowly. A matmul has `chunks` chunks of keys.
+    `vmem` bytes, and those of 65,536 into 110 MiB. With `interpret`, the kernels run on any device, but slowly. A
+    matmul has `chunks` chunks of keys.
     """
     attend = functools.partial(attend_chunks, vmem=vmem, interpret=interpret, chunks=chunks)
     return Attention(functools.partial(plan, chunks=chunks), attend)
@@ -88,15 +90,15 @@ class Options(NamedTuple):
 
 
 def _options(q_BKGTH: Array, wanted: Options) -> Options:
-    """The options with the first of `SCHEDULES` for which the backward kernel fits into VMEM."""
+    """The options with the first of `SCHEDULES` for which the backward kernel fits into VMEM, if possible in `VMEM`."""
     _, _, groups, length, size = q_BKGTH.shape
     lanes, itemsize = -(-size // 128) * 128, q_BKGTH.dtype.itemsize
-    for blocks, buffers in SCHEDULES:
+    for vmem, (blocks, buffers) in itertools.product(sorted({min(VMEM, wanted.vmem), wanted.vmem}), SCHEDULES):
         keys = 2 * length * lanes * (itemsize + 4) * buffers  # k and v, and the float32 gradients of both
         queries = 3 * 2 * blocks * groups * QUERIES * lanes * itemsize  # q, d_out and dq, two buffers each
         scores = 5 * wanted.chunks * CHUNK * groups * QUERIES * 4  # the values of one matmul, by the compiler's reports
-        if length % (blocks * QUERIES) == 0 and keys + queries + scores <= wanted.vmem:
-            return wanted._replace(blocks=blocks, buffers=buffers)
+        if length % (blocks * QUERIES) == 0 and keys + queries + scores <= vmem:
+            return wanted._replace(blocks=blocks, buffers=buffers, vmem=vmem)
     raise ValueError(
         f"Rows of {length} tokens: with heads of {size}, their keys do not fit into the {wanted.vmem // 2**20} MiB of "
         "VMEM that attention on this TPU may use; lower packing.row_length or policy.attention_chunks."
