@@ -110,6 +110,8 @@ bench: $(VENV)/test $(VENV)/smollm2 peers
 	$(MEASURE)/data_scale.py --records 50000 200000 > $(RESULTS)/data_scale.jsonl
 	$(MEASURE)/failing_hosts.py > $(RESULTS)/failing_hosts.jsonl
 	$(MEASURE)/faults.py --lanes 2 $(shell test $$(id -u) = 0 && echo --disk) > $(RESULTS)/faults.jsonl
+	$(MEASURE)/faults.py --lanes 2 --bucket > $(RESULTS)/faults_bucket.jsonl
+	$(MEASURE)/killed_pod.py > $(RESULTS)/killed_pod.jsonl
 	$(MEASURE)/durability.py --model smollm2 --rows 1 --steps 3 --repeats 3 > $(RESULTS)/durability.jsonl
 	$(MEASURE)/durability.py --model small --rows 1 --steps 20 --repeats 3 >> $(RESULTS)/durability.jsonl
 	$(BIN)/pip install --quiet atheris==3.0.0
@@ -139,6 +141,8 @@ plans: $(VENV)/test
 	$(PLAN) --config configs/llama31_8b_ultrachat.yaml --architecture configs/models/llama-3.1-8b \
 	  --topology 'v5p:4x4x4, tpu7x:4x4x4' --policy.remat dots --train.batch_triplets auto \
 	  --json $(RESULTS)/plan_llama_dots.json
+	$(PLAN) --config configs/llama31_8b_ultrachat.yaml configs/long_rows.yaml --architecture configs/models/llama-3.1-8b \
+	  --topology 'v5e:8x8, v5p:4x4x4' --stages step,scoring --prompts 20000
 	$(PLAN) --config configs/qwen25_1b5_ultrachat.yaml --architecture configs/models/qwen2.5-1.5b \
 	  --topology 'v5e:2x2, v5e:4x4' --train.batch_triplets auto --json $(RESULTS)/plan_qwen.json
 	$(MAKE) bench-report

@@ -27,7 +27,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import common
 
@@ -156,8 +156,7 @@ def main() -> None:
         Play(of("first")).end()  # fills the compilation cache
         undisturbed = Play(of("whole")).end()
         assert undisturbed.code == 0, undisturbed.text
-        common.emit(
-            benchmark="faults",
+        emit(
             fault="none",
             playing=undisturbed.playing,
             seconds=undisturbed.seconds,
@@ -198,7 +197,7 @@ def kill(number: int, of, undisturbed: Ended, rng: random.Random, longest: float
         "seconds redone": max(0.0, killed.playing + ended.playing - undisturbed.playing),
         "steps redone": max(0, steps - goes_on_after(ended.text)) if stage == "training" else 0,
     }
-    common.emit(benchmark="faults", fault="kill", **record)
+    emit(fault="kill", **record)
     remove(directory)
     return record
 
@@ -207,8 +206,7 @@ def told(records: list[dict]) -> None:
     """The line of all kills."""
     stages = [r["stage"] for r in records if r["killed"]]
     if records:
-        common.emit(
-            benchmark="faults",
+        emit(
             fault="kill, all",
             kills=sum(r["killed"] for r in records),
             stages={name: stages.count(name) for name in sorted(set(stages))},
@@ -251,11 +249,11 @@ def damages(count: int, of, environment: dict[str, str]) -> None:
             "said": named.replace(f"{directory}/", "")[:300],
         }
         records.append(record)
-        common.emit(benchmark="faults", fault="damage", **record)
+        emit(fault="damage", **record)
         remove(directory)
     if records:
         counts = {key: sum(r[key] for r in records) for key in ("found", "finished", "same")}
-        common.emit(benchmark="faults", fault="damage, all", damages=len(records), **counts)
+        emit(fault="damage, all", damages=len(records), **counts)
 
 
 def full_disks(of) -> None:
@@ -310,8 +308,7 @@ def few_files(of) -> None:
 def mended(fault: str, stopped: Ended, stage: str, directory: Path, of) -> None:
     """The line of a run that the system stopped, and its end once what stopped it is mended."""
     ended = Play(directory).end()
-    common.emit(
-        benchmark="faults",
+    emit(
         fault=fault,
         stage=stage,
         code=stopped.code,
@@ -375,6 +372,11 @@ def goes_on_after(text: str) -> int:
     """The step after which the first round that is resumed goes on."""
     told = text.split("training resumes after step ")
     return int(told[1].split(".")[0]) if len(told) > 1 else 0
+
+
+def emit(**facts: Any) -> None:
+    """Print a result; those of runs in a bucket are of another benchmark."""
+    common.emit(benchmark="faults_bucket" if "STORAGE_EMULATOR_HOST" in os.environ else "faults", **facts)
 
 
 def serving(in_bucket: bool) -> contextlib.AbstractContextManager[dict[str, str]]:

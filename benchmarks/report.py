@@ -53,7 +53,11 @@ def main() -> None:
         "benchmarks": made,
         "plans": [plans(planned), exchanges(planned)],
         "batches": [batches(planned)],
-        "faults": [faults(of("faults")), durability(of("durability")), fuzz(of("fuzz"))],
+        "faults": [
+            faults(of("faults"), of("faults_bucket"), of("killed_pod")),
+            durability(of("durability")),
+            fuzz(of("fuzz")),
+        ],
         "headline": [headline(comparisons)],
     }
     for name, path in PAGES.items():
@@ -359,8 +363,24 @@ def exchanges(reports: list[dict]) -> str:
     return _table([*head, *sent, "all sent over by hand", "asynchronous"], lines)
 
 
-def faults(records: list[dict]) -> str:
+def faults(on_disk: list[dict], in_bucket: list[dict], pod: list[dict]) -> str:
     """Runs that were killed, damaged or out of space: how many ended as the undisturbed one."""
+    lines = _kills_and_damages(on_disk)
+    for fault, called in (("full disk", "full disks"), ("read-only disk", ""), ("too many open files", "")):
+        of = [r for r in on_disk if r["fault"] == fault]
+        if of:
+            told, same = sum(bool(r["said"]) for r in of), sum(r["same"] for r in of)
+            stages = ", ".join(dict.fromkeys(r["stage"] for r in of))
+            lines.append([f"{len(of)} x {called or fault} ({stages})", f"{told}", f"{same} of {len(of)}", ""])
+    lines += [[f"in a bucket: {line[0]}", *line[1:]] for line in _kills_and_damages(in_bucket)]
+    for r in pod:
+        if "kills" in r:
+            same = "yes" if r["same"] else "no"
+            lines.append([f"in a bucket, two processes: one run, {r['kills']} kills", "", same, ""])
+    return _table(["a small run that met", "told", "ended as the undisturbed one", "work redone, median"], lines)
+
+
+def _kills_and_damages(records: list[dict]) -> list[list[str]]:
     lines = []
     for r in records:
         if r["fault"] == "kill, all":
@@ -370,13 +390,7 @@ def faults(records: list[dict]) -> str:
             lines.append([f"{r['kills']} kills ({stages})", "", f"{r['same']} of {r['kills']}", redone])
         if r["fault"] == "damage, all":
             lines.append([f"{r['damages']} damages", f"{r['found']}", f"{r['same']} of {r['damages']}", ""])
-    for fault, called in (("full disk", "full disks"), ("read-only disk", ""), ("too many open files", "")):
-        of = [r for r in records if r["fault"] == fault]
-        if of:
-            told, same = sum(bool(r["said"]) for r in of), sum(r["same"] for r in of)
-            stages = ", ".join(dict.fromkeys(r["stage"] for r in of))
-            lines.append([f"{len(of)} x {called or fault} ({stages})", f"{told}", f"{same} of {len(of)}", ""])
-    return _table(["a small run that met", "told", "ended as the undisturbed one", "work redone, median"], lines)
+    return lines
 
 
 def durability(records: list[dict]) -> str:
