@@ -92,10 +92,10 @@ def measure(count: int, directory: Path, host: int, hosts: int, port: int, proce
     with tempfile.TemporaryDirectory() as own:
         shared = directory / f"of_{hosts}"
         prompts, _, _ = timed("reading and tokenizing", dataset.load, run.data, template, run.seed, shared)
-        window = generations(prompts)
         store = round_store.open_store(journal.open_journal(Path(own)), prompts)
-        for one in reversed(window):
-            store = timed("storing three rounds", round_store.append, store, one)
+        for t in range(3):
+            store = timed("storing three rounds", round_store.append, store, generations(prompts, t))
+        window = [store.generations[t] for t in reversed(range(3))]
         trees = timed("trees", prefix_trees.trees_of_window, prompts, window, store.sources)
         rows = timed("packing", packing.pack, trees, run.packing)
         timed("indices of rows", lambda: (rows.prompt_index, rows.source, rows.triplets, rows.tokens))
@@ -141,14 +141,13 @@ def write_records(path: Path, count: int) -> None:
             file.write(json.dumps({"prompt": f"{i} {text(x[i])}", "completion": text(y[i])}) + "\n")
 
 
-def generations(prompts: Prompts) -> list[Generations]:
-    """Three rounds of responses of random tokens, newest first."""
-    rng = np.random.default_rng(1)
-    _, _, lengths = common.lengths(len(prompts), 3, 1.0, 0)
-    split = lambda flat, t: tuple(np.split(flat, np.cumsum(lengths[:, t])[:-1]))
-    draw = lambda t: rng.integers(3, 512, lengths[:, t].sum(), np.int32)
-    blank = lambda t: np.zeros(lengths[:, t].sum(), np.float32)
-    return [Generations(t, split(draw(t), t), split(blank(t), t)) for t in reversed(range(3))]
+def generations(prompts: Prompts, t: int) -> Generations:
+    """A round of responses of random tokens."""
+    rng = np.random.default_rng(t)
+    lengths = common.lengths(len(prompts), 3, 1.0, 0)[2][:, t]
+    split = lambda flat: tuple(np.split(flat, np.cumsum(lengths)[:-1]))
+    draw, blank = rng.integers(3, 512, lengths.sum(), np.int32), np.zeros(lengths.sum(), np.float32)
+    return Generations(t, split(draw), split(blank))
 
 
 if __name__ == "__main__":

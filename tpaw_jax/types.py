@@ -73,7 +73,7 @@ class Generations:
 
     round: int
     tokens: tuple[np.ndarray, ...]  # int32; includes the stop token if one was sampled
-    log_probs: tuple[np.ndarray, ...]  # float32, nats per token, under the sampling policy at temperature 1
+    log_probs: tuple[np.ndarray, ...]  # float32, nats per token, under the policy at temperature 1; () if not kept
 
 
 class TreeBatch(struct.PyTreeNode):

@@ -23,7 +23,8 @@ from tpaw_jax.types import TARGET, Generations, Prompts, TeamScores
 class Store:
     """The results of the rounds so far. `scores[player][source]` is [prompts] nats, NaN where not scored yet.
 
-    `add_scores` fills `scores` in place; `append` returns a new store.
+    The sampler's log-probs of responses stay on disk (`sampler_log_probs`): only summaries read them. `add_scores`
+    fills `scores` in place; `append` returns a new store.
     """
 
     journal: Journal
@@ -74,9 +75,20 @@ def append(store: Store, generations: Generations) -> Store:
     digest = hashlib.sha256(lengths.tobytes() + tokens.tobytes()).hexdigest()
     name = generations_name(generations.round)
     journal.write(store.journal, name, "sampling", generations.round, content, digest)
-    together = {**store.generations, generations.round: generations}
+    kept = dataclasses.replace(generations, log_probs=())
+    together = {**store.generations, generations.round: kept}
     sources = first_sources(store.prompts, list(together.values()))
     return dataclasses.replace(store, generations=together, sources=sources)
+
+
+def sampler_log_probs(store: Store, round_number: int) -> list[np.ndarray]:
+    """The log-probs of each token of a round's responses under the policy that sampled them, in nats, from disk.
+
+    Raises:
+        CorruptedFile: the file cannot be read.
+    """
+    arrays = files.read_arrays(store.journal.directory / generations_name(round_number), "lengths", "log_probs")
+    return np.split(arrays["log_probs"], np.cumsum(arrays["lengths"])[:-1])
 
 
 def missing(store: Store, player: int, trees: Sequence[Tree]) -> list[Tree]:
@@ -169,12 +181,11 @@ def _merge(store: Store, player: int, prompt_index: np.ndarray, source: np.ndarr
 
 
 def _read_generations(path: Path, prompts: Prompts) -> Generations:
-    arrays = files.read_arrays(path)
+    arrays = files.read_arrays(path, "prompt_ids", "lengths", "tokens", "round")
     if not np.array_equal(arrays["prompt_ids"], prompts.ids):
         raise ValueError(
             f"{path}: its {len(arrays['prompt_ids'])} responses answer other prompts than the {len(prompts)} of this "
             "configuration. Restore the data and the seed with which the run began, or choose another directory."
         )
-    cuts = np.cumsum(arrays["lengths"])[:-1]
-    split = lambda flat: tuple(np.split(flat, cuts))
-    return Generations(int(arrays["round"]), split(arrays["tokens"]), split(arrays["log_probs"]))
+    tokens = np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1])
+    return Generations(int(arrays["round"]), tuple(tokens), ())

@@ -13,6 +13,7 @@ from tpaw_jax.config import of_round
 from tpaw_jax.data.packing import Rows
 from tpaw_jax.observe import health, metrics, tables, trackers
 from tpaw_jax.runtime import processes
+from tpaw_jax.selfplay import round_store
 from tpaw_jax.selfplay.round_store import Store, round_directory, round_name
 from tpaw_jax.selfplay.round_training import Trained
 from tpaw_jax.selfplay.session import Round, Session
@@ -176,11 +177,11 @@ def _response_metrics(this: Round, store: Store) -> dict[str, float | None]:
     programs and batches, one with a key-value cache. A gap beyond rounding means a bug in one of them.
     """
     t, session = this.number, this.session
-    generations, scores = store.generations[t], store.scores[t]
+    generations, scores, sampled = store.generations[t], store.scores[t], round_store.sampler_log_probs(store, t)
     lengths = np.array([len(tokens) for tokens in generations.tokens])
     gaps = [
         abs(float(scores[int(source)][i]) - float(log_probs.sum())) / len(log_probs)
-        for i, (source, log_probs) in enumerate(zip(store.sources[t], generations.log_probs, strict=True))
+        for i, (source, log_probs) in enumerate(zip(store.sources[t], sampled, strict=True))
         if not np.isnan(log_probs).any()
     ]
     return {

@@ -230,15 +230,15 @@ def npz(**arrays: np.ndarray) -> memoryview:
     return buffer.getbuffer()  # not a copy: a round's responses may have gigabytes
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read the arrays of an .npz file. Pickled content is rejected.
+def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Read the named arrays of an .npz file, by default all. Pickled content is rejected.
 
     Raises:
         CorruptedFile: the content cannot be read.
     """
     try:
         with np.load(_stream(path), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            return {name: file[name] for name in names or file.files}
     except Exception as error:  # zipfile, struct, numpy and the system raise many types
         if not is_corruption(error, path):
             raise
