@@ -141,7 +141,7 @@ plans: $(VENV)/test
 	$(PLAN) --config configs/llama31_8b_ultrachat.yaml --architecture configs/models/llama-3.1-8b \
 	  --topology 'v5p:4x4x4, tpu7x:4x4x4' --policy.remat dots --train.batch_triplets auto \
 	  --json $(RESULTS)/plan_llama_dots.json
-	$(PLAN) --config configs/llama31_8b_ultrachat.yaml configs/long_rows.yaml --architecture configs/models/llama-3.1-8b \
+	$(PLAN) --config configs/llama31_8b_ultrachat.yaml configs/overlays/long_rows.yaml --architecture configs/models/llama-3.1-8b \
 	  --topology 'v5e:8x8, v5p:4x4x4' --stages step,scoring --prompts 20000
 	$(PLAN) --config configs/qwen25_1b5_ultrachat.yaml --architecture configs/models/qwen2.5-1.5b \
 	  --topology 'v5e:2x2, v5e:4x4' --train.batch_triplets auto --json $(RESULTS)/plan_qwen.json

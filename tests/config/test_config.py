@@ -108,6 +108,9 @@ def test_every_option_is_documented_and_every_shipped_config_loads():
     for path in (ROOT / "configs").glob("*.yaml"):
         assert path.read_text().startswith("#"), f"{path.name} needs a header: command, hardware, time, expected result"
         config_file.load(path, ["policy.path=given"])
+    for path in (ROOT / "configs" / "overlays").glob("*.yaml"):
+        assert path.read_text().startswith("#")
+        config_file.load([ROOT / "configs" / "llama31_8b_ultrachat.yaml", path], [])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a run concludes from a bucket that cannot be used: nothing about what the bucket holds."""
 
+import errno
 import json
 
 import aiohttp
@@ -9,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 import requests
+from conftest import small_run
 
 from tpaw_jax import cli
 from tpaw_jax.config import MeshConfig
 from tpaw_jax.runtime import sharding, supervisor
+from tpaw_jax.selfplay import loop
 from tpaw_jax.storage import bucket, files, journal, ring
 from tpaw_jax.storage.files import CorruptedFile
 
@@ -41,6 +44,7 @@ NO_OUTAGES = [
     ValueError("DATA_LOSS: Error reading: CRC-32C checksum verification failed"),
     ValueError("Found incomplete checkpoint at gs://runs/x."),
     KeyError("digests"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes."),
 ]
 
 
@@ -51,9 +55,28 @@ def test_failed_requests_are_no_corruption(in_bucket, error):
 
 
 @pytest.mark.parametrize("error", NO_OUTAGES, ids=lambda error: type(error).__name__)
-def test_what_says_something_of_the_content_is_corruption(in_bucket, error):
+def test_other_errors_are_no_outages(in_bucket, error):
     assert not bucket.is_outage(error)
-    assert files.is_corruption(error, in_bucket)
+    assert files.is_corruption(error, in_bucket) == ("Out of memory" not in str(error))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        jax.errors.JaxRuntimeError("INTERNAL: a collective failed"),
+        ValueError("data.jsonl, line 3: not valid JSON"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_fails_in_a_run_is_not_blamed_on_its_bucket(in_bucket, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(loop, "open_session", fail)
+    with pytest.raises(type(error)) as caught:
+        loop.play(small_run(in_bucket), lambda _: None)
+    assert caught.value is error
 
 
 def policy():
@@ -166,9 +189,10 @@ def test_a_quarantined_checkpoint_keeps_its_objects(in_bucket):
     ("path", "problem"),
     [
         ("s3://runs/x", "a run's directory is local or on Cloud Storage"),
-        ("gs://runs/x%41", "use letters, digits"),
-        ("gs://runs/a*", "use letters, digits"),
-        ("gs://runs//a", "use letters, digits"),
+        ("gs://runs/x%41", "name a bucket and a directory"),
+        ("gs://runs/a*", "name a bucket and a directory"),
+        ("gs://runs", "name a bucket and a directory"),
+        ("gs://runs//a", "name a bucket and a directory"),
     ],
 )
 def test_what_cannot_be_a_run_in_a_bucket_is_refused(path, problem):

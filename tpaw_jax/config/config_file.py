@@ -135,6 +135,7 @@ AT_LEAST = {
     "sampling.prefill_tokens": 1,
     "sampling.min_new_tokens": 0,
     "sampling.tensor": 1,
+    "mesh.context": 1,
     "objective.n_max": 1,
     "objective.opponent_rounds": 0,
     "packing.rows_per_batch": 0,

@@ -69,15 +69,17 @@ def own_tokens(x: Array, context: int) -> Array:
 def rows_of_group(batch: TreeBatch, context: int) -> TreeBatch:
     """The rows of the group, from its first device, with the predictions that read a device's own tokens.
 
-    A part of T / context tokens is read by at most as many predictions as it has tokens, and once more for each
-    response, whose first token is predicted from its prompt's last.
+    A part of T / context tokens is read by as many predictions as it has tokens, and once more for each response, whose
+    first token is predicted from its prompt's last. Responses that lie in the trunk of a conversation may read tokens
+    that others read too. There is room for each token twice; if that is too little, `triplet_weight` is NaN.
     """
     first_of_group = lambda x: lax.all_gather(x, "fsdp", axis_index_groups=groups(context))[0]
     batch = jax.tree.map(first_of_group, batch)
     size, responses = batch.tokens.shape[1] // context, batch.triplet_weight.shape[1]
     index = batch.hidden_index - _part(context) * size
     own = (index >= 0) & (index < size) & (batch.response_ids < responses)
-    most = min(size + responses, index.shape[1])
+    most = min(2 * size + responses, index.shape[1])
+    lost = own.sum(axis=1, keepdims=True) > most
     order = jnp.argsort(~own, axis=1, stable=True)[:, :most]
     pick = lambda x: jnp.take_along_axis(x, order, axis=1)
     own = pick(own)
@@ -85,6 +87,7 @@ def rows_of_group(batch: TreeBatch, context: int) -> TreeBatch:
         hidden_index=jnp.where(own, pick(index), 0),
         labels=pick(batch.labels),
         response_ids=jnp.where(own, pick(batch.response_ids), responses),
+        triplet_weight=jnp.where(lost, jnp.nan, batch.triplet_weight),
     )
 
 

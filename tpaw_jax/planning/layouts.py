@@ -62,14 +62,23 @@ def resolve(
         say: is told the layout.
         devices: those of the topology, if they are there.
         begun_with: the row length of a run that resumes; else 0.
+
+    Raises:
+        ValueError: no mesh is usable, or `mesh.context` is set.
     """
     if config.mesh.preset != "auto" or config.objective.loss == "sft" or config.data.responses == "rejected":
         return config
+    if config.mesh.context > 1:
+        raise ValueError(
+            f"mesh.context is {config.mesh.context} and mesh.preset is auto, which knows no shared rows. "
+            "Name a preset or give the sizes of the mesh."
+        )
     kept = dataclasses.replace(config.packing, row_length=config.packing.row_length or begun_with)
     best = layouts(dataclasses.replace(config, packing=kept), architecture, topology, devices)[0]
     say(f"{topology.name}: {best}, for steps of about {best.triplets:.0f} triplets.")
     packing = dataclasses.replace(kept, row_length=best.row_length)
-    return dataclasses.replace(config, mesh=dataclasses.replace(best.mesh, preset="auto"), packing=packing)
+    mesh = dataclasses.replace(best.mesh, preset="auto", compiler_options=config.mesh.compiler_options)
+    return dataclasses.replace(config, mesh=mesh, packing=packing)
 
 
 def resolve_here(

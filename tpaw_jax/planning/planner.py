@@ -192,11 +192,13 @@ def hours(target: Target, load: Workload, stages: dict[str, Stage]) -> dict[str,
 def largest(target: Target, remat: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Find the most rows per device, and the longest row up to `LONGEST_ROW`, whose train step fits.
 
+    With context parallelism, rows per group of devices, and rows up to `LONGEST_ROW` for each of its devices.
+
     The steps of one and two rows give an estimate of the most rows, which is verified by compiling that number and the
     next. The row length is doubled, at one row per device, while the step fits.
     """
     chip, c = target.topology.chip.device, target.config.packing
-    shards = sharding.row_shards(target.mesh)
+    shards = sharding.row_shards(target.mesh, target.config.mesh.context)
     compiled: dict[tuple[int, int], Stage] = {}
 
     def step(rows: int, length: int) -> Stage:
@@ -216,7 +218,7 @@ def largest(target: Target, remat: str, say: Callable[[str], None]) -> dict[str,
         while step(most + 1, c.row_length).fits:
             most += 1
     longest = c.row_length if most else 0
-    while most and longest < LONGEST_ROW and step(1, 2 * longest).fits:
+    while most and longest < LONGEST_ROW * target.config.mesh.context and step(1, 2 * longest).fits:
         longest *= 2
     return dict(zip(SEARCHED, (most, longest), strict=True))
 
@@ -268,6 +270,7 @@ def _description(target: Target, load: Workload, remat: str) -> dict[str, Any]:
         "remat": remat,
         "row length": target.config.packing.row_length,
         "rows a batch": target.config.packing.rows_per_batch,
+        "context": target.config.mesh.context,
         "fill": load.fill,
         "attention pairs computed / seen": load.computed.attended / load.row.attended,
         "published peaks": {k: v for k, v in target.topology.chip._asdict().items() if k != "host"},
@@ -319,8 +322,8 @@ def _slower(target: Target, step: Stage) -> float:
 
 
 def _head_chunks(target: Target, load: Workload) -> int:
-    """Chunks in which the head computes the logits of a row."""
-    return math.ceil(load.computed.predictions / target.config.policy.head_chunk)
+    """Chunks in which a device's head computes the logits of its part of a row."""
+    return math.ceil(load.computed.predictions / target.config.mesh.context / target.config.policy.head_chunk)
 
 
 def rows_of_step(config: RunConfig, triplets_per_row: float) -> int:

@@ -55,7 +55,8 @@ def play(
     directory, notice = bucket.open_path(config.directory), notice or PreemptionNotice()
     say = say if processes.is_main() else lambda text: None
     corrupted_files = 0
-    explained = bucket.explain_errors(directory) if bucket.is_remote(directory) else contextlib.nullcontext()
+    remote = bucket.is_remote(directory)
+    explained = bucket.explain_errors(directory, bucket.is_of_request) if remote else contextlib.nullcontext()
     own = owner.owned(directory, say) if processes.is_main() else contextlib.nullcontext(owner.Owner())
     with explained, own as proof:
         processes.barrier("the directory is owned")

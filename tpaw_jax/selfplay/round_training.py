@@ -137,7 +137,7 @@ def _run_steps(
                 where = f"Round {t}: training stopped after step {step + 1} of {steps}"
                 raise Preempted(f"{where}; run the same command to resume there.")
         recorder.flush()
-        log.flush()
+    log.flush()
     this.watch.add("input wait", batches.waited)
     return state
 
@@ -276,6 +276,7 @@ class StepRecorder:
         self.speed = f"{speed['triplets_per_second']:.2f} triplets/s, {speed['tokens_per_second']:.0f} tokens/s"
         self.log.write(round=self.round, step=step, **record, **speed)
         if record["skipped_in_a_row"] >= self.session.config.train.max_skipped_in_a_row:
+            self.log.flush()
             self._stop(step, inputs)
 
     def _stop(self, step: int, inputs: StepInputs) -> None:

@@ -38,6 +38,7 @@ KEYS_THAT_MAY_CHANGE = SPEED_ONLY_KEYS | {
     "data.processes",
     "directory",
     "mesh.compiler_options",
+    "mesh.context",
     "policy.attention_chunks",
     "report_to",
     "rounds",

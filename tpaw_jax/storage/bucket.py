@@ -10,10 +10,11 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import jax
 import tensorstore
 from etils import epath
 from etils.epath import backend
@@ -33,7 +34,7 @@ _STATUS = re.compile(
 _CLIENTS = ("aiohttp", "gcsfs", "google", "requests", "urllib3")
 """The packages that send requests."""
 
-_REFUSED = re.compile(r"forbidden|permission|denied|unauthenticated|credentials|not_found|does not exist|40[134]", re.I)
+_REFUSED = re.compile(r"forbidden|permission|denied|unauthenticated|credentials|not_found|does not exist", re.I)
 """What errors say that will not go away by themselves."""
 
 
@@ -65,8 +66,10 @@ def open_path(path: str) -> Path:
             f"{path}: a run's directory is local or on Cloud Storage (gs://); Orbax writes checkpoints to no other "
             "object store. Mount the bucket as a file system and name the mount."
         )
-    if re.search(r"[^\w./-]|//", name.rstrip("/")):
-        raise ValueError(f"{path}: use letters, digits, and the characters . _ - / for a run in a bucket.")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)+/?", name):
+        raise ValueError(
+            f"{path}: name a bucket and a directory, gs://BUCKET/RUN, in letters, digits and the characters . _ - /."
+        )
     if importlib.util.find_spec("gcsfs") is None:
         raise ImportError(f"{path} needs gcsfs; pip install 'tpaw_jax[gcs]'.")
     # The bucket's type would be asked for with every operation, by another API that an account may not have.
@@ -90,8 +93,8 @@ def absolute(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def explain_errors(path: Path) -> Iterator[None]:
-    """Turn the many errors of failed requests into one sentence.
+def explain_errors(path: Path, reason: Callable[[BaseException], bool] | None = None) -> Iterator[None]:
+    """Turn the many errors of failed requests into one sentence; `reason` tells which they are, by default `is_outage`.
 
     Raises:
         BucketError: the bucket cannot be reached, does not exist, or may not be used.
@@ -99,21 +102,31 @@ def explain_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, BucketError) or not is_outage(error):
+        if isinstance(error, BucketError) or not (reason or is_outage)(error):
             raise
         raise BucketError(path, error) from error
 
 
 def is_outage(error: BaseException | None) -> bool:
-    """Whether an error comes from a request that failed, and so says nothing of what the bucket holds."""
-    while error is not None:
-        package = type(error).__module__.partition(".")[0]
-        if isinstance(error, OSError | TimeoutError) or package in _CLIENTS:
+    """Whether an error of reading or writing a bucket comes from a request that failed.
+
+    Then it says nothing of what the bucket holds.
+    """
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        if is_of_request(error):
+            return not isinstance(error, FileNotFoundError)
+        if isinstance(error, OSError | TimeoutError):
             return not isinstance(error, FileNotFoundError)
         if _STATUS.search(str(error)):
             return True
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False
+
+
+def is_of_request(error: BaseException) -> bool:
+    """Whether an error is one of the clients that send requests, whatever was read or written."""
+    package = type(error).__module__.partition(".")[0]
+    return package in _CLIENTS or isinstance(error, ConnectionError | TimeoutError)
 
 
 def sizes(path: Path) -> dict[str, int]:
@@ -138,7 +151,11 @@ def move(path: Path, new: Path) -> None:
     with explain_errors(path):
         for name in sizes(path) or [""]:
             source, target = (os.fspath(p / name if name else p) for p in (path, new))
-            _file_system(path).mv(source, target)
+            try:
+                _file_system(path).mv(source, target)
+            except FileNotFoundError:  # a move that was answered too late, and repeated
+                if not _file_system(path).exists(target):
+                    raise
 
 
 def remove_tree(path: Path) -> None:
@@ -182,7 +199,7 @@ def replace(
         raise BucketError(path, error) from error
     if written.generation:
         return written.generation
-    now, generation = read(path)  # a write that was answered too late, and repeated, meets itself
+    now, generation = read(path, store)  # a write that was answered too late, and repeated, meets itself
     return generation if now == content else None
 
 

@@ -28,6 +28,8 @@ _VERSION = 1
 class TakenOver(ValueError):
     """Another process has replaced the journal since this one read it."""
 
+    passes = True  # the run goes on, elsewhere or later
+
 
 class RegeneratedDifferently(Exception):
     """A lost file or checkpoint was regenerated with another result, so everything derived from it was removed."""

@@ -105,8 +105,7 @@ class _Lease(Owner):
                     os._exit(supervisor.EXIT_CODE)  # nothing that this process writes may meet what the other writes
 
     def release(self) -> None:
-        """Stop renewing it, and remove it."""
-        self.ended.set()
+        """Remove it."""
         with contextlib.suppress(bucket.BucketError):  # it runs out by itself
             store = bucket.open_store(self.path.parent, retries=2, seconds=1)
             found, generation = bucket.read(self.path, store)
@@ -121,10 +120,13 @@ class _Lease(Owner):
 def _leased(directory: Path, say: Callable[[str], None], seconds: float) -> Iterator[Owner]:
     path, own = directory / ".held", {**_this_process(), "key": secrets.token_hex(8)}
     lease = _Lease(path, own, seconds, _take(path, own, say, seconds))
-    threading.Thread(target=lease.keep, daemon=True).start()
+    keeper = threading.Thread(target=lease.keep, daemon=True)
+    keeper.start()
     try:
         yield lease
     finally:
+        lease.ended.set()
+        keeper.join(timeout=5)
         lease.release()
 
 

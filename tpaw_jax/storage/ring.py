@@ -226,9 +226,10 @@ def _remove(ring: Ring, path: Path) -> None:
 
 
 def _restore(ring: Ring, path: Path, like: PyTree[Array]) -> PyTree[Any]:
-    read, fault = _try_to_read(ring, path, sharding.abstract(like))
-    gathered = processes.all_gather(fault=np.array(list(fault.encode()), np.uint8))
-    faults = [one["fault"].tobytes().decode() for one in gathered]
+    read, faults = _read_by_all(ring, path, like)
+    if any(faults) and bucket.is_remote(path):  # gcsfs takes some failed requests for absent objects
+        time.sleep(SECONDS_BEFORE_READING_AGAIN)
+        read, faults = _read_by_all(ring, path, like)
     if not any(faults):
         assert read is not None
         now, written = jax.device_get((digests_of(read["values"]), read["digests"]))
@@ -245,9 +246,14 @@ def _restore(ring: Ring, path: Path, like: PyTree[Array]) -> PyTree[Any]:
     raise CorruptedFile(path, next(filter(None, faults)))
 
 
-def _try_to_read(
-    ring: Ring, path: Path, abstract: PyTree[Any], again: bool = True
-) -> tuple[dict[str, PyTree[Any]] | None, str]:
+def _read_by_all(ring: Ring, path: Path, like: PyTree[Array]) -> tuple[dict[str, PyTree[Any]] | None, list[str]]:
+    """What this process read, and the faults of all processes, each empty if there was none."""
+    read, fault = _try_to_read(ring, path, sharding.abstract(like))
+    gathered = processes.all_gather(fault=np.array(list(fault.encode()), np.uint8))
+    return read, [one["fault"].tobytes().decode() for one in gathered]
+
+
+def _try_to_read(ring: Ring, path: Path, abstract: PyTree[Any]) -> tuple[dict[str, PyTree[Any]] | None, str]:
     """The values and digests of a checkpoint, or None and what is wrong if it is corrupted.
 
     Raises:
@@ -272,11 +278,6 @@ def _try_to_read(
             raise ValueError(
                 f"{path}: the checkpoint belongs to another model than the one at policy.path ({error})."
             ) from error
-        if again and bucket.is_remote(path):  # gcsfs takes some failed requests for absent objects
-            time.sleep(SECONDS_BEFORE_READING_AGAIN)
-            committed = bucket.is_committed(path)
-            if committed and jax.process_count() == 1:
-                return _try_to_read(ring, path, abstract, again=False)
         reason = str(error).strip().splitlines()[:1]
         return None, f"the checkpoint cannot be read ({type(error).__name__}: {' '.join(reason)[:200]})"
 

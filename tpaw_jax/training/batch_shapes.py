@@ -1,7 +1,6 @@
 """The fixed batch shapes of a run: automatic configuration values are resolved from the devices."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,9 +29,14 @@ def resolve_packing(config: RunConfig, mesh: Mesh, before: Mapping[str, Any] | N
     Raises:
         ValueError: batches do not split evenly over the devices, or TPUs cannot compute the rows.
     """
-    shards = sharding.row_shards(mesh, config.mesh.context)
+    context = config.mesh.context
+    if mesh.shape["fsdp"] % context:
+        raise ValueError(f"mesh.context is {context}; it must divide the {mesh.shape['fsdp']} devices of mesh.fsdp.")
+    shards = sharding.row_shards(mesh, context)
     rows = config.packing.rows_per_batch or (before or {}).get("rows_per_batch") or shards
     length = config.packing.row_length or (before or {}).get("row_length") or max(LONG_ROW, config.longest_tree)
     on_tpu = tpu.generation(mesh.devices.flat[0]) is not None
-    packing.check_rows(length, rows, shards, math.lcm(config.mesh.context, rules.QUERIES if on_tpu else 1))
+    if length % context:
+        raise ValueError(f"packing.row_length is {length}; it must be a multiple of mesh.context, {context}.")
+    packing.check_rows(length, rows, shards, rules.QUERIES if on_tpu else 1)
     return dataclasses.replace(config.packing, rows_per_batch=rows, row_length=length)

@@ -87,7 +87,9 @@ def _predictions(model: Transformer, params: PyTree[Array], batch: TreeBatch) ->
 def _totals(per_token: Array, batch: TreeBatch, model: Transformer) -> Float[Array, "B R"]:
     """Sum a value per token over each response, on all devices that share its row."""
     sums_BR, shared_by = sum_by_response(per_token, batch), model.parallel.context
-    return context.total_of_group(sums_BR, shared_by) if shared_by > 1 else sums_BR
+    if shared_by == 1:
+        return sums_BR
+    return context.total_of_group(sums_BR + 0 * batch.triplet_weight, shared_by)  # NaN if predictions were lost
 
 
 def from_apply_fn(apply_fn: ApplyFn) -> LogProbFn:

@@ -365,6 +365,7 @@ def _settings(setup: Setup) -> Iterator[tuple[str, Any]]:
     yield "row length", c.packing.row_length
     yield "rows of a step", setup.rows_of_step
     yield "rows per batch", c.packing.rows_per_batch
+    yield "context", c.mesh.context
     yield "lengths", "assumed" if setup.lengths is None else "of the data"
     yield "fill", round(setup.rows.fill, 4)
     yield "slots", c.sampling.slots

@@ -49,7 +49,7 @@ class Trial(NamedTuple):
 def knobs_of(config: RunConfig) -> dict[str, list[Knob]]:
     """The keys that change the speed of each stage, with the values to try."""
     mesh = sharding.make_mesh(config.mesh)
-    shards, on_cpu = sharding.row_shards(mesh), mesh.devices.flat[0].platform == "cpu"
+    shards, on_cpu = sharding.row_shards(mesh, config.mesh.context), mesh.devices.flat[0].platform == "cpu"
     batch = config.packing.rows_per_batch or shards
     around = lambda value, *factors: sorted({max(1, round(value * f)) for f in (1, *factors)})
     lengths = [n for n in (1280, 2048, 3072, 4096, 6144, 8192, 12288, 16384) if n >= config.longest_tree]
@@ -130,7 +130,7 @@ def tune(
     knobs = {stage: of_stage for stage, of_stage in knobs_of(config).items() if stage in stages}
     values = config_file.flat(config_file.to_dict(config))
     values["packing.rows_per_batch"] = config.packing.rows_per_batch or sharding.row_shards(
-        sharding.make_mesh(config.mesh)
+        sharding.make_mesh(config.mesh), config.mesh.context
     )
     until = time.monotonic() + 60 * minutes
 
