@@ -278,6 +278,12 @@ def test_a_layout_for_the_batch_keeps_the_devices_busy(llama):
     assert planner.rows_of_step(fitted.config, load.triplets_per_row) > 0.7 * fitted.config.packing.rows_per_batch
     sft = dataclasses.replace(automatic, objective=dataclasses.replace(config.objective, loss="sft"))
     assert layouts.resolve(sft, llama, topology, said.append) is sft
+    with_option = dataclasses.replace(automatic, mesh=MeshConfig(preset="auto", compiler_options=("a=b",)))
+    assert layouts.resolve(with_option, llama, topology, said.append).mesh.compiler_options == ("a=b",)
+    with pytest.raises(ValueError, match=r"mesh\.context is 8 and mesh\.preset is auto"):
+        layouts.resolve(
+            dataclasses.replace(config, mesh=MeshConfig(preset="auto", context=8)), llama, topology, said.append
+        )
     # A run that resumes keeps its row length, and finds a mesh for it.
     kept = layouts.resolve(automatic, llama, topology, said.append, begun_with=4096)
     assert kept.packing.row_length == 4096

@@ -1,5 +1,6 @@
 """The team step: accumulation, schedules, skipped steps, dry runs, the step-0 hazard, several devices."""
 
+import dataclasses
 import re
 
 import jax
@@ -9,14 +10,15 @@ import optax
 import pytest
 import transformers
 from conftest import SIMILAR, random_prompts
+from jax.sharding import PartitionSpec as P
 
-from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, TrainConfig
+from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, RunConfig, TrainConfig
 from tpaw_jax.data import packing, prefix_trees
-from tpaw_jax.models import EINSUM, TILES, Transformer, parallel, shard_model
+from tpaw_jax.models import EINSUM, TILES, Transformer, context, parallel, shard_model
 from tpaw_jax.runtime import sharding, tpu
-from tpaw_jax.training import learning_rate, logprobs, scoring, train_step
+from tpaw_jax.training import batch_shapes, learning_rate, logprobs, scoring, train_step
 from tpaw_jax.training.train_step import StepScalars
-from tpaw_jax.types import TeamScores
+from tpaw_jax.types import TeamScores, TreeBatch
 
 
 def setup(
@@ -35,9 +37,9 @@ def setup(
     trees = prefix_trees.trees_of_window(prompts, rounds[::-1], prefix_trees.first_sources(prompts, rounds))
     rows = packing.pack(trees, PackingConfig(row_length=128, max_responses_per_row=12))
     meshed, mesh = mesh, sharding.make_mesh(mesh or MeshConfig(fsdp=devices), jax.devices()[:devices])
-    context = 1 if meshed is None else meshed.context
+    shared_by = 1 if meshed is None else meshed.context
     model = Transformer(stories[0], dtype=compute, remat=remat, attention=attention)
-    model = shard_model(model, stories[1], mesh, context=context)
+    model = shard_model(model, stories[1], mesh, context=shared_by)
     how = model.parallel._replace(sum_over_data=sum_over_data)
     model = model.clone(parallel=how)
     log_prob_fn = logprobs.make_log_prob_fn(model, 64)
@@ -45,11 +47,11 @@ def setup(
     optimizer = train_step.make_optimizer(config)
     params = jax.device_put(stories[1], sharding.param_shardings(stories[1], mesh))
     params = jax.tree.map(jnp.copy, params)  # the step donates them
-    scorer = scoring.make_scorer(log_prob_fn, mesh, context=context)
+    scorer = scoring.make_scorer(log_prob_fn, mesh, context=shared_by)
     scored = scoring.score(scorer, params, rows, rows_per_batch)
     scores = TeamScores(np.stack([scored, scored + 3, scored - 2]), np.ones(3, bool))
     step = train_step.make_train_step(
-        log_prob_fn, optimizer, ObjectiveConfig(), mesh, summed_over_data=how.summed_over_data(), context=context
+        log_prob_fn, optimizer, ObjectiveConfig(), mesh, summed_over_data=how.summed_over_data(), context=shared_by
     )
     inputs = packing.step_batch(rows, scores, np.arange(len(rows)), rows_per_batch, most)
     return step, train_step.init_state(params, optimizer, mesh), inputs, scores
@@ -311,7 +313,9 @@ def test_eight_devices_take_the_steps_of_one(stories, steps_of_one_device, mesh,
     ("mesh", "rows", "attention", "remat"),
     [
         pytest.param(MeshConfig(fsdp=8, context=4), 2, TILES, "layer", marks=SIMILAR, id="a row for four devices"),
-        pytest.param(MeshConfig(fsdp=8, context=8), 1, TILES, "dots", id="more devices than key-value heads"),
+        pytest.param(
+            MeshConfig(fsdp=8, context=8), 1, TILES, "dots", marks=SIMILAR, id="more devices than key-value heads"
+        ),
         pytest.param(MeshConfig(data=2, fsdp=4, context=2), 8, EINSUM, "none", marks=SIMILAR, id="two rows a group"),
         (MeshConfig(fsdp=4, tensor=2, context=2), 2, TILES, "head"),
     ],
@@ -324,6 +328,55 @@ def test_devices_that_share_rows_take_the_steps_of_one(stories, steps_of_one_dev
     np.testing.assert_allclose(losses, steps_of_one_device[0], rtol=1e-5)
     np.testing.assert_allclose(log_probs, steps_of_one_device[2], rtol=1e-5, atol=1e-4)
     assert_close(host(params), host(steps_of_one_device[1]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "row_length", "problem"),
+    [
+        (MeshConfig(fsdp=8, context=3), 128, "mesh.context is 3; it must divide the 8 devices of mesh.fsdp"),
+        (MeshConfig(fsdp=4, data=2, context=8), 128, "mesh.context is 8; it must divide the 4 devices of mesh.fsdp"),
+        (MeshConfig(fsdp=8, context=8), 100, "packing.row_length is 100; it must be a multiple of mesh.context, 8"),
+    ],
+)
+def test_rows_that_cannot_be_shared_are_refused(mesh, row_length, problem):
+    config = RunConfig(mesh=mesh, packing=PackingConfig(row_length=row_length))
+    with pytest.raises(ValueError, match=problem):
+        batch_shapes.resolve_packing(config, sharding.make_mesh(mesh))
+
+
+def test_a_batch_has_a_row_for_each_group_of_devices():
+    mesh = MeshConfig(fsdp=8, context=4)
+    config = RunConfig(mesh=mesh, packing=PackingConfig(rows_per_batch=0))
+    assert batch_shapes.resolve_packing(config, sharding.make_mesh(mesh)).rows_per_batch == 2
+
+
+def test_heads_that_cannot_be_shared_are_refused(stories):
+    mesh = sharding.make_mesh(MeshConfig(fsdp=8))
+    twelve_heads = dataclasses.replace(stories[0], num_heads=12, num_kv_heads=6)
+    with pytest.raises(
+        ValueError, match=r"mesh\.context is 4; it must divide the 12 heads, and divide or be a multiple"
+    ):
+        shard_model(Transformer(twelve_heads), stories[1], mesh, context=4)
+
+
+def test_predictions_that_a_part_has_no_room_for_are_no_numbers():
+    """A part of 2 tokens of a row of 8 has room for 2 x 2 + 2 predictions: for six, but not for seven."""
+    mesh = sharding.make_mesh(MeshConfig(fsdp=4), jax.devices()[:4])
+
+    def weights(predictions):
+        ids = np.full((1, 8), 2, np.int32)
+        ids[0, :predictions] = 0
+        zeros = np.zeros((1, 8), np.int32)
+        weight = np.ones((1, 2), np.float32)
+        batch = TreeBatch(zeros, zeros, zeros, zeros, zeros, zeros, zeros, ids, weight * 0, weight * 0, weight)
+        batch = jax.tree.map(lambda x: np.concatenate([x] * 4), batch)
+        share = jax.shard_map(
+            lambda b: context.rows_of_group(b, 4).triplet_weight, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp")
+        )
+        return np.asarray(share(batch))
+
+    assert np.isfinite(weights(6)).all()
+    assert np.isnan(weights(7)[0]).all()
 
 
 @pytest.mark.parametrize("sum_over_data", [False, True], ids=["after the loop", "in the loop"])

@@ -163,9 +163,10 @@ def _computed(rows: packing.Rows, config: RunConfig) -> Work:
     batch, chunk, length = rows.batch, config.policy.head_chunk, config.packing.row_length
     live = (np.asarray(batch.response_ids) < rows.prompt_index.shape[1]).sum(axis=1)
     per_matmul = config.policy.attention_chunks
-    planned, some = jax.jit(rules.plan, static_argnums=1), max(1, ROWS_AT_ONCE * 8192**2 // length**2)
+    planned = jax.jit(rules.plan, static_argnums=1)
+    some = min(len(rows), max(1, ROWS_AT_ONCE * 8192**2 // length**2))
     pieces = [packing.take(rows, np.arange(i, min(i + some, len(rows))), some).batch for i in range(0, len(rows), some)]
-    matmuls = [np.asarray(planned(_in_blocks(piece), per_matmul).matmuls) for piece in pieces]
+    matmuls = np.concatenate([planned(_in_blocks(piece), per_matmul).matmuls for piece in pieces])[: len(rows)]
     predictions = float(np.minimum(np.ceil(live / chunk) * chunk, length).sum())
-    pairs = float(sum(n.sum() for n in matmuls)) * rules.QUERIES * rules.CHUNK * per_matmul
+    pairs = float(matmuls.sum()) * rules.QUERIES * rules.CHUNK * per_matmul
     return Work(len(rows) * length, predictions, pairs)

@@ -62,7 +62,7 @@ def make_greedy_fn(model: Transformer, head_chunk: int) -> Callable[[PyTree[Arra
         batch, hidden, table, labels, live, axis = _predictions(model, params, batch)
         log_probs_BR = _totals(token_log_probs(hidden, table, labels, live, head_chunk, axis=axis), batch, model)
         not_greedy_BP = ~_is_argmax(hidden, table, labels, head_chunk, axis) & live
-        greedy_BR = _totals(not_greedy_BP, batch, model) == 0
+        greedy_BR = _totals(not_greedy_BP.astype(jnp.float32), batch, model) == 0
         return jnp.stack([log_probs_BR, greedy_BR.astype(jnp.float32)], axis=-1)
 
     return greedy_fn
