@@ -21,18 +21,26 @@ from tpaw_jax.runtime import sharding
 from tpaw_jax.types import TeamScores, TreeBatch
 
 
-def check(context: int, fsdp: int, heads: int, kv_heads: int, key: str = "mesh.context") -> None:
-    """Check that groups of `context` devices divide the mesh and a device's heads.
+def check_groups(context: int, mesh: Mesh) -> None:
+    """Check that groups of `context` devices divide the `fsdp` axis.
 
     Raises:
         ValueError: they do not. Names the configuration key.
     """
-    if context < 1 or fsdp % context:
-        raise ValueError(f"{key} is {context}; it must divide the {fsdp} devices of mesh.fsdp.")
+    if context < 1 or mesh.shape["fsdp"] % context:
+        raise ValueError(f"mesh.context is {context}; it must divide the {mesh.shape['fsdp']} devices of mesh.fsdp.")
+
+
+def check_heads(context: int, heads: int, kv_heads: int) -> None:
+    """Check that groups of `context` devices divide a device's heads.
+
+    Raises:
+        ValueError: they do not. Names the configuration key.
+    """
     if heads % context or (kv_heads % context and context % kv_heads):
         raise ValueError(
-            f"{key} is {context}; it must divide the {heads} heads, and divide or be a multiple of the {kv_heads} "
-            "key-value heads, of a model or, with mesh.tensor, of a device."
+            f"mesh.context is {context}; it must divide the {heads} heads, and divide or be a multiple of the "
+            f"{kv_heads} key-value heads, of a model or, with mesh.tensor, of a device."
         )
 
 

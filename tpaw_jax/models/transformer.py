@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from tpaw_jax.models.attention import EINSUM, SAVED, Attention, Visibility
-from tpaw_jax.models.context import check, exchanging_heads, own_tokens
+from tpaw_jax.models.context import check_groups, check_heads, exchanging_heads, own_tokens
 from tpaw_jax.models.layer_scan import scan_layers
 from tpaw_jax.models.parallel import UNSHARDED, Parallel
 from tpaw_jax.models.rope import RopeScaling, rope_angles, rope_frequencies, rotate
@@ -305,7 +305,8 @@ def shard_model(
     parallel = Parallel(specs, tensor, context, reduce_dtype, sharding.scatter_stages(mesh), slices=slices)
     if context == 1:
         return model.clone(parallel=parallel)
-    check(context, mesh.shape["fsdp"], c.num_heads // tensor, c.num_kv_heads // tensor)
+    check_groups(context, mesh)
+    check_heads(context, c.num_heads // tensor, c.num_kv_heads // tensor)
     return model.clone(parallel=parallel, attention=exchanging_heads(model.attention, context))
 
 

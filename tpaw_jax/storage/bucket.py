@@ -113,9 +113,7 @@ def is_outage(error: BaseException | None) -> bool:
     Then it says nothing of what the bucket holds.
     """
     while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
-        if is_of_request(error):
-            return not isinstance(error, FileNotFoundError)
-        if isinstance(error, OSError | TimeoutError):
+        if is_of_request(error) or isinstance(error, OSError):
             return not isinstance(error, FileNotFoundError)
         if _STATUS.search(str(error)):
             return True

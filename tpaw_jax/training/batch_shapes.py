@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from tpaw_jax.config import PackingConfig, RunConfig
 from tpaw_jax.data import packing
 from tpaw_jax.models.attention import rules
+from tpaw_jax.models.context import check_groups
 from tpaw_jax.runtime import sharding, tpu
 
 LONG_ROW = 8192
@@ -30,8 +31,7 @@ def resolve_packing(config: RunConfig, mesh: Mesh, before: Mapping[str, Any] | N
         ValueError: batches do not split evenly over the devices, or TPUs cannot compute the rows.
     """
     context = config.mesh.context
-    if mesh.shape["fsdp"] % context:
-        raise ValueError(f"mesh.context is {context}; it must divide the {mesh.shape['fsdp']} devices of mesh.fsdp.")
+    check_groups(context, mesh)
     shards = sharding.row_shards(mesh, context)
     rows = config.packing.rows_per_batch or (before or {}).get("rows_per_batch") or shards
     length = config.packing.row_length or (before or {}).get("row_length") or max(LONG_ROW, config.longest_tree)
