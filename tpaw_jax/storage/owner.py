@@ -22,7 +22,7 @@ from tpaw_jax.runtime import supervisor
 from tpaw_jax.storage import bucket, files, journal
 
 LEASE_SECONDS = 120.0
-"""Longer than the processes of a pod live on without process 0."""
+"""Longer than the processes of a pod outlive process 0 with the default `--host-timeout`."""
 
 BEATS = 8
 """How often an owner rewrites its lease in that time."""
