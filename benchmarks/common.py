@@ -28,7 +28,7 @@ from tpaw_jax.planning.workload import MEDIANS, SPREADS
 from tpaw_jax.runtime import sharding
 from tpaw_jax.training import logprobs, scoring, train_step
 from tpaw_jax.training.train_step import StepScalars
-from tpaw_jax.types import Generations, Prompts, TeamScores
+from tpaw_jax.types import NOTHING, Generations, Prompts, Ragged, TeamScores
 
 MODELS = {  # Llama's architecture with random weights
     "smollm2": ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, 100000.0, 1e-5, 8192, True),
@@ -40,19 +40,19 @@ CAPS = {"prompt": 128, "target": 128, "generated": 64}
 """The longest of each at a quarter of the paper's scale: 512 prompt tokens, 1024 in all, 256 new ones."""
 
 
-def fullest_row_length(trees: Sequence[prefix_trees.Tree], config: PackingConfig, lengths: Sequence[int]) -> int:
+def fullest_row_length(trees: prefix_trees.Trees, config: PackingConfig, lengths: Sequence[int]) -> int:
     """The row length of `lengths` that needs the fewest tokens in total for a fixed set of trees.
 
     Raises:
         ValueError: the longest tree exceeds all `lengths`.
     """
-    longest = max(tree.length for tree in trees)
+    longest = int(trees.sizes.tokens.max())
     fitting = [length for length in sorted(lengths) if length >= longest]
     if not fitting:
         raise ValueError(
             f"The longest tree has {longest} tokens, more than every row length in {list(lengths)}; add a longer one."
         )
-    total_tokens = lambda n: n * packing.row_count(trees, dataclasses.replace(config, row_length=n))
+    total_tokens = lambda n: n * len(packing.pack(trees, dataclasses.replace(config, row_length=n)))
     return min(fitting, key=total_tokens)
 
 
@@ -63,7 +63,7 @@ class Setup(NamedTuple):
     params: Any
     prompts: Prompts
     generations: list[Generations]
-    trees: list[prefix_trees.Tree]
+    trees: prefix_trees.Trees
     rows: packing.Rows
     mesh: Any
     log_prob_fn: logprobs.LogProbFn
@@ -122,10 +122,10 @@ def lengths(prompts: int, generations: int, scale: float, seed: int) -> tuple[np
 def workload(prompts: int, rounds: int, scale: float, seed: int, vocabulary: int) -> tuple[Prompts, list[Generations]]:
     """Random tokens of `lengths`: prompts with targets, and a response of each of `rounds` rounds, newest first."""
     rng = np.random.default_rng((seed, 1))
-    ids = lambda sizes: tuple(rng.integers(10, vocabulary, n).astype(np.int32) for n in sizes)
+    ids = lambda sizes: Ragged.of(rng.integers(10, vocabulary, n).astype(np.int32) for n in sizes)
     x, y, g = lengths(prompts, rounds, scale, seed)
     data = Prompts(np.arange(prompts, dtype=np.int32), ids(x), ids(y))
-    return data, [Generations(t, ids(g[:, t]), ()) for t in reversed(range(rounds))]
+    return data, [Generations(t, ids(g[:, t]), NOTHING) for t in reversed(range(rounds))]
 
 
 def set_up(name: str, config: PackingConfig, data: tuple[Prompts, list[Generations]], remat: str, chunk: int) -> Setup:

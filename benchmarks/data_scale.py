@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tpaw_jax.data import dataset, packing, prefix_trees, templates
 from tpaw_jax.models import hub
 from tpaw_jax.selfplay import round_store
 from tpaw_jax.storage import journal
-from tpaw_jax.types import Generations, Prompts
+from tpaw_jax.types import Generations, Prompts, Ragged
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "tpaw_jax" / "demo"
@@ -67,11 +68,15 @@ def of_hosts(count: int, directory: Path, hosts: int, processes: int) -> dict[st
     found = [json.loads(output.splitlines()[-1]) for output in outputs]
     most = lambda key: {name: max(one[key][name] for one in found) for name in found[0][key]}
     facts = {"hosts": hosts, "processes": processes, **found[0]}
-    return facts | {"seconds": most("seconds"), "peak_gib": most("peak_gib")}
+    return facts | {name: most(name) for name in ("seconds", "peak_gib", "peak_held_gib")}
 
 
 def measure(count: int, directory: Path, host: int, hosts: int, port: int, processes: int) -> None:
-    """Print the line of one host. A peak is the most memory that its process, without its workers, has had so far."""
+    """Print the line of one host.
+
+    A peak is the most memory that its process, without its workers, has had so far: in all, and what the system cannot
+    take back, which leaves out the parts of mapped files that happen to be in memory.
+    """
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -79,12 +84,21 @@ def measure(count: int, directory: Path, host: int, hosts: int, port: int, proce
         jax.distributed.initialize(f"127.0.0.1:{port}", hosts, host)
     seconds: dict[str, float] = {}
     peaks: dict[str, float] = {}
+    held_gib: dict[str, float] = {}
+    held, sampled = [0.0], threading.Event()
+
+    def sample() -> None:
+        while not sampled.wait(0.02):
+            held[0] = max(held[0], anonymous_gib())
+
+    threading.Thread(target=sample, daemon=True).start()
 
     def timed(name: str, call: Any, *arguments: Any) -> Any:
         start = time.perf_counter()
         result = call(*arguments)
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
         peaks[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        held[0] = held_gib[name] = max(held[0], anonymous_gib())
         return result
 
     run = configuration(directory / "records.jsonl", processes)
@@ -100,20 +114,28 @@ def measure(count: int, directory: Path, host: int, hosts: int, port: int, proce
         rows = timed("packing", packing.pack, trees, run.packing)
         timed("indices of rows", lambda: (rows.prompt_index, rows.source, rows.triplets, rows.tokens))
         some = range(0, min(len(rows), 50 * BATCH), BATCH)
-        timed("rows", lambda: [packing.take(rows, np.arange(i, min(i + BATCH, len(rows))), BATCH).batch for i in some])
+        batch = lambda first: packing.take(rows, np.arange(first, min(first + BATCH, len(rows))), BATCH).batch
+        timed("rows", lambda: [batch(first).tokens.size for first in some])
         seconds["a row"] = seconds.pop("rows") / (len(some) * BATCH)
     common.emit(
         records=count,
         prompts=len(prompts),
-        tokens_per_prompt=sum(len(x) for x in prompts.prompt_tokens) / len(prompts),
+        tokens_per_prompt=float(prompts.prompt_tokens.lengths.mean()),
         rows=len(rows),
         fill=rows.fill,
         seconds=seconds,
         peak_gib=peaks,
+        peak_held_gib=held_gib,
         machine=common.machine(),
     )
     if hosts > 1:
         jax.distributed.shutdown()
+
+
+def anonymous_gib() -> float:
+    """The memory of this process that is not part of a file."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 2**20
 
 
 def configuration(path: Path, processes: int) -> RunConfig:
@@ -145,9 +167,8 @@ def generations(prompts: Prompts, t: int) -> Generations:
     """A round of responses of random tokens."""
     rng = np.random.default_rng(t)
     lengths = common.lengths(len(prompts), 3, 1.0, 0)[2][:, t]
-    split = lambda flat: tuple(np.split(flat, np.cumsum(lengths)[:-1]))
     draw, blank = rng.integers(3, 512, lengths.sum(), np.int32), np.zeros(lengths.sum(), np.float32)
-    return Generations(t, split(draw), split(blank))
+    return Generations(t, Ragged.split(draw, lengths), Ragged.split(blank, lengths))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from tpaw_jax.models.attention import EINSUM, Visibility, rules, tpu_attention
 from tpaw_jax.planning import workload
 from tpaw_jax.planning.workload import Workload
 from tpaw_jax.runtime import host, tpu
+from tpaw_jax.types import TARGET, Prompts, Ragged
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128
 """Of Llama-3.1-8B."""
@@ -90,12 +91,15 @@ def random_rows(seed: int, length: int) -> tuple[packing.TreeBatch, int]:
     """Packed rows of random trees, and how many trees they hold."""
     rng = np.random.default_rng(seed)
     config = PackingConfig(row_length=length)
-    trees = []
-    for i in range(12):
-        sizes = rng.integers(1, max(8, length // 24), 1 + rng.integers(2, 5))
-        x, *responses = (np.ones(n, np.int32) for n in sizes)
-        triplets = tuple((0, k, 1) for k in range(1, len(responses)))
-        trees.append(prefix_trees.Tree(i, x, tuple(range(-1, len(responses) - 1)), tuple(responses), triplets))
+    sizes = np.zeros((12, 5), int)  # of a prompt, its target and up to three generations
+    for of_tree in sizes:
+        drawn = rng.integers(1, max(8, length // 24), 1 + rng.integers(2, 5))
+        of_tree[: len(drawn)] = drawn
+    x, y, *generated = (Ragged.zeros(of_part) for of_part in sizes.T)
+    prompts = Prompts(np.arange(len(x), dtype=np.int32), x, y)
+    sources = np.where(sizes[:, 2:] > 0, np.arange(3), prefix_trees.NONE)
+    responses = {TARGET: y, **dict(enumerate(generated))}
+    trees = prefix_trees.Trees(prompts, responses, prompts.ids, sources, triplets=True)
     return packing.pack(trees, config).batch, len(trees)
 
 

@@ -14,7 +14,7 @@ from tpaw_jax.config import DataConfig, SourceConfig, config_file
 from tpaw_jax.data import dataset, templates
 from tpaw_jax.generation import generation_file
 from tpaw_jax.models import hub
-from tpaw_jax.storage import files, journal
+from tpaw_jax.storage import array_files, journal
 from tpaw_jax.types import Prompts
 
 PROMPTS = Prompts(
@@ -71,7 +71,7 @@ READERS = {  # what it reads: the file's name, the reader
     "weights in safetensors": ("model.safetensors", read_weights),
     "a model in GGUF": ("model.gguf", lambda path: hub.load_pretrained(path)),
     "a tokenizer in GGUF": ("model.gguf", lambda path: hub.load_tokenizer(path)),
-    "scores": ("scores.npz", files.read_arrays),
+    "scores": ("scores.npz", array_files.read),
     "a journal": ("journal.other", read_journal),
 }
 
@@ -173,6 +173,6 @@ MAKERS = {
     "config.json": _copy("config.json"),
     "model.safetensors": _copy("model.safetensors"),
     "model.gguf": _gguf,
-    "scores.npz": lambda path: path.write_bytes(files.npz(a=np.arange(9), b=np.zeros((2, 3), np.float32))),
+    "scores.npz": lambda path: path.write_bytes(array_files.npz(a=np.arange(9), b=np.zeros((2, 3), np.float32))),
     "journal.other": _journal,
 }

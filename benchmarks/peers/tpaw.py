@@ -68,7 +68,7 @@ def main() -> None:
         batch = packing.step_batch(rows, scores, indices, 1, rows_per_step)
         return jax.device_put((*batch, scalars), train_step.input_shardings(setup.mesh))
 
-    new = [prefix_trees.tree_of_responses(prompts, i, {PLAYERS - 1: g}) for i, g in enumerate(generations[0].tokens)]
+    new = prefix_trees.trees_of_responses(prompts, {PLAYERS - 1: generations[0].tokens})
     known = Table(len(prompts))
     for j, player in enumerate(players[1:], start=1):
         known.add(j, setup.rows, scoring.score(scorer, player, setup.rows, 1))

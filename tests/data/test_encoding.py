@@ -9,12 +9,9 @@ import numpy as np
 import pod_run
 import pytest
 from conftest import STORIES
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tpaw_jax.config import DataConfig, SourceConfig
 from tpaw_jax.data import dataset, encoding, sources, templates
-from tpaw_jax.data.encoding import Encoded
 from tpaw_jax.models import hub
 
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
@@ -91,22 +88,3 @@ def test_two_processes_of_a_pod_share_the_work(settings, tmp_path):
         assert 0 < one["encoded"] < len(alone[2].skipped) + alone[2].records
     assert sum(int(one["encoded"]) for one in found) == 34  # each record once, by one of the two
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["of_0.npz", "of_1.npz"]
-
-
-@given(st.lists(st.lists(st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=3, max_size=3), max_size=3)))
-def test_joined_results_are_split_into_what_they_were(records):
-    """Results of one record each, with some turns of three parts."""
-    results = [
-        Encoded(
-            turns=np.array([len(turns)], np.int32),
-            lengths=np.array([[len(part) for part in turn] for turn in turns], np.int32).reshape(-1, 3),
-            cuts=np.arange(len(turns), dtype=np.uint8),
-            tokens=np.array([token for turn in turns for part in turn for token in part], np.int32),
-        )
-        for turns in records
-    ]
-    again = encoding.split(encoding.join(results), [1] * len(results))[: len(results)]
-    for turns, one, result in zip(records, again, results, strict=True):
-        assert [part.tolist() for part in one.parts()] == [part for turn in turns for part in turn]
-        np.testing.assert_array_equal(one.cuts, result.cuts)
-        np.testing.assert_array_equal(one.turns, result.turns)

@@ -12,7 +12,7 @@ from tpaw_jax.config import PackingConfig
 from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.data.first_fit import Bins
 from tpaw_jax.models.attention import Visibility, visible
-from tpaw_jax.types import TARGET, Prompts, TeamScores
+from tpaw_jax.types import NOTHING, TARGET, Generations, Prompts, Ragged, TeamScores
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import common
@@ -91,18 +91,19 @@ def test_equal_responses_are_computed_once_and_counted():
 def test_the_last_token_of_a_response_takes_no_space():
     prompts, _, trees, rows = pack_window(3, 5)
     assert sum(t.length for t in trees) == (np.asarray(rows.batch.segment_ids) > 0).sum()
-    one = prefix_trees.tree_of_responses(prompts, 0, {TARGET: prompts.target_tokens[0]})
+    one = prefix_trees.trees_of_targets(prompts)[0]
     assert one.length == len(prompts.prompt_tokens[0]) + len(prompts.target_tokens[0]) - 1
 
 
 def test_a_tree_longer_than_a_row_is_split_and_one_that_cannot_be_is_an_error():
     _, _, trees, _ = pack_window(1, 6)
     longest = max(trees, key=lambda t: t.length)
-    parts = packing.pack([longest], PackingConfig(row_length=longest.length - 1))
+    alone = trees.take([longest.index])
+    parts = packing.pack(alone, PackingConfig(row_length=longest.length - 1))
     assert len(parts) >= 2
     assert parts.triplets.sum() == sum(n for *_, n in longest.triplets)
     with pytest.raises(ValueError, match=f"Prompt {longest.prompt}: .* exceed a row of 8 tokens"):
-        packing.pack([longest], PackingConfig(row_length=8))
+        packing.pack(alone, PackingConfig(row_length=8))
 
 
 def test_the_turns_of_a_conversation_share_what_they_begin_with():
@@ -120,8 +121,8 @@ def test_the_turns_of_a_conversation_share_what_they_begin_with():
     joined, alone = prefix_trees.segments_of(trees, config)
     assert joined.length == 99  # of the targets, only the last takes tokens, all but its end
     assert alone.length == 34
-    responses = [np.full(6, 7 + i, np.int32) for i in range(4)]
-    trees = [prefix_trees.tree_of_responses(prompts, i, {0: r}) for i, r in enumerate(responses)]
+    responses = Ragged.of(np.full(6, 7 + i, np.int32) for i in range(4))
+    trees = prefix_trees.trees_of_responses(prompts, {0: responses})
     assert [s.length for s in prefix_trees.segments_of(trees, config)] == [80 + 3 * 5, 30 + 5]
     one_by_one = prefix_trees.segments_of(trees, PackingConfig(row_length=89))  # the third response does not fit
     assert [len(s.trees) for s in one_by_one] == [1, 2, 1]
@@ -138,8 +139,10 @@ def test_what_a_prompt_adds_to_the_shared_part_is_repeated_before_each_response(
     config = PackingConfig(row_length=256)
     segments = prefix_trees.segments_of(prefix_trees.trees_of_targets(prompts), config)
     assert [s.length for s in segments] == [52 + (2 + 9) + 8]
-    many = {r: np.full(9, r, np.int32) for r in range(20)}  # 20 leads of 2 tokens: no fewer than the 30 that are shared
-    trees = [prefix_trees.tree_of_responses(prompts, 0, many), *prefix_trees.trees_of_targets(prompts)[1:]]
+    # 20 leads of 2 tokens: no fewer than the 30 that are shared
+    nothing = np.zeros(0, np.int32)
+    many = {r: Ragged.of([np.full(9, r, np.int32), history[:9] if r == 0 else nothing]) for r in range(20)}
+    trees = prefix_trees.trees_of_responses(prompts, many)
     assert [s.length for s in prefix_trees.segments_of(trees, config)] == [52 + 8, 32 + 20 * 8]
 
 
@@ -179,7 +182,7 @@ def test_a_step_has_room_for_the_micro_batches_that_rounds_ask_for(rows_per_batc
     most = packing.most_micro_batches(64, 1024 + 256, config)
     assert most == room
     for responses in (1, 2, 3):  # rounds 0, 1 and 2
-        longest = [tree_of_lengths(i, 512, 512, [256] * responses) for i in range(400)]
+        longest = trees_of_lengths(np.full(400, 512), np.full(400, 512), np.full((400, responses), 256))
         for trees in (longest, ultrachat_like(2000, 1, 0)):
             rows = packing.pack(trees, config)
             wanted = packing.rows_per_step(float(rows.triplets.mean()), 64, config, most=100)
@@ -218,10 +221,12 @@ def test_an_item_that_no_bin_can_hold_is_refused():
         Bins((4, 4, 4)).add((3, 5, 1))
 
 
-def tree_of_lengths(i, x, y, generated):
-    tokens = tuple(np.zeros(n, np.int32) for n in (y, *generated))
-    triplets = tuple((0, k + 1, 1) for k in range(len(generated)))
-    return prefix_trees.Tree(i, np.zeros(x, np.int32), tuple(range(-1, len(generated))), tokens, triplets)
+def trees_of_lengths(x, y, generated):
+    """Trees of distinct responses of zeros; `generated` is [trees, rounds]."""
+    prompts = Prompts(np.arange(len(x), dtype=np.int32), Ragged.zeros(x), Ragged.zeros(y))
+    window = [Generations(t, Ragged.zeros(lengths), NOTHING) for t, lengths in enumerate(generated.T)]
+    sources = {g.round: np.full(len(x), g.round) for g in window}
+    return prefix_trees.trees_of_window(prompts, window, sources)
 
 
 def ultrachat_like(count, scale, seed):
@@ -231,7 +236,7 @@ def ultrachat_like(count, scale, seed):
         np.round(rng.lognormal(np.log(median * scale), sigma, shape)), 4, cap * scale
     ).astype(int)
     x, y, g = of(160, 0.7, 512, count), of(280, 0.6, 512, count), of(240, 0.5, 256, (count, 3))
-    return [tree_of_lengths(i, x[i], y[i], g[i]) for i in range(count)]
+    return trees_of_lengths(x, y, g)
 
 
 def test_rows_of_the_default_length_are_full_at_the_papers_scale():

@@ -193,7 +193,7 @@ def test_sampling_resumes_with_the_missing_responses(stories):
     again, sampled = {i: kept[i] for i in (5, 0, 3)}, {}
     resumed = generate(finished=again, on_finished=sampled.update)
     assert sorted(sampled) == [1, 2, 4]
-    for a, b in zip(resumed.tokens + resumed.log_probs, whole.tokens + whole.log_probs, strict=True):
+    for a, b in zip((*resumed.tokens, *resumed.log_probs), (*whole.tokens, *whole.log_probs), strict=True):
         np.testing.assert_array_equal(a, b)
 
 

@@ -32,7 +32,7 @@ def greedy(model, params, prompts, max_new_tokens, stops):
 
 def scores_of_targets(model, params, prompts, row_length):
     rows = packing.pack(
-        [prefix_trees.tree_of_responses(prompts, i, {TARGET: y}) for i, y in enumerate(prompts.target_tokens)],
+        prefix_trees.trees_of_responses(prompts, {TARGET: prompts.target_tokens}),
         PackingConfig(row_length=row_length),
     )
     scores = jax.jit(make_log_prob_fn(model, 64))(params, rows.batch)

@@ -13,7 +13,7 @@ from conftest import small_run
 from tpaw_jax import cli
 from tpaw_jax.report import figures, run_report
 from tpaw_jax.selfplay import loop
-from tpaw_jax.storage import files
+from tpaw_jax.storage import array_files
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_margins_are_those_of_the_next_policy_on_the_rounds_responses(runs):
     assert list(run.margins) == [0]
     log_probs = {}
     for t, player in ((0, 0), (1, 1)):
-        arrays = files.read_arrays(runs / "one" / f"round_{t:04d}" / f"scores_of_player_{player:04d}.npz")
+        arrays = array_files.read(runs / "one" / f"round_{t:04d}" / f"scores_of_player_{player:04d}.npz")
         for prompt, source, value in zip(arrays["prompt_index"], arrays["source"], arrays["log_probs"], strict=True):
             log_probs[player, int(prompt), int(source)] = value
     expected = [

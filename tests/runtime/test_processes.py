@@ -15,7 +15,7 @@ from tpaw_jax.config import MeshConfig
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK
 from tpaw_jax.planning.measured import readings
 from tpaw_jax.runtime import processes, sharding
-from tpaw_jax.storage import files, journal, ring
+from tpaw_jax.storage import array_files, journal, ring
 
 
 def start(directory, count, devices, of_process=lambda process: {}, call=pod_run.play, **settings):
@@ -42,7 +42,7 @@ def policy(directory, round_number):
 
 
 def tokens(directory, round_number):
-    arrays = files.read_arrays(directory / f"round_{round_number:04d}" / "generations.npz")
+    arrays = array_files.read(directory / f"round_{round_number:04d}" / "generations.npz")
     return arrays["tokens"], arrays["lengths"]
 
 

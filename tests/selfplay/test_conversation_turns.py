@@ -10,7 +10,7 @@ from conftest import STORIES, small_run
 
 from tpaw_jax.data import dataset, templates
 from tpaw_jax.selfplay import loop
-from tpaw_jax.storage import files
+from tpaw_jax.storage import array_files
 from tpaw_jax.types import TARGET
 
 CHAT = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -33,10 +33,10 @@ def test_every_score_of_a_conversations_turns_is_that_of_transformers(tmp_path, 
     template = templates.make_template(transformers.AutoTokenizer.from_pretrained(STORIES), run.data)
     prompts, held_out, _ = dataset.load(run.data, template, run.seed)
     assert len(prompts) == line["triplets"] == sum(len(turns) // 2 for turns in dialogs) - len(held_out)
-    generated = files.read_arrays(tmp_path / "run/round_0000/generations.npz")
+    generated = array_files.read(tmp_path / "run/round_0000/generations.npz")
     responses = np.split(generated["tokens"], np.cumsum(generated["lengths"])[:-1])
     model = transformers.LlamaForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
-    scores = files.read_arrays(tmp_path / "run/round_0000/scores_of_player_0000.npz")
+    scores = array_files.read(tmp_path / "run/round_0000/scores_of_player_0000.npz")
     assert len(scores["log_probs"]) > 1.5 * len(prompts)
     for i, source, score in zip(scores["prompt_index"], scores["source"], scores["log_probs"], strict=True):
         x, y = prompts.prompt_tokens[i], prompts.target_tokens[i] if source == TARGET else responses[i]

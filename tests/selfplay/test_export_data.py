@@ -10,7 +10,7 @@ from pyarrow import parquet
 
 from tpaw_jax import cli
 from tpaw_jax.selfplay import export, loop, round_store
-from tpaw_jax.storage import files, journal
+from tpaw_jax.storage import array_files, journal
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,10 @@ def test_a_rounds_triplets_have_the_scores_of_all_its_players(played, tmp_path, 
     assert sum(record["copies"] for record in records) == summary["triplets"] == 24
     scores = {}  # (player, prompt, source) -> log-prob, from the files of both rounds
     for path in played.glob("round_*/scores_of_player_*.npz"):
-        arrays = files.read_arrays(path)
+        arrays = array_files.read(path)
         for prompt, source, value in zip(*(arrays[k] for k in ("prompt_index", "source", "log_probs")), strict=True):
             scores[round_store.player_of(path), int(prompt), int(source)] = value
-    ids = files.read_arrays(played / "round_0000" / "generations.npz")["prompt_ids"].tolist()
+    ids = array_files.read(played / "round_0000" / "generations.npz")["prompt_ids"].tolist()
     for record in records:
         prompt = ids.index(record["prompt_id"])
         assert record["players"] == [1, 0]
@@ -49,7 +49,7 @@ def test_a_rounds_triplets_have_the_scores_of_all_its_players(played, tmp_path, 
         )
         for name in ("prompt", "chosen", "rejected"):
             assert record[name] == stories_tokenizer.decode(record[f"{name}_ids"])
-    generated = files.read_arrays(played / "round_0001" / "generations.npz")
+    generated = array_files.read(played / "round_0001" / "generations.npz")
     first = generated["tokens"][: generated["lengths"][0]].tolist()
     assert any(r["prompt_id"] == ids[0] and r["rejected_ids"] == first for r in records)
 

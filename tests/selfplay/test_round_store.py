@@ -54,7 +54,7 @@ def test_nothing_is_scored_twice(world):
     assert responses(left) == int((store.sources[2] == 2).sum())
     left_rows = packing.pack(left, PACKING)
     round_store.add_scores(store, 2, 1, left_rows, opinion(left_rows, 1))
-    assert round_store.missing(store, 1, trees) == []
+    assert len(round_store.missing(store, 1, trees)) == 0
     scores = round_store.team_scores(store, rows, [1], n_max=1)
     real = rows.prompt_index >= 0
     np.testing.assert_array_equal(scores.log_probs[0][real], opinion(rows, 1)[real])

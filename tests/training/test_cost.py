@@ -77,7 +77,7 @@ def test_a_round_costs_its_scoring_once_and_three_passes_an_epoch(packed):
     run = RunConfig(packing=PackingConfig(row_length=160, max_responses_per_row=12))
     generations = {g.round: g for g in rounds}
     in_trees, in_pairs = cost.round_work(prompts, generations, sources, [2, 1, 0], run)
-    of_newest = [prefix_trees.tree_of_responses(prompts, i, {2: r}) for i, r in enumerate(rounds[2].tokens)]
+    of_newest = prefix_trees.trees_of_responses(prompts, {2: rounds[2].tokens})
     newest_alone = cost.work_of_rows(packing.pack(of_newest, run.packing))
     one_epoch = cost.work_of_rows(rows)
     assert in_trees.training == one_epoch * 6

@@ -1,7 +1,7 @@
 """Load a run's data: mix the sources, tokenize, truncate, hold prompts out, and fingerprint the result.
 
-The processes of a pod share the work: each checks and encodes its chunks of the sources, then all hold all tokens. The
-result does not depend on the number of processes.
+The processes of a pod share the work: each checks and encodes its chunks of the sources, then all have all tokens, in
+temporary files if there are many. The result does not depend on the number of processes.
 """
 
 import dataclasses
@@ -16,12 +16,13 @@ import numpy as np
 
 from tpaw_jax.config import DataConfig
 from tpaw_jax.data import encoding
-from tpaw_jax.data.encoding import Encoded, Mapper, Task
+from tpaw_jax.data.encoding import Mapper, Task
 from tpaw_jax.data.sources import Rows, split_source
 from tpaw_jax.data.templates import Template
 from tpaw_jax.runtime import processes
-from tpaw_jax.storage import exchange
-from tpaw_jax.types import Prompts
+from tpaw_jax.storage import array_files, exchange
+from tpaw_jax.storage.array_files import Spool
+from tpaw_jax.types import NOTHING, Prompts, Ragged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +91,11 @@ def load(
 def _hold_out(prompts: Prompts, count: int) -> tuple[Prompts, Prompts]:
     """The prompts to train on, which equal none of the first `count`, and those."""
     held_out = {tokens.tobytes() for tokens in prompts.prompt_tokens[:count]}
-    train = [i for i in range(count, len(prompts)) if prompts.prompt_tokens[i].tobytes() not in held_out]
-    if not train:
+    train = np.arange(count, len(prompts))
+    if held_out:
+        differs = (tokens.tobytes() not in held_out for tokens in prompts.prompt_tokens[count:])
+        train = train[np.fromiter(differs, bool, len(train))]
+    if not len(train):
         raise ValueError(
             "data.sources: every prompt to train on is also a held-out prompt. Add data, or lower data.holdout_prompts."
         )
@@ -193,7 +197,7 @@ class _Tokens(NamedTuple):
 
     turns: np.ndarray  # [records] int32; 0 if it is not used
     first: np.ndarray  # [records] int64: the number of its first turn
-    parts: list[np.ndarray]  # prompt, target and rejected response of turn 0, then of turn 1, ...
+    parts: Ragged  # prompt, target and rejected response of turn 0, then of turn 1, ...
     cuts: np.ndarray  # [turns] uint8
     errors: dict[int, str]  # by record
 
@@ -206,51 +210,44 @@ def _encode(share: _Share, wanted: np.ndarray, mapper: Mapper, config: DataConfi
     """
     needed = np.unique(wanted)
     bounds = np.searchsorted(needed, share.starts)
-    places = [needed[low:high] for low, high in itertools.pairwise(bounds)]  # of each task
-    own: list[Encoded] = []
+    records = [needed[low:high] for low, high in itertools.pairwise(bounds)]  # of each task
     errors: dict[int, str] = {}
-    own_places = [places[number] - share.starts[number] for number in share.numbers]
-    for number, found in zip(share.numbers, mapper(encoding.encode, share.tasks, own_places), strict=True):
-        own.append(found)
-        errors |= {int(places[number][place]): message for place, message in found.errors}
+    empty = {"turns": np.zeros(0, np.int32), "lengths": np.zeros((0, 3), np.int32), "cuts": np.zeros(0, np.uint8)}
+    parts, tokens = {name: [values] for name, values in empty.items()}, Spool(np.int32)
+    places = [records[number] - share.starts[number] for number in share.numbers]
+    for number, found in zip(share.numbers, mapper(encoding.encode, share.tasks, places), strict=True):
+        for name, of_own in parts.items():
+            of_own.append(getattr(found, name))
+        tokens.append(found.tokens)
+        errors |= {int(records[number][place]): message for place, message in found.errors}
         if errors and not config.skip_bad_records:
             break
-    of_tasks = own if share.hosts == 1 else _exchange(share, own, errors, [len(one) for one in places])
+    joined = {name: np.concatenate(of_own) for name, of_own in parts.items()}
+    gathered = share.gather("tokens", errors, **joined, tokens=tokens.array())
     if errors and not config.skip_bad_records:
         raise ValueError(errors[min(errors)])
-    turns = np.zeros(share.starts[-1], np.int32)
-    turns[needed] = np.concatenate([np.zeros(0, np.int32), *(one.turns for one in of_tasks)])
-    return _Tokens(
-        turns=turns,
-        first=np.cumsum(turns, dtype=np.int64) - turns,
-        parts=[part for one in of_tasks for part in one.parts()],
-        cuts=np.concatenate([np.zeros(0, np.uint8), *(one.cuts for one in of_tasks)]),
-        errors=errors,
-    )
+    in_order = [record for process in range(share.hosts) for record in records[process :: share.hosts]]
+    return _join(np.concatenate([needed[:0], *in_order]), gathered, share.starts[-1], errors)
 
 
-def _exchange(share: _Share, own: list[Encoded], errors: dict[int, str], records: list[int]) -> list[Encoded]:
-    """The results of all tasks, given those of this process, and in `errors` the errors of all.
-
-    `own` is emptied; `records` are those of each task. If a process has stopped at an error, the result is empty.
-    """
-    joined = encoding.join(own)
-    own.clear()
-    gathered = share.gather("tokens", errors, **joined)
-    if any(len(part["turns"]) != sum(records[i :: share.hosts]) for i, part in enumerate(gathered)):
-        return []
-    of_process = [encoding.split(part, records[i :: share.hosts]) for i, part in enumerate(gathered)]
-    return [of_process[number % share.hosts][number // share.hosts] for number in range(len(records))]
+def _join(records: np.ndarray, gathered: list[dict[str, np.ndarray]], total: int, errors: dict[int, str]) -> _Tokens:
+    """The results of all processes, which lie in the order of `records`."""
+    joined = lambda name: np.concatenate([one[name] for one in gathered])
+    of_records, tokens = joined("turns"), [one["tokens"] for one in gathered]
+    buffer = tokens[0] if len(tokens) == 1 else array_files.join(tokens)
+    turns, first = np.zeros(total, np.int32), np.zeros(total, np.int64)
+    turns[records], first[records] = of_records, np.cumsum(of_records, dtype=np.int64) - of_records
+    return _Tokens(turns, first, Ragged.split(buffer, joined("lengths").ravel()), joined("cuts"), errors)
 
 
 def _prompts(tokens: _Tokens, kept: np.ndarray, config: DataConfig) -> tuple[Prompts, np.ndarray]:
     """The prompts of the turns of the records `kept`, and what was cut of each."""
     sizes = tokens.turns[kept]
     turns = np.repeat(tokens.first[kept] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
-    prompt, target, rejected = (tuple(tokens.parts[3 * turn + i] for turn in turns.tolist()) for i in range(3))
+    prompt, target, rejected = (tokens.parts.take(3 * turns + i) for i in range(3))
     ids = np.arange(len(turns), dtype=np.int32)
     conversations = None if max(sizes) == 1 else np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-    rejected = rejected if config.responses == "rejected" else ()
+    rejected = rejected if config.responses == "rejected" else NOTHING
     return Prompts(ids, prompt, target, rejected, conversations), tokens.cuts[turns]
 
 

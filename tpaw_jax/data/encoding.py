@@ -66,39 +66,6 @@ class Encoded:
     tokens: np.ndarray  # int32
     errors: tuple[tuple[int, str], ...] = ()
 
-    def parts(self) -> list[np.ndarray]:
-        """Prompt, target and rejected response of each turn, as views of `tokens`."""
-        ends = np.cumsum(self.lengths)
-        return [self.tokens[end - length : end] for end, length in zip(ends, self.lengths.ravel(), strict=True)]
-
-
-def join(encoded: Sequence[Encoded]) -> dict[str, np.ndarray]:
-    """The arrays of several results, end to end."""
-    joined = lambda name: np.concatenate([getattr(one, name) for one in (_NOTHING, *encoded)])
-    return {name: joined(name) for name in ("turns", "lengths", "cuts", "tokens")}
-
-
-def split(joined: dict[str, np.ndarray], records: Sequence[int]) -> list[Encoded]:
-    """Undo `join`, given the number of records of each result."""
-    turn_ends = np.cumsum(joined["turns"])
-    token_ends = np.cumsum(joined["lengths"].sum(axis=1))
-    ends = np.cumsum(records, dtype=np.int64)
-    after = lambda bounds, ends: np.concatenate([[0], bounds])[ends]
-    turns = after(turn_ends, ends)
-    return [
-        Encoded(*parts)
-        for parts in zip(
-            np.split(joined["turns"], ends[:-1]),
-            np.split(joined["lengths"], turns[:-1]),
-            np.split(joined["cuts"], turns[:-1]),
-            np.split(joined["tokens"], after(token_ends, turns)[:-1]),
-            strict=True,
-        )
-    ]
-
-
-_NOTHING = Encoded(np.zeros(0, np.int32), np.zeros((0, 3), np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int32))
-
 
 def check(task: Task, template: Template, config: DataConfig) -> Checked:
     """Parse the records of a chunk. Stops at the first malformed one, unless they are to be skipped."""

@@ -5,7 +5,6 @@ Segments are assigned to rows by first-fit-decreasing bin packing.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import jax
@@ -13,15 +12,16 @@ import numpy as np
 
 from tpaw_jax.config import PackingConfig
 from tpaw_jax.data.first_fit import Bins
-from tpaw_jax.data.prefix_trees import Segment, Tree, segments_of
-from tpaw_jax.types import TeamScores, TreeBatch
+from tpaw_jax.data.prefix_trees import NONE, Segment, Segments, Sizes, Tree, Trees, segments_of, trees_of_targets
+from tpaw_jax.types import NOTHING, Prompts, Ragged, TeamScores, TreeBatch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
     """Which segments each row holds. The arrays of rows are written where they are needed: `take(...).batch`."""
 
-    members: Sequence[Sequence[Segment]]
+    segments: Segments
+    members: Ragged  # the indices of each row's segments
     config: PackingConfig
 
     def __len__(self) -> int:
@@ -30,28 +30,38 @@ class Rows:
     @functools.cached_property
     def prompt_index(self) -> np.ndarray:
         """The prompt of each response, [rows, R] int32; -1 is padding."""
-        return self._of_responses(-1, lambda tree: [tree.prompt] * len(tree.sources))
+        return self._responses[0]
 
     @functools.cached_property
     def source(self) -> np.ndarray:
         """The source of each response, [rows, R] int32."""
-        return self._of_responses(0, lambda tree: tree.sources)
+        return self._responses[1]
 
     @functools.cached_property
+    def sizes(self) -> Sizes:
+        """The sizes of all segments of each row, added up, [rows] int64."""
+        ends, members = np.cumsum(self.members.lengths), self.members.flat()
+
+        def of_rows(values: np.ndarray) -> np.ndarray:
+            total = np.concatenate([[0], np.cumsum(values[members], dtype=np.int64)])
+            return total[ends] - total[ends - self.members.lengths]
+
+        return Sizes(*map(of_rows, self.segments.sizes))
+
+    @property
     def tokens(self) -> np.ndarray:
         """Number of tokens in each row, without padding, [rows]."""
-        return np.array([sum(segment.length for segment in segments) for segments in self.members], int)
+        return self.sizes.tokens
 
-    @functools.cached_property
+    @property
     def predictions(self) -> np.ndarray:
         """Number of predicted tokens in each row, [rows]."""
-        return np.array([sum(segment.predictions for segment in segments) for segments in self.members], int)
+        return self.sizes.predictions
 
-    @functools.cached_property
+    @property
     def triplets(self) -> np.ndarray:
         """Number of triplets in each row, counted with multiplicity, [rows] float32."""
-        counts = [sum(n for tree in _trees(segments) for *_, n in tree.triplets) for segments in self.members]
-        return np.array(counts, np.float32)
+        return self.sizes.triplets.astype(np.float32)
 
     @property
     def fill(self) -> float:
@@ -61,17 +71,25 @@ class Rows:
     @functools.cached_property
     def batch(self) -> TreeBatch:
         """All rows as numpy arrays, rows on the leading axis: 32 bytes per token. Meant for a few rows, see `take`."""
-        return _write_rows(self.members, self.config)
+        return _write_rows(self)
 
-    def _of_responses(self, padding: int, values: Callable[[Tree], Sequence[int]]) -> np.ndarray:
-        found = np.full((len(self), self.config.max_responses_per_row), padding, np.int32)
-        for row, segments in enumerate(self.members):
-            of_row = [value for tree in _trees(segments) for value in values(tree)]
-            found[row, : len(of_row)] = of_row
-        return found
+    @functools.cached_property
+    def _responses(self) -> tuple[np.ndarray, np.ndarray]:
+        """Prompt and source of each response, [rows, R]."""
+        trees, of_segments = self.segments.trees, self.segments.members.take(self.members.flat())
+        index = of_segments.flat()
+        present = trees.distinct[index] != NONE
+        row = np.repeat(np.repeat(np.arange(len(self)), self.members.lengths), of_segments.lengths)
+        row = np.repeat(row, present.sum(axis=1))
+        column = np.arange(len(row)) - np.searchsorted(row, row)
+        shape = (len(self), self.config.max_responses_per_row)
+        prompt, source = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
+        prompt[row, column] = np.broadcast_to(trees.prompt[index][:, None], present.shape)[present]
+        source[row, column] = trees.distinct[index][present]
+        return prompt, source
 
 
-def pack(trees: Sequence[Tree], config: PackingConfig) -> Rows:
+def pack(trees: Trees, config: PackingConfig) -> Rows:
     """Pack trees into rows of `row_length` tokens and at most `max_responses_per_row` responses.
 
     Trees are joined and split first, see `segments_of`. A `rows_per_batch` of 0 (automatic) counts as 1 throughout
@@ -80,7 +98,14 @@ def pack(trees: Sequence[Tree], config: PackingConfig) -> Rows:
     Raises:
         ValueError: x, y and one generation do not fit into a row. Names the prompt and the lengths.
     """
-    return Rows(_assign_to_rows(trees, config), config)
+    segments = segments_of(trees, config)
+    sizes = segments.sizes
+    longest_first = np.argsort(-sizes.tokens, kind="stable")
+    bins = Bins((config.row_length, config.row_length, config.max_responses_per_row))
+    needs = zip(*(values[longest_first].tolist() for values in sizes[:3]), strict=True)
+    row = np.fromiter((bins.add(need) for need in needs), np.int64, len(segments))
+    by_row = np.argsort(row, kind="stable")
+    return Rows(segments, Ragged.split(longest_first[by_row], np.bincount(row)), config)
 
 
 def check_rows(row_length: int, rows_per_batch: int, shards: int, multiple: int) -> None:
@@ -98,33 +123,17 @@ def check_rows(row_length: int, rows_per_batch: int, shards: int, multiple: int)
         raise ValueError(f"packing.row_length is {row_length}; attention on TPU needs a multiple of {multiple}.")
 
 
-def row_count(trees: Sequence[Tree], config: PackingConfig) -> int:
-    """Count the rows that `pack` would produce, without building them."""
-    return len(_assign_to_rows(trees, config))
-
-
-def _assign_to_rows(trees: Sequence[Tree], config: PackingConfig) -> list[list[Segment]]:
-    """The segments of each row, by first-fit-decreasing over (tokens, predictions, responses)."""
-    sized = [(segment, segment.length) for segment in segments_of(trees, config)]
-    bins = Bins((config.row_length, config.row_length, config.max_responses_per_row))
-    members: list[list[Segment]] = []
-    for segment, length in sorted(sized, key=lambda one: -one[1]):
-        row = bins.add((length, segment.predictions, segment.responses))
-        if row == len(members):
-            members.append([])
-        members[row].append(segment)
-    return members
-
-
 def empty(config: PackingConfig, count: int) -> Rows:
     """Build `count` padding rows."""
-    return Rows([()] * count, config)
+    trees = trees_of_targets(Prompts(np.zeros(0, np.int32), NOTHING, NOTHING))
+    return Rows(segments_of(trees, config), Ragged.zeros(np.zeros(count)), config)
 
 
 def take(rows: Rows, indices: np.ndarray, size: int) -> Rows:
     """Select the rows at `indices` as a batch of `size` rows, padded with empty rows at the end."""
-    chosen = [rows.members[i] for i in indices]
-    return Rows([*chosen, *[()] * (size - len(chosen))], rows.config)
+    chosen, padding = rows.members.take(indices), np.zeros(size - len(indices), int)
+    starts, lengths = (np.concatenate([values, padding]) for values in (chosen.starts, chosen.lengths))
+    return dataclasses.replace(rows, members=Ragged(chosen.buffer, starts, lengths))
 
 
 BatchTriplets = int | Literal["auto"]
@@ -194,17 +203,13 @@ def step_batch(
 
 def empty_step(config: PackingConfig, players: int, micro_batches: int) -> tuple[TreeBatch, TeamScores, np.int32]:
     """Build step inputs without any rows, as `step_batch` would: they have a step's shapes and dtypes."""
-    rows = pack([], config)
+    rows = empty(config, 0)
     scores = TeamScores(np.zeros((players, *rows.prompt_index.shape), np.float32), np.ones(players, bool))
     return step_batch(rows, scores, np.arange(0), config.rows_per_batch, micro_batches)
 
 
-def _trees(segments: Sequence[Segment]) -> Iterator[Tree]:
-    return (tree for segment in segments for tree in segment.trees)
-
-
-def _write_rows(members: Sequence[Sequence[Segment]], config: PackingConfig) -> TreeBatch:
-    count, length, most = len(members), config.row_length, config.max_responses_per_row
+def _write_rows(rows: Rows) -> TreeBatch:
+    count, length, most = len(rows), rows.config.row_length, rows.config.max_responses_per_row
     ints = lambda n, value=0: np.full((count, n), value, np.int32)
     batch = TreeBatch(
         tokens=ints(length),
@@ -219,10 +224,10 @@ def _write_rows(members: Sequence[Sequence[Segment]], config: PackingConfig) -> 
         triplet_generated=ints(most),
         triplet_weight=np.zeros((count, most), np.float32),
     )
-    for row, segments in enumerate(members):
+    for row, members in enumerate(rows.members):
         writer = _RowWriter(batch, row)
-        for segment in segments:
-            writer.write(segment)
+        for index in members:
+            writer.write(rows.segments[index])
     return batch
 
 

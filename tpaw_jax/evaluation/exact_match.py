@@ -20,7 +20,7 @@ from tpaw_jax.data.templates import Template
 from tpaw_jax.generation import engine
 from tpaw_jax.generation.policy import Policy
 from tpaw_jax.generation.slots import Sampler
-from tpaw_jax.types import Prompts
+from tpaw_jax.types import Prompts, Ragged
 
 Z = 1.959963984540054
 """95 % of a normal distribution lies within this many standard deviations of its mean."""
@@ -88,7 +88,7 @@ def load_task(config: TaskConfig, template: Template) -> Task:
     if not answers:
         raise ValueError(f"evaluation.tasks, '{config.name}': {config.path} contains no problems.")
     ids = np.arange(len(prompts), dtype=np.int32)
-    return Task(config, Prompts(ids, tuple(prompts), tuple(targets)), tuple(answers))
+    return Task(config, Prompts(ids, Ragged.of(prompts), Ragged.of(targets)), tuple(answers))
 
 
 def evaluate(

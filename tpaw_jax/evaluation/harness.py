@@ -5,6 +5,7 @@ computed once. Tokenization, truncation and stop strings follow lm-eval's own `h
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from tpaw_jax.generation import engine
 from tpaw_jax.generation.policy import Policy
 from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.training import batch_shapes, logprobs, scoring
-from tpaw_jax.types import Prompts
+from tpaw_jax.types import Prompts, Ragged
 
 DEFAULT_NEW_TOKENS = 256
 """The limit for tasks that state none, as in lm-eval's `hf` model."""
@@ -119,17 +120,20 @@ class PolicyLM(TemplateLM):
             tokens = [*context, *continuation][-(self.max_length + 1) :]
             cut = max(1, len(tokens) - len(continuation))
             by_context.setdefault(tuple(tokens[:cut]), {})[number] = np.asarray(tokens[cut:], np.int32)
-        trees = [
-            prefix_trees.Tree(i, np.asarray(context, np.int32), tuple(continuations), tuple(continuations.values()), ())
-            for i, (context, continuations) in enumerate(by_context.items())
-        ]
+        contexts = Ragged.of(np.array(context, np.int32) for context in by_context)
+        numbers = [list(continuations) for continuations in by_context.values()]  # of requests, by context
+        nothing = np.zeros(0, np.int32)
+        texts = itertools.zip_longest(*(of.values() for of in by_context.values()), fillvalue=nothing)
+        prompts = Prompts(np.arange(len(contexts), dtype=np.int32), contexts, Ragged.zeros(np.zeros(len(contexts))))
+        trees = prefix_trees.trees_of_responses(prompts, {k: Ragged.of(some) for k, some in enumerate(texts)})
         rows, results = packing.pack(trees, self.packing), {}
         size = self.packing.rows_per_batch
         for first in tqdm(range(0, len(rows), size), desc="scoring", disable=disable_tqdm):
             batch = packing.take(rows, np.arange(first, min(first + size, len(rows))), size)
             values = np.asarray(self._program(self.params, sharding.place(batch.batch, self._rows)))
             for row, response in np.argwhere(batch.prompt_index >= 0):
-                results[int(batch.source[row, response])] = values[row, response]
+                number = numbers[batch.prompt_index[row, response]][batch.source[row, response]]
+                results[number] = values[row, response]
         return [(float(results[n][0]), bool(results[n][1])) for n in range(len(requests))]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -154,8 +158,8 @@ class PolicyLM(TemplateLM):
         decode = lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True)
         eos = self.tokenizer.decode(self.eot_token_id)
         until = [text for text in handle_stop_sequences(settings.get("until"), eos=eos) if text and text != eos]
-        tokens = tuple(np.asarray(self.tok_encode(c)[-(self.positions - longest) :], np.int32) for c in contexts)
-        prompts = Prompts(np.arange(len(tokens), dtype=np.int32), tokens, (np.zeros(1, np.int32),) * len(tokens))
+        tokens = Ragged.of(np.array(self.tok_encode(c)[-(self.positions - longest) :], np.int32) for c in contexts)
+        prompts = Prompts(np.arange(len(tokens), dtype=np.int32), tokens, Ragged.zeros(np.ones(len(tokens))))
         temperature = float(settings.get("temperature") or 0.0)
         sampler = self._sampler(longest, temperature, float(settings.get("top_p", 1.0)), int(settings.get("top_k", 0)))
         stop_fn = engine.stop_at(decode, until) if until else None

@@ -18,7 +18,7 @@ from tpaw_jax.generation.policy import SPEED_ONLY_KEYS, Policy, open_policy, sto
 from tpaw_jax.models import hub
 from tpaw_jax.observe import tables
 from tpaw_jax.storage import files, ring
-from tpaw_jax.types import Generations, Prompts
+from tpaw_jax.types import Generations, Prompts, Ragged
 
 
 def answer(
@@ -115,7 +115,7 @@ def read_prompts(path: Path, template: Template, vocabulary: int, longest: int) 
         tokens.append(np.array(ids, np.int32))
     if not tokens:
         raise ValueError(f"{path}: the file has no prompts.")
-    return Prompts(np.array(list(lines), np.int32), tuple(tokens), (np.zeros(0, np.int32),) * len(tokens))
+    return Prompts(np.array(list(lines), np.int32), Ragged.of(tokens), Ragged.zeros(np.zeros(len(tokens))))
 
 
 def _prompt_tokens(record: dict[str, Any], template: Template, vocabulary: int, where: str) -> list[int]:

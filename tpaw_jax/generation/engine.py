@@ -20,8 +20,8 @@ from tpaw_jax.generation import token_sampling
 from tpaw_jax.generation.cache import PAGE, Pages
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK, Admission, Prefilled, Sampler, Snapshot, Weights
 from tpaw_jax.runtime import sharding
-from tpaw_jax.storage import exchange
-from tpaw_jax.types import AnyArray, Generations, PackedPrompts, Prompts
+from tpaw_jax.storage import array_files, exchange
+from tpaw_jax.types import AnyArray, Generations, PackedPrompts, Prompts, Ragged
 
 Response = tuple[np.ndarray, np.ndarray]
 """Sampled tokens, int32, and their log-probs under the model, float32 nats."""
@@ -96,7 +96,8 @@ def generate(
 
 def generations_of(round_number: int, responses: Sequence[Response]) -> Generations:
     """A round's `Generations` from its responses, in their order."""
-    return Generations(round_number, tuple(t for t, _ in responses), tuple(p for _, p in responses))
+    tokens, log_probs = Ragged.of(t for t, _ in responses), Ragged.of((p for _, p in responses), np.float32)
+    return Generations(round_number, tokens, log_probs)
 
 
 def stop_at(decode: Callable[[np.ndarray], str], strings: Sequence[str]) -> StopFn:
@@ -131,16 +132,14 @@ def gather_from_processes(
         directory,
         "responses",
         index=indices,
-        lengths=np.array([len(tokens) for tokens in generations.tokens], np.int32),
-        tokens=np.concatenate([*generations.tokens, np.zeros(0, np.int32)]),
-        log_probs=np.concatenate([*generations.log_probs, np.zeros(0, np.float32)]),
+        lengths=generations.tokens.lengths,
+        tokens=generations.tokens.flat(),
+        log_probs=generations.log_probs.flat(),
     )
-    responses: dict[int, Response] = {}
-    for part in gathered:
-        cuts = np.cumsum(part["lengths"])[:-1]
-        pairs = zip(np.split(part["tokens"], cuts), np.split(part["log_probs"], cuts), strict=True)
-        responses |= dict(zip(part["index"].tolist(), pairs, strict=False))
-    return generations_of(round_number, [responses[i] for i in range(len(responses))])
+    joined = {name: array_files.join([part[name] for part in gathered]) for name in gathered[0]}
+    in_order = np.argsort(joined["index"])
+    ordered = lambda values: Ragged.split(values, joined["lengths"]).take(in_order)
+    return Generations(round_number, ordered(joined["tokens"]), ordered(joined["log_probs"]))
 
 
 class _Waiting(NamedTuple):
@@ -169,7 +168,7 @@ class _Engine:
         self.sampler, self.weights = sampler, weights
         self.key = _replicate_key(key, sampler.mesh) if sampler.processes > 1 else key
         self.prompts, self.limits, self.num_generations = prompts, np.array(limits), num_generations
-        self.lengths = np.array([len(tokens) for tokens in prompts.prompt_tokens])
+        self.lengths = prompts.prompt_tokens.lengths
         self.requests_of: dict[int, list[int]] = {}
         for r in sorted(requests):
             self.requests_of.setdefault(r // num_generations, []).append(r)

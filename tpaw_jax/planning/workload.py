@@ -12,7 +12,7 @@ from tpaw_jax.models import ModelConfig, hub
 from tpaw_jax.models.attention import Visibility, rules
 from tpaw_jax.training import cost
 from tpaw_jax.training.cost import BACKWARD, Work
-from tpaw_jax.types import Generations, Prompts, TreeBatch
+from tpaw_jax.types import NOTHING, Generations, Prompts, Ragged, TreeBatch
 
 MEDIANS, SPREADS = (160, 280, 240), (0.7, 0.6, 0.5)
 """Median (tokens) and sigma of the assumed log-normal lengths of x, y and y_gen in chats, for data.max_length 1024."""
@@ -68,8 +68,7 @@ def lengths_of_data(config: RunConfig, vocabulary: int) -> Lengths:
     tokenizer = hub.load_tokenizer(config.policy.tokenizer or config.policy.path)
     template = templates.make_template(tokenizer, config.data, vocabulary)
     prompts, _, _ = dataset.load(config.data, template, config.seed)
-    sizes = lambda sequences: np.array([len(tokens) for tokens in sequences])
-    return Lengths(sizes(prompts.prompt_tokens), sizes(prompts.target_tokens))
+    return Lengths(prompts.prompt_tokens.lengths, prompts.target_tokens.lengths)
 
 
 def assumed(config: RunConfig, model: ModelConfig, prompts: int, lengths: Lengths | None = None) -> Workload:
@@ -81,7 +80,7 @@ def assumed(config: RunConfig, model: ModelConfig, prompts: int, lengths: Length
     computed = _computed(rows, config)
     return Workload(
         prompts=prompts,
-        prompt_tokens=float(np.mean([len(x) for x in sample.prompt_tokens])) * prompts,
+        prompt_tokens=float(sample.prompt_tokens.lengths.mean()) * prompts,
         new_tokens=float(new_tokens.mean()) * prompts,
         rounds=tuple(_scaled(of_sample, scale) for of_sample, _ in rounds),
         row=_useful(rows) * (1 / len(rows)),
@@ -97,10 +96,10 @@ def random_window(
     """`size` prompts of random tokens, and the opponents' responses, newest first, of lengths as in `draw_lengths`."""
     blank, of_responses = draw_lengths(config, size, lengths)
     rng = np.random.default_rng((config.seed, 1))
-    fill = lambda sequences: tuple(rng.integers(0, vocabulary, len(x)).astype(np.int32) for x in sequences)
-    prompts = Prompts(blank.ids, fill(blank.prompt_tokens), fill(blank.target_tokens))
+    fill = lambda lengths: Ragged.of(rng.integers(0, vocabulary, n).astype(np.int32) for n in lengths)
+    prompts = Prompts(blank.ids, fill(blank.prompt_tokens.lengths), fill(blank.target_tokens.lengths))
     rounds = reversed(range(len(of_responses)))
-    return prompts, [Generations(t, fill(_blank(of_responses[t])), ()) for t in rounds]
+    return prompts, [Generations(t, fill(of_responses[t]), NOTHING) for t in rounds]
 
 
 def draw_lengths(config: RunConfig, size: int, lengths: Lengths | None = None) -> tuple[Prompts, np.ndarray]:
@@ -119,11 +118,7 @@ def draw_lengths(config: RunConfig, size: int, lengths: Lengths | None = None) -
         x = np.clip(x, 4, config.data.max_prompt_length)
         y = np.clip(y, 2, config.data.max_length - x)
     g = np.clip(g, 2, config.sampling.max_new_tokens)
-    return Prompts(np.arange(size, dtype=np.int32), _blank(x), _blank(y)), g
-
-
-def _blank(lengths: np.ndarray) -> tuple[np.ndarray, ...]:
-    return tuple(np.zeros(n, np.int32) for n in lengths)
+    return Prompts(np.arange(size, dtype=np.int32), Ragged.zeros(x), Ragged.zeros(y)), g
 
 
 def _round(
@@ -132,14 +127,14 @@ def _round(
     """Round t on the sample alone, and its packed rows."""
     players = min(t + 1, config.objective.n_max)
     opponents = len(config.objective.opponents(t))
-    window = [Generations(i, _blank(new_tokens[i]), ()) for i in reversed(range(opponents))]
+    window = [Generations(i, Ragged.zeros(new_tokens[i]), NOTHING) for i in reversed(range(opponents))]
     sources = {r.round: np.full(len(sample), r.round) for r in window}  # assume that no two responses are equal
     rows = packing.pack(prefix_trees.trees_of_window(sample, window, sources), config.packing)
-    newest = [prefix_trees.tree_of_responses(sample, i, {t: r}) for i, r in enumerate(window[0].tokens)]
+    newest = prefix_trees.trees_of_responses(sample, {t: window[0].tokens})
     passes = 1 + config.train.epochs * (1 + BACKWARD)
     trees = cost.flops(model, _useful(rows) * passes + cost.work_of_trees(newest, config.packing) * (players - 1))
     pairs = cost.flops(model, cost.padded_pairs_of_round(sample, window, players, config.train.epochs).total)
-    scored = len(rows) + (players - 1) * packing.row_count(newest, config.packing)
+    scored = len(rows) + (players - 1) * len(packing.pack(newest, config.packing))
     return RoundEstimate(len(rows), float(rows.triplets.mean()), scored, trees, pairs), rows
 
 

@@ -23,9 +23,13 @@ SKIPPED_SHOWN = 5
 
 def report(prompts: Prompts, held_out: Prompts, found: DataReport, template: Template) -> str:
     """The data in numbers: records, what is cut or left out, and lengths in tokens."""
-    both = [*zip(prompts.prompt_tokens, prompts.target_tokens, strict=True)]
-    both += zip(held_out.prompt_tokens, held_out.target_tokens, strict=True)
-    count = len(both)
+    count = len(prompts) + len(held_out)
+    asked, answered, merged = set(), set(), 0  # hashes, since millions of texts would not fit into memory
+    for some in (prompts, held_out):
+        for x, y in zip(some.prompt_tokens, some.target_tokens, strict=True):
+            asked.add(hash(x.tobytes()))
+            answered.add(hash((x.tobytes(), y.tobytes())))
+            merged += _merges(x, y, template)
     share = lambda n: f"{n} ({n / max(1, found.records):.1%})"
     rows = [
         ("records", found.records),
@@ -38,15 +42,16 @@ def report(prompts: Prompts, held_out: Prompts, found: DataReport, template: Tem
         ("with turns behind the answer", share(found.turns_behind)),
         ("with tools", share(found.with_tools)),
         ("with reasoning in the answer", share(found.with_reasoning)),
-        ("repeated prompts", count - len({x.tobytes() for x, _ in both})),
-        ("repeated prompts with target", count - len({(x.tobytes(), y.tobytes()) for x, y in both})),
-        ("boundary within a token", sum(_merges(x, y, template) for x, y in both)),
+        ("repeated prompts", count - len(asked)),
+        ("repeated prompts with target", count - len(answered)),
+        ("boundary within a token", merged),
     ]
     lines = [f"{name:32}{value}" for name, value in rows]
     lines += ["", f"{'tokens':10}{'min':>7}{'median':>8}{'95 %':>7}{'max':>7}{'total':>12}  from min to max"]
-    for name, lengths in (("prompt", [len(x) for x, _ in both]), ("target", [len(y) for _, y in both])):
+    for name in ("prompt", "target"):
+        lengths = np.concatenate([getattr(some, f"{name}_tokens").lengths for some in (prompts, held_out)])
         low, middle, high, most = np.percentile(lengths, (0, 50, 95, 100)).astype(int)
-        lines.append(f"{name:10}{low:7}{middle:8}{high:7}{most:7}{sum(lengths):12}  {_histogram(lengths)}")
+        lines.append(f"{name:10}{low:7}{middle:8}{high:7}{most:7}{lengths.sum():12}  {_histogram(lengths)}")
     lines += [f"skipped: {sentence}" for sentence in found.skipped[:SKIPPED_SHOWN]]
     if len(found.skipped) > SKIPPED_SHOWN:
         lines.append(f"and {len(found.skipped) - SKIPPED_SHOWN} more")

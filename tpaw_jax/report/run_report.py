@@ -22,7 +22,7 @@ from tpaw_jax.report import figures
 from tpaw_jax.report.figures import Series
 from tpaw_jax.report.page import PAGE
 from tpaw_jax.selfplay import round_store
-from tpaw_jax.storage import bucket, files, journal
+from tpaw_jax.storage import array_files, bucket, files, journal
 from tpaw_jax.types import TARGET
 
 IGNORED = {"directory", "seed", "sample_texts", "tensorboard", "report_to"}
@@ -74,7 +74,7 @@ def read(run: str) -> RunRecord:
     rounds = {t: path for t, path in directories.items() if (path / "summary.json").exists()}
     lengths = {}
     for file in opened.names("sampling"):
-        lengths[opened.facts[file]["round"]] = files.read_arrays(directory / file)["lengths"]
+        lengths[opened.facts[file]["round"]] = array_files.read(directory / file)["lengths"]
     lines = lambda path: [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     load = lambda path: json.loads(path.read_text()) if path.exists() else {}
     return RunRecord(
@@ -98,7 +98,7 @@ def _margins(opened: journal.Journal, settings: config.RunConfig) -> dict[int, n
     """
     scores: dict[tuple[int, int], dict[int, float]] = {}  # (player, source) -> prompt -> log-prob in nats
     for name in opened.names("scoring"):
-        arrays = files.read_arrays(opened.directory / name)
+        arrays = array_files.read(opened.directory / name)
         player = int(name[-8:-4])
         for prompt, source, value in zip(arrays["prompt_index"], arrays["source"], arrays["log_probs"], strict=True):
             scores.setdefault((player, int(source)), {})[int(prompt)] = float(value)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from tpaw_jax import config, models
 from tpaw_jax.config import config_file
 from tpaw_jax.data import dataset, prefix_trees, templates
-from tpaw_jax.data.prefix_trees import Tree
+from tpaw_jax.data.prefix_trees import Trees
 from tpaw_jax.generation.policy import stop_tokens
 from tpaw_jax.models import hub
 from tpaw_jax.runtime import sharding
@@ -94,7 +94,7 @@ def _template(settings: config.RunConfig) -> templates.Template:
     return templates.make_template(hub.load_tokenizer(settings.policy.tokenizer or settings.policy.path), settings.data)
 
 
-def _scored_round(settings: config.RunConfig, store: Store, wanted: int | None) -> tuple[int, list[Tree]]:
+def _scored_round(settings: config.RunConfig, store: Store, wanted: int | None) -> tuple[int, Trees]:
     """The wanted round, or the newest, all of whose players have scored all of D_O; and D_O as trees."""
     objective = settings.objective
     for t in sorted(store.generations, reverse=True) if wanted is None else [wanted]:
@@ -102,14 +102,14 @@ def _scored_round(settings: config.RunConfig, store: Store, wanted: int | None) 
             continue
         window = [store.generations[r] for r in objective.opponents(t)]
         trees = prefix_trees.trees_of_window(store.prompts, window, store.sources)
-        if not any(round_store.missing(store, player, trees) for player in objective.players(t)):
+        if not any(len(round_store.missing(store, player, trees)) for player in objective.players(t)):
             return t, trees
     which = "no round is" if wanted is None else f"round {wanted} is not"
     raise ValueError(f"{store.journal.directory}: {which} sampled and scored by all its players.")
 
 
 def _triplets(
-    store: Store, trees: Sequence[Tree], template: templates.Template, players: Sequence[int]
+    store: Store, trees: Trees, template: templates.Template, players: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     text = lambda ids: template.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     for tree in trees:

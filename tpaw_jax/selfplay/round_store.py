@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from tpaw_jax.data.packing import Rows
-from tpaw_jax.data.prefix_trees import Tree, first_sources, tree_of_responses
-from tpaw_jax.storage import files, journal
+from tpaw_jax.data.prefix_trees import NONE, Trees, first_sources
+from tpaw_jax.storage import array_files, journal
 from tpaw_jax.storage.journal import Journal
-from tpaw_jax.types import TARGET, Generations, Prompts, TeamScores
+from tpaw_jax.types import NOTHING, TARGET, Generations, Prompts, Ragged, TeamScores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ def open_store(opened: Journal, prompts: Prompts) -> Store:
     sources = first_sources(prompts, list(generations.values()))
     store = Store(opened, prompts, generations, sources, {})
     for name in opened.names("scoring"):
-        arrays = files.read_arrays(opened.directory / name)
+        arrays = array_files.read(opened.directory / name)
         _merge(store, player_of(Path(name)), arrays["prompt_index"], arrays["source"], arrays["log_probs"])
     return store
 
@@ -63,46 +63,42 @@ def append(store: Store, generations: Generations) -> Store:
     Raises:
         RegeneratedDifferently: they were lost, and differ from what they were.
     """
-    lengths = np.array([len(tokens) for tokens in generations.tokens], np.int32)
-    tokens = np.concatenate(generations.tokens).astype(np.int32, copy=False)
-    content = files.npz(
+    lengths, tokens = generations.tokens.lengths, generations.tokens.flat()
+    content = array_files.npz(
         round=np.asarray(generations.round, np.int32),
         prompt_ids=store.prompts.ids,
         lengths=lengths,
         tokens=tokens,
-        log_probs=np.concatenate(generations.log_probs).astype(np.float32, copy=False),
+        log_probs=generations.log_probs.flat(),
     )
-    digest = hashlib.sha256(lengths.tobytes() + tokens.tobytes()).hexdigest()
+    digest = hashlib.sha256(lengths)
+    digest.update(tokens)
     name = generations_name(generations.round)
-    journal.write(store.journal, name, "sampling", generations.round, content, digest)
-    kept = dataclasses.replace(generations, log_probs=())
+    journal.write(store.journal, name, "sampling", generations.round, content, digest.hexdigest())
+    kept = Generations(generations.round, Ragged.split(array_files.join([tokens]), lengths), NOTHING)
     together = {**store.generations, generations.round: kept}
     sources = first_sources(store.prompts, list(together.values()))
     return dataclasses.replace(store, generations=together, sources=sources)
 
 
-def sampler_log_probs(store: Store, round_number: int) -> list[np.ndarray]:
+def sampler_log_probs(store: Store, round_number: int) -> Ragged:
     """The log-probs of each token of a round's responses under the policy that sampled them, in nats, from disk.
 
     Raises:
         CorruptedFile: the file cannot be read.
     """
-    arrays = files.read_arrays(store.journal.directory / generations_name(round_number), "lengths", "log_probs")
-    return np.split(arrays["log_probs"], np.cumsum(arrays["lengths"])[:-1])
+    arrays = array_files.read(store.journal.directory / generations_name(round_number), "lengths", "log_probs")
+    return Ragged.split(arrays["log_probs"], arrays["lengths"])
 
 
-def missing(store: Store, player: int, trees: Sequence[Tree]) -> list[Tree]:
+def missing(store: Store, player: int, trees: Trees) -> Trees:
     """The responses that `player` has not scored yet, as trees."""
-    unscored = []
-    for tree in trees:
-        responses = {
-            source: response
-            for source, response in zip(tree.sources, tree.responses, strict=True)
-            if np.isnan(_column(store, player, source)[tree.prompt])
-        }
-        if responses:
-            unscored.append(tree_of_responses(store.prompts, tree.prompt, responses))
-    return unscored
+    unscored = np.zeros(trees.distinct.shape, bool)
+    for source in np.unique(trees.distinct).tolist():
+        if source != NONE:
+            of_prompt = np.isnan(_column(store, player, source))
+            unscored |= (trees.distinct == source) & of_prompt[trees.prompt][:, None]
+    return trees.only(unscored)
 
 
 def add_scores(store: Store, round_number: int, player: int, rows: Rows, log_probs: np.ndarray) -> None:
@@ -115,9 +111,9 @@ def add_scores(store: Store, round_number: int, player: int, rows: Rows, log_pro
     }
     _merge(store, player, **found)
     if store.journal.is_complete(name):  # some scores of this file were lost and have just been recomputed
-        before = files.read_arrays(store.journal.directory / name)
+        before = array_files.read(store.journal.directory / name)
         found = {key: np.concatenate([before[key], values]) for key, values in found.items()}
-    journal.write(store.journal, name, "scoring", round_number, files.npz(**found))
+    journal.write(store.journal, name, "scoring", round_number, array_files.npz(**found))
 
 
 def team_scores(store: Store, rows: Rows, players: Sequence[int], n_max: int) -> TeamScores:
@@ -181,11 +177,11 @@ def _merge(store: Store, player: int, prompt_index: np.ndarray, source: np.ndarr
 
 
 def _read_generations(path: Path, prompts: Prompts) -> Generations:
-    arrays = files.read_arrays(path, "prompt_ids", "lengths", "tokens", "round")
+    arrays = array_files.read(path, "prompt_ids", "lengths", "tokens", "round")
     if not np.array_equal(arrays["prompt_ids"], prompts.ids):
         raise ValueError(
             f"{path}: its {len(arrays['prompt_ids'])} responses answer other prompts than the {len(prompts)} of this "
             "configuration. Restore the data and the seed with which the run began, or choose another directory."
         )
-    tokens = np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1])
-    return Generations(int(arrays["round"]), tuple(tokens), ())
+    tokens = Ragged.split(arrays["tokens"], arrays["lengths"])
+    return Generations(int(arrays["round"]), tokens, NOTHING)

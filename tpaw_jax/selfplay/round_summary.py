@@ -178,7 +178,7 @@ def _response_metrics(this: Round, store: Store) -> dict[str, float | None]:
     """
     t, session = this.number, this.session
     generations, scores, sampled = store.generations[t], store.scores[t], round_store.sampler_log_probs(store, t)
-    lengths = np.array([len(tokens) for tokens in generations.tokens])
+    lengths = generations.tokens.lengths
     gaps = [
         abs(float(scores[int(source)][i]) - float(log_probs.sum())) / len(log_probs)
         for i, (source, log_probs) in enumerate(zip(store.sources[t], sampled, strict=True))

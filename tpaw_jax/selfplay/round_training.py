@@ -18,7 +18,7 @@ from tpaw_jax.runtime.host import Prefetch
 from tpaw_jax.runtime.preemption import Preempted
 from tpaw_jax.selfplay.round_store import round_directory
 from tpaw_jax.selfplay.session import Round, Session
-from tpaw_jax.storage import files, ring
+from tpaw_jax.storage import array_files, ring
 from tpaw_jax.training import learning_rate, scoring, train_step
 from tpaw_jax.training.batch_shapes import most_micro_batches
 from tpaw_jax.training.train_step import StepScalars
@@ -283,7 +283,7 @@ class StepRecorder:
         limit = self.session.config.train.max_skipped_in_a_row
         path = round_directory(self.session.directory, self.round) / f"not_finite_step_{step:08d}.npz"
         if processes.is_main():  # the devices of each process hold a part of the batch only
-            files.write_arrays(path, log_probs=inputs.scores.log_probs, **dataclasses.asdict(inputs.batch))
+            array_files.write(path, log_probs=inputs.scores.log_probs, **dataclasses.asdict(inputs.batch))
         raise FloatingPointError(
             f"Round {self.round}, step {step}: the loss or gradient was not finite in {limit} steps in a row. The last "
             f"batch is saved in {path}. Look at that batch, or start over in another directory with a lower "

@@ -168,10 +168,8 @@ def _open_run(config: RunConfig, say: Say) -> tuple[RunConfig, Mesh, Journal]:
 
 
 def _warn_of_long_sequences(config: RunConfig, policy: Policy, prompts: Prompts, say: Say) -> None:
-    longest = max(map(len, prompts.prompt_tokens)) + config.sampling.max_new_tokens
-    longest = max(
-        longest, *(len(x) + len(y) for x, y in zip(prompts.prompt_tokens, prompts.target_tokens, strict=True))
-    )
+    of_prompts, of_targets = prompts.prompt_tokens.lengths, prompts.target_tokens.lengths
+    longest = max(int(of_prompts.max()) + config.sampling.max_new_tokens, int((of_prompts + of_targets).max()))
     context = policy.model.config.max_position_embeddings
     if longest > context:
         say(f"Warning: sequences may reach {longest} tokens, but the model was trained for {context} positions.")

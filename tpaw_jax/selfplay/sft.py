@@ -30,7 +30,7 @@ def train(session: Session, loaded: dict[int, PyTree[Array]], strict: bool) -> l
     if session.first == 0:
         this = Round(session, 0, [], Stopwatch({"startup": session.startup}))
         rows = packing.pack(prefix_trees.trees_of_targets(session.prompts), session.config.packing)
-        tokens = sum(map(len, session.prompts.target_tokens))
+        tokens = int(session.prompts.target_tokens.lengths.sum())
         session.say(
             f"{len(session.prompts)} targets, {tokens} tokens, in {len(rows)} rows that are {rows.fill:.1%} full."
         )
@@ -56,7 +56,7 @@ def _finish(this: Round, rows: packing.Rows, trained: Trained, evaluated: dict[s
     summary = {
         "round": 0,
         "targets": int(rows.triplets.sum()),
-        "target tokens": sum(map(len, session.prompts.target_tokens)),
+        "target tokens": int(session.prompts.target_tokens.lengths.sum()),
         "steps": trained.steps,
         "fill": rows.fill,
         "loss": mean("loss"),

@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 
 from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.data.packing import Rows
-from tpaw_jax.data.prefix_trees import Tree
+from tpaw_jax.data.prefix_trees import Trees
 from tpaw_jax.generation import engine, generation_file
 from tpaw_jax.observe import tables
 from tpaw_jax.observe.profiling import Stopwatch
@@ -25,7 +25,7 @@ from tpaw_jax.selfplay.round_store import Store
 from tpaw_jax.selfplay.session import Round, Session
 from tpaw_jax.storage import files, ring
 from tpaw_jax.training import cost, scoring
-from tpaw_jax.types import Generations, TeamScores
+from tpaw_jax.types import Generations, Ragged, TeamScores
 
 
 def begin(session: Session, store: Store, todo: RoundPlan, startup: float) -> Round:
@@ -63,8 +63,8 @@ def generate(this: Round, store: Store, policy: PyTree[Array], given: Path | Non
         generations = _read(this, given)
     elif session.config.data.responses == "rejected":
         rejected = session.prompts.rejected_tokens
-        unknown = tuple(np.full(len(tokens), np.nan, np.float32) for tokens in rejected)
-        generations = Generations(this.number, rejected, unknown)
+        unknown = np.full(rejected.lengths.sum(), np.nan, np.float32)
+        generations = Generations(this.number, rejected, Ragged.split(unknown, rejected.lengths))
     else:
         generations = _sample(this, policy)
     with this.watch.time("saving"):  # the policy must be on disk before anything that follows from it
@@ -78,7 +78,7 @@ def generate(this: Round, store: Store, policy: PyTree[Array], given: Path | Non
     return store
 
 
-def pack(this: Round, store: Store) -> tuple[list[Tree], Rows]:
+def pack(this: Round, store: Store) -> tuple[Trees, Rows]:
     """D_O as prefix trees, one per prompt, and packed into rows."""
     config = this.session.config
     with this.watch.time("packing"):
@@ -87,9 +87,7 @@ def pack(this: Round, store: Store) -> tuple[list[Tree], Rows]:
         return trees, packing.pack(trees, config.packing)
 
 
-def score(
-    this: Round, store: Store, trees: list[Tree], rows: Rows, policy: PyTree[Array]
-) -> tuple[TeamScores, cost.Work]:
+def score(this: Round, store: Store, trees: Trees, rows: Rows, policy: PyTree[Array]) -> tuple[TeamScores, cost.Work]:
     """The log-probs of all players on `rows`, and the work it took to complete them.
 
     The newest player scores all of D_O on the round's own rows; the others score only what they have not scored in
@@ -98,8 +96,8 @@ def score(
     """
     session, t = this.session, this.number
     unscored = {player: round_store.missing(store, player, trees) for player in this.players}
-    work, config = cost.NOTHING, session.config.packing
-    busy = [player for player in this.players if unscored[player]]
+    work, config = cost.NO_WORK, session.config.packing
+    busy = [player for player in this.players if len(unscored[player])]
     for player in sorted(set(this.players) - set(busy)):
         session.say(f"Round {t}: player {player} has already scored every response.")
     load = lambda player: policy if player == t else ring.restore_policy(session.ring, player, session.like)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from tpaw_jax.runtime import processes
-from tpaw_jax.storage import files
+from tpaw_jax.storage import array_files, files
 
 
 def all_gather(directory: Path | None, name: str, **arrays: np.ndarray) -> list[dict[str, np.ndarray]]:
@@ -29,7 +29,7 @@ def all_gather(directory: Path | None, name: str, **arrays: np.ndarray) -> list[
     token = processes.all_gather(token=np.frombuffer(os.urandom(8), np.int64))[0]["token"][0]
     path_of = lambda process: directory / f".exchange_{name}_{token & 0xFFFFFFFF:08x}_{process:05d}.npz"
     processes.barrier(f"exchange of {name} begins")
-    files.replace(path_of(own), files.npz(**arrays))
+    files.replace(path_of(own), array_files.npz(**arrays))
     processes.barrier(f"{name} written")
     gathered = [arrays if process == own else _read(path_of(process)) for process in range(count)]
     processes.barrier(f"{name} read")
@@ -40,7 +40,7 @@ def all_gather(directory: Path | None, name: str, **arrays: np.ndarray) -> list[
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     try:
-        return files.read_arrays(path)
+        return array_files.read(path)
     except files.CorruptedFile as error:
         raise OSError(
             f"{error} Another process has just written it. Check the file system that the hosts share, then run the "

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import io
 import json
 import os
 import shutil
@@ -10,8 +9,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from tpaw_jax.runtime import processes
 from tpaw_jax.storage import bucket
@@ -216,37 +213,3 @@ def write_json(path: Path, value: Any) -> None:
 def write_json_lines(path: Path, records: Iterable[Any]) -> None:
     """Write a file with one JSON record per line."""
     write_bytes(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
-
-
-def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write an .npz file of named arrays."""
-    write_bytes(path, npz(**arrays))
-
-
-def npz(**arrays: np.ndarray) -> memoryview:
-    """Encode named arrays as an .npz file; equal arrays give equal bytes."""
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type] # numpy's stub takes names for options
-    return buffer.getbuffer()  # not a copy: a round's responses may have gigabytes
-
-
-def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """Read the named arrays of an .npz file, by default all. Pickled content is rejected.
-
-    Raises:
-        CorruptedFile: the content cannot be read.
-    """
-    try:
-        with np.load(_stream(path), allow_pickle=False) as file:
-            return {name: file[name] for name in names or file.files}
-    except Exception as error:  # zipfile, struct, numpy and the system raise many types
-        if not is_corruption(error, path):
-            raise
-        raise CorruptedFile(path, f"the file is damaged ({type(error).__name__}: {error})") from error
-
-
-def _stream(path: Path) -> Path | io.BytesIO:
-    if not bucket.is_remote(path):
-        return path
-    with bucket.explain_errors(path):
-        return io.BytesIO(path.read_bytes())

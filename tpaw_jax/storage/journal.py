@@ -303,7 +303,12 @@ def _file_fault(path: Path, facts: dict[str, Any]) -> str:
         return "it is missing"
     if files.size(path) != facts["bytes"]:
         return f"it has {files.size(path)} bytes instead of {facts['bytes']}"
-    return "" if _sha256(path.read_bytes()) == facts["sha256"] else "its checksum differs from the journal's"
+    if bucket.is_remote(path):
+        checksum = _sha256(path.read_bytes())
+    else:
+        with path.open("rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    return "" if checksum == facts["sha256"] else "its checksum differs from the journal's"
 
 
 def _checkpoint_fault(path: Path, facts: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ Model FLOPs are counted: a multiply-add is two, and a backward pass costs two fo
 rematerialization or by the chunked head is not counted.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +12,9 @@ import numpy as np
 from tpaw_jax.config import PackingConfig, RunConfig
 from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.data.packing import Rows
-from tpaw_jax.data.prefix_trees import Segment, Tree, segments_of
+from tpaw_jax.data.prefix_trees import Sizes, Trees, segments_of
 from tpaw_jax.models.transformer import ModelConfig
-from tpaw_jax.types import Generations, Prompts
+from tpaw_jax.types import NOTHING, Generations, Prompts, Ragged
 
 BACKWARD = 2
 """Cost of a backward pass, in forward passes."""
@@ -49,7 +49,7 @@ class RoundWork(NamedTuple):
         return self.scoring + self.training
 
 
-NOTHING = Work(0, 0, 0)
+NO_WORK = Work(0, 0, 0)
 
 
 def flops(model: ModelConfig, work: Work) -> float:
@@ -64,25 +64,18 @@ def flops(model: ModelConfig, work: Work) -> float:
     return layers + 2 * model.hidden_size * model.vocab_size * work.predictions
 
 
-def work_of_trees(trees: Sequence[Tree], config: PackingConfig) -> Work:
+def work_of_trees(trees: Trees, config: PackingConfig) -> Work:
     """Count a pass over trees, without the padding of their rows."""
-    return _work_of_segments(segments_of(trees, config))
+    return _total(segments_of(trees, config).sizes)
 
 
 def work_of_rows(rows: Rows) -> Work:
     """Count a pass over packed rows. The layers compute padding too; attention and the head skip it."""
-    work = _work_of_segments(segment for segments in rows.members for segment in segments)
-    return work._replace(tokens=len(rows) * rows.config.row_length)
+    return _total(rows.sizes)._replace(tokens=len(rows) * rows.config.row_length)
 
 
-def _work_of_segments(segments: Iterable[Segment]) -> Work:
-    tokens, predictions, attended = 0, 0, 0.0
-    for segment in segments:
-        trunk, branches = len(segment.trunk), segment.branch_lengths()
-        tokens += trunk + sum(n for _, n in branches)
-        predictions += segment.predictions
-        attended += _causal(trunk) + sum(n * fork + _causal(n) for fork, n in branches)
-    return Work(tokens, predictions, attended)
+def _total(sizes: Sizes) -> Work:
+    return Work(*(float(values.sum()) for values in (sizes.tokens, sizes.predictions, sizes.attended)))
 
 
 def work_of_padded_pairs(prompts: Prompts, window: Sequence[Generations], batch: int) -> Work:
@@ -91,17 +84,13 @@ def work_of_padded_pairs(prompts: Prompts, window: Sequence[Generations], batch:
     Sequences are padded to the longest in each batch of `batch` triplets. Logits are computed for all tokens, as in
     SPIN, TRL and Tunix. Attention is counted as causal.
     """
-    longest = [
-        len(prompts.prompt_tokens[i]) + max(len(prompts.target_tokens[i]), len(generations.tokens[i]))
-        for generations in window
-        for i in range(len(prompts))
-    ]
-    work = NOTHING
-    for start in range(0, len(longest), batch):
-        group = longest[start : start + batch]
-        tokens = 2 * len(group) * max(group)
-        work += Work(tokens, tokens, 2 * len(group) * _causal(max(group)))
-    return work
+    x, y = prompts.prompt_tokens.lengths, prompts.target_tokens.lengths
+    longer = np.concatenate([x + np.maximum(y, generations.tokens.lengths) for generations in window])
+    starts = np.arange(0, len(longer), batch)
+    longest = np.maximum.reduceat(longer, starts).astype(np.int64)
+    sequences = 2 * np.diff(starts, append=len(longer))
+    tokens = float((sequences * longest).sum())
+    return Work(tokens, tokens, float((sequences * longest * (longest + 1) // 2).sum()))
 
 
 def padded_pairs_of_round(prompts: Prompts, window: Sequence[Generations], players: int, epochs: int) -> RoundWork:
@@ -136,20 +125,13 @@ def round_work(
     newest = generations.get(t)
     if newest is None:
         similar = generations[t - 1].tokens if t else prompts.target_tokens
-        limit = config.sampling.max_new_tokens
-        newest = Generations(t, tuple(np.zeros(min(len(r), limit), np.int32) for r in similar), ())
+        lengths = np.minimum(similar.lengths, config.sampling.max_new_tokens)
+        newest = Generations(t, Ragged.zeros(lengths), NOTHING)
     window = [newest, *(generations[r] for r in config.objective.opponents(t)[1:])]
     sources = {t: np.full(len(prompts), t), **sources}
-    length = config.packing.row_length
-    rows = lambda trees: packing.row_count(trees, config.packing)
-    padded = lambda trees: work_of_trees(trees, config.packing)._replace(tokens=length * rows(trees))
+    padded = lambda trees: work_of_rows(packing.pack(trees, config.packing))
     one_epoch = padded(prefix_trees.trees_of_window(prompts, window, sources))
-    newest_alone = padded([prefix_trees.tree_of_responses(prompts, i, {t: r}) for i, r in enumerate(newest.tokens)])
+    newest_alone = padded(prefix_trees.trees_of_responses(prompts, {t: newest.tokens}))
     scored = one_epoch + newest_alone * (len(players) - 1)
     trees = RoundWork(scored, one_epoch * (config.train.epochs * (1 + BACKWARD)))
     return trees, padded_pairs_of_round(prompts, window, len(players), config.train.epochs)
-
-
-def _causal(length: int) -> float:
-    """(query, key) pairs of causal attention."""
-    return length * (length + 1) / 2

@@ -1,0 +1,147 @@
+"""Arrays in .npz files, and arrays too large for memory in temporary files.
+
+An array of `LARGE` bytes or more lies in an unnamed file of the temporary directory (TMPDIR) and is mapped into memory,
+so the system keeps as much of it in memory as fits. It is a copy, which a change of the original cannot damage.
+"""
+
+import contextlib
+import io
+import mmap
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.lib import format as npy
+
+from tpaw_jax.storage import bucket, files
+
+LARGE = 64 * 2**20
+"""Bytes from which on an array is not held in memory."""
+
+_CHUNK = 16 * 2**20
+"""Bytes that are copied at a time."""
+
+
+class Spool:
+    """An array that grows at its end."""
+
+    def __init__(self, dtype: Any) -> None:
+        self._dtype = np.dtype(dtype)
+        self._file = tempfile.SpooledTemporaryFile(LARGE, prefix="tpaw-")  # noqa: SIM115
+
+    def append(self, values: np.ndarray) -> None:
+        """Add values at the end.
+
+        Raises:
+            OSError: the temporary directory cannot be written.
+        """
+        step = _CHUNK // self._dtype.itemsize
+        for first in range(0, len(values), step):
+            self._write(np.ascontiguousarray(values[first : first + step], self._dtype).data.cast("B"))
+
+    def append_stream(self, stream: IO[bytes]) -> None:
+        """Add the rest of a stream of bytes at the end.
+
+        Raises:
+            OSError: the temporary directory cannot be written.
+        """
+        while some := stream.read(_CHUNK):
+            self._write(some)
+
+    def array(self) -> np.ndarray:
+        """The whole array, read-only. Nothing can be added any more."""
+        with self._file as file:
+            with _explain_errors():
+                file.flush()
+            if file.tell() < LARGE:
+                file.seek(0)
+                return np.frombuffer(file.read(), self._dtype)
+            return np.frombuffer(_mapped(file), self._dtype)
+
+    def _write(self, some: bytes | memoryview) -> None:
+        with _explain_errors():
+            self._file.write(some)
+
+
+def join(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """A copy of some arrays, end to end, which is in a temporary file if it is large.
+
+    Raises:
+        OSError: the temporary directory cannot be written.
+    """
+    spool = Spool(parts[0].dtype)
+    for part in parts:
+        spool.append(part)
+    return spool.array()
+
+
+def write(path: Path, **arrays: np.ndarray) -> None:
+    """Write an .npz file of named arrays."""
+    files.write_bytes(path, npz(**arrays))
+
+
+def npz(**arrays: np.ndarray) -> memoryview:
+    """Encode named arrays as an .npz file; equal arrays give equal bytes."""
+    large = sum(values.nbytes for values in arrays.values()) >= LARGE
+    with _explain_errors(), tempfile.TemporaryFile(prefix="tpaw-") if large else io.BytesIO() as file:
+        np.savez(file, allow_pickle=False, **arrays)  # type: ignore[arg-type] # numpy's stub takes names for options
+        file.flush()
+        return memoryview(_mapped(file) if large else file.getvalue())  # type: ignore[union-attr]
+
+
+def read(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Read the named arrays of an .npz file, by default all. Pickled content is rejected.
+
+    Raises:
+        CorruptedFile: the content cannot be read.
+    """
+    try:
+        with _open(path) as stream, zipfile.ZipFile(stream) as archive:
+            names = names or tuple(name.removesuffix(".npy") for name in archive.namelist())
+            return {name: _read_member(archive, name) for name in names}
+    except Exception as error:  # zipfile, struct, numpy and the system raise many types
+        if not files.is_corruption(error, path):
+            raise
+        raise files.CorruptedFile(path, f"the file is damaged ({type(error).__name__}: {error})") from error
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    member = archive.getinfo(f"{name}.npy")
+    with archive.open(member) as stream:
+        if member.file_size < LARGE:
+            return npy.read_array(stream, allow_pickle=False)
+        version = npy.read_magic(stream)
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, in_columns, dtype = read_header(stream)
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds Python objects")
+        spool = Spool(dtype)
+        spool.append_stream(stream)
+    return spool.array().reshape(shape, order="F" if in_columns else "C")
+
+
+def _open(path: Path) -> IO[bytes]:
+    if not bucket.is_remote(path):
+        return path.open("rb")
+    with bucket.explain_errors(path):
+        if files.size(path) < LARGE:
+            return io.BytesIO(path.read_bytes())
+        copy = tempfile.TemporaryFile(prefix="tpaw-")  # noqa: SIM115
+        with path.open("rb") as stream:
+            shutil.copyfileobj(stream, copy, _CHUNK)
+        copy.seek(0)
+        return copy
+
+
+def _mapped(file: Any) -> mmap.mmap:
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+@contextlib.contextmanager
+def _explain_errors() -> Iterator[None]:
+    with files.explain_errors(Path(tempfile.gettempdir())):
+        yield
