@@ -107,7 +107,7 @@ def _merges(prompt: np.ndarray, target: np.ndarray, template: Template) -> bool:
     return encode(decode(ids) + decode(target))[: len(ids)] != ids == encode(decode(ids))
 
 
-def _histogram(lengths: Sequence[int]) -> str:
+def _histogram(lengths: np.ndarray) -> str:
     counts = np.histogram(lengths, BINS)[0].tolist()
     return "".join(BARS[math.ceil(count / max(counts) * (len(BARS) - 1))] for count in counts)
 
