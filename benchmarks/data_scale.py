@@ -26,7 +26,7 @@ from tpaw_jax.config import RunConfig, config_file
 from tpaw_jax.data import dataset, packing, prefix_trees, templates
 from tpaw_jax.models import hub
 from tpaw_jax.selfplay import round_store
-from tpaw_jax.storage import journal
+from tpaw_jax.storage import array_files, journal
 from tpaw_jax.types import Generations, Prompts, Ragged
 
 ROOT = Path(__file__).parent.parent
@@ -108,7 +108,8 @@ def measure(count: int, directory: Path, host: int, hosts: int, port: int, proce
         prompts, _, _ = timed("reading and tokenizing", dataset.load, run.data, template, run.seed, shared)
         store = round_store.open_store(journal.open_journal(Path(own)), prompts)
         for t in range(3):
-            store = timed("storing three rounds", round_store.append, store, generations(prompts, t))
+            responses = generations(prompts, t)
+            store = timed("storing three rounds", round_store.append, store, responses)
         window = [store.generations[t] for t in reversed(range(3))]
         trees = timed("trees", prefix_trees.trees_of_window, prompts, window, store.sources)
         rows = timed("packing", packing.pack, trees, run.packing)
@@ -164,11 +165,12 @@ def write_records(path: Path, count: int) -> None:
 
 
 def generations(prompts: Prompts, t: int) -> Generations:
-    """A round of responses of random tokens."""
+    """A round of responses of random tokens, where the engine would put them."""
     rng = np.random.default_rng(t)
     lengths = common.lengths(len(prompts), 3, 1.0, 0)[2][:, t]
-    draw, blank = rng.integers(3, 512, lengths.sum(), np.int32), np.zeros(lengths.sum(), np.float32)
-    return Generations(t, Ragged.split(draw, lengths), Ragged.split(blank, lengths))
+    tokens = array_files.join((rng.integers(3, 512, n, np.int32) for n in lengths), np.int32)
+    log_probs = array_files.join((np.zeros(n, np.float32) for n in lengths), np.float32)
+    return Generations(t, Ragged.split(tokens, lengths), Ragged.split(log_probs, lengths))
 
 
 if __name__ == "__main__":

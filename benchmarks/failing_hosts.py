@@ -172,12 +172,12 @@ def disk_full(marker: Path) -> None:
     """A full disk, when the first responses are written."""
     from tpaw_jax.storage import files
 
-    def full(path: Path, lines: Any) -> None:
+    def full(path: Path, content: bytes) -> None:
         marker.touch()
         with files.explain_errors(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    files.append_lines = full
+    files.append = full
 
 
 def not_finite(marker: Path) -> None:

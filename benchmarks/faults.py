@@ -230,7 +230,7 @@ def damages(count: int, of, environment: dict[str, str]) -> None:
     every = [
         (*file, *kind)
         for file, kind in itertools.product(FILES.items(), KINDS.items())
-        if "sampled" not in file[1] or kind[0] in ("one bit flipped", "cut in half")  # without lines it is as unbegun
+        if "sampled" not in file[1] or kind[0] in ("one bit flipped", "cut in half")  # without blocks it is as unbegun
     ]
     for name, file, kind, damage in every[:count]:
         directory = of("damaged")

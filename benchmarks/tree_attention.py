@@ -99,7 +99,7 @@ def random_rows(seed: int, length: int) -> tuple[packing.TreeBatch, int]:
     prompts = Prompts(np.arange(len(x), dtype=np.int32), x, y)
     sources = np.where(sizes[:, 2:] > 0, np.arange(3), prefix_trees.NONE)
     responses = {TARGET: y, **dict(enumerate(generated))}
-    trees = prefix_trees.Trees(prompts, responses, prompts.ids, sources, triplets=True)
+    trees = prefix_trees.Trees(prompts, responses, prompts.ids, sources, found_in=sources, triplets=True)
     return packing.pack(trees, config).batch, len(trees)
 
 

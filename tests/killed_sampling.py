@@ -25,10 +25,11 @@ def answer(stories, path, temperature, slots, mesh=None, die_after=None):
 
     def keep(responses):
         generation_file.append(path, prompts, responses)
-        if die_after is not None and len(path.read_text().splitlines()) >= die_after:
+        if die_after is not None and len(generation_file.read_partial([path], prompts)) >= die_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    before = generation_file.read_and_repair(path, prompts)
+    generation_file.repair(path)
+    before = generation_file.read_partial([path], prompts)
     return engine.generate(sampler, stories[1], prompts, seed=3, round_number=2, finished=before, on_finished=keep)
 
 

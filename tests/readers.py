@@ -66,7 +66,7 @@ READERS = {  # what it reads: the file's name, the reader
         "given.jsonl",
         lambda path: generation_file.read(path, PROMPTS, template(), 512, 16, 0),
     ),
-    "responses kept while sampling": ("sampled.jsonl", lambda path: generation_file.read_and_repair(path, PROMPTS)),
+    "responses kept while sampling": ("sampled.part", lambda path: generation_file.read_partial([path], PROMPTS)),
     "the architecture of a model": ("config.json", read_model),
     "weights in safetensors": ("model.safetensors", read_weights),
     "a model in GGUF": ("model.gguf", lambda path: hub.load_pretrained(path)),
@@ -119,7 +119,8 @@ def _given(path):
 
 
 def _sampled(path):
-    generation_file.append(path, PROMPTS, {i: (np.ones(3, np.int32), np.zeros(3, np.float32)) for i in range(3)})
+    for i in range(3):
+        generation_file.append(path, PROMPTS, {i: (np.ones(3, np.int32), np.zeros(3, np.float32))})
 
 
 def _gguf(path):
@@ -169,7 +170,7 @@ MAKERS = {
     "records.json": _records,
     "records.parquet": _records,
     "given.jsonl": _given,
-    "sampled.jsonl": _sampled,
+    "sampled.part": _sampled,
     "config.json": _copy("config.json"),
     "model.safetensors": _copy("model.safetensors"),
     "model.gguf": _gguf,

@@ -22,7 +22,7 @@ from typing import Any
 _PUBLIC = {
     "config": ("ObjectiveConfig", "PackingConfig", "RunConfig", "SamplingConfig", "TrainConfig", "load"),
     "data.packing": ("Rows", "pack", "step_batch"),
-    "data.prefix_trees": ("Tree", "trees_of_window"),
+    "data.prefix_trees": ("Tree", "Trees", "trees_of_window"),
     "generation.decoder": ("Decoder", "decoder_from_apply_fn", "decoder_of"),
     "generation.engine": ("generate",),
     "generation.slots": ("Sampler", "make_sampler"),
@@ -39,7 +39,7 @@ _PUBLIC = {
         "make_step",
         "make_train_step",
     ),
-    "types": ("Generations", "Prompts", "TeamScores", "TrainState", "TreeBatch"),
+    "types": ("Generations", "Prompts", "Ragged", "TeamScores", "TrainState", "TreeBatch"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

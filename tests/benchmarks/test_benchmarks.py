@@ -96,7 +96,7 @@ def test_a_host_whose_disk_is_full_ends_the_other(tmp_path):
     (line,) = run(tmp_path / "lines", "failing_hosts.py", "--case", "disk:1", "--timeout", "10")
     assert line["codes"] == [2, 2]
     assert line["rounds"] == 0
-    said = "sampled_0001.jsonl could not be written: the disk is full."
+    said = "sampled_0001.part could not be written: the disk is full."
     assert line["said"][0][-1].startswith("tpaw: Process 1 of 2 (host ")
     assert all(said in sentences[-1] for sentences in line["said"])
 

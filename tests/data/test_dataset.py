@@ -9,7 +9,7 @@ import pytest
 from conftest import DEMO, STORIES
 
 from tpaw_jax.config import DataConfig, PackingConfig, SourceConfig
-from tpaw_jax.data import dataset, prefix_trees, templates
+from tpaw_jax.data import dataset, prefix_trees, segments, templates
 from tpaw_jax.data.records import Record, parse_record
 from tpaw_jax.models import hub
 
@@ -175,9 +175,9 @@ def test_every_assistant_turn_can_be_a_target(tmp_path, smollm2_tokenizer):
         "<|im_start|>system\nCount.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n1<|im_end|>"
     )
     assert text(prompts.prompt_tokens[by_target["2"]]).startswith(second)
-    segments = prefix_trees.segments_of(prefix_trees.trees_of_targets(prompts), PackingConfig(row_length=256))
+    found = segments.segments_of(prefix_trees.trees_of_targets(prompts), PackingConfig(row_length=256))
     whole = max(len(x) + len(y) for x, y in zip(prompts.prompt_tokens, prompts.target_tokens, strict=True))
-    assert max(segment.length for segment in segments) == whole - 1
+    assert max(segment.length for segment in found) == whole - 1
 
 
 def test_conversations_are_held_out_whole(tmp_path, smollm2_tokenizer):

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpaw_jax.config import PackingConfig
-from tpaw_jax.data import packing, prefix_trees
-from tpaw_jax.data.first_fit import Bins
+from tpaw_jax.data import packing, prefix_trees, segments
 from tpaw_jax.models.attention import Visibility, visible
 from tpaw_jax.types import NOTHING, TARGET, Generations, Prompts, Ragged, TeamScores
 
@@ -77,6 +76,25 @@ def test_rows_hold_every_triplet_once_and_nothing_else(seed, count, row_length, 
     assert sorted(found) == sorted(expected)
 
 
+def test_sources_of_a_new_round_follow_from_those_of_the_rounds_before():
+    prompts, rounds = random_prompts(np.random.default_rng(4), 30)
+    empty = np.zeros(0, np.int32)
+    rounds[2] = Generations(2, [*rounds[0].tokens[:3], *rounds[2].tokens[3:]], NOTHING)
+    prompts = Prompts(prompts.ids, prompts.prompt_tokens, [*prompts.target_tokens[:29], empty])
+    rounds.append(Generations(3, [*rounds[2].tokens[:5], *rounds[1].tokens[5:29], empty], NOTHING))
+    whole = prefix_trees.first_sources(prompts, rounds)
+    known: dict = {}
+    for n in range(4):
+        known = prefix_trees.first_sources(prompts, rounds[: n + 1], known)
+    expected = []
+    for i in range(30):
+        seen = {bytes(prompts.target_tokens[i]): TARGET}
+        expected.append([seen.setdefault(bytes(g.tokens[i]), g.round) for g in rounds])
+    for r in range(4):
+        assert whole[r].tolist() == known[r].tolist() == [row[r] for row in expected]
+    assert {0, 1, 2, TARGET} <= set(whole[3].tolist())
+
+
 def test_equal_responses_are_computed_once_and_counted():
     prompts, rounds, trees, _ = pack_window(0, 4)
     sources = prefix_trees.first_sources(prompts, rounds)
@@ -86,6 +104,45 @@ def test_equal_responses_are_computed_once_and_counted():
     assert trees[0].triplets == ((0, 1, 3),)
     assert (0, 0, 2) in trees[1].triplets  # y against itself keeps its gradient, twice
     assert sum(n for _, _, n in trees[1].triplets) == 3
+
+
+def test_a_response_may_repeat_one_of_a_round_that_left_the_window():
+    prompts, rounds = random_prompts(np.random.default_rng(0), 6)
+    tokens = [rounds[0].tokens[i] if i % 2 else rounds[2].tokens[i] for i in range(6)]
+    newest = Generations(3, tokens, NOTHING)
+    sources = prefix_trees.first_sources(prompts, [*rounds, newest])
+    assert 0 in sources[3]
+    trees = prefix_trees.trees_of_window(prompts, [newest, rounds[2], rounds[1]], sources)
+    for i, tree in enumerate(trees):
+        texts = dict(zip(tree.sources, map(bytes, tree.responses), strict=True))
+        for g in (newest, *rounds[1:]):
+            assert texts[sources[g.round][i]] == bytes(g.tokens[i])
+        assert (trees.sizes.tokens[i], trees.sizes.predictions[i]) == (tree.length, tree.predictions)
+    alone = trees.only(trees.distinct == 0)  # of a player that has scored all but what round 0 sampled
+    assert [tree.sources for tree in alone] == [(0,)] * len(alone)
+    rows = packing.pack(alone, PackingConfig(row_length=160))
+    labels = sorted(rows.batch.labels[rows.batch.response_ids < 64].tolist())
+    of_round_0 = [tree.responses[tree.sources.index(0)] for tree in trees if 0 in tree.sources]
+    assert labels == sorted(np.concatenate(of_round_0).tolist())
+
+
+@pytest.mark.parametrize(("row_length", "most", "tokens"), [(60, 64, [59, 59, 59]), (200, 8, [74, 53])])
+def test_the_parts_of_a_tree_that_does_not_fit_share_its_prompt(row_length, most, tokens):
+    prompts = Prompts(np.zeros(1, np.int32), [np.arange(50, dtype=np.int32)], [np.zeros(1, np.int32)])
+    responses = {k: Ragged.of([np.full(4, k, np.int32)]) for k in range(9)}
+    config = PackingConfig(row_length=row_length, max_responses_per_row=most)
+    found = segments.segments_of(prefix_trees.trees_of_responses(prompts, responses), config)
+    assert [segment.length for segment in found] == tokens == found.sizes.tokens.tolist()
+
+
+def test_the_sizes_of_segments_are_those_of_each():
+    for draw in (random_prompts, random_conversations):
+        _, _, trees, rows = pack_window(5, 9, draw=draw)
+        for i, tree in enumerate(trees):
+            expected = (tree.length, tree.predictions, len(tree.responses), sum(n for *_, n in tree.triplets))
+            assert tuple(trees.sizes.take(i))[:4] == expected
+        for i, segment in enumerate(rows.segments):
+            assert tuple(rows.segments.sizes.take(i)) == segment.sizes
 
 
 def test_the_last_token_of_a_response_takes_no_space():
@@ -118,13 +175,13 @@ def test_the_turns_of_a_conversation_share_what_they_begin_with():
     )
     config = PackingConfig(row_length=256)
     trees = prefix_trees.trees_of_targets(prompts)
-    joined, alone = prefix_trees.segments_of(trees, config)
+    joined, alone = segments.segments_of(trees, config)
     assert joined.length == 99  # of the targets, only the last takes tokens, all but its end
     assert alone.length == 34
     responses = Ragged.of(np.full(6, 7 + i, np.int32) for i in range(4))
     trees = prefix_trees.trees_of_responses(prompts, {0: responses})
-    assert [s.length for s in prefix_trees.segments_of(trees, config)] == [80 + 3 * 5, 30 + 5]
-    one_by_one = prefix_trees.segments_of(trees, PackingConfig(row_length=89))  # the third response does not fit
+    assert [s.length for s in segments.segments_of(trees, config)] == [80 + 3 * 5, 30 + 5]
+    one_by_one = segments.segments_of(trees, PackingConfig(row_length=89))  # the third response does not fit
     assert [len(s.trees) for s in one_by_one] == [1, 2, 1]
 
 
@@ -137,13 +194,13 @@ def test_what_a_prompt_adds_to_the_shared_part_is_repeated_before_each_response(
         conversations=np.array([5, 5], np.int32),
     )
     config = PackingConfig(row_length=256)
-    segments = prefix_trees.segments_of(prefix_trees.trees_of_targets(prompts), config)
-    assert [s.length for s in segments] == [52 + (2 + 9) + 8]
+    found = segments.segments_of(prefix_trees.trees_of_targets(prompts), config)
+    assert [s.length for s in found] == [52 + (2 + 9) + 8]
     # 20 leads of 2 tokens: no fewer than the 30 that are shared
     nothing = np.zeros(0, np.int32)
     many = {r: Ragged.of([np.full(9, r, np.int32), history[:9] if r == 0 else nothing]) for r in range(20)}
     trees = prefix_trees.trees_of_responses(prompts, many)
-    assert [s.length for s in prefix_trees.segments_of(trees, config)] == [52 + 8, 32 + 20 * 8]
+    assert [s.length for s in segments.segments_of(trees, config)] == [52 + 8, 32 + 20 * 8]
 
 
 def test_rows_are_well_filled():
@@ -210,7 +267,7 @@ def first_fit(needs, capacity):
 def test_bins_are_those_of_first_fit(items, decreasing):
     """Also where each need has room in a bin of its own, but none has room for all of them."""
     items = sorted(items, reverse=True) if decreasing else items
-    bins = Bins((12, 9, 3))
+    bins = packing.Bins((12, 9, 3))
     assert [bins.add(item) for item in items] == first_fit(items, (12, 9, 3))
     for free in bins._free:  # a node that says more than is below it costs only time
         assert free[1 : len(free) // 2] == [max(pair) for pair in zip(free[2::2], free[3::2], strict=True)]
@@ -218,7 +275,7 @@ def test_bins_are_those_of_first_fit(items, decreasing):
 
 def test_an_item_that_no_bin_can_hold_is_refused():
     with pytest.raises(ValueError, match=r"needs \(3, 5, 1\) does not fit into a bin of \(4, 4, 4\)"):
-        Bins((4, 4, 4)).add((3, 5, 1))
+        packing.Bins((4, 4, 4)).add((3, 5, 1))
 
 
 def trees_of_lengths(x, y, generated):

@@ -129,7 +129,7 @@ def test_a_stopped_call_resumes_and_gives_the_same_result(tmp_path, monkeypatch,
     with pytest.raises(KeyboardInterrupt):
         answer(out)
     assert not out.exists()
-    assert len(list(tmp_path.glob("stopped.jsonl.*.part"))) == 1
+    assert len(list(tmp_path.glob("stopped.jsonl.*.sampled"))) == 1
     monkeypatch.setattr(engine, "generate", watched)
     for other in ({"seed": 1}, {"sampling.temperature": 0.5}, {"policy.path": changed_model(tmp_path / "model")}):
         answer(out, small_run(tmp_path / "run", **other))
@@ -137,7 +137,7 @@ def test_a_stopped_call_resumes_and_gives_the_same_result(tmp_path, monkeypatch,
     answer(out, small_run(tmp_path / "run", **{"sampling.slots": 4}))
     assert 0 < len(resumed) < 12 * num_generations
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.sampled"))
 
 
 def test_prompts_from_a_file_get_the_same_responses_as_those_from_the_configuration(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
-"""Responses as JSON lines: another engine's, checked line by line, and those of an unfinished round."""
+"""Responses in files: another engine's, checked line by line, and those of an unfinished round."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -100,16 +101,20 @@ def test_unanswered_prompts_and_a_missing_file_are_reported(tmp_path, prompts, t
         read(tmp_path / "none.jsonl", prompts, template)
 
 
-def test_appended_responses_are_read_back_and_a_truncated_line_is_removed(tmp_path, prompts):
-    path = tmp_path / "sampled.jsonl"
-    assert generation_file.read_and_repair(path, prompts) == {}
+def test_appended_responses_are_read_back_and_a_truncated_block_is_removed(tmp_path, prompts):
+    path = tmp_path / "sampled.part"
+    generation_file.append(path, prompts, {})
+    assert generation_file.read_partial([path], prompts) == {}
     made = {i: (np.arange(i + 1, dtype=np.int32), np.float32([-1 / 3] * (i + 1))) for i in range(3)}
-    generation_file.append(path, prompts, {2: made[2]})
-    generation_file.append(path, prompts, {0: made[0], 1: made[1]})
+    for some in ((2, 0), (1,)):
+        generation_file.append(path, prompts, {i: made[i] for i in some})
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
-    found = generation_file.read_and_repair(path, prompts)
+    said = []
+    generation_file.repair(path, said.append)
+    found = generation_file.read_partial([path], prompts)
     assert list(found) == [2, 0]
+    assert re.match(r".*sampled\.part: \d+ of \d+ bytes are corrupted or truncated; the prompts that", said[0])
     for i, (tokens, log_probs) in found.items():
         np.testing.assert_array_equal(tokens, made[i][0])
         np.testing.assert_array_equal(log_probs, made[i][1])  # bit for bit
@@ -117,8 +122,18 @@ def test_appended_responses_are_read_back_and_a_truncated_line_is_removed(tmp_pa
     assert path.read_bytes() == whole
 
 
+def test_only_the_responses_asked_for_are_read(tmp_path, prompts):
+    path = tmp_path / "sampled.part"
+    made = {i: (np.full(i + 1, i, np.int32), np.zeros(i + 1, np.float32)) for i in range(6)}
+    generation_file.append(path, prompts, made, num_generations=2)
+    read = lambda prompts, **more: list(generation_file.read_partial([path], prompts, **more))
+    assert read(prompts, num_generations=2) == list(range(6))
+    assert read(prompts, num_generations=2, wanted=np.array([2, 0])) == [0, 1, 4, 5]
+    assert read(prompts.take([1, 0]), num_generations=2) == [2, 3, 0, 1]  # requests are numbered anew
+
+
 def test_appends_are_rate_limited_and_lose_nothing(tmp_path, prompts, monkeypatch):
-    path, now = tmp_path / "sampled.jsonl", iter([0.0, 0.0, 0.0, 1.0, 3.0, 3.0, 3.5, 9.0])
+    path, now = tmp_path / "sampled.part", iter([0.0, 0.0, 0.0, 1.0, 3.0, 3.0, 3.5, 9.0])
     monkeypatch.setattr(generation_file.time, "monotonic", lambda: next(now))
     made = {i: (np.arange(1, dtype=np.int32), np.zeros(1, np.float32)) for i in range(3)}
     there = lambda: list(generation_file.read_partial([path], prompts))
@@ -142,17 +157,17 @@ def test_appends_are_rate_limited_and_lose_nothing(tmp_path, prompts, monkeypatc
 
 
 def test_appends_to_a_bucket_are_objects_that_come_ever_more_rarely(in_bucket, prompts, monkeypatch):
-    path, now = in_bucket / "sampled_0000.jsonl", [0.0]
+    path, now = in_bucket / "sampled_0000.part", [0.0]
     monkeypatch.setattr(generation_file.time, "monotonic", lambda: now[0])
     response = np.arange(1, dtype=np.int32), np.zeros(1, np.float32)
     counts = []
     with generation_file.appender(path, prompts, seconds=2.0) as keep:
         for i, now[0] in enumerate([0.0, 1.0, 3.0, 1000.0, 1010.0, 1025.0]):
             keep({i % len(prompts): response})
-            counts.append(len(list(in_bucket.glob("sampled_0000*.jsonl"))))
+            counts.append(len(list(in_bucket.glob("sampled_0000*.part"))))
         keep({0: response})
     assert counts == [1, 1, 2, 3, 3, 4]
-    parts = list(in_bucket.glob("sampled_*.jsonl"))
+    parts = list(in_bucket.glob("sampled_*.part"))
     assert len(parts) == 5
     assert set(generation_file.read_partial(parts, prompts)) == set(range(min(6, len(prompts))))
 

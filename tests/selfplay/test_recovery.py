@@ -15,7 +15,7 @@ from tpaw_jax.config import ObjectiveConfig, config_file
 from tpaw_jax.generation.policy import open_policy
 from tpaw_jax.observe.health import Diverged
 from tpaw_jax.runtime import preemption, sharding
-from tpaw_jax.selfplay import loop, plan, session
+from tpaw_jax.selfplay import loop, plan, round_training, session
 from tpaw_jax.storage import files, journal, recovery, ring
 
 
@@ -169,6 +169,27 @@ def test_a_damaged_journal_is_replaced_by_another_and_told(runs, tmp_path, what)
     damage(directory / "journal.json")
     loop.play(small_run(directory, rounds=4), said.append)
     assert f"journal.json is corrupted or missing; the run uses {other} instead." in "\n".join(said)
+    assert_same(directory, runs[1])
+
+
+def test_responses_that_are_damaged_while_their_round_trains_do_not_cost_the_training(runs, tmp_path, monkeypatch):
+    """Only the summary reads them then. The next start samples them again."""
+    directory, said, trained = tmp_path / "run", [], []
+    shutil.copytree(runs[0], directory)
+    train = round_training.train
+
+    def damage(this, *arguments):
+        trained.append(this.number)
+        truncate(directory / "round_0003" / "generations.npz")
+        return train(this, *arguments)
+
+    monkeypatch.setattr(round_training, "train", damage)
+    summaries = loop.play(small_run(directory, rounds=4), said.append)
+    assert trained == [3]
+    assert any("round_0003/generations.npz: the file is damaged" in text and "gap" in text for text in said)
+    assert summaries[3]["sampler gap"] is None
+    loop.play(small_run(directory, rounds=4), said.append)
+    assert trained == [3]
     assert_same(directory, runs[1])
 
 

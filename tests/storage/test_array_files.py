@@ -51,10 +51,10 @@ def test_a_spool_holds_what_was_added(mapped):
 
 def test_joined_arrays_are_copies(mapped):
     one = np.arange(40)
-    joined = array_files.join([one, one[::-2]])
+    joined = array_files.join((part for part in (one, one[::-2])), int)
     one[:] = 0
     np.testing.assert_array_equal(joined, [*range(40), *range(39, -1, -2)])
-    assert array_files.join([np.zeros(0, np.float32)]).dtype == np.float32
+    assert array_files.join([], np.float32).dtype == np.float32
 
 
 def test_arrays_come_back_from_a_file(mapped, tmp_path):
@@ -97,14 +97,19 @@ def test_pickled_objects_are_refused(mapped, tmp_path):
         array_files.read(tmp_path / "a.npz")
 
 
-def test_a_full_temporary_directory_is_told_in_a_sentence(monkeypatch):
+def test_a_full_temporary_directory_is_told_in_a_sentence(monkeypatch, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     spool = array_files.Spool(np.int32)
     monkeypatch.setattr(tempfile.SpooledTemporaryFile, "write", full)
-    with pytest.raises(OSError, match=rf"^{tempfile.gettempdir()} could not be written: the disk is full\."):
+    told = rf"^{tempfile.gettempdir()} could not be written: the disk is full\."
+    with pytest.raises(OSError, match=told):
         spool.append(np.arange(3))
+    monkeypatch.setattr(array_files, "LARGE", 1)
+    array_files.write(tmp_path / "a.npz", **ARRAYS)
+    with pytest.raises(OSError, match=told):  # the file is not taken for damaged
+        array_files.read(tmp_path / "a.npz")
 
 
 def test_large_arrays_come_back_from_a_bucket(mapped, in_bucket):

@@ -234,7 +234,7 @@ def _join(records: np.ndarray, gathered: list[dict[str, np.ndarray]], total: int
     """The results of all processes, which lie in the order of `records`."""
     joined = lambda name: np.concatenate([one[name] for one in gathered])
     of_records, tokens = joined("turns"), [one["tokens"] for one in gathered]
-    buffer = tokens[0] if len(tokens) == 1 else array_files.join(tokens)
+    buffer = tokens[0] if len(tokens) == 1 else array_files.join(tokens, np.int32)
     turns, first = np.zeros(total, np.int32), np.zeros(total, np.int64)
     turns[records], first[records] = of_records, np.cumsum(of_records, dtype=np.int64) - of_records
     return _Tokens(turns, first, Ragged.split(buffer, joined("lengths").ravel()), joined("cuts"), errors)
@@ -257,6 +257,6 @@ def _count(flags: np.ndarray, bit: int) -> int:
 
 def _fingerprint(prompts: Prompts) -> str:
     digest = hashlib.sha256()
-    for tokens in (*prompts.prompt_tokens, *prompts.target_tokens, *prompts.rejected_tokens):
+    for tokens in itertools.chain(prompts.prompt_tokens, prompts.target_tokens, prompts.rejected_tokens):
         digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())
     return digest.hexdigest()[:16]

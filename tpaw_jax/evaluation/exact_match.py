@@ -17,7 +17,7 @@ from tpaw_jax.config import EvaluationConfig, RunConfig, SamplingConfig, SourceC
 from tpaw_jax.data.records import parse_record
 from tpaw_jax.data.sources import read_source
 from tpaw_jax.data.templates import Template
-from tpaw_jax.generation import engine
+from tpaw_jax.generation import engine, generation_file
 from tpaw_jax.generation.policy import Policy
 from tpaw_jax.generation.slots import Sampler
 from tpaw_jax.types import Prompts, Ragged
@@ -117,7 +117,7 @@ def evaluate(
         progress=progress,
     )
     if not together:
-        generations = engine.gather_from_processes(generations, indices, 0)
+        generations = generation_file.gather_from_processes(generations, indices, 0)
     tokens = generations.tokens
     seconds = time.perf_counter() - start
     decode = lambda ids: template.tokenizer.decode(ids, skip_special_tokens=True)

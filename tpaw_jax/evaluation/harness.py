@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from tpaw_jax.config import RunConfig
 from tpaw_jax.data import packing, prefix_trees
+from tpaw_jax.data.packing import Rows
 from tpaw_jax.generation import engine
 from tpaw_jax.generation.policy import Policy
 from tpaw_jax.runtime import sharding, tpu
@@ -113,6 +114,8 @@ class PolicyLM(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Log-prob of each continuation given its context, in nats, and whether greedy decoding would give it."""
+        if not requests:
+            return []
         by_context: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
         for number, ((_, text), context, continuation) in enumerate(requests):
             if not continuation:
@@ -120,13 +123,8 @@ class PolicyLM(TemplateLM):
             tokens = [*context, *continuation][-(self.max_length + 1) :]
             cut = max(1, len(tokens) - len(continuation))
             by_context.setdefault(tuple(tokens[:cut]), {})[number] = np.asarray(tokens[cut:], np.int32)
-        contexts = Ragged.of(np.array(context, np.int32) for context in by_context)
-        numbers = [list(continuations) for continuations in by_context.values()]  # of requests, by context
-        nothing = np.zeros(0, np.int32)
-        texts = itertools.zip_longest(*(of.values() for of in by_context.values()), fillvalue=nothing)
-        prompts = Prompts(np.arange(len(contexts), dtype=np.int32), contexts, Ragged.zeros(np.zeros(len(contexts))))
-        trees = prefix_trees.trees_of_responses(prompts, {k: Ragged.of(some) for k, some in enumerate(texts)})
-        rows, results = packing.pack(trees, self.packing), {}
+        rows, numbers = self._pack(by_context)
+        results = {}
         size = self.packing.rows_per_batch
         for first in tqdm(range(0, len(rows), size), desc="scoring", disable=disable_tqdm):
             batch = packing.take(rows, np.arange(first, min(first + size, len(rows))), size)
@@ -135,6 +133,24 @@ class PolicyLM(TemplateLM):
                 number = numbers[batch.prompt_index[row, response]][batch.source[row, response]]
                 results[number] = values[row, response]
         return [(float(results[n][0]), bool(results[n][1])) for n in range(len(requests))]
+
+    def _pack(self, by_context: Mapping[tuple[int, ...], Mapping[int, np.ndarray]]) -> tuple[Rows, list[list[int]]]:
+        """Rows of the continuations of each context, and their requests by prompt and source of the rows.
+
+        A context with more continuations than a row may have is several prompts.
+        """
+        contexts, numbers, texts = [], [], []
+        for context, continuations in by_context.items():
+            requests = list(continuations)
+            for first in range(0, len(requests), self.packing.max_responses_per_row):
+                numbers.append(requests[first : first + self.packing.max_responses_per_row])
+                contexts.append(np.array(context, np.int32))
+                texts.append([continuations[number] for number in numbers[-1]])
+        by_source = itertools.zip_longest(*texts, fillvalue=np.zeros(0, np.int32))
+        ids = np.arange(len(contexts), dtype=np.int32)
+        prompts = Prompts(ids, Ragged.of(contexts), Ragged.zeros(np.zeros(len(ids))))
+        trees = prefix_trees.trees_of_responses(prompts, {k: Ragged.of(some) for k, some in enumerate(by_source)})
+        return packing.pack(trees, self.packing), numbers
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """A response to each context, truncated at the first of its stop strings."""

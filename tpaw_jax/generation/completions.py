@@ -34,7 +34,7 @@ def answer(
     """Write `num_generations` responses to each prompt to `out`, one JSON line per response.
 
     The prompts are those of the configuration's data, or of the file `given` (see `read_prompts`). Finished responses
-    are kept in a `.part` file beside `out`, named by a digest of all they depend on, and the same call resumes from it.
+    are kept in a `.sampled` file beside `out`, named by a digest of all they depend on; the same call resumes from it.
 
     Raises:
         FileNotFoundError: the file `given` or the model does not exist.
@@ -48,8 +48,9 @@ def answer(
     policy = open_policy(config, mesh)
     prompts, skipped = _load_prompts(config, policy, given)
     digest, total = _digest(config, policy, prompts, round_number, num_generations), len(prompts) * num_generations
-    unfinished = out.with_name(f"{out.name}.{digest}.part")
-    finished = generation_file.read_and_repair(unfinished, prompts, say, num_generations)
+    unfinished = out.with_name(f"{out.name}.{digest}.sampled")
+    generation_file.repair(unfinished, say)
+    finished = generation_file.read_partial([unfinished], prompts, num_generations=num_generations)
     if finished:
         say(f"Resuming: {len(finished)} of {total} responses are already sampled.")
     keeping = generation_file.appender(unfinished, prompts, num_generations=num_generations)

@@ -8,7 +8,6 @@ always queued behind the running one, so the device never waits for the host.
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from tpaw_jax.generation import token_sampling
 from tpaw_jax.generation.cache import PAGE, Pages
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK, Admission, Prefilled, Sampler, Snapshot, Weights
 from tpaw_jax.runtime import sharding
-from tpaw_jax.storage import array_files, exchange
+from tpaw_jax.storage import array_files
 from tpaw_jax.types import AnyArray, Generations, PackedPrompts, Prompts, Ragged
 
 Response = tuple[np.ndarray, np.ndarray]
@@ -96,8 +95,10 @@ def generate(
 
 def generations_of(round_number: int, responses: Sequence[Response]) -> Generations:
     """A round's `Generations` from its responses, in their order."""
-    tokens, log_probs = Ragged.of(t for t, _ in responses), Ragged.of((p for _, p in responses), np.float32)
-    return Generations(round_number, tokens, log_probs)
+    lengths = np.array([len(tokens) for tokens, _ in responses], np.int32)
+    tokens = array_files.join((tokens for tokens, _ in responses), np.int32)
+    log_probs = array_files.join((log_probs for _, log_probs in responses), np.float32)
+    return Generations(round_number, Ragged.split(tokens, lengths), Ragged.split(log_probs, lengths))
 
 
 def stop_at(decode: Callable[[np.ndarray], str], strings: Sequence[str]) -> StopFn:
@@ -121,25 +122,6 @@ def local_share(sampler: Sampler, prompts: int) -> tuple[np.ndarray, bool]:
     if sampler.processes > 1:
         return np.arange(prompts), True
     return np.arange(jax.process_index(), prompts, jax.process_count()), False
-
-
-def gather_from_processes(
-    generations: Generations, indices: np.ndarray, round_number: int, directory: Path | None = None
-) -> Generations:
-    """The responses to all prompts, one each, given this process's own to the prompts at `indices`. They go through a
-    `directory` that all processes share, or through the devices."""
-    gathered = exchange.all_gather(
-        directory,
-        "responses",
-        index=indices,
-        lengths=generations.tokens.lengths,
-        tokens=generations.tokens.flat(),
-        log_probs=generations.log_probs.flat(),
-    )
-    joined = {name: array_files.join([part[name] for part in gathered]) for name in gathered[0]}
-    in_order = np.argsort(joined["index"])
-    ordered = lambda values: Ragged.split(values, joined["lengths"]).take(in_order)
-    return Generations(round_number, ordered(joined["tokens"]), ordered(joined["log_probs"]))
 
 
 class _Waiting(NamedTuple):

@@ -1,16 +1,14 @@
-"""Responses as JSON lines: those that another engine wrote for a round, and those that a round has sampled so far.
+"""Responses in files: another engine's, those that a round has sampled so far, and those that processes exchange.
 
-One line per response: {"prompt_id": 7, "token_ids": [12, 9, 2], "log_probs": [-0.3, -1.2, -0.1]}. Another engine may
-omit `log_probs`, may give the text `response` instead of `token_ids`, and may add `prompt_token_ids`, by which a
-different tokenizer or template is detected. A run's own lines end with `check`, the CRC-32 of the other fields; if a
-prompt has several responses, `sample` numbers them.
+Another engine's file has one line per response: {"prompt_id": 7, "token_ids": [12, 9, 2], "log_probs": [-0.3, -1.2,
+-0.1]}. It may omit `log_probs`, may give the text `response` instead of `token_ids`, and may add `prompt_token_ids`, by
+which a different tokenizer or template is detected. A run's own responses are blocks of arrays (`storage.block_log`).
 """
 
 import contextlib
-import json
+import itertools
 import math
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +17,8 @@ import numpy as np
 
 from tpaw_jax.data.templates import Template
 from tpaw_jax.generation.engine import Response, generations_of
-from tpaw_jax.storage import bucket, files
-from tpaw_jax.types import Generations, Prompts
+from tpaw_jax.storage import array_files, block_log, bucket, exchange, files
+from tpaw_jax.types import Generations, Prompts, Ragged
 
 SECONDS_BETWEEN_APPENDS = 2.0
 """A bucket mounted as a file system accepts about one write per file and second, and each write blocks."""
@@ -110,69 +108,85 @@ def append(path: Path, prompts: Prompts, responses: Mapping[int, Response], num_
 
     In a bucket, every call writes an object of its own, whose name begins as the path's.
     """
-    lines = []
-    for n, (tokens, log_probs) in responses.items():
-        i, sample = divmod(n, num_generations)
-        record = {"prompt_id": int(prompts.ids[i]), "token_ids": tokens.tolist(), "log_probs": log_probs.tolist()}
-        record |= {"sample": sample} if num_generations > 1 else {}
-        lines.append(json.dumps(record | {"check": _check(record)}))
+    if not responses:
+        return
+    index, sample = np.divmod(np.array(list(responses), np.int64), num_generations)
+    tokens, log_probs = zip(*responses.values(), strict=True)
+    block = block_log.block(
+        prompt_id=prompts.ids[index],
+        sample=sample,
+        lengths=np.array([len(one) for one in tokens], np.int32),
+        tokens=np.concatenate(tokens),
+        log_probs=np.concatenate(log_probs),
+    )
     if bucket.is_remote(path):
-        part = path.with_name(f"{path.stem}_{time.time_ns():x}.jsonl")
-        files.replace(part, "".join(line + "\n" for line in lines).encode())
+        files.replace(path.with_name(f"{path.stem}_{time.time_ns():x}{path.suffix}"), block)
     else:
-        files.append_lines(path, lines)
+        files.append(path, block)
 
 
-def read_and_repair(
-    path: Path, prompts: Prompts, say: Callable[[str], None] = lambda text: None, num_generations: int = 1
-) -> dict[int, Response]:
-    """The responses that `append` wrote, by request. Removes truncated and corrupted lines from the file."""
-    responses, intact = _read_appended(path, prompts, num_generations)
-    if path.exists() and len(content := b"".join(intact)) < files.size(path):
-        lines = len(path.read_bytes().splitlines())
-        say(
-            f"{path}: {lines - len(intact)} of {lines} lines are corrupted or truncated; "
-            "those prompts are answered again."
-        )
-        files.replace(path, content)
-    return responses
-
-
-def read_partial(paths: Iterable[Path], prompts: Prompts) -> dict[int, Response]:
-    """The responses that `append` wrote to several files, by prompt."""
-    responses: dict[int, Response] = {}
-    for path in paths:
-        responses |= _read_appended(path, prompts)[0]
-    return responses
-
-
-def _read_appended(path: Path, prompts: Prompts, num_generations: int = 1) -> tuple[dict[int, Response], list[bytes]]:
-    """The responses of a file's intact lines, by request, and those lines."""
-    responses: dict[int, Response] = {}
-    intact: list[bytes] = []
+def repair(path: Path, say: Callable[[str], None] = lambda text: None) -> None:
+    """Remove truncated and corrupted blocks from a file that `append` wrote."""
     if not path.exists():
-        return responses, intact
-    index_of = _index_by_id(prompts)
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            record = files.parse_json(line, path)
-            if record.pop("check") != _check(record) or not line.endswith(b"\n"):
-                continue
-            tokens, log_probs = np.array(record["token_ids"], np.int32), np.array(record["log_probs"], np.float32)
-            request = index_of[record["prompt_id"]] * num_generations + record.get("sample", 0)
-            responses[request] = tokens, log_probs
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-        intact.append(line)
-    return responses, intact
+        return
+    content = path.read_bytes()
+    spans = list(block_log.intact_spans(content))
+    damaged = len(content) - sum(end - start for start, end in spans)
+    if damaged:
+        say(
+            f"{path}: {damaged} of {len(content)} bytes are corrupted or truncated; the prompts that they answered are "
+            "answered again."
+        )
+        files.replace(path, b"".join(content[start:end] for start, end in spans))
+
+
+def read_partial(
+    paths: Iterable[Path], prompts: Prompts, wanted: np.ndarray | None = None, num_generations: int = 1
+) -> dict[int, Response]:
+    """The responses that `append` wrote to several files, by request; with `wanted`, only those to these prompts.
+
+    Damaged blocks, and responses to prompts that `prompts` does not have, are left out.
+    """
+    responses: dict[int, Response] = {}
+    by_id = np.argsort(prompts.ids, kind="stable")
+    asked = np.zeros(len(prompts), bool)
+    asked[slice(None) if wanted is None else wanted] = True
+    for block in itertools.chain.from_iterable(block_log.intact_blocks(p.read_bytes()) for p in paths if p.exists()):
+        index = by_id[np.searchsorted(prompts.ids, block["prompt_id"], sorter=by_id).clip(max=len(prompts) - 1)]
+        tokens, log_probs = (Ragged.split(block[name], block["lengths"]) for name in ("tokens", "log_probs"))
+        for n in np.flatnonzero((prompts.ids[index] == block["prompt_id"]) & asked[index]).tolist():
+            request = int(index[n]) * num_generations + int(block["sample"][n])
+            responses[request] = tokens[n].copy(), log_probs[n].copy()  # not views, which would keep the whole block
+    return responses
+
+
+def gather_from_processes(
+    generations: Generations, indices: np.ndarray, round_number: int, directory: Path | None = None
+) -> Generations:
+    """The responses to all prompts, one each, given this process's own to the prompts at `indices`.
+
+    They go through a `directory` that all processes share, or through the devices.
+    """
+    gathered = exchange.all_gather(
+        directory,
+        "responses",
+        index=indices,
+        lengths=generations.tokens.lengths,
+        tokens=generations.tokens.flat(),
+        log_probs=generations.log_probs.flat(),
+    )
+    of_all = lambda name: np.concatenate([part[name] for part in gathered])
+    in_order, lengths = np.argsort(of_all("index")), of_all("lengths")
+
+    def ordered(name: str, dtype: Any) -> Ragged:
+        values = Ragged.split(array_files.join((part.pop(name) for part in gathered), dtype), lengths).take(in_order)
+        return Ragged.split(array_files.join(values, dtype), values.lengths)
+
+    return Generations(round_number, ordered("tokens", np.int32), ordered("log_probs", np.float32))
 
 
 def _index_by_id(prompts: Prompts) -> dict[int, int]:
     return {int(prompt_id): i for i, prompt_id in enumerate(prompts.ids)}
-
-
-def _check(record: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(record).encode())
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:

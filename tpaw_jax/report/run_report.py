@@ -74,7 +74,7 @@ def read(run: str) -> RunRecord:
     rounds = {t: path for t, path in directories.items() if (path / "summary.json").exists()}
     lengths = {}
     for file in opened.names("sampling"):
-        lengths[opened.facts[file]["round"]] = array_files.read(directory / file)["lengths"]
+        lengths[opened.facts[file]["round"]] = array_files.read(directory / file, "lengths")["lengths"]
     lines = lambda path: [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     load = lambda path: json.loads(path.read_text()) if path.exists() else {}
     return RunRecord(

@@ -75,9 +75,10 @@ def append(store: Store, generations: Generations) -> Store:
     digest.update(tokens)
     name = generations_name(generations.round)
     journal.write(store.journal, name, "sampling", generations.round, content, digest.hexdigest())
-    kept = Generations(generations.round, Ragged.split(array_files.join([tokens]), lengths), NOTHING)
+    kept = Generations(generations.round, generations.tokens, NOTHING)
     together = {**store.generations, generations.round: kept}
-    sources = first_sources(store.prompts, list(together.values()))
+    before = {r: sources for r, sources in store.sources.items() if r < generations.round}
+    sources = first_sources(store.prompts, list(together.values()), before)
     return dataclasses.replace(store, generations=together, sources=sources)
 
 

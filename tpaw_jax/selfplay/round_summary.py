@@ -171,26 +171,39 @@ def _training_metrics(this: Round) -> dict[str, float]:
 
 
 def _response_metrics(this: Round, store: Store) -> dict[str, float | None]:
-    """Lengths of D_t in tokens, copies of the target, and how far the sampler's log-probs are from the scorer's.
-
-    The gap is in nats per token, the mean and the largest over responses. The two log-probs come from different
-    programs and batches, one with a key-value cache. A gap beyond rounding means a bug in one of them.
-    """
+    """Lengths of D_t in tokens, copies of the target, and the mean and largest of `_sampler_gaps`."""
     t, session = this.number, this.session
-    generations, scores, sampled = store.generations[t], store.scores[t], round_store.sampler_log_probs(store, t)
-    lengths = generations.tokens.lengths
-    gaps = [
-        abs(float(scores[int(source)][i]) - float(log_probs.sum())) / len(log_probs)
-        for i, (source, log_probs) in enumerate(zip(store.sources[t], sampled, strict=True))
-        if not np.isnan(log_probs).any()
-    ]
+    lengths, gaps = store.generations[t].tokens.lengths, _sampler_gaps(this, store)
+    mean_and_largest = np.array([np.mean(gaps), max(gaps)] if gaps else [])
+    gap = processes.all_gather(gap=mean_and_largest)[0]["gap"].tolist()  # not every process may have read them
     return {
         "response tokens": float(np.mean(lengths)),
         "at limit": float(np.mean(lengths >= session.config.longest_response)),
         "echoes": store.copies_of_target(t),
-        "sampler gap": float(np.mean(gaps)) if gaps else None,
-        "largest gap": max(gaps, default=None),
+        "sampler gap": gap[0] if gap else None,
+        "largest gap": gap[1] if gap else None,
     }
+
+
+def _sampler_gaps(this: Round, store: Store) -> list[float]:
+    """How far the sampler's log-probs of each response are from the scorer's, in nats per token.
+
+    The two come from different programs and batches, one with a key-value cache. A gap beyond rounding means a bug in
+    one of them. Responses without the sampler's log-probs are left out.
+    """
+    t, scores = this.number, store.scores[this.number]
+    try:
+        sampled = round_store.sampler_log_probs(store, t)
+    except files.CorruptedFile as error:  # the round is trained, so the summary does without them
+        this.session.say(
+            f"Warning: {error} The next start renames it. The gap of the sampler's log-probs is not known."
+        )
+        return []
+    return [
+        abs(float(scores[int(source)][i]) - float(log_probs.sum())) / len(log_probs)
+        for i, (source, log_probs) in enumerate(zip(store.sources[t], sampled, strict=True))
+        if not np.isnan(log_probs).any()
+    ]
 
 
 def _work(this: Round, store: Store) -> tuple[RoundWork, RoundWork]:

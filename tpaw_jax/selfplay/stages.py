@@ -72,7 +72,7 @@ def generate(this: Round, store: Store, policy: PyTree[Array], given: Path | Non
     with this.watch.time("other"):
         store = round_store.append(store, generations)
         if processes.is_main():
-            for sampled in this.directory.glob("sampled_*.jsonl"):
+            for sampled in this.directory.glob("sampled_*"):
                 sampled.unlink(missing_ok=True)
         round_summary.save_texts(session, store, this.number)
     return store
@@ -151,7 +151,7 @@ def _sample(this: Round, policy: PyTree[Array]) -> Generations:
     """
     session, prompts = this.session, this.session.prompts
     indices, together = engine.local_share(session.sampler, len(prompts))
-    path = this.directory / f"sampled_{jax.process_index():04d}.jsonl"
+    path = this.directory / f"sampled_{jax.process_index():04d}.part"
     saves = processes.is_main() or not together
     with (
         this.watch.time("sampling"),
@@ -159,10 +159,10 @@ def _sample(this: Round, policy: PyTree[Array]) -> Generations:
         progress(f"round {this.number} sampling", len(indices), "response") as bar,
     ):
         if saves:
-            for part in this.directory.glob(f"{path.stem}*.jsonl"):
-                generation_file.read_and_repair(part, prompts, session.say)
+            for part in this.directory.glob(f"{path.stem}*.part"):
+                generation_file.repair(part, session.say)
         processes.barrier("partial responses are read")
-        saved = generation_file.read_partial(sorted(this.directory.glob("sampled_*.jsonl")), prompts)
+        saved = generation_file.read_partial(sorted(this.directory.glob("sampled_*.part")), prompts, indices)
         finished = {n: saved[i] for n, i in enumerate(indices) if i in saved}
         if together:
             processes.check_same({"the responses that were sampled before": str(sorted(finished))})
@@ -181,7 +181,7 @@ def _sample(this: Round, policy: PyTree[Array]) -> Generations:
             )
         if together:
             return sampled
-        return engine.gather_from_processes(sampled, indices, this.number, session.directory)
+        return generation_file.gather_from_processes(sampled, indices, this.number, session.directory)
 
 
 def _sampling_progress(this: Round, bar: Any) -> Callable[[int, int], None]:

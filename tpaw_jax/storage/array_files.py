@@ -7,10 +7,9 @@ so the system keeps as much of it in memory as fits. It is a copy, which a chang
 import contextlib
 import io
 import mmap
-import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,13 +66,13 @@ class Spool:
             self._file.write(some)
 
 
-def join(parts: Sequence[np.ndarray]) -> np.ndarray:
+def join(parts: Iterable[np.ndarray], dtype: Any) -> np.ndarray:
     """A copy of some arrays, end to end, which is in a temporary file if it is large.
 
     Raises:
         OSError: the temporary directory cannot be written.
     """
-    spool = Spool(parts[0].dtype)
+    spool = Spool(dtype)
     for part in parts:
         spool.append(part)
     return spool.array()
@@ -130,11 +129,18 @@ def _open(path: Path) -> IO[bytes]:
     with bucket.explain_errors(path):
         if files.size(path) < LARGE:
             return io.BytesIO(path.read_bytes())
+        stream = path.open("rb")
+    with stream:
         copy = tempfile.TemporaryFile(prefix="tpaw-")  # noqa: SIM115
-        with path.open("rb") as stream:
-            shutil.copyfileobj(stream, copy, _CHUNK)
-        copy.seek(0)
-        return copy
+        while True:
+            with bucket.explain_errors(path):
+                some = stream.read(_CHUNK)
+            if not some:
+                break
+            with _explain_errors():
+                copy.write(some)
+    copy.seek(0)
+    return copy
 
 
 def _mapped(file: Any) -> mmap.mmap:

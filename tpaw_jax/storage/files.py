@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +60,19 @@ def explain_errors(path: Path) -> Iterator[None]:
         number = number or next((n for n in _WRITE_ERRORS if os.strerror(n).lower() in str(error).lower()), None)
         if number not in _WRITE_ERRORS:
             raise
-        raise OSError(
+        explained = OSError(
             f"{path} could not be written: {_WRITE_ERRORS[number]}. All finished work is intact. Fix the cause, then "
             "run the same command again to resume."
-        ) from error
+        )
+        explained.errno = number
+        raise explained from error
 
 
 def is_corruption(error: Exception, path: Path) -> bool:
     """Whether an error of reading `path` is caused by its content, not by memory, permissions or the network."""
     if bucket.is_remote(path) and bucket.is_outage(error):
         return False
-    system = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EIO)
+    system = (*_WRITE_ERRORS, errno.ENOMEM, errno.EIO)
     if isinstance(error, MemoryError) or getattr(error, "errno", None) in system:
         return False
     return not any(words in str(error).replace(str(path), "").lower() for words in _NOT_CORRUPTION)
@@ -150,12 +152,12 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path.rename(path.with_name(path.name + ".removed")))
 
 
-def append_lines(path: Path, lines: Sequence[str]) -> None:
-    """Append lines to a text file that only this process writes, and flush to disk. A kill can cut the last line."""
+def append(path: Path, content: bytes) -> None:
+    """Append to a file that only this process writes, and flush to disk. A kill can cut what is appended."""
     with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
-            file.write("".join(line + "\n" for line in lines).encode())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
 

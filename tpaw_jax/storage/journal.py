@@ -222,8 +222,8 @@ def quarantine(journal: Journal, name: str) -> None:
 
 
 def remove_sampled(journal: Journal, first: int) -> None:
-    """Remove the responses kept while sampling (`sampled_N.jsonl`), from round `first` on."""
-    for path in journal.directory.glob("round_*/sampled_*.jsonl"):
+    """Remove the responses kept while sampling (`sampled_N.part`), from round `first` on."""
+    for path in journal.directory.glob("round_*/sampled_*"):
         if int(path.parent.name.removeprefix("round_")) >= first:
             path.unlink(missing_ok=True)
 

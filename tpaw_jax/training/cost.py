@@ -12,7 +12,8 @@ import numpy as np
 from tpaw_jax.config import PackingConfig, RunConfig
 from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.data.packing import Rows
-from tpaw_jax.data.prefix_trees import Sizes, Trees, segments_of
+from tpaw_jax.data.prefix_trees import Sizes, Trees
+from tpaw_jax.data.segments import segments_of
 from tpaw_jax.models.transformer import ModelConfig
 from tpaw_jax.types import NOTHING, Generations, Prompts, Ragged
 
