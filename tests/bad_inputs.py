@@ -216,8 +216,8 @@ BAD_INPUTS = [
     BadInput(
         MODEL,
         "an unknown rope",
-        _fields(rope_scaling={"rope_type": "yarn"}, remove=["rope_parameters"]),
-        ("'yarn'", "llama3"),
+        _fields(rope_scaling={"rope_type": "longrope"}, remove=["rope_parameters"]),
+        ("'longrope'", "llama3"),
     ),
     BadInput(WEIGHTS, "a header longer than the file", _at(0, struct.pack("<Q", 2**60)), ("model.safetensors",)),
     BadInput(WEIGHTS, "cut in half", _half, ("model.safetensors", "not a readable safetensors file")),

@@ -11,6 +11,7 @@ import torch
 import torchless
 import transformers
 from conftest import STORIES, random_prompts
+from families import LLAMA31_ROPE, MODELS, SMALL, random_model
 from safetensors.numpy import load_file, save_file
 
 from tpaw_jax import models
@@ -21,47 +22,11 @@ from tpaw_jax.generation.slots import make_sampler
 from tpaw_jax.models import Transformer, config_json, hub
 from tpaw_jax.models.rope import rope_frequencies
 
-torch.set_num_threads(1)
 
-SMALL = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 8192,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LLAMA31_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 1024,
-    "rope_theta": 500000.0,
-}
-ARCHITECTURES = {
-    "llama-tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
-    "llama-untied": (transformers.LlamaConfig, {"tie_word_embeddings": False, "num_key_value_heads": 4}),
-    "llama-3.1-rope": (transformers.LlamaConfig, {"rope_parameters": LLAMA31_ROPE}),
-    "mistral": (transformers.MistralConfig, {"sliding_window": None, "head_dim": 16}),
-    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
-    "qwen3": (transformers.Qwen3Config, {"head_dim": 32}),
-}
-
-
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=MODELS)
 def hugging_face(request, tmp_path):
     """A random transformers model and the directory it was saved to."""
-    cls, extra = ARCHITECTURES[request.param]
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(cls(**SMALL | extra)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms too, which start at 0 and 1
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path / "hf")
+    model = random_model(request.param, tmp_path / "hf")
     return model, tmp_path / "hf"
 
 
@@ -189,7 +154,8 @@ def broken(tmp_path, change_config=None, change_tensors=None):
             "quantization_config is set .quant_method 'awq'.*cannot",
         ),
         ({"model_type": "mistral", "sliding_window": 128}, None, "sliding_window is 128"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, None, "rope type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, None, "rope type 'longrope' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, None, "yarn rope scaling needs the missing fields factor"),
         ({"hidden_size": None}, None, "the field 'hidden_size' is missing"),
         (None, lambda t: t.pop("model.norm.weight"), "1 tensors are missing: model.norm.weight"),
         (None, lambda t: t.update(extra=np.zeros(2)), "1 tensors do not belong to a llama model: extra"),

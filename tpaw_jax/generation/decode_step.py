@@ -20,7 +20,7 @@ from tpaw_jax.generation.cpu import kernels
 from tpaw_jax.generation.cpu.kernels import PackedMatrix
 from tpaw_jax.models.attention import Visibility
 from tpaw_jax.models.rope import rotate
-from tpaw_jax.models.transformer import Transformer, head_table, rms_norm, rotary_angles
+from tpaw_jax.models.transformer import Transformer, head_table, rms_norm, rotary_angles, scaled
 from tpaw_jax.types import AnyArray, PackedPrompts
 
 Matrix = Float[Array, "F D"] | PackedMatrix
@@ -123,7 +123,8 @@ def prefill(
 
 def _embed(model: Transformer, weights: DecodeWeights, tokens: Int[AnyArray, "R S"]) -> Float[Array, "M D"]:
     name, flat = "embed/embedding", jnp.reshape(tokens, -1)
-    return model.parallel.embed(weights.embed, name, flat, jnp.float32, take=_take_rows)
+    x_MD = model.parallel.embed(weights.embed, name, flat, jnp.float32, take=_take_rows)
+    return scaled(x_MD, model.config.embedding_multiplier)
 
 
 def _layer(
@@ -136,25 +137,38 @@ def _layer(
     c, parallel = model.local_config, model.parallel
     product = functools.partial(_product, epsilon=c.rms_norm_eps, layer=i)
     select = lambda p: p if i is None else p[i]
-    qkv_ME = product(x_MD, w.qkv, w.attention_norm)
+    norm = lambda x, scale: rms_norm(x, select(scale), c.rms_norm_eps)
+    before = lambda scale: () if c.post_norm else (scale,)
+    after = lambda x, scale: scaled(norm(x, scale) if c.post_norm else x, c.residual_multiplier)
+    qkv_ME = product(x_MD, w.qkv, *before(w.attention_norm))
     if w.qkv_bias is not None:
         qkv_ME += select(w.qkv_bias)
-    heads_RSXH = qkv_ME.reshape(*rows, -1, c.head_dim)
-    if w.q_norm is not None and w.k_norm is not None:
-        q, k, v = _split_heads(c, heads_RSXH)
-        norm = lambda x, scale: rms_norm(x, select(scale), c.rms_norm_eps)
-        heads_RSXH = jnp.concatenate([norm(q, w.q_norm), norm(k, w.k_norm), v], axis=2)
+    heads_RSXH = _scale_heads(c, w, qkv_ME.reshape(*rows, -1, c.head_dim), norm)
     attended, kept = attend(heads_RSXH)
-    x_MD += parallel.reduce_from_tensor(product(attended.reshape(len(x_MD), -1), w.o))
-    gate_MF, up_MF = jnp.split(product(x_MD, w.gate_up, w.mlp_norm), 2, axis=1)
-    return x_MD + parallel.reduce_from_tensor(product(nn.silu(gate_MF) * up_MF, w.down)), kept
+    out_MD = parallel.reduce_from_tensor(product(attended.reshape(len(x_MD), -1), w.o))
+    x_MD += after(out_MD, w.attention_norm)
+    gate_MF, up_MF = jnp.split(product(x_MD, w.gate_up, *before(w.mlp_norm)), 2, axis=1)
+    out_MD = parallel.reduce_from_tensor(product(nn.silu(gate_MF) * up_MF, w.down))
+    return x_MD + after(out_MD, w.mlp_norm), kept
 
 
 def _logits(model: Transformer, weights: DecodeWeights, x_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
     tied = weights.head is None
     head = weights.embed if tied else weights.head
     logits_MV = _product(x_MD, head, weights.final_norm, model.config.rms_norm_eps)
+    logits_MV = scaled(logits_MV, 1 / model.config.logits_scaling)
     return model.parallel.whole_vocabulary(logits_MV, f"{'embed' if tied else 'head'}/embedding")
+
+
+def _scale_heads(config, w, heads_RSXH, norm):
+    """Queries, keys and values, with the norms and the factor of the model's queries and keys."""
+    if w.q_norm is None and config.query_scale == 1.0:
+        return heads_RSXH
+    q, k, v = _split_heads(config, heads_RSXH)
+    if w.q_norm is not None:
+        together = lambda x: x.reshape(*x.shape[:2], -1) if config.qk_norm_all else x
+        q, k = (norm(together(x), scale).reshape(x.shape) for x, scale in ((q, w.q_norm), (k, w.k_norm)))
+    return jnp.concatenate([scaled(q, config.query_scale), k, v], axis=2)
 
 
 def _split_heads(config, heads_RSXH):

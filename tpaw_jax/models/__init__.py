@@ -6,7 +6,7 @@ Read the files in this order:
 2. `rope`: rotary embeddings.
 3. `transformer`: the architecture (`ModelConfig`) and the model.
 4. `parallel`: the collectives of a model that is sharded over a mesh.
-5. `config_json`, `hub`, `gguf`: loading and saving Hugging Face directories, loading GGUF files.
+5. `config_json`, `tensor_names`, `hub`, `gguf`: loading and saving Hugging Face directories, loading GGUF files.
 """
 
 from tpaw_jax.models.attention import EINSUM as EINSUM

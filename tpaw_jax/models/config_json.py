@@ -1,15 +1,30 @@
 """Convert between Hugging Face's config.json and `ModelConfig`."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from tpaw_jax.models.rope import RopeScaling
+from tpaw_jax.models.rope import ROPE_FIELDS, RopeScaling
 from tpaw_jax.models.transformer import ModelConfig
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+
+class Family(NamedTuple):
+    """What sets a family apart from Llama."""
+
+    architecture: str
+    options: Mapping[str, Any] = {}  # fields of `ModelConfig`
+    multipliers: tuple[str, ...] = ()  # numbers of config.json that are fields of `ModelConfig` too
+
+
+FAMILIES = {  # by model_type
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}),
+    "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}),
+    "olmo2": Family("Olmo2ForCausalLM", {"qk_norm_all": True, "post_norm": True}),
+    "granite": Family(
+        "GraniteForCausalLM",
+        multipliers=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+    ),
 }
 
 
@@ -25,8 +40,8 @@ def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
             positive. Names `where` and the field.
     """
     model_type = fields.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
         raise ValueError(f"{where}: model_type {model_type!r} is not supported; supported are {known}.")
     _reject_options(fields, model_type, where)
     positive = lambda name, default=0: _positive_int(fields, name, where, default)
@@ -37,6 +52,9 @@ def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
     if head_dim % 2:
         raise ValueError(f"{where}: head_dim is {head_dim}; rotary embeddings need an even number.")
     theta, scaling = _rope(fields, where)
+    family = FAMILIES[model_type]
+    number = lambda name: float(_positive_number(_required(fields, name, where), name, where))
+    options: dict[str, Any] = {**family.options, **{name: number(name) for name in family.multipliers}}
     return ModelConfig(
         model_type=model_type,
         vocab_size=positive("vocab_size"),
@@ -51,15 +69,14 @@ def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
         rms_norm_eps=_positive_number(_required(fields, "rms_norm_eps", where), "rms_norm_eps", where),
         max_position_embeddings=positive("max_position_embeddings"),
         tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
-        qkv_bias=model_type == "qwen2",
-        qk_norm=model_type == "qwen3",
+        **options,
     )
 
 
 def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Build the config.json fields of a `ModelConfig`, in the form that transformers 4 and 5 both read."""
     fields: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[config.model_type]],
+        "architectures": [FAMILIES[config.model_type].architecture],
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -74,9 +91,10 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "rope_theta": config.rope_theta,
         "torch_dtype": dtype,
+        **{name: getattr(config, name) for name in FAMILIES[config.model_type].multipliers},
     }
     if config.rope_scaling is not None:
-        fields["rope_scaling"] = {"rope_type": "llama3", **config.rope_scaling._asdict()}
+        fields["rope_scaling"] = {"rope_type": config.rope_scaling.rope_type, **dict(config.rope_scaling.parameters)}
     if config.model_type == "mistral":
         fields["sliding_window"] = None
     return fields
@@ -116,12 +134,18 @@ def _rope(fields: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise ValueError(f"{where}: rope type {kind!r} is not supported; supported are 'default' and 'llama3'.")
-    missing = [name for name in RopeScaling._fields if name not in scaling]
+    if kind not in ROPE_FIELDS:
+        known = ", ".join(map(repr, ("default", *ROPE_FIELDS)))
+        raise ValueError(f"{where}: rope type {kind!r} is not supported; supported are {known}.")
+    needed, optional = ROPE_FIELDS[kind]
+    if kind == "yarn":  # as in transformers
+        scaling = {"original_max_position_embeddings": fields.get("max_position_embeddings"), **scaling}
+    missing = [name for name in needed if scaling.get(name) is None]
     if missing:
-        raise ValueError(f"{where}: llama3 rope scaling needs the missing fields {', '.join(missing)}.")
-    return theta, RopeScaling(*(_positive_number(scaling[name], name, where) for name in RopeScaling._fields))
+        raise ValueError(f"{where}: {kind} rope scaling needs the missing fields {', '.join(missing)}.")
+    given = [name for name in (*needed, *optional) if scaling.get(name) is not None]
+    number = lambda name: bool(scaling[name]) if name == "truncate" else _positive_number(scaling[name], name, where)
+    return theta, RopeScaling(kind, tuple((name, number(name)) for name in given))
 
 
 def _required(fields: dict[str, Any], name: str, where: str) -> Any:

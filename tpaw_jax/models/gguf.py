@@ -114,14 +114,16 @@ class GGUFSource:
                 "original_max_position_embeddings": 8192,
             }
         elif (kind := get("rope.scaling.type")) not in (None, "none"):
-            fields["rope_scaling"] = {"rope_type": kind}  # `from_dict` rejects it with a clear message
+            context = get("rope.scaling.original_context_length")
+            fields["rope_scaling"] = {"rope_type": kind, "factor": get("rope.scaling.factor")}
+            fields["rope_scaling"] |= {"original_max_position_embeddings": context} if context else {}
         config = from_dict(fields, str(self.path))
         self._check_rope_factors(config)
         return config
 
     def _check_rope_factors(self, config: ModelConfig) -> None:
         """Check that the stored rope factors are Llama 3's: GGUF does not store the parameters they come from."""
-        if config.rope_scaling is None:
+        if config.rope_scaling is None or config.rope_scaling.rope_type != "llama3":
             return
         stored = np.asarray(self._tensors["rope_freqs.weight"].data, np.float32).reshape(-1)
         plain = rope_frequencies(config.head_dim, config.rope_theta, None)

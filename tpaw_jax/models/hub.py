@@ -1,7 +1,7 @@
 """Load and save checkpoints: Hugging Face directories and hub ids (safetensors), and GGUF files (load only).
 
-One table maps parameter names. Tensors are read one at a time from memory-mapped files, cast, and placed with their
-sharding, so the host holds only its part of one stacked parameter at a time.
+Tensors are read one at a time from memory-mapped files, cast, and placed with their sharding, so the host holds only
+its part of one stacked parameter at a time.
 """
 
 import json
@@ -21,29 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tpaw_jax.models import config_json, gguf
+from tpaw_jax.models.tensor_names import tensor_names
 from tpaw_jax.models.transformer import ModelConfig, Transformer
 from tpaw_jax.runtime import sharding
 from tpaw_jax.storage import files
 
-TENSOR_NAMES = {  # flax path: Hugging Face name; {} is the layer, * marks kernels stored transposed, [out, in]
-    "embed/embedding": "model.embed_tokens.weight",
-    "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
-    "layers/q/kernel": "*model.layers.{}.self_attn.q_proj.weight",
-    "layers/k/kernel": "*model.layers.{}.self_attn.k_proj.weight",
-    "layers/v/kernel": "*model.layers.{}.self_attn.v_proj.weight",
-    "layers/o/kernel": "*model.layers.{}.self_attn.o_proj.weight",
-    "layers/q/bias": "model.layers.{}.self_attn.q_proj.bias",
-    "layers/k/bias": "model.layers.{}.self_attn.k_proj.bias",
-    "layers/v/bias": "model.layers.{}.self_attn.v_proj.bias",
-    "layers/q_norm/scale": "model.layers.{}.self_attn.q_norm.weight",
-    "layers/k_norm/scale": "model.layers.{}.self_attn.k_norm.weight",
-    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-    "layers/gate/kernel": "*model.layers.{}.mlp.gate_proj.weight",
-    "layers/up/kernel": "*model.layers.{}.mlp.up_proj.weight",
-    "layers/down/kernel": "*model.layers.{}.mlp.down_proj.weight",
-    "final_norm/scale": "model.norm.weight",
-    "head/embedding": "lm_head.weight",
-}
 INDEX_FILE = "model.safetensors.index.json"
 
 Sharder = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
@@ -149,7 +131,8 @@ def load_pretrained(
         source = SafetensorsSource(local)
     shapes = param_shapes(config)
     _check_tensors(source, shapes, config, local)
-    params = {name: _load(source, name, shape, dtype, sharder) for name, shape in shapes.items()}
+    names = tensor_names(config)
+    params = {name: _load(source, name, names[name], shape, dtype, sharder) for name, shape in shapes.items()}
     return config, traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -208,7 +191,7 @@ def save_pretrained(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     flat = traverse_util.flatten_dict(params, sep="/")
-    _write_shards(partial, flat, max_shard_bytes)
+    _write_shards(partial, flat, tensor_names(config), max_shard_bytes)
     dtype = str(flat["embed/embedding"].dtype)
     generation = dict(generation_config or {})
     special = {"bos_token_id", "eos_token_id", "pad_token_id"}
@@ -284,7 +267,8 @@ def _refuse_adapter(directory: Path) -> None:
 
 def _check_tensors(source: TensorSource, shapes: dict[str, tuple[int, ...]], config: ModelConfig, path: Path) -> None:
     """Check that the files contain exactly the tensors that the architecture needs, with the right shapes."""
-    expected = {hf: shape for name, stacked in shapes.items() for hf, shape in _tensors_of(name, stacked)}
+    names = tensor_names(config)
+    expected = {hf: shape for name, stacked in shapes.items() for hf, shape in _tensors_of(names[name], stacked)}
     present = source.names()
     missing = sorted(expected.keys() - present)
     unexpected = {n for n in present - expected.keys() if not n.endswith("rotary_emb.inv_freq")}
@@ -306,9 +290,8 @@ def _check_tensors(source: TensorSource, shapes: dict[str, tuple[int, ...]], con
         raise ValueError(f"{path}: {len(wrong)} tensors have the wrong shape: {_shortened(wrong)}.")
 
 
-def _tensors_of(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+def _tensors_of(hf: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
     """Hugging Face names and shapes of the tensors that make up one flax parameter, one per layer."""
-    hf = TENSOR_NAMES[name]
     if "{}" in hf:
         return [(hf.lstrip("*").format(layer), _file_shape(hf, shape[1:])) for layer in range(shape[0])]
     return [(hf.lstrip("*"), _file_shape(hf, shape))]
@@ -318,9 +301,11 @@ def _file_shape(hf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[::-1] if hf.startswith("*") else shape
 
 
-def _load(source: TensorSource, name: str, shape: tuple[int, ...], dtype: Any, sharder: Sharder | None) -> Array:
+def _load(
+    source: TensorSource, name: str, hf: str, shape: tuple[int, ...], dtype: Any, sharder: Sharder | None
+) -> Array:
     """Load one parameter: read each device's part from the files, cast it and place it."""
-    hf, tensors = TENSOR_NAMES[name], [tensor for tensor, _ in _tensors_of(name, shape)]
+    tensors = [tensor for tensor, _ in _tensors_of(hf, shape)]
     transposed = hf.startswith("*")
 
     def read_part(index: Any) -> np.ndarray:
@@ -338,18 +323,18 @@ def _load(source: TensorSource, name: str, shape: tuple[int, ...], dtype: Any, s
     return jax.make_array_from_callback(shape, sharding, read_part)
 
 
-def _write_shards(directory: Path, flat: dict[str, Array], max_shard_bytes: int) -> None:
+def _write_shards(directory: Path, flat: dict[str, Array], names: dict[str, str], max_shard_bytes: int) -> None:
     """Write model.safetensors, or numbered shards and an index if the parameters exceed `max_shard_bytes`."""
     shards: list[list[tuple[str, str, int | None]]] = [[]]  # of (Hugging Face name, flax name, layer)
     bytes_left = max_shard_bytes
     for name, value in flat.items():
-        tensors_of = _tensors_of(name, value.shape)
+        tensors_of = _tensors_of(names[name], value.shape)
         size = value.nbytes // len(tensors_of)
         for layer, (hf, _) in enumerate(tensors_of):
             if size > bytes_left and shards[-1]:
                 shards.append([])
                 bytes_left = max_shard_bytes
-            shards[-1].append((hf, name, layer if "{}" in TENSOR_NAMES[name] else None))
+            shards[-1].append((hf, name, layer if "{}" in names[name] else None))
             bytes_left -= size
     weight_map = {}
     for number, entries in enumerate(shards, start=1):
@@ -357,7 +342,7 @@ def _write_shards(directory: Path, flat: dict[str, Array], max_shard_bytes: int)
         tensors = {}
         for hf, name, row in entries:
             tensor = np.asarray(flat[name] if row is None else flat[name][row])
-            tensors[hf] = np.ascontiguousarray(tensor.T if TENSOR_NAMES[name].startswith("*") else tensor)
+            tensors[hf] = np.ascontiguousarray(tensor.T if names[name].startswith("*") else tensor)
             weight_map[hf] = file
         save_file(tensors, directory / file, metadata={"format": "pt"})
         (directory / file).chmod(0o644)  # safetensors writes mode 0600, but servers often run as another user

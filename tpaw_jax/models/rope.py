@@ -1,31 +1,80 @@
 """Rotary embeddings."""
 
-from typing import NamedTuple
+import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 
-class RopeScaling(NamedTuple):
-    """Llama 3.1's rope scaling, `rope_type: llama3` in a Hugging Face config.json."""
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How a model's rotary frequencies differ from powers of theta, `rope_scaling` in a Hugging Face config.json."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    rope_type: str  # a key of `ROPE_FIELDS`
+    parameters: tuple[tuple[str, float], ...]  # values of its fields, by name
+
+
+ROPE_FIELDS = {  # fields of each rope type that it needs, and that it may have
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Compute the H/2 angular frequencies of rotary embeddings, in radians per position, float32."""
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is not None:
-        wavelength = 2 * np.pi / frequencies
-        periods = scaling.original_max_position_embeddings / wavelength
-        smooth = (periods - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        smooth = np.clip(smooth, 0.0, 1.0)  # 0: long wavelength, frequency divided by the factor; 1: short, unchanged
-        frequencies = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+        p = dict(scaling.parameters)
+        if scaling.rope_type == "linear":
+            frequencies = frequencies / p["factor"]
+        else:
+            kept = (
+                _kept_by_llama3(frequencies, p) if scaling.rope_type == "llama3" else _kept_by_yarn(head_dim, theta, p)
+            )
+            frequencies = (1 - kept) * frequencies / p["factor"] + kept * frequencies
     return frequencies.astype(np.float32)
+
+
+def attention_factor(scaling: RopeScaling | None) -> float:
+    """The factor of cosines and sines, with which yarn (arXiv 2309.00071) changes the temperature of attention."""
+    if scaling is None or scaling.rope_type != "yarn":
+        return 1.0
+    p = dict(scaling.parameters)
+    if "attention_factor" in p:
+        return p["attention_factor"]
+    scale = lambda mscale: 0.1 * mscale * math.log(p["factor"]) + 1.0 if p["factor"] > 1 else 1.0
+    if p.get("mscale") and p.get("mscale_all_dim"):
+        return scale(p["mscale"]) / scale(p["mscale_all_dim"])
+    return scale(1.0)
+
+
+def _kept_by_llama3(frequencies: np.ndarray, p: dict[str, float]) -> np.ndarray:
+    """1 for short wavelengths, whose frequency stays; 0 for long ones, whose frequency is divided by the factor."""
+    wavelength = 2 * np.pi / frequencies
+    periods = p["original_max_position_embeddings"] / wavelength
+    smooth = (periods - p["low_freq_factor"]) / (p["high_freq_factor"] - p["low_freq_factor"])
+    return np.clip(smooth, 0.0, 1.0)
+
+
+def _kept_by_yarn(head_dim: int, theta: float, p: dict[str, float]) -> np.ndarray:
+    """The same for yarn, by the number of rotations over the original context."""
+
+    def index_with(rotations: float) -> float:
+        context = p["original_max_position_embeddings"]
+        return head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = index_with(p.get("beta_fast") or 32), index_with(p.get("beta_slow") or 1)
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (np.arange(head_dim // 2) - low) / (high - low if high != low else 0.001)
+    return 1 - np.clip(ramp, 0.0, 1.0)
 
 
 def rope_angles(positions: Int[Array, "B T"], frequencies: np.ndarray) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""One decoder for Llama, Llama 3.1, Mistral (no sliding window), Qwen2, Qwen2.5 and Qwen3, chosen by configuration."""
+"""One decoder for all model families; what differs between them is configuration, see `config_json.FAMILIES`."""
 
 import dataclasses
 from typing import Any
@@ -14,7 +14,7 @@ from tpaw_jax.models.attention import EINSUM, SAVED, Attention, Visibility
 from tpaw_jax.models.context import check_groups, check_heads, exchanging_heads, own_tokens
 from tpaw_jax.models.layer_scan import scan_layers
 from tpaw_jax.models.parallel import UNSHARDED, Parallel
-from tpaw_jax.models.rope import RopeScaling, rope_angles, rope_frequencies, rotate
+from tpaw_jax.models.rope import RopeScaling, attention_factor, rope_angles, rope_frequencies, rotate
 from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.types import TreeBatch
 
@@ -23,7 +23,7 @@ from tpaw_jax.types import TreeBatch
 class ModelConfig:
     """The architecture, in the terms of Hugging Face's config.json."""
 
-    model_type: str  # llama, mistral, qwen2 or qwen3; used when config.json is written
+    model_type: str  # a key of `config_json.FAMILIES`
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -36,8 +36,19 @@ class ModelConfig:
     max_position_embeddings: int
     tie_embeddings: bool
     qkv_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool = False  # queries and keys are normalized, each head alone
     rope_scaling: RopeScaling | None = None
+    qk_norm_all: bool = False  # queries and keys are normalized, all heads together
+    post_norm: bool = False  # attention and feed-forward normalize their output instead of their input
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of the output of attention and feed-forward
+    attention_multiplier: float | None = None  # of queries times keys; None: H^-0.5
+    logits_scaling: float = 1.0  # what logits are divided by
+
+    @property
+    def query_scale(self) -> float:
+        """What queries are multiplied by, before attention divides by the root of H."""
+        return 1.0 if self.attention_multiplier is None else self.attention_multiplier * self.head_dim**0.5
 
 
 _policies = jax.checkpoint_policies
@@ -87,8 +98,13 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+def scaled(x: Array, factor: float) -> Array:
+    """Compute x times a constant; nothing if that is 1."""
+    return x if factor == 1.0 else x * jnp.asarray(factor, x.dtype)
+
+
 class Block(nn.Module):
-    """One pre-norm layer: attention and a gated SiLU feed-forward."""
+    """One layer: attention and a gated SiLU feed-forward."""
 
     config: ModelConfig
     dtype: DTypeLike
@@ -107,7 +123,7 @@ class Block(nn.Module):
         self.k = linear(c.num_kv_heads * c.head_dim, c.qkv_bias)
         self.v = linear(c.num_kv_heads * c.head_dim, c.qkv_bias)
         self.o = linear(c.hidden_size)
-        if c.qk_norm:
+        if c.qk_norm or c.qk_norm_all:
             self.q_norm, self.k_norm = norm(), norm()
         self.gate, self.up = linear(c.intermediate_size), linear(c.intermediate_size)
         self.down = linear(c.hidden_size)
@@ -121,18 +137,23 @@ class Block(nn.Module):
     def _project(self, x_MD, angles):
         # All tokens are on one axis, M = B T, so that XLA computes the weights' gradients as plain matmuls.
         c, rows = self.config, angles[0].shape[:2]
-        h_MD = self.parallel.copy_to_tensor(self.attention_norm(x_MD))
-        q_BTNH = self.q(h_MD).reshape(*rows, c.num_heads, c.head_dim)
-        k_BTKH = self.k(h_MD).reshape(*rows, c.num_kv_heads, c.head_dim)
-        v_BTKH = self.v(h_MD).reshape(*rows, c.num_kv_heads, c.head_dim)
+        h_MD = self.parallel.copy_to_tensor(x_MD if c.post_norm else self.attention_norm(x_MD))
+        q_MF, k_MF, v_MF = self.q(h_MD), self.k(h_MD), self.v(h_MD)
+        if c.qk_norm_all:
+            q_MF, k_MF = self.q_norm(q_MF), self.k_norm(k_MF)
+        q_BTNH = q_MF.reshape(*rows, c.num_heads, c.head_dim)
+        k_BTKH, v_BTKH = (x_MF.reshape(*rows, c.num_kv_heads, c.head_dim) for x_MF in (k_MF, v_MF))
         if c.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        return rotate(q_BTNH, angles), rotate(k_BTKH, angles), v_BTKH
+        return scaled(rotate(q_BTNH, angles), c.query_scale), rotate(k_BTKH, angles), v_BTKH
 
     def _finish(self, x_MD, attended):
-        x_MD += self.parallel.reduce_from_tensor(self.o(attended.reshape(x_MD.shape[0], -1)))
-        h_MD = self.parallel.copy_to_tensor(self.mlp_norm(x_MD))
-        return x_MD + self.parallel.reduce_from_tensor(self.down(nn.silu(self.gate(h_MD)) * self.up(h_MD)))
+        c, reduce = self.config, self.parallel.reduce_from_tensor
+        out_MD = reduce(self.o(attended.reshape(x_MD.shape[0], -1)))
+        x_MD += scaled(self.attention_norm(out_MD) if c.post_norm else out_MD, c.residual_multiplier)
+        h_MD = self.parallel.copy_to_tensor(x_MD if c.post_norm else self.mlp_norm(x_MD))
+        out_MD = reduce(self.down(nn.silu(self.gate(h_MD)) * self.up(h_MD)))
+        return x_MD + scaled(self.mlp_norm(out_MD) if c.post_norm else out_MD, c.residual_multiplier)
 
 
 class Embedding(nn.Module):
@@ -255,12 +276,14 @@ class Transformer(nn.Module):
             tokens_BT, positions_BT = (own_tokens(x, self.parallel.context) for x in (tokens_BT, positions_BT))
         angles = rotary_angles(self.config, positions_BT)
         x_MD = self.parallel.embed(self.embed(), "embed/embedding", tokens_BT.reshape(-1), self.dtype)
+        x_MD = scaled(x_MD, self.config.embedding_multiplier)
         cache, head = None, self._head()
         if self.parallel.specs and not with_cache:
             x_MD, head = self._scan_sharded(x_MD, (angles, context), head)
         else:
             x_MD, cache = self.layers(x_MD, angles, context, with_cache)
-        return self.final_norm(x_MD).reshape(*tokens_BT.shape, -1), cache, head
+        hidden_MD = scaled(self.final_norm(x_MD), 1 / self.config.logits_scaling)
+        return hidden_MD.reshape(*tokens_BT.shape, -1), cache, head
 
     def _scan_sharded(self, x_MD, inputs, head):
         block = Block(self.local_config, self.dtype, self.param_dtype, self.attention, self.parallel, parent=None)
@@ -292,13 +315,18 @@ def shard_model(
         context: devices of `fsdp` that share rows.
 
     Raises:
-        ValueError: the tensor axis or `context` does not divide the number of heads or feed-forward features.
+        ValueError: the tensor axis or `context` does not divide the number of heads or feed-forward features, or the
+            model cannot be split over the tensor axis.
     """
     c, tensor = model.config, mesh.shape["tensor"]
     if c.num_heads % tensor or c.num_kv_heads % tensor or c.intermediate_size % tensor:
         raise ValueError(
             f"{key} is {tensor}; it must divide the model's {c.num_heads} heads, its {c.num_kv_heads} key-value "
             f"heads and its {c.intermediate_size} feed-forward features."
+        )
+    if c.qk_norm_all and tensor > 1:
+        raise ValueError(
+            f"{key} is {tensor}; it must be 1 for a {c.model_type} model, which normalizes all heads together."
         )
     specs = {name: spec for name, spec in sharding.param_specs(params, mesh).items() if any(spec)}
     slices = tpu.slice_count(list(mesh.devices.flat))
@@ -312,9 +340,10 @@ def shard_model(
 
 def rotary_angles(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
     """Compute cos and sin of the rotary embedding at `positions`, each [B, T, H/2] float32."""
-    return rope_angles(
-        jnp.asarray(positions), rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    )
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    cos, sin = rope_angles(jnp.asarray(positions), frequencies)
+    factor = attention_factor(config.rope_scaling)
+    return scaled(cos, factor), scaled(sin, factor)
 
 
 def head_name(params: PyTree[Array]) -> str:

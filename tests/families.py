@@ -1,0 +1,58 @@
+"""Small random models of every family, made with transformers."""
+
+import torch
+import transformers
+
+torch.set_num_threads(1)
+
+SMALL = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA31_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1024,
+    "rope_theta": 500000.0,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": 1e5}
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.0156,
+    "logits_scaling": 8.0,
+    "tie_word_embeddings": True,
+}
+MODELS = {  # configuration class, and what differs from `SMALL`
+    "llama-tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
+    "llama-untied": (transformers.LlamaConfig, {"tie_word_embeddings": False, "num_key_value_heads": 4}),
+    "llama-3.1-rope": (transformers.LlamaConfig, {"rope_parameters": LLAMA31_ROPE}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": None, "head_dim": 16}),
+    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 32}),
+    "olmo2": (transformers.Olmo2Config, {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "granite": (transformers.GraniteConfig, GRANITE),
+    "yarn": (transformers.Qwen2Config, {"rope_parameters": YARN}),
+    "yarn-of-deepseek": (transformers.LlamaConfig, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}),
+}
+
+
+def random_model(name, directory, **changes):
+    """A random transformers model of `MODELS`, saved to a directory."""
+    cls, extra = MODELS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(cls(**SMALL | extra | changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms too, which start at 0 and 1
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return model
