@@ -41,6 +41,8 @@ MODELS = {  # configuration class, and what differs from `SMALL`
     "qwen3": (transformers.Qwen3Config, {"head_dim": 32}),
     "olmo2": (transformers.Olmo2Config, {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
     "granite": (transformers.GraniteConfig, GRANITE),
+    "smollm3": (transformers.SmolLM3Config, {"no_rope_layers": [1, 0], "pad_token_id": 0}),
+    "phi3": (transformers.Phi3Config, {"sliding_window": None, "pad_token_id": 0}),
     "yarn": (transformers.Qwen2Config, {"rope_parameters": YARN}),
     "yarn-of-deepseek": (transformers.LlamaConfig, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}),
 }

@@ -20,7 +20,7 @@ from tpaw_jax.types import TARGET
 PAPER = {"lam": 0.1, "eta": 6.0, "gamma": 0.5}
 
 
-@pytest.fixture(params=["llama-3.1-rope", "qwen2", "qwen3", "olmo2", "granite", "yarn"])
+@pytest.fixture(params=["llama-3.1-rope", "qwen2", "qwen3", "olmo2", "granite", "smollm3", "phi3", "yarn"])
 def family(request, tmp_path):
     """A random transformers model, ours, and packed rows with the (prompt, response) of each of their entries."""
     theirs = random_model(request.param, tmp_path / "hf")
@@ -101,7 +101,7 @@ def test_the_gradient_of_the_team_loss_is_torchs(family):
     assert max(jax.tree.leaves(relative)) <= 1e-4, relative
 
 
-@pytest.mark.parametrize("name", ["qwen3", "olmo2", "granite"])
+@pytest.mark.parametrize("name", ["qwen3", "olmo2", "granite", "smollm3"])
 def test_a_small_model_plays_three_rounds(name, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
     random_model(name, tmp_path / "model", vocab_size=512, max_position_embeddings=256)

@@ -310,6 +310,36 @@ def test_eight_devices_take_the_steps_of_one(stories, steps_of_one_device, mesh,
 
 
 @pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        (MeshConfig(data=2, fsdp=4), {"model_type": "olmo2", "post_norm": True, "qk_norm_all": True}),
+        (
+            MeshConfig(fsdp=4, tensor=2),
+            {"residual_multiplier": 0.5, "attention_multiplier": 0.1, "logits_scaling": 2.0},
+        ),
+    ],
+    ids=["norms behind, of all heads", "multipliers, over tensor"],
+)
+def test_eight_devices_take_the_steps_of_one_for_layers_of_other_families(stories, mesh, options):
+    """Layers without rope among others, which are what differs between layers."""
+    config = dataclasses.replace(stories[0], rope_layers=(True, False, True, False, False), **options)
+    init = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), init)
+    alone = five_steps(*setup((config, params), rows_per_batch=8, most=1))
+    losses, trained, log_probs = five_steps(*setup((config, params), 8, 8, 1, mesh=mesh))
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
+    np.testing.assert_allclose(log_probs, alone[2], rtol=1e-5, atol=1e-4)
+    assert_close(host(trained), host(alone[1]), rtol=0, atol=1e-5)
+
+
+def test_a_norm_of_all_heads_cannot_be_split_over_devices(stories):
+    config = dataclasses.replace(stories[0], model_type="olmo2", qk_norm_all=True)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
+    with pytest.raises(ValueError, match=r"mesh.tensor is 2; it must be 1 for olmo2 models"):
+        shard_model(Transformer(config), stories[1], mesh)
+
+
+@pytest.mark.parametrize(
     ("mesh", "rows", "attention", "remat"),
     [
         pytest.param(MeshConfig(fsdp=8, context=4), 2, TILES, "layer", marks=SIMILAR, id="a row for four devices"),

@@ -20,7 +20,15 @@ from tpaw_jax.generation.cpu import kernels
 from tpaw_jax.generation.cpu.kernels import PackedMatrix
 from tpaw_jax.models.attention import Visibility
 from tpaw_jax.models.rope import rotate
-from tpaw_jax.models.transformer import Transformer, head_table, rms_norm, rotary_angles, scaled
+from tpaw_jax.models.transformer import (
+    Transformer,
+    head_table,
+    layer_angles,
+    of_layers,
+    rms_norm,
+    rotary_angles,
+    scaled,
+)
 from tpaw_jax.types import AnyArray, PackedPrompts
 
 Matrix = Float[Array, "F D"] | PackedMatrix
@@ -86,11 +94,12 @@ def decode(
     Products take operands in the compute dtype and accumulate in float32; everything else is float32. Layers are
     unrolled: a scan needs stacked weights, and XLA copies the slices of a stack.
     """
-    angles = rotary_angles(model.config, positions)
+    angles, rotates = rotary_angles(model.config, positions), model.config.rope_layers
     x_MD, layers = _embed(model, weights, tokens), []
     attend_pages = _attend_with_kernel if weights.packed else functools.partial(_attend, model.local_config)
     for i, pages in enumerate(cache):
-        attend = functools.partial(attend_pages, angles=angles, pages=pages, table=table, positions=positions)
+        own = layer_angles(angles, None if rotates is None else rotates[i])
+        attend = functools.partial(attend_pages, angles=own, pages=pages, table=table, positions=positions)
         x_MD, pages = _layer(model, *weights.of_layer(i), x_MD, positions.shape, attend)
         layers.append(pages)
     return _logits(model, weights, x_MD).reshape(*tokens.shape, -1), tuple(layers)
@@ -107,15 +116,18 @@ def prefill(
     angles = rotary_angles(c, prompts.positions)
     context = model.attention.prepare(Visibility(jnp.asarray(prompts.segment_ids)))
 
-    def attend(heads_RTXH):
+    def attend(heads_RTXH, angles):
         q, k, v = _split_heads(c, heads_RTXH)
         k = rotate(k, angles)
         return model.attention.attend(rotate(q, angles), k, v, context), (k.astype(dtype), v.astype(dtype))
 
-    def layer(x_MD, i):
-        return _layer(model, *weights.of_layer(i), x_MD, rows, attend)
+    def layer(x_MD, own):
+        i, of_layer = own
+        own_attend = functools.partial(attend, angles=layer_angles(angles, of_layer))
+        return _layer(model, *weights.of_layer(i), x_MD, rows, own_attend)
 
-    x_MD, keys_and_values = jax.lax.scan(layer, _embed(model, weights, prompts.tokens), jnp.arange(c.num_layers))
+    layers = jnp.arange(c.num_layers), of_layers(c)
+    x_MD, keys_and_values = jax.lax.scan(layer, _embed(model, weights, prompts.tokens), layers)
     last_RN = jnp.arange(rows[0])[:, None] * rows[1] + prompts.first + prompts.lengths - 1
     logits = _logits(model, weights, x_MD[last_RN.reshape(-1)])
     return logits.reshape(*last_RN.shape, -1), keys_and_values

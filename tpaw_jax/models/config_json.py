@@ -21,11 +21,17 @@ FAMILIES = {  # by model_type
     "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}),
     "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}),
     "olmo2": Family("Olmo2ForCausalLM", {"qk_norm_all": True, "post_norm": True}),
+    "smollm3": Family("SmolLM3ForCausalLM"),
+    "phi3": Family("Phi3ForCausalLM", {"fused": True}),
     "granite": Family(
         "GraniteForCausalLM",
         multipliers=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
     ),
 }
+
+
+WINDOWED = ("mistral", "phi3")
+"""The families that use `sliding_window` if it is there; others need `use_sliding_window`."""
 
 
 def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
@@ -69,6 +75,7 @@ def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
         rms_norm_eps=_positive_number(_required(fields, "rms_norm_eps", where), "rms_norm_eps", where),
         max_position_embeddings=positive("max_position_embeddings"),
         tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        rope_layers=_rope_layers(fields, positive("num_hidden_layers"), where) if model_type == "smollm3" else None,
         **options,
     )
 
@@ -91,12 +98,15 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "rope_theta": config.rope_theta,
         "torch_dtype": dtype,
+        "pad_token_id": None,  # some families' default is beyond a smaller vocabulary
         **{name: getattr(config, name) for name in FAMILIES[config.model_type].multipliers},
     }
     if config.rope_scaling is not None:
         fields["rope_scaling"] = {"rope_type": config.rope_scaling.rope_type, **dict(config.rope_scaling.parameters)}
-    if config.model_type == "mistral":
+    if config.model_type in WINDOWED:
         fields["sliding_window"] = None
+    if config.rope_layers is not None:
+        fields["no_rope_layers"] = [int(rotates) for rotates in config.rope_layers]
     return fields
 
 
@@ -115,7 +125,7 @@ def _reject_options(fields: dict[str, Any], model_type: str, where: str) -> None
         if fields.get(option):
             raise ValueError(f"{where}: {option} is true, which is not supported for {model_type}.")
     window = fields.get("sliding_window")
-    uses_window = model_type == "mistral" or fields.get("use_sliding_window", False)
+    uses_window = model_type in WINDOWED or fields.get("use_sliding_window", False)
     longest = fields.get("max_position_embeddings")
     numbers = type(window) in (int, float) and type(longest) in (int, float)
     if uses_window and window is not None and (not numbers or window < longest):
@@ -131,6 +141,9 @@ def _rope(fields: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
     if not isinstance(parameters, dict) or not isinstance(scaling, dict):
         raise ValueError(f"{where}: rope_parameters or rope_scaling is not a JSON object.")
     theta = _positive_number(parameters.get("rope_theta", fields.get("rope_theta") or 10000.0), "rope_theta", where)
+    partial = parameters.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise ValueError(f"{where}: partial_rotary_factor is {partial!r}; supported is 1, the whole head.")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -146,6 +159,14 @@ def _rope(fields: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
     given = [name for name in (*needed, *optional) if scaling.get(name) is not None]
     number = lambda name: bool(scaling[name]) if name == "truncate" else _positive_number(scaling[name], name, where)
     return theta, RopeScaling(kind, tuple((name, number(name)) for name in given))
+
+
+def _rope_layers(fields: dict[str, Any], layers: int, where: str) -> tuple[bool, ...] | None:
+    given, interval = fields.get("no_rope_layers"), fields.get("no_rope_layer_interval") or 4
+    given = [int((i + 1) % interval != 0) for i in range(layers)] if given is None else given
+    if not isinstance(given, list) or len(given) != layers or not all(one in (0, 1) for one in given):
+        raise ValueError(f"{where}: no_rope_layers must have a 0 or 1 for each of the {layers} layers.")
+    return None if all(given) else tuple(map(bool, given))
 
 
 def _required(fields: dict[str, Any], name: str, where: str) -> Any:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tpaw_jax.models import config_json, gguf
-from tpaw_jax.models.tensor_names import tensor_names
+from tpaw_jax.models.tensor_names import SplitSource, fuse, tensor_names
 from tpaw_jax.models.transformer import ModelConfig, Transformer
 from tpaw_jax.runtime import sharding
 from tpaw_jax.storage import files
@@ -74,7 +74,7 @@ class SafetensorsSource:
         return self._slices[name][index]
 
 
-TensorSource = SafetensorsSource | gguf.GGUFSource
+TensorSource = SafetensorsSource | SplitSource | gguf.GGUFSource
 """Tensors on disk, addressed by their Hugging Face names."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -129,6 +129,7 @@ def load_pretrained(
     else:
         config = load_architecture(local)
         source = SafetensorsSource(local)
+        source = SplitSource(source, config) if config.fused else source
     shapes = param_shapes(config)
     _check_tensors(source, shapes, config, local)
     names = tensor_names(config)
@@ -191,7 +192,7 @@ def save_pretrained(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     flat = traverse_util.flatten_dict(params, sep="/")
-    _write_shards(partial, flat, tensor_names(config), max_shard_bytes)
+    _write_shards(partial, fuse(flat) if config.fused else flat, tensor_names(config), max_shard_bytes)
     dtype = str(flat["embed/embedding"].dtype)
     generation = dict(generation_config or {})
     special = {"bos_token_id", "eos_token_id", "pad_token_id"}

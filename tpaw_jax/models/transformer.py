@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from tpaw_jax.models.attention import EINSUM, SAVED, Attention, Visibility
 from tpaw_jax.models.context import check_groups, check_heads, exchanging_heads, own_tokens
@@ -44,6 +44,8 @@ class ModelConfig:
     residual_multiplier: float = 1.0  # of the output of attention and feed-forward
     attention_multiplier: float | None = None  # of queries times keys; None: H^-0.5
     logits_scaling: float = 1.0  # what logits are divided by
+    rope_layers: tuple[bool, ...] | None = None  # which layers rotate queries and keys; None: all
+    fused: bool = False  # checkpoints hold q, k and v as one matrix, and gate and up
 
     @property
     def query_scale(self) -> float:
@@ -128,8 +130,12 @@ class Block(nn.Module):
         self.gate, self.up = linear(c.intermediate_size), linear(c.intermediate_size)
         self.down = linear(c.hidden_size)
 
-    def __call__(self, x_MD, angles, context, with_cache):
-        """Apply the layer to packed rows; `with_cache` also returns keys and values, each [B, T, K, H]."""
+    def __call__(self, x_MD, of_layer, angles, context, with_cache):
+        """Apply the layer to packed rows; `with_cache` also returns keys and values, each [B, T, K, H].
+
+        `of_layer` is the layer's item of `of_layers`.
+        """
+        angles = layer_angles(angles, of_layer)
         q_BTNH, k_BTKH, v_BTKH = self._project(x_MD, angles)
         x_MD = self._finish(x_MD, self.attention.attend(q_BTNH, k_BTKH, v_BTKH, context))
         return x_MD, (k_BTKH, v_BTKH) if with_cache else None
@@ -205,12 +211,12 @@ class Transformer(nn.Module):
             gather = lambda variables: {"params": parallel.layer(variables["params"], self.dtype)}
             block = nn.map_variables(Block, "params", gather)
         if self.remat != "none":
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(4,))
+            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(5,))
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )(self.local_config, self.dtype, self.param_dtype, self.attention, parallel)
         shape = lambda name: parallel.local_shape(f"{name}/embedding", (c.vocab_size, c.hidden_size))
@@ -281,7 +287,7 @@ class Transformer(nn.Module):
         if self.parallel.specs and not with_cache:
             x_MD, head = self._scan_sharded(x_MD, (angles, context), head)
         else:
-            x_MD, cache = self.layers(x_MD, angles, context, with_cache)
+            x_MD, cache = self.layers(x_MD, of_layers(self.config), angles, context, with_cache)
         hidden_MD = scaled(self.final_norm(x_MD), 1 / self.config.logits_scaling)
         return hidden_MD.reshape(*tokens_BT.shape, -1), cache, head
 
@@ -292,7 +298,7 @@ class Transformer(nn.Module):
             apply = jax.checkpoint(apply, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         params, split = self.parallel.join_attention(self.layers.variables["params"])
         gather = lambda shards: split(self.parallel.layer(shards, self.dtype))
-        return scan_layers(gather, apply, params, x_MD, inputs, head)
+        return scan_layers(gather, apply, params, x_MD, of_layers(self.config), inputs, head)
 
 
 def shard_model(
@@ -326,7 +332,7 @@ def shard_model(
         )
     if c.qk_norm_all and tensor > 1:
         raise ValueError(
-            f"{key} is {tensor}; it must be 1 for a {c.model_type} model, which normalizes all heads together."
+            f"{key} is {tensor}; it must be 1 for {c.model_type} models, which normalize all heads together."
         )
     specs = {name: spec for name, spec in sharding.param_specs(params, mesh).items() if any(spec)}
     slices = tpu.slice_count(list(mesh.devices.flat))
@@ -336,6 +342,18 @@ def shard_model(
     check_groups(context, mesh)
     check_heads(context, c.num_heads // tensor, c.num_kv_heads // tensor)
     return model.clone(parallel=parallel, attention=exchanging_heads(model.attention, context))
+
+
+def of_layers(config: ModelConfig) -> Bool[Array, "L"] | None:
+    """What differs between layers besides their parameters: whether they rotate queries and keys. None: nothing."""
+    return None if config.rope_layers is None else jnp.array(config.rope_layers)
+
+
+def layer_angles(angles: tuple[Array, Array], rotates: Bool[Array, ""] | bool | None) -> tuple[Array, Array]:
+    """Return cos and sin for a layer: those of no rotation if it does not rotate."""
+    if rotates is None:
+        return angles
+    return jnp.where(rotates, angles[0], 1.0), jnp.where(rotates, angles[1], 0.0)
 
 
 def rotary_angles(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
