@@ -343,7 +343,7 @@ def test_the_rows_of_a_step_do_not_depend_on_the_devices(tmp_path):
     rng = np.random.default_rng(0)
     triplets = rng.integers(1, 4, (40, 1)).astype(np.float32)
     rows = packing.empty(PackingConfig(), 40)
-    vars(rows)["triplets"] = triplets.sum(axis=1)
+    vars(rows)["sizes"] = rows.sizes._replace(triplets=triplets.sum(axis=1))
     settings = {"train.batch_triplets": 10}  # five rows, which are no multiple of a batch
     config = lambda rows_per_batch: small_run(tmp_path, **settings | {"packing.rows_per_batch": rows_per_batch})
     steps = [round_training.rows_of_steps(rows, config(n), t=1) for n in (1, 2, 4)]
