@@ -213,6 +213,25 @@ BAD_INPUTS = [
     BadInput(MODEL, "a negative size", _fields(num_hidden_layers=-5), ("'num_hidden_layers'", "-5", "positive")),
     BadInput(MODEL, "heads that cannot be shared", _fields(num_key_value_heads=3), ("config.json", "8 heads", "3")),
     BadInput(MODEL, "another activation", _fields(hidden_act="gelu"), ("hidden_act", "'gelu'", "'silu'")),
+    BadInput(MODEL, "a rope type that is a list", _fields(rope_scaling={"rope_type": []}), ("rope type []", "'yarn'")),
+    BadInput(
+        MODEL,
+        "a window from a layer that is text",
+        _fields(model_type="qwen3", use_sliding_window=True, max_window_layers="2"),
+        ("'max_window_layers'", "'2'"),
+    ),
+    BadInput(
+        MODEL,
+        "layers without rope at an interval of text",
+        _fields(model_type="smollm3", no_rope_layer_interval="4"),
+        ("'no_rope_layer_interval'", "'4'"),
+    ),
+    BadInput(
+        MODEL,
+        "yarn with theta 1",
+        _fields(rope_scaling={"rope_type": "yarn", "factor": 2, "rope_theta": 1}),
+        ("'rope_theta'", "yarn"),
+    ),
     BadInput(
         MODEL,
         "an unknown rope",

@@ -32,6 +32,18 @@ GRANITE = {
     "logits_scaling": 8.0,
     "tie_word_embeddings": True,
 }
+GEMMA3 = {
+    "num_hidden_layers": 3,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 40,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "pad_token_id": 0,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    },
+}
 MODELS = {  # configuration class, and what differs from `SMALL`
     "llama-tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
     "llama-untied": (transformers.LlamaConfig, {"tie_word_embeddings": False, "num_key_value_heads": 4}),
@@ -43,6 +55,12 @@ MODELS = {  # configuration class, and what differs from `SMALL`
     "granite": (transformers.GraniteConfig, GRANITE),
     "smollm3": (transformers.SmolLM3Config, {"no_rope_layers": [1, 0], "pad_token_id": 0}),
     "phi3": (transformers.Phi3Config, {"sliding_window": None, "pad_token_id": 0}),
+    "mistral-window": (transformers.MistralConfig, {"sliding_window": 50, "head_dim": 16}),
+    "qwen2-window": (
+        transformers.Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 70, "max_window_layers": 1, "num_hidden_layers": 3},
+    ),
+    "gemma3": (transformers.Gemma3TextConfig, GEMMA3),
     "yarn": (transformers.Qwen2Config, {"rope_parameters": YARN}),
     "yarn-of-deepseek": (transformers.LlamaConfig, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}),
 }

@@ -30,24 +30,24 @@ def make_pages(rng, positions, shards=1, heads=2, size=8):
     return allocation, cache.LayerPages(pool(), pool())
 
 
-def with_own(attend, queries, keys, values, layer, table, positions, angles=None):
+def with_own(attend, queries, keys, values, layer, table, positions, angles=None, window=None):
     """Attention output and the pool with the new tokens, by the CPU kernel or by XLA.
 
     Queries and keys are rotated by `angles`, by default not at all.
     """
     if angles is None:
         angles = rope_angles(jnp.zeros_like(positions), np.zeros(queries.shape[-1] // 2))
-    return _with_own(attend, queries, keys, values, layer, table, positions, angles)
+    return _with_own(attend, queries, keys, values, layer, table, positions, angles, window)
 
 
-@partial(jax.jit, static_argnums=0)
-def _with_own(attend, queries, keys, values, layer, table, positions, angles):
+@partial(jax.jit, static_argnums=(0, 8))
+def _with_own(attend, queries, keys, values, layer, table, positions, angles, window):
     if attend == "kernel":
         heads, pools = jnp.concatenate([queries, keys, values], axis=2), (layer.keys, layer.values)
-        found, *pools = kernels.attend_pages(heads, angles, *pools, table.of_slot, positions)
+        found, *pools = kernels.attend_pages(heads, angles, *pools, table.of_slot, positions, window=window)
         return found, cache.LayerPages(*pools)
     queries, keys = rotate(queries, angles), rotate(keys, angles)
-    found = cache.attend_pages(queries, keys, values, layer, table, positions)
+    found = cache.attend_pages(queries, keys, values, layer, table, positions, window=window)
     return found, cache.write_token(layer, table, positions, keys, values)
 
 
@@ -126,6 +126,25 @@ def test_the_cpu_kernel_equals_xla_in_both_dtypes(dtype):
     found = {kind: with_own(kind, *of, layer, allocation.table(), positions, angles) for kind in ("xla", "kernel")}
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2  # XLA rounds the softmax weights to the cache's dtype
     chex.assert_trees_all_close(found["kernel"], found["xla"], rtol=tolerance, atol=tolerance)
+
+
+@both
+@pytest.mark.parametrize("window", [1, 5, 64, 65, 100, 1000])
+def test_a_window_leaves_the_last_tokens(window, attend_by):
+    rng = np.random.default_rng(3)
+    positions = np.array([0, 63, 64, 130])
+    allocation, layer = make_pages(rng, positions, heads=2, size=8)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    queries, keys, values = draw(1, 4, 4, 8), draw(1, 4, 2, 8), draw(1, 4, 2, 8)
+    table = allocation.table()
+    found, _ = with_own(attend_by, queries, keys, values, layer, table, positions[None], window=window)
+    for slot, position in enumerate(positions):
+        pages = np.array(allocation.of_slot(0, slot))
+        held = [np.asarray(pool[0, pages]).reshape(-1, 2, 8)[:position] for pool in (layer.keys, layer.values)]
+        k, v = (np.concatenate([x, own[:, slot]])[-window:] for x, own in zip(held, (keys, values), strict=True))
+        q = np.asarray(queries[0, slot]).reshape(2, 2, 8)
+        weights = jax.nn.softmax(jnp.einsum("kgh,tkh->kgt", q, k) * 8**-0.5)
+        np.testing.assert_allclose(found[0, slot].reshape(2, 2, 8), jnp.einsum("kgt,tkh->kgh", weights, v), atol=1e-5)
 
 
 def test_prompts_are_written_page_by_page():

@@ -27,7 +27,7 @@ def packed(seed, length, rows, count=6, longest=60):
     return Visibility(*(jnp.asarray(x[:rows]) for x in Visibility.of(batch)))
 
 
-def output_and_gradients(attention, visibility, seed, heads, kv_heads, size=64, dtype=jnp.float32):
+def output_and_gradients(attention, visibility, seed, heads, kv_heads, *window, size=64, dtype=jnp.float32):
     rows, length = visibility.segment_ids.shape
     rng = np.random.default_rng(seed)
     shapes = [(rows, length, n, size) for n in (heads, kv_heads, kv_heads, heads)]
@@ -35,14 +35,15 @@ def output_and_gradients(attention, visibility, seed, heads, kv_heads, size=64, 
     weight *= (visibility.segment_ids > 0)[..., None, None]
 
     def weighted(*x):
-        out = weight * attention.attend(*x, attention.prepare(visibility))
+        out = weight * attention.attend(*x, attention.prepare(visibility, *window))
         return jnp.sum(out.astype(jnp.float32)), out
 
     return jax.jit(jax.grad(weighted, (0, 1, 2), has_aux=True))(q, k, v)
 
 
-def assert_equal_to_the_dense_mask(attention, visibility, seed, heads, kv_heads):
-    found, expected = (output_and_gradients(one, visibility, seed, heads, kv_heads) for one in (attention, EINSUM))
+def assert_equal_to_the_dense_mask(attention, visibility, seed, heads, kv_heads, *window):
+    outputs = lambda one: output_and_gradients(one, visibility, seed, heads, kv_heads, *window)
+    found, expected = outputs(attention), outputs(EINSUM)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)
 
 
@@ -56,6 +57,27 @@ def assert_equal_to_the_dense_mask(attention, visibility, seed, heads, kv_heads)
 def test_attention_equals_the_dense_mask(attention, seed, length, heads):
     visibility = packed(seed, length, 2, longest=min(60, length // 6))
     assert_equal_to_the_dense_mask(attention, visibility, seed, *heads)
+
+
+@pytest.mark.parametrize("attention", [TPU, GPU, TILES], ids=["tpu", "gpu", "tiles"])
+@pytest.mark.parametrize(("seed", "window"), [(2, 1), (3, 7), (4, 40), (5, 300)])
+def test_windows_are_those_of_the_dense_mask(attention, seed, window):
+    """Smaller than a response, larger than a prompt, and larger than every sequence."""
+    visibility = packed(seed, 384, 2, longest=90)
+    assert_equal_to_the_dense_mask(attention, visibility, seed, 4, 2, window)
+
+
+@pytest.mark.parametrize("window", [1, 5, 33])
+def test_a_window_counts_positions_of_the_sequence(window):
+    """A response sees the end of its prompt, whatever lies between them in the row."""
+    prompts, rounds = random_conversations(np.random.default_rng(1), 4)
+    batch = packing.pack(prefix_trees.trees_of_window(prompts, rounds), PackingConfig(row_length=256)).batch
+    seen = np.asarray(visible(Visibility.of(batch), window))
+    every = np.asarray(visible(Visibility.of(batch)))
+    distance = batch.positions[:, :, None] - batch.positions[:, None, :]
+    np.testing.assert_array_equal(seen, every & (distance < window))
+    real = batch.segment_ids > 0
+    np.testing.assert_array_equal(seen.sum(2)[real], np.minimum(batch.positions + 1, window)[real])
 
 
 @both
@@ -118,15 +140,21 @@ def test_bfloat16_is_as_exact_as_the_dense_mask_in_bfloat16(attention):
 
 
 @settings(deadline=None, max_examples=12)
-@given(seed=st.integers(0, 10**6), length=st.sampled_from([128, 512, 1024, 2048, 4096]))
-def test_rules_and_chunks_say_what_the_dense_mask_says(seed, length):
+@given(
+    seed=st.integers(0, 10**6),
+    length=st.sampled_from([128, 512, 1024, 2048, 4096]),
+    window=st.sampled_from([None, 1, 64, 200]),
+)
+def test_rules_and_chunks_say_what_the_dense_mask_says(seed, length, window):
     visibility = packed(seed, length, 1, count=12, longest=length // 8)
-    ranges, chunks, matmuls = (np.asarray(x)[0] for x in jax.jit(rules.plan)(visibility))
+    planned = jax.jit(rules.plan, static_argnums=(1, 2))(visibility, rules.CHUNKS, window)
+    ranges, chunks, matmuls = (np.asarray(x)[0] for x in planned)
     key, (trunk, end, branch, own) = np.arange(length), ranges[:, :, None]
     seen = ((key >= trunk) & (key < end)) | ((key >= branch) & (key <= own))
     np.testing.assert_array_equal(seen.any(axis=1), True)  # padding too: an empty row of the softmax is not a number
     real = np.asarray(visibility.segment_ids[0]) > 0
-    np.testing.assert_array_equal(seen[real], np.asarray(jax.jit(visible)(visibility))[0][real])
+    expected = np.asarray(jax.jit(visible, static_argnums=1)(visibility, window))[0]
+    np.testing.assert_array_equal(seen[real], expected[real])
     needed = seen.reshape(-1, rules.QUERIES, length // rules.CHUNK, rules.CHUNK).any(axis=(1, 3))
     for block, found in enumerate(chunks):
         np.testing.assert_array_equal(found[found >= 0], np.flatnonzero(needed[block]))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import STORIES, random_conversations, small_run
+from conftest import SIMILAR, STORIES, random_conversations, small_run
 from families import random_model
 
 from tpaw_jax import models
@@ -17,17 +17,22 @@ from tpaw_jax.selfplay import loop
 from tpaw_jax.training import logprobs
 from tpaw_jax.types import TARGET
 
+similar = lambda *names: [pytest.param(name, marks=SIMILAR) for name in names]
+
 PAPER = {"lam": 0.1, "eta": 6.0, "gamma": 0.5}
 
 
-@pytest.fixture(params=["llama-3.1-rope", "qwen2", "qwen3", "olmo2", "granite", "smollm3", "phi3", "yarn"])
+OTHERS = ("llama-3.1-rope", "qwen2", "granite", "phi3", "mistral-window", "yarn")
+
+
+@pytest.fixture(params=["qwen3", "olmo2", "smollm3", "qwen2-window", "gemma3", *similar(*OTHERS)])
 def family(request, tmp_path):
     """A random transformers model, ours, and packed rows with the (prompt, response) of each of their entries."""
     theirs = random_model(request.param, tmp_path / "hf")
     config, params = models.load_pretrained(tmp_path / "hf")
-    prompts, rounds = random_conversations(np.random.default_rng(2), 3, vocabulary=256)
+    prompts, rounds = random_conversations(np.random.default_rng(2), 3, vocabulary=256, longest=40)
     sources = prefix_trees.first_sources(prompts, rounds)
-    rows = packing.pack(prefix_trees.trees_of_window(prompts, rounds[::-1], sources), PackingConfig(256, 2, 24))
+    rows = packing.pack(prefix_trees.trees_of_window(prompts, rounds[::-1], sources), PackingConfig(512, 2, 24))
     texts = {TARGET: prompts.target_tokens} | {g.round: g.tokens for g in rounds}
     entries = np.argwhere(rows.prompt_index >= 0)
     pairs = [
@@ -101,7 +106,7 @@ def test_the_gradient_of_the_team_loss_is_torchs(family):
     assert max(jax.tree.leaves(relative)) <= 1e-4, relative
 
 
-@pytest.mark.parametrize("name", ["qwen3", "olmo2", "granite", "smollm3"])
+@pytest.mark.parametrize("name", ["gemma3", *similar("qwen3", "olmo2", "granite", "smollm3", "phi3", "qwen2-window")])
 def test_a_small_model_plays_three_rounds(name, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
     random_model(name, tmp_path / "model", vocab_size=512, max_position_embeddings=256)

@@ -64,8 +64,8 @@ def test_block_formats_give_the_models_parameters(tmp_path, directory, quantizat
 
 
 def test_rope_scaling_that_is_not_supported_is_told(tmp_path, directory):
-    path = write_gguf(tmp_path / "model.gguf", directory, Q.F32, llama__rope__scaling__type="longrope")
-    with pytest.raises(ValueError, match="rope type 'longrope' is not supported"):
+    path = write_gguf(tmp_path / "model.gguf", directory, Q.F32, llama__rope__scaling__type="yarn")
+    with pytest.raises(ValueError, match="rope type 'yarn' in GGUF is not supported"):
         models.load_pretrained(path)
 
 

@@ -19,7 +19,7 @@ from tpaw_jax.config import SamplingConfig
 from tpaw_jax.generation import engine
 from tpaw_jax.generation.decoder import decoder_of
 from tpaw_jax.generation.slots import make_sampler
-from tpaw_jax.models import Transformer, config_json, hub
+from tpaw_jax.models import Transformer, hub, model_config
 from tpaw_jax.models.rope import rope_frequencies
 
 
@@ -65,6 +65,69 @@ def test_sampled_tokens_have_the_log_probs_of_transformers(hugging_face, platfor
         logits = torch_logits(model, np.concatenate([prompt, tokens])[None])[0, len(prompt) - 1 : -1]
         expected = jax.nn.log_softmax(logits)[np.arange(6), tokens]
         np.testing.assert_allclose(log_probs, expected, atol=1e-4)
+
+
+def test_the_text_of_a_model_with_a_vision_tower_is_loaded(tmp_path):
+    cls, extra = MODELS["gemma3"]
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"image_size": 28, "patch_size": 14}
+    torch.manual_seed(3)
+    config = transformers.Gemma3Config(
+        text_config=cls(**SMALL | extra).to_dict(), vision_config=vision | sizes, mm_tokens_per_image=4
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    assert any("vision_tower." in name for name in load_file(tmp_path / "model.safetensors"))
+    ours, params = models.load_pretrained(tmp_path)
+    assert ours.model_type == "gemma3_text"
+    tokens = np.random.default_rng(0).integers(3, 200, (1, 100)).astype(np.int32)
+    found = Transformer(ours).apply({"params": params}, tokens)
+    np.testing.assert_allclose(found, torch_logits(model, tokens), atol=1e-4)
+
+
+LEFT_OUT = {  # by transformers 4, where a value is the default of the class
+    "smollm3": ("tie_word_embeddings", "layer_types"),
+    "gemma3": ("rms_norm_eps", "tie_word_embeddings"),
+    "qwen2-window": ("layer_types",),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_configurations_come_back_from_what_is_written(name):
+    cls, extra = MODELS[name]
+    fields = cls(**SMALL | extra).to_dict()
+    ours = model_config.from_dict(fields, "here")
+    assert model_config.from_dict(model_config.to_dict(ours, "float32"), "there") == ours
+    theirs = cls(**{k: v for k, v in model_config.to_dict(ours, "float32").items() if k != "architectures"})
+    assert model_config.from_dict(theirs.to_dict(), "transformers") == ours
+    left = {key: value for key, value in fields.items() if key not in LEFT_OUT.get(name, ())}
+    assert model_config.from_dict(left, "short") == ours
+
+
+@pytest.mark.parametrize("layers", [1, 2, 9])
+def test_layers_that_are_all_alike_are_written_as_such(layers):
+    small = SMALL | {"num_hidden_layers": layers}
+    for fields in (
+        {"model_type": "smollm3", "no_rope_layers": [1] * layers},
+        {"model_type": "gemma3_text", "layer_types": ["full_attention"] * layers},
+        {"model_type": "gemma3_text", "layer_types": ["sliding_attention"] * layers},
+        {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 0},
+    ):
+        ours = model_config.from_dict({**small, "rms_norm_eps": 1e-6, **fields}, "here")
+        assert len(ours.kinds) == 1
+        assert model_config.from_dict(model_config.to_dict(ours, "float32"), "there") == ours
+
+
+def test_what_gemma_leaves_out_of_its_configuration_is_known():
+    fields = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+    fields |= {"model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    ours = model_config.from_dict({"model_type": "gemma3", "text_config": fields}, "here")
+    theirs = transformers.Gemma3TextConfig(**fields)
+    assert (ours.vocab_size, ours.num_heads, ours.num_kv_heads, ours.head_dim) == (262208, 8, 4, 256)
+    assert ours.window_layers == tuple(one == "sliding_attention" for one in theirs.layer_types)
+    assert [kind.rope_theta for kind in ours.kinds] == [1e4, 1e6]
+    assert [kind.window for kind in ours.kinds] == [1024, None]
+    assert [kind.rope_scaling is None for kind in ours.kinds] == [True, False]
 
 
 def test_every_layer_equals_transformers(tmp_path):
@@ -117,7 +180,7 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits(stories):
 
 
 def test_rope_scaling_leaves_short_waves_and_slows_long_ones():
-    scaling = config_json._rope({"rope_parameters": LLAMA31_ROPE}, "here")[1]
+    scaling = model_config._rope({"rope_parameters": LLAMA31_ROPE}, "here")[1]
     plain, scaled = (rope_frequencies(64, 500000.0, s) for s in (None, scaling))
     np.testing.assert_allclose(scaled[0], plain[0])
     np.testing.assert_allclose(scaled[-1], plain[-1] / 8)
@@ -126,7 +189,7 @@ def test_rope_scaling_leaves_short_waves_and_slows_long_ones():
 def test_both_spellings_of_rope_are_read():
     old = {"rope_theta": 1e5, "rope_scaling": {k: v for k, v in LLAMA31_ROPE.items() if k != "rope_theta"}}
     new = {"rope_parameters": {**LLAMA31_ROPE, "rope_theta": 1e5}}
-    assert config_json._rope(old, "old") == config_json._rope(new, "new")
+    assert model_config._rope(old, "old") == model_config._rope(new, "new")
 
 
 def broken(tmp_path, change_config=None, change_tensors=None):
@@ -153,7 +216,14 @@ def broken(tmp_path, change_config=None, change_tensors=None):
             None,
             "quantization_config is set .quant_method 'awq'.*cannot",
         ),
-        ({"model_type": "mistral", "sliding_window": 128}, None, "sliding_window is 128"),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["chunked_attention"] * 5},
+            None,
+            "layer_types must have one of full_attention, sliding_attention for each of the 5 layers",
+        ),
+        ({"final_logit_softcapping": 30.0}, None, "final_logit_softcapping is 30.0, which is not supported for llama"),
+        ({"partial_rotary_factor": 0.75}, None, "partial_rotary_factor is 0.75; supported is 1"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, None, "no_rope_layers must have a 0 or 1 for each of"),
         ({"rope_parameters": {"rope_type": "longrope"}}, None, "rope type 'longrope' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn"}}, None, "yarn rope scaling needs the missing fields factor"),
         ({"hidden_size": None}, None, "the field 'hidden_size' is missing"),

@@ -309,24 +309,41 @@ def test_eight_devices_take_the_steps_of_one(stories, steps_of_one_device, mesh,
     assert_close(host(params), host(steps_of_one_device[1]), rtol=0, atol=1e-5)
 
 
+GEMMA = {
+    "post_norm": True,
+    "norm_offset": 1.0,
+    "activation": "gelu_pytorch_tanh",
+    "sliding_window": 20,
+    "window_layers": (True, True, False, True, False),
+    "local_rope_theta": 1e3,
+    "rope_layers": None,
+}
+
+
 @pytest.mark.parametrize(
     ("mesh", "options"),
     [
-        (MeshConfig(data=2, fsdp=4), {"model_type": "olmo2", "post_norm": True, "qk_norm_all": True}),
+        (
+            MeshConfig(data=2, fsdp=4),
+            {"model_type": "olmo2", "pre_norm": False, "post_norm": True, "qk_norm_all": True},
+        ),
         (
             MeshConfig(fsdp=4, tensor=2),
-            {"residual_multiplier": 0.5, "attention_multiplier": 0.1, "logits_scaling": 2.0},
+            {"residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 3.0},
         ),
+        (MeshConfig(fsdp=4, tensor=2), GEMMA),
+        (MeshConfig(fsdp=8, context=2), GEMMA),
     ],
-    ids=["norms behind, of all heads", "multipliers, over tensor"],
+    ids=["norms behind, of all heads", "multipliers, over tensor", "windows, over tensor", "windows, shared rows"],
 )
 def test_eight_devices_take_the_steps_of_one_for_layers_of_other_families(stories, mesh, options):
-    """Layers without rope among others, which are what differs between layers."""
-    config = dataclasses.replace(stories[0], rope_layers=(True, False, True, False, False), **options)
+    """Layers that differ in their rope, or in their window and rope."""
+    config = dataclasses.replace(stories[0], **{"rope_layers": (True, False, True, False, False), **options})
     init = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), init)
     alone = five_steps(*setup((config, params), rows_per_batch=8, most=1))
-    losses, trained, log_probs = five_steps(*setup((config, params), 8, 8, 1, mesh=mesh))
+    rows, remat = 8 // mesh.context, "layer" if mesh.context == 1 else "dots"
+    losses, trained, log_probs = five_steps(*setup((config, params), 8, rows, 8 // rows, remat=remat, mesh=mesh))
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
     np.testing.assert_allclose(log_probs, alone[2], rtol=1e-5, atol=1e-4)
     assert_close(host(trained), host(alone[1]), rtol=0, atol=1e-5)

@@ -98,8 +98,8 @@ class Trees(Sequence[Tree]):
     def take(self, indices: Sequence[int] | np.ndarray) -> Self:
         """The trees at `indices`."""
         indices = np.asarray(indices, int)
-        values = (self.prompt[indices], self.sources[indices], self.found_in[indices])
-        return dataclasses.replace(self, **dict(zip(("prompt", "sources", "found_in"), values, strict=True)))
+        prompt, sources, found_in = (values[indices] for values in (self.prompt, self.sources, self.found_in))
+        return dataclasses.replace(self, prompt=prompt, sources=sources, found_in=found_in)
 
     def only(self, chosen: np.ndarray) -> "Trees":
         """The responses that `chosen`, of the shape of `distinct`, is true for, without triplets."""

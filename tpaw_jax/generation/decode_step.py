@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
@@ -21,13 +20,18 @@ from tpaw_jax.generation.cpu.kernels import PackedMatrix
 from tpaw_jax.models.attention import Visibility
 from tpaw_jax.models.rope import rotate
 from tpaw_jax.models.transformer import (
+    ACTIVATIONS,
     Transformer,
+    attention_context,
+    embedding_multiplier,
     head_table,
-    layer_angles,
-    of_layers,
+    kind_of_layers,
     rms_norm,
     rotary_angles,
     scaled,
+    select_kind,
+    stacked_by_kind,
+    with_offset,
 )
 from tpaw_jax.types import AnyArray, PackedPrompts
 
@@ -38,13 +42,15 @@ Layer = Int[Array, ""] | int
 class LayerWeights(NamedTuple):
     """Parameters of one layer, or of all layers, stacked. Matrices that read the same input are concatenated."""
 
-    attention_norm: Float[Array, "*L D"]
+    attention_norm: Float[Array, "*L D"] | None  # None: the input is not normalized
+    attention_post_norm: Float[Array, "*L D"] | None  # None: the output is not normalized
     qkv: Matrix  # [E, D]
     qkv_bias: Float[Array, "*L E"] | None
     q_norm: Float[Array, "*L H"] | None
     k_norm: Float[Array, "*L H"] | None
     o: Matrix  # [D, F]
-    mlp_norm: Float[Array, "*L D"]
+    mlp_norm: Float[Array, "*L D"] | None
+    mlp_post_norm: Float[Array, "*L D"] | None
     gate_up: Matrix  # [G, D]
     down: Matrix  # [D, F]
 
@@ -72,11 +78,12 @@ def decode_weights(model: Transformer, params: PyTree[Array], packed: bool = Fal
     params_of = lambda i: jax.tree.map(lambda p: p[i], params["layers"])
     layout = kernels.pack if packed else jnp.transpose
     matrix = lambda p_DF: layout(p_DF.astype(model.dtype))
-    layers = [_layer_weights(params_of(i), matrix) for i in range(0 if packed else model.config.num_layers)]
+    offset = model.config.norm_offset
+    layers = [_layer_weights(params_of(i), matrix, offset) for i in range(0 if packed else model.config.num_layers)]
     return DecodeWeights(
         matrix(params["embed"]["embedding"].T),
-        _layer_weights(params["layers"], matrix) if packed else tuple(layers),
-        params["final_norm"]["scale"],
+        _layer_weights(params["layers"], matrix, offset) if packed else tuple(layers),
+        with_offset(params["final_norm"]["scale"], offset),
         None if model.config.tie_embeddings else matrix(head_table(params).T),
     )
 
@@ -94,12 +101,15 @@ def decode(
     Products take operands in the compute dtype and accumulate in float32; everything else is float32. Layers are
     unrolled: a scan needs stacked weights, and XLA copies the slices of a stack.
     """
-    angles, rotates = rotary_angles(model.config, positions), model.config.rope_layers
+    angles, kinds = rotary_angles(model.config, positions), model.config.kinds
     x_MD, layers = _embed(model, weights, tokens), []
     attend_pages = _attend_with_kernel if weights.packed else functools.partial(_attend, model.local_config)
     for i, pages in enumerate(cache):
-        own = layer_angles(angles, None if rotates is None else rotates[i])
-        attend = functools.partial(attend_pages, angles=own, pages=pages, table=table, positions=positions)
+        kind = model.config.layer_kinds[i]
+        own, window = select_kind(angles, kinds.index(kind) if len(kinds) > 1 else None), kind.window
+        attend = functools.partial(
+            attend_pages, angles=own, pages=pages, table=table, positions=positions, window=window
+        )
         x_MD, pages = _layer(model, *weights.of_layer(i), x_MD, positions.shape, attend)
         layers.append(pages)
     return _logits(model, weights, x_MD).reshape(*tokens.shape, -1), tuple(layers)
@@ -113,20 +123,21 @@ def prefill(
     Products round like those of `decode`. Attention is the model's own, on keys and values before they are rounded.
     """
     c, rows = model.local_config, prompts.tokens.shape
-    angles = rotary_angles(c, prompts.positions)
-    context = model.attention.prepare(Visibility(jnp.asarray(prompts.segment_ids)))
+    angles_of_kinds = rotary_angles(c, prompts.positions)
+    visibility = Visibility(jnp.asarray(prompts.segment_ids))
+    contexts = stacked_by_kind(c, lambda kind: attention_context(model.attention, visibility, kind))
 
-    def attend(heads_RTXH, angles):
+    def attend(heads_RTXH, kind):
+        angles, context = select_kind((angles_of_kinds, contexts), kind)
         q, k, v = _split_heads(c, heads_RTXH)
         k = rotate(k, angles)
         return model.attention.attend(rotate(q, angles), k, v, context), (k.astype(dtype), v.astype(dtype))
 
     def layer(x_MD, own):
-        i, of_layer = own
-        own_attend = functools.partial(attend, angles=layer_angles(angles, of_layer))
-        return _layer(model, *weights.of_layer(i), x_MD, rows, own_attend)
+        i, kind = own
+        return _layer(model, *weights.of_layer(i), x_MD, rows, functools.partial(attend, kind=kind))
 
-    layers = jnp.arange(c.num_layers), of_layers(c)
+    layers = jnp.arange(c.num_layers), kind_of_layers(c)
     x_MD, keys_and_values = jax.lax.scan(layer, _embed(model, weights, prompts.tokens), layers)
     last_RN = jnp.arange(rows[0])[:, None] * rows[1] + prompts.first + prompts.lengths - 1
     logits = _logits(model, weights, x_MD[last_RN.reshape(-1)])
@@ -136,7 +147,7 @@ def prefill(
 def _embed(model: Transformer, weights: DecodeWeights, tokens: Int[AnyArray, "R S"]) -> Float[Array, "M D"]:
     name, flat = "embed/embedding", jnp.reshape(tokens, -1)
     x_MD = model.parallel.embed(weights.embed, name, flat, jnp.float32, take=_take_rows)
-    return scaled(x_MD, model.config.embedding_multiplier)
+    return scaled(x_MD, embedding_multiplier(model.config, model.dtype))
 
 
 def _layer(
@@ -150,18 +161,17 @@ def _layer(
     product = functools.partial(_product, epsilon=c.rms_norm_eps, layer=i)
     select = lambda p: p if i is None else p[i]
     norm = lambda x, scale: rms_norm(x, select(scale), c.rms_norm_eps)
-    before = lambda scale: () if c.post_norm else (scale,)
-    after = lambda x, scale: scaled(norm(x, scale) if c.post_norm else x, c.residual_multiplier)
-    qkv_ME = product(x_MD, w.qkv, *before(w.attention_norm))
+    after = lambda x, scale: scaled(x if scale is None else norm(x, scale), c.residual_multiplier)
+    qkv_ME = product(x_MD, w.qkv, w.attention_norm)
     if w.qkv_bias is not None:
         qkv_ME += select(w.qkv_bias)
     heads_RSXH = _scale_heads(c, w, qkv_ME.reshape(*rows, -1, c.head_dim), norm)
     attended, kept = attend(heads_RSXH)
     out_MD = parallel.reduce_from_tensor(product(attended.reshape(len(x_MD), -1), w.o))
-    x_MD += after(out_MD, w.attention_norm)
-    gate_MF, up_MF = jnp.split(product(x_MD, w.gate_up, *before(w.mlp_norm)), 2, axis=1)
-    out_MD = parallel.reduce_from_tensor(product(nn.silu(gate_MF) * up_MF, w.down))
-    return x_MD + after(out_MD, w.mlp_norm), kept
+    x_MD += after(out_MD, w.attention_post_norm)
+    gate_MF, up_MF = jnp.split(product(x_MD, w.gate_up, w.mlp_norm), 2, axis=1)
+    out_MD = parallel.reduce_from_tensor(product(ACTIVATIONS[c.activation](gate_MF) * up_MF, w.down))
+    return x_MD + after(out_MD, w.mlp_post_norm), kept
 
 
 def _logits(model: Transformer, weights: DecodeWeights, x_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
@@ -199,17 +209,19 @@ def _take_rows(table_VD, tokens_M):
     return jax.lax.platform_dependent(table_VD, cpu=through_integers, default=lambda table: table[tokens_M])
 
 
-def _attend_with_kernel(heads_RSXH, *, angles, pages, table, positions):
+def _attend_with_kernel(heads_RSXH, *, angles, pages, table, positions, window):
     """Attention output and the layer's pages with the new tokens, by the CPU kernel."""
-    attended, *pools = kernels.attend_pages(heads_RSXH, angles, pages.keys, pages.values, table.of_slot, positions)
+    pools = pages.keys, pages.values
+    attended, *pools = kernels.attend_pages(heads_RSXH, angles, *pools, table.of_slot, positions, window=window)
     return attended, kv.LayerPages(*pools)
 
 
-def _attend(config, heads_RSXH, *, angles, pages, table, positions):
+def _attend(config, heads_RSXH, *, angles, pages, table, positions, window):
     """Attention output and the layer's pages with the new tokens, by XLA."""
     q, k, v = _split_heads(config, heads_RSXH)
     q, k = rotate(q, angles), rotate(k, angles)
-    return kv.attend_pages(q, k, v, pages, table, positions), kv.write_token(pages, table, positions, k, v)
+    attended = kv.attend_pages(q, k, v, pages, table, positions, window=window)
+    return attended, kv.write_token(pages, table, positions, k, v)
 
 
 def _product(x_MD, weight_FD, scale=None, epsilon=0.0, layer=None):
@@ -231,17 +243,20 @@ def _row_major(x_FM):
     return with_layout_constraint(x_FM, Layout(major_to_minor=(0, 1)))
 
 
-def _layer_weights(p, matrix) -> LayerWeights:
+def _layer_weights(p, matrix, norm_offset) -> LayerWeights:
+    norm = lambda name: with_offset(p[name]["scale"], norm_offset) if name in p else None
     kernel = lambda *names: matrix(jnp.concatenate([p[name]["kernel"] for name in names], axis=-1))
     bias = jnp.concatenate([p[name]["bias"] for name in "qkv"], axis=-1) if "bias" in p["q"] else None
     return LayerWeights(
-        attention_norm=p["attention_norm"]["scale"],
+        attention_norm=norm("attention_norm"),
+        attention_post_norm=norm("attention_post_norm"),
         qkv=kernel("q", "k", "v"),
         qkv_bias=bias,
-        q_norm=p["q_norm"]["scale"] if "q_norm" in p else None,
-        k_norm=p["k_norm"]["scale"] if "k_norm" in p else None,
+        q_norm=norm("q_norm"),
+        k_norm=norm("k_norm"),
         o=kernel("o"),
-        mlp_norm=p["mlp_norm"]["scale"],
+        mlp_norm=norm("mlp_norm"),
+        mlp_post_norm=norm("mlp_post_norm"),
         gate_up=kernel("gate", "up"),
         down=kernel("down"),
     )

@@ -4,9 +4,9 @@ Read the files in this order:
 
 1. `attention`: attention over packed trees, on CPU, GPU and TPU.
 2. `rope`: rotary embeddings.
-3. `transformer`: the architecture (`ModelConfig`) and the model.
+3. `model_config`: the architecture, and the families of models; `transformer`: the model.
 4. `parallel`: the collectives of a model that is sharded over a mesh.
-5. `config_json`, `tensor_names`, `hub`, `gguf`: loading and saving Hugging Face directories, loading GGUF files.
+5. `tensor_names`, `hub`, `gguf`: loading and saving Hugging Face directories, loading GGUF files.
 """
 
 from tpaw_jax.models.attention import EINSUM as EINSUM
@@ -20,7 +20,7 @@ from tpaw_jax.models.hub import load_pretrained as load_pretrained
 from tpaw_jax.models.hub import load_tokenizer as load_tokenizer
 from tpaw_jax.models.hub import param_shapes as param_shapes
 from tpaw_jax.models.hub import save_pretrained as save_pretrained
+from tpaw_jax.models.model_config import ModelConfig as ModelConfig
 from tpaw_jax.models.transformer import REMAT_POLICIES as REMAT_POLICIES
-from tpaw_jax.models.transformer import ModelConfig as ModelConfig
 from tpaw_jax.models.transformer import Transformer as Transformer
 from tpaw_jax.models.transformer import shard_model as shard_model

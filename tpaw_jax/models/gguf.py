@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tpaw_jax.models.config_json import from_dict
+from tpaw_jax.models.model_config import ModelConfig, from_dict
 from tpaw_jax.models.rope import rope_frequencies
-from tpaw_jax.models.transformer import ModelConfig
 
 LAYER_NAMES = {  # Hugging Face name in a layer: GGUF name in a block
     "input_layernorm.weight": "attn_norm.weight",
@@ -114,9 +113,11 @@ class GGUFSource:
                 "original_max_position_embeddings": 8192,
             }
         elif (kind := get("rope.scaling.type")) not in (None, "none"):
-            context = get("rope.scaling.original_context_length")
+            if kind != "linear":
+                raise ValueError(
+                    f"{self.path}: rope type {kind!r} in GGUF is not supported; use the model's safetensors checkpoint."
+                )
             fields["rope_scaling"] = {"rope_type": kind, "factor": get("rope.scaling.factor")}
-            fields["rope_scaling"] |= {"original_max_position_embeddings": context} if context else {}
         config = from_dict(fields, str(self.path))
         self._check_rope_factors(config)
         return config

@@ -6,7 +6,7 @@ its part of one stacked parameter at a time.
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from jaxtyping import Array, PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tpaw_jax.models import config_json, gguf
-from tpaw_jax.models.tensor_names import SplitSource, fuse, tensor_names
-from tpaw_jax.models.transformer import ModelConfig, Transformer
+from tpaw_jax.models import gguf, model_config
+from tpaw_jax.models.model_config import ModelConfig
+from tpaw_jax.models.tensor_names import Joined, SplitSource, fuse, tensor_names, text_name
+from tpaw_jax.models.transformer import Transformer
 from tpaw_jax.runtime import sharding
 from tpaw_jax.storage import files
 
@@ -62,7 +63,8 @@ class SafetensorsSource:
         for name, path in shards.items():
             if name not in opened[path].keys():  # noqa: SIM118 (safe_open has no __contains__)
                 raise ValueError(f"{path}: the tensor '{name}' is missing, but {INDEX_FILE} lists it in this file.")
-        self._slices = {name: opened[path].get_slice(name) for name, path in shards.items()}
+        named = {own: name for name in shards if (own := text_name(name)) is not None}
+        self._slices = {own: opened[shards[name]].get_slice(name) for own, name in named.items()}
 
     def names(self) -> set[str]:
         return set(self._slices)
@@ -143,7 +145,7 @@ def load_architecture(path: str | Path) -> ModelConfig:
     if local.suffix == ".gguf":
         return gguf.GGUFSource(local).config
     _refuse_adapter(local)
-    return config_json.from_dict(_read_json(local / "config.json"), str(local / "config.json"))
+    return model_config.from_dict(_read_json(local / "config.json"), str(local / "config.json"))
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -200,7 +202,7 @@ def save_pretrained(
         tokenizer.save_pretrained(partial)
         ids = {name: getattr(tokenizer, name) for name in special}
         generation = {name: value for name, value in ids.items() if value is not None} | generation
-    fields = config_json.to_dict(config, dtype) | {k: v for k, v in generation.items() if k in special}
+    fields = model_config.to_dict(config, dtype) | {k: v for k, v in generation.items() if k in special}
     (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     if path.exists():
@@ -324,7 +326,9 @@ def _load(
     return jax.make_array_from_callback(shape, sharding, read_part)
 
 
-def _write_shards(directory: Path, flat: dict[str, Array], names: dict[str, str], max_shard_bytes: int) -> None:
+def _write_shards(
+    directory: Path, flat: Mapping[str, Array | Joined], names: Mapping[str, str], max_shard_bytes: int
+) -> None:
     """Write model.safetensors, or numbered shards and an index if the parameters exceed `max_shard_bytes`."""
     shards: list[list[tuple[str, str, int | None]]] = [[]]  # of (Hugging Face name, flax name, layer)
     bytes_left = max_shard_bytes
@@ -342,7 +346,11 @@ def _write_shards(directory: Path, flat: dict[str, Array], names: dict[str, str]
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for hf, name, row in entries:
-            tensor = np.asarray(flat[name] if row is None else flat[name][row])
+            value = flat[name]
+            if isinstance(value, Joined):
+                tensor = value.layer(row or 0)
+            else:
+                tensor = np.asarray(value if row is None else value[row])
             tensors[hf] = np.ascontiguousarray(tensor.T if names[name].startswith("*") else tensor)
             weight_map[hf] = file
         save_file(tensors, directory / file, metadata={"format": "pt"})

@@ -23,47 +23,45 @@ from tpaw_jax.models.parallel import ATTENTION
 def scan_layers(
     gather: Callable[[PyTree[Array]], PyTree[Array]],
     apply: Callable[..., Array],
-    params: PyTree[Array],
+    layers: tuple[PyTree[Array], Any],
     x: Float[Array, "M D"],
-    of_layers: PyTree[Array],
     inputs: tuple[Any, ...],
     head: Float[Array, "v d"],
 ) -> tuple[Float[Array, "M D"], Float[Array, "v d"]]:
-    """Apply all layers in turn: x = apply(gather(a layer's shards), x, of_layer, *inputs). Return x and `head`.
+    """Apply all layers in turn: x = apply(gather(a layer's shards), x, kind, *inputs). Return x and `head`.
 
     Args:
         gather: a layer's shards of its parameters -> the parameters that `apply` takes; its gradient reduces.
         apply: a layer; what it keeps for the backward pass is up to its `jax.checkpoint`.
-        params: the shards of all layers, stacked on a leading axis.
+        layers: the shards of all layers' parameters, stacked on a leading axis, and the kinds of the layers or None.
         x: the input of the first layer.
-        of_layers: what else differs between layers, stacked on a leading axis, or None; without gradient.
         inputs: what all layers take besides; without gradient.
         head: the shard of the output embedding; pass the one that is returned to the output head, so that its
             gradient is reduced beside the last layer's backward pass.
     """
     layer = lambda x, own: (apply(gather(own[0]), x, own[1], *inputs), None)
-    return lax.scan(layer, x, (params, of_layers))[0], head
+    return lax.scan(layer, x, layers)[0], head
 
 
-def _forward(gather, apply, params, x, of_layers, inputs, head):
+def _forward(gather, apply, layers, x, inputs, head):
     def layer(x, own):
-        shards, of_layer = own
-        out, vjp = jax.vjp(apply, gather(shards), x, of_layer, *inputs)
+        shards, kind = own
+        out, vjp = jax.vjp(apply, gather(shards), x, kind, *inputs)
         vjp.args_res = None  # the backward pass has the arguments: `x` is saved, and parameters are gathered again
         return out, (x, vjp)
 
-    out, saved = lax.scan(layer, x, (params, of_layers))
-    return (out, head), (params, of_layers, inputs, saved)
+    out, saved = lax.scan(layer, x, layers)
+    return (out, head), (layers, inputs, saved)
 
 
 def _backward(gather, apply, residuals, gradients):
-    params, of_layers, inputs, saved = residuals
+    (params, kinds), inputs, saved = residuals
     dx, d_head = gradients
     last = len(jax.tree.leaves(params)[0]) - 1
 
     def gradients_of(i, dx):
         x, vjp = _at(saved, i)
-        vjp.args_res = [gather(_at(params, i)), x, _at(of_layers, i), *inputs]
+        vjp.args_res = [gather(_at(params, i)), x, _at(kinds, i), *inputs]
         return vjp(dx)[:2]
 
     def reduced(i, full, d_params):
@@ -86,7 +84,7 @@ def _backward(gather, apply, residuals, gradients):
     d_params = reduced(last, now, jax.tree.map(jnp.zeros_like, params))
     dx, d_head = lax.optimization_barrier((dx, d_head))  # the loop waits for the head's gradient
     dx, pending, d_params = lax.fori_loop(1, last + 1, layer, (dx, pending, d_params))
-    return reduced(0, pending, d_params), dx, None, None, d_head
+    return (reduced(0, pending, d_params), None), dx, None, d_head
 
 
 def _at(stacked: PyTree[Array], i: Any) -> PyTree[Array]:

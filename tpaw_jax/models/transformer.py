@@ -1,57 +1,25 @@
-"""One decoder for all model families; what differs between them is configuration, see `config_json.FAMILIES`."""
+"""One decoder for all model families; what differs between them is configuration, see `model_config.FAMILIES`."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from tpaw_jax.models.attention import EINSUM, SAVED, Attention, Visibility
 from tpaw_jax.models.context import check_groups, check_heads, exchanging_heads, own_tokens
 from tpaw_jax.models.layer_scan import scan_layers
+from tpaw_jax.models.model_config import LayerKind, ModelConfig
 from tpaw_jax.models.parallel import UNSHARDED, Parallel
-from tpaw_jax.models.rope import RopeScaling, attention_factor, rope_angles, rope_frequencies, rotate
+from tpaw_jax.models.rope import attention_factor, rope_angles, rope_frequencies, rotate
 from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.types import TreeBatch
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The architecture, in the terms of Hugging Face's config.json."""
-
-    model_type: str  # a key of `config_json.FAMILIES`
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float
-    rms_norm_eps: float
-    max_position_embeddings: int
-    tie_embeddings: bool
-    qkv_bias: bool = False
-    qk_norm: bool = False  # queries and keys are normalized, each head alone
-    rope_scaling: RopeScaling | None = None
-    qk_norm_all: bool = False  # queries and keys are normalized, all heads together
-    post_norm: bool = False  # attention and feed-forward normalize their output instead of their input
-    embedding_multiplier: float = 1.0
-    residual_multiplier: float = 1.0  # of the output of attention and feed-forward
-    attention_multiplier: float | None = None  # of queries times keys; None: H^-0.5
-    logits_scaling: float = 1.0  # what logits are divided by
-    rope_layers: tuple[bool, ...] | None = None  # which layers rotate queries and keys; None: all
-    fused: bool = False  # checkpoints hold q, k and v as one matrix, and gate and up
-
-    @property
-    def query_scale(self) -> float:
-        """What queries are multiplied by, before attention divides by the root of H."""
-        return 1.0 if self.attention_multiplier is None else self.attention_multiplier * self.head_dim**0.5
-
 
 _policies = jax.checkpoint_policies
 _is_matmul = _policies.dots_with_no_batch_dims_saveable
@@ -81,16 +49,25 @@ KEEPS_LOGITS = ("none", "dots")
 """Policies under which the forward pass keeps the logits of the predictions, [B, P, V] float32."""
 
 
+ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": nn.gelu}  # flax's gelu is the tanh approximation
+
+
 class RMSNorm(nn.Module):
-    """RMS normalization with a learned scale, over the last axis, in float32."""
+    """RMS normalization with a learned scale, to which `offset` is added, over the last axis, in float32."""
 
     epsilon: float
     param_dtype: DTypeLike
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        return rms_norm(x, scale, self.epsilon)
+        scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],), self.param_dtype)
+        return rms_norm(x, with_offset(scale, self.offset), self.epsilon)
+
+
+def with_offset(scale: Array, offset: float) -> Array:
+    """Compute the scale of a norm in float32 if an offset is added."""
+    return scale.astype(jnp.float32) + offset if offset else scale
 
 
 def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
@@ -101,12 +78,12 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
 
 
 def scaled(x: Array, factor: float) -> Array:
-    """Compute x times a constant; nothing if that is 1."""
-    return x if factor == 1.0 else x * jnp.asarray(factor, x.dtype)
+    """Compute x times a constant that is not rounded to the dtype of x; nothing if it is 1."""
+    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 class Block(nn.Module):
-    """One layer: attention and a gated SiLU feed-forward."""
+    """One layer: attention and a gated feed-forward."""
 
     config: ModelConfig
     dtype: DTypeLike
@@ -119,8 +96,11 @@ class Block(nn.Module):
         linear = lambda features, bias=False: nn.Dense(
             features, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype
         )
-        norm = lambda: RMSNorm(c.rms_norm_eps, self.param_dtype)
-        self.attention_norm, self.mlp_norm = norm(), norm()
+        norm = lambda: RMSNorm(c.rms_norm_eps, self.param_dtype, c.norm_offset)
+        if c.pre_norm:
+            self.attention_norm, self.mlp_norm = norm(), norm()
+        if c.post_norm:
+            self.attention_post_norm, self.mlp_post_norm = norm(), norm()
         self.q = linear(c.num_heads * c.head_dim, c.qkv_bias)
         self.k = linear(c.num_kv_heads * c.head_dim, c.qkv_bias)
         self.v = linear(c.num_kv_heads * c.head_dim, c.qkv_bias)
@@ -130,12 +110,12 @@ class Block(nn.Module):
         self.gate, self.up = linear(c.intermediate_size), linear(c.intermediate_size)
         self.down = linear(c.hidden_size)
 
-    def __call__(self, x_MD, of_layer, angles, context, with_cache):
+    def __call__(self, x_MD, kind, angles, context, with_cache):
         """Apply the layer to packed rows; `with_cache` also returns keys and values, each [B, T, K, H].
 
-        `of_layer` is the layer's item of `of_layers`.
+        `kind` is the layer's item of `kind_of_layers`; angles and context are of `stacked_by_kind`.
         """
-        angles = layer_angles(angles, of_layer)
+        angles, context = select_kind((angles, context), kind)
         q_BTNH, k_BTKH, v_BTKH = self._project(x_MD, angles)
         x_MD = self._finish(x_MD, self.attention.attend(q_BTNH, k_BTKH, v_BTKH, context))
         return x_MD, (k_BTKH, v_BTKH) if with_cache else None
@@ -143,7 +123,7 @@ class Block(nn.Module):
     def _project(self, x_MD, angles):
         # All tokens are on one axis, M = B T, so that XLA computes the weights' gradients as plain matmuls.
         c, rows = self.config, angles[0].shape[:2]
-        h_MD = self.parallel.copy_to_tensor(x_MD if c.post_norm else self.attention_norm(x_MD))
+        h_MD = self.parallel.copy_to_tensor(self.attention_norm(x_MD) if c.pre_norm else x_MD)
         q_MF, k_MF, v_MF = self.q(h_MD), self.k(h_MD), self.v(h_MD)
         if c.qk_norm_all:
             q_MF, k_MF = self.q_norm(q_MF), self.k_norm(k_MF)
@@ -156,10 +136,10 @@ class Block(nn.Module):
     def _finish(self, x_MD, attended):
         c, reduce = self.config, self.parallel.reduce_from_tensor
         out_MD = reduce(self.o(attended.reshape(x_MD.shape[0], -1)))
-        x_MD += scaled(self.attention_norm(out_MD) if c.post_norm else out_MD, c.residual_multiplier)
-        h_MD = self.parallel.copy_to_tensor(x_MD if c.post_norm else self.mlp_norm(x_MD))
-        out_MD = reduce(self.down(nn.silu(self.gate(h_MD)) * self.up(h_MD)))
-        return x_MD + scaled(self.mlp_norm(out_MD) if c.post_norm else out_MD, c.residual_multiplier)
+        x_MD += scaled(self.attention_post_norm(out_MD) if c.post_norm else out_MD, c.residual_multiplier)
+        h_MD = self.parallel.copy_to_tensor(self.mlp_norm(x_MD) if c.pre_norm else x_MD)
+        out_MD = reduce(self.down(ACTIVATIONS[c.activation](self.gate(h_MD)) * self.up(h_MD)))
+        return x_MD + scaled(self.mlp_post_norm(out_MD) if c.post_norm else out_MD, c.residual_multiplier)
 
 
 class Embedding(nn.Module):
@@ -222,7 +202,7 @@ class Transformer(nn.Module):
         shape = lambda name: parallel.local_shape(f"{name}/embedding", (c.vocab_size, c.hidden_size))
         table = lambda name: Embedding(shape(name), self.param_dtype)
         self.embed = table("embed")
-        self.final_norm = RMSNorm(c.rms_norm_eps, self.param_dtype)
+        self.final_norm = RMSNorm(c.rms_norm_eps, self.param_dtype, c.norm_offset)
         if not c.tie_embeddings:
             self.head = table("head")
 
@@ -241,7 +221,7 @@ class Transformer(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Compute the normalized final hidden states of rows of sequences."""
+        """Compute the final hidden states of rows of sequences, normalized and divided by `logits_scaling`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segment_ids is None:
@@ -277,17 +257,17 @@ class Transformer(nn.Module):
         return getattr(self, self._head_name)()
 
     def _rows(self, tokens_BT, positions_BT, visibility, with_cache):
-        context = self.attention.prepare(visibility)
+        context = stacked_by_kind(self.config, lambda kind: attention_context(self.attention, visibility, kind))
         if self.parallel.context > 1:
             tokens_BT, positions_BT = (own_tokens(x, self.parallel.context) for x in (tokens_BT, positions_BT))
         angles = rotary_angles(self.config, positions_BT)
         x_MD = self.parallel.embed(self.embed(), "embed/embedding", tokens_BT.reshape(-1), self.dtype)
-        x_MD = scaled(x_MD, self.config.embedding_multiplier)
+        x_MD = scaled(x_MD, embedding_multiplier(self.config, self.dtype))
         cache, head = None, self._head()
         if self.parallel.specs and not with_cache:
             x_MD, head = self._scan_sharded(x_MD, (angles, context), head)
         else:
-            x_MD, cache = self.layers(x_MD, of_layers(self.config), angles, context, with_cache)
+            x_MD, cache = self.layers(x_MD, kind_of_layers(self.config), angles, context, with_cache)
         hidden_MD = scaled(self.final_norm(x_MD), 1 / self.config.logits_scaling)
         return hidden_MD.reshape(*tokens_BT.shape, -1), cache, head
 
@@ -298,7 +278,7 @@ class Transformer(nn.Module):
             apply = jax.checkpoint(apply, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         params, split = self.parallel.join_attention(self.layers.variables["params"])
         gather = lambda shards: split(self.parallel.layer(shards, self.dtype))
-        return scan_layers(gather, apply, params, x_MD, of_layers(self.config), inputs, head)
+        return scan_layers(gather, apply, (params, kind_of_layers(self.config)), x_MD, inputs, head)
 
 
 def shard_model(
@@ -344,24 +324,47 @@ def shard_model(
     return model.clone(parallel=parallel, attention=exchanging_heads(model.attention, context))
 
 
-def of_layers(config: ModelConfig) -> Bool[Array, "L"] | None:
-    """What differs between layers besides their parameters: whether they rotate queries and keys. None: nothing."""
-    return None if config.rope_layers is None else jnp.array(config.rope_layers)
+def embedding_multiplier(config: ModelConfig, dtype: DTypeLike) -> float:
+    """Return what embeddings are multiplied by, for a model that computes in `dtype`."""
+    factor = config.embedding_multiplier
+    return float(np.asarray(factor, dtype)) if config.rounded_multiplier else factor
 
 
-def layer_angles(angles: tuple[Array, Array], rotates: Bool[Array, ""] | bool | None) -> tuple[Array, Array]:
-    """Return cos and sin for a layer: those of no rotation if it does not rotate."""
-    if rotates is None:
-        return angles
-    return jnp.where(rotates, angles[0], 1.0), jnp.where(rotates, angles[1], 0.0)
+def kind_of_layers(config: ModelConfig) -> Int[Array, "L"] | None:
+    """The kind of each layer, an index into `config.kinds`; None if all are of one kind."""
+    kinds = config.kinds
+    return None if len(kinds) == 1 else jnp.array([kinds.index(kind) for kind in config.layer_kinds])
+
+
+def stacked_by_kind(config: ModelConfig, make: Callable[[LayerKind], Any]) -> Any:
+    """What each kind of layer needs, stacked on a leading axis; without that axis if all layers are of one kind."""
+    made = [make(kind) for kind in config.kinds]
+    return made[0] if len(made) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *made)
+
+
+def select_kind(stacked: Any, kind: Int[Array, ""] | int | None) -> Any:
+    """Select what a kind of layer needs from the result of `stacked_by_kind`."""
+    return stacked if kind is None else jax.tree.map(lambda x: x[kind], stacked)
+
+
+def attention_context(attention: Attention, visibility: Visibility, kind: LayerKind) -> Any:
+    """What `attention` prepares for a kind of layer."""
+    return attention.prepare(visibility) if kind.window is None else attention.prepare(visibility, kind.window)
 
 
 def rotary_angles(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
-    """Compute cos and sin of the rotary embedding at `positions`, each [B, T, H/2] float32."""
-    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    cos, sin = rope_angles(jnp.asarray(positions), frequencies)
-    factor = attention_factor(config.rope_scaling)
-    return scaled(cos, factor), scaled(sin, factor)
+    """Compute cos and sin of the rotary embedding at `positions` for `stacked_by_kind`, each [B, T, H/2] float32."""
+
+    def of(kind: LayerKind) -> tuple[Array, Array]:
+        if kind.rope_theta is None:
+            zeros = jnp.zeros((*positions.shape, config.head_dim // 2), jnp.float32)
+            return zeros + 1, zeros
+        frequencies = rope_frequencies(config.head_dim, kind.rope_theta, kind.rope_scaling)
+        factor = attention_factor(kind.rope_scaling)
+        cos, sin = rope_angles(jnp.asarray(positions), frequencies)
+        return scaled(cos, factor), scaled(sin, factor)
+
+    return stacked_by_kind(config, of)
 
 
 def head_name(params: PyTree[Array]) -> str:

@@ -13,7 +13,8 @@ import jax
 from tpaw_jax.config import RunConfig
 from tpaw_jax.data import packing
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK
-from tpaw_jax.models.transformer import REMAT_POLICIES, ModelConfig
+from tpaw_jax.models.model_config import ModelConfig
+from tpaw_jax.models.transformer import REMAT_POLICIES
 from tpaw_jax.observe import tables
 from tpaw_jax.planning import expected, lowering, roofline, workload
 from tpaw_jax.planning.expected import SLOTS_BUSY

@@ -32,6 +32,8 @@ PARAM_AXES = {  # flax path -> logical axes
     "final_norm/scale": ("norm",),
     "layers/attention_norm/scale": ("layers", "norm"),
     "layers/mlp_norm/scale": ("layers", "norm"),
+    "layers/attention_post_norm/scale": ("layers", "norm"),
+    "layers/mlp_post_norm/scale": ("layers", "norm"),
     "layers/q_norm/scale": ("layers", "norm"),
     "layers/k_norm/scale": ("layers", "norm"),
     "layers/q/kernel": ("layers", "embed", "heads"),

@@ -14,7 +14,7 @@ from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.data.packing import Rows
 from tpaw_jax.data.prefix_trees import Sizes, Trees
 from tpaw_jax.data.segments import segments_of
-from tpaw_jax.models.transformer import ModelConfig
+from tpaw_jax.models.model_config import ModelConfig
 from tpaw_jax.types import NOTHING, Generations, Prompts, Ragged
 
 BACKWARD = 2

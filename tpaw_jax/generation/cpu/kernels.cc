@@ -382,6 +382,7 @@ struct Step {
   const int32_t *of_slot, *positions;
   float* out;
   int64_t shards, slots, heads, group, size, pages, page, blocks;  // heads: of keys, each with `group` queries
+  int64_t window;                                                 // tokens that a query sees, its own included
 };
 
 // Slot m, key head k: writes the new token into its page, and attends from its queries to that token and all before it.
@@ -413,7 +414,7 @@ void AttendHead(const Step& of, int64_t m, int64_t k) {
     const int64_t page = of.of_slot[m * of.blocks + block], before = position - block * of.page;
     if (page < 0 || page >= of.pages) continue;
     const int64_t at = page * of.page * row;
-    for (int64_t t = 0; t < std::min(before, of.page); ++t, ++count) {
+    for (int64_t t = std::max<int64_t>(0, before - of.window + 1); t < std::min(before, of.page); ++t, ++count) {
       keys[count] = pool_keys + at + t * row;
       values[count] = pool_values + at + t * row;
     }
@@ -443,7 +444,8 @@ void AttendHead(const Step& of, int64_t m, int64_t k) {
 ffi::Error AttendPages(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads_of_slots, ffi::Buffer<ffi::F32> cosines,
                        ffi::Buffer<ffi::F32> sines, ffi::AnyBuffer, ffi::AnyBuffer, ffi::Buffer<ffi::S32> of_slot,
                        ffi::Buffer<ffi::S32> positions, ffi::ResultBuffer<ffi::F32> out,
-                       ffi::Result<ffi::AnyBuffer> pool_keys, ffi::Result<ffi::AnyBuffer> pool_values) {
+                       ffi::Result<ffi::AnyBuffer> pool_keys, ffi::Result<ffi::AnyBuffer> pool_values,
+                       int64_t window) {
   const auto h = heads_of_slots.dimensions(), o = out->dimensions(), u = pool_keys->dimensions();
   const auto table = of_slot.dimensions();
   const bool ranks = h.size() == 4 && o.size() == 4 && u.size() == 4 && table.size() == 3;
@@ -460,7 +462,7 @@ ffi::Error AttendPages(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads_of_slot
   const Step of{
       heads_of_slots.typed_data(), cosines.typed_data(), sines.typed_data(), pool_keys->untyped_data(),
       pool_values->untyped_data(), of_slot.typed_data(), positions.typed_data(), out->typed_data(),
-      h[0], h[1], kv_heads, o[2] / kv_heads, size, u[1], u[2], table[2],
+      h[0], h[1], kv_heads, o[2] / kv_heads, size, u[1], u[2], table[2], window,
   };
   const int64_t heads = of.shards * of.slots * of.heads;
   if (pool_keys->element_type() == ffi::F32)
@@ -484,4 +486,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(TpawAttendPages, AttendPages,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("window"));

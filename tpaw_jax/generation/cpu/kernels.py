@@ -88,6 +88,8 @@ def attend_pages(
     pool_values: Float[Array, "R U P E"],
     of_slot: Int[AnyArray, "R S J"],
     positions: Int[AnyArray, "R S"],
+    *,
+    window: int | None = None,
 ) -> tuple[Float[Array, "R S N H"], Float[Array, "R U P E"], Float[Array, "R U P E"]]:
     """Attention output and the pools with the new tokens: `rotate`, `cache.attend_pages` and `cache.write_token`.
 
@@ -100,7 +102,8 @@ def attend_pages(
     results = output, jax.typeof(pool_keys), jax.typeof(pool_values)
     call = jax.ffi.ffi_call("tpaw_attend_pages", results, input_output_aliases={3: 1, 4: 2})
     table = jnp.asarray(of_slot), jnp.asarray(positions)
-    attended, pool_keys, pool_values = call(heads, *angles, pool_keys, pool_values, *table)
+    seen = np.int64(2**62 if window is None else window)
+    attended, pool_keys, pool_values = call(heads, *angles, pool_keys, pool_values, *table, window=seen)
     return attended, pool_keys, pool_values
 
 

@@ -40,13 +40,13 @@ class Batches(NamedTuple):
     matmuls: Int[Array, "S"]  # the most matmuls of a block of the batch
 
 
-def plan(visibility: Visibility, chunks: int = CHUNKS) -> Batches:
+def plan(visibility: Visibility, chunks: int = CHUNKS, window: int | None = None) -> Batches:
     """Compute the batches of packed rows, with `chunks` chunks of keys per matmul.
 
     The tokens of a segment, and of a branch, must be contiguous.
     """
     padded = Visibility(*(_pad(x, axis=1) for x in visibility.arrays()))
-    ranges_B4T, chunks_BQC, matmuls_BQ = rules.plan(padded, chunks)
+    ranges_B4T, chunks_BQC, matmuls_BQ = rules.plan(padded, chunks, window)
     rows, _, length = ranges_B4T.shape
     row = jnp.arange(rows)[:, None, None]
     in_row, total = length // CHUNK, rows * length // CHUNK
@@ -87,7 +87,8 @@ def attend_batches(
 
 def gpu_attention(chunks: int = CHUNKS) -> Attention:
     """Build the attention of packed trees on GPU, with `chunks` chunks of keys per matmul. It takes O(T) memory."""
-    return Attention(functools.partial(plan, chunks=chunks), functools.partial(attend_batches, chunks=chunks))
+    prepare = lambda visibility, window=None: plan(visibility, chunks, window)
+    return Attention(prepare, functools.partial(attend_batches, chunks=chunks))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

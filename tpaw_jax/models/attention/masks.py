@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from tpaw_jax.types import AnyArray, TreeBatch
@@ -41,13 +42,34 @@ class Visibility(NamedTuple):
         return jnp.asarray(self.segment_ids), jnp.asarray(self.branch_ids), jnp.asarray(self.prompt_end)
 
 
-def visible(visibility: Visibility) -> Bool[Array, "B T T"]:
-    """Compute the dense mask [B, query, key]. Every token attends to itself, so no query is without a key."""
+def visible(visibility: Visibility, window: int | None = None) -> Bool[Array, "B T T"]:
+    """Compute the dense mask [B, query, key]. Every token attends to itself, so no query is without a key.
+
+    With a window, only the keys of the last `window` positions are seen, that of the query included.
+    """
     segments, branches, prompt_end = visibility.arrays()
     index = jnp.arange(segments.shape[1])
     of_prompt = (branches[:, None, :] == 0) & (index < prompt_end[:, :, None])
     own = branches[:, :, None] == branches[:, None, :]
-    return (index <= index[:, None]) & (segments[:, :, None] == segments[:, None, :]) & (own | of_prompt)
+    seen = (index <= index[:, None]) & (segments[:, :, None] == segments[:, None, :]) & (own | of_prompt)
+    if window is None:
+        return seen
+    tree, branch = jax.vmap(starts)(segments, branches)
+    position = index - branch + jnp.where(branches == 0, 0, prompt_end - tree)
+    return seen & (position[:, :, None] - position[:, None, :] < window)
+
+
+def starts(segments_T: Array, branches_T: Array) -> tuple[Array, Array]:
+    """Compute for each token the start of its segment, and of its branch. The trunk starts with the segment.
+
+    Each token of padding is a segment of its own.
+    """
+    index = jnp.arange(len(segments_T))
+    differs = lambda x: jnp.concatenate([jnp.ones(1, bool), x[1:] != x[:-1]])
+    start_of = lambda new: lax.cummax(jnp.where(new, index, 0))
+    segment = jnp.where(segments_T > 0, start_of(differs(segments_T)), index)
+    branch = start_of(differs(segments_T) | differs(branches_T))
+    return segment, jnp.where(branches_T == 0, segment, branch)
 
 
 def attend(
@@ -68,11 +90,11 @@ def attend(
 class Attention(NamedTuple):
     """An implementation of attention over packed rows: a pair of functions.
 
-    - `prepare(visibility) -> context` runs once and serves all layers.
+    - `prepare(visibility, window=None) -> context` runs once for all layers with the same window.
     - `attend(queries [B T N H], keys [B T K H], values [B T K H], context) -> [B T N H]` runs in every layer.
     """
 
-    prepare: Callable[[Visibility], Any]
+    prepare: Callable[..., Any]
     attend: Callable[[Array, Array, Array, Any], Array]
 
 

@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from tpaw_jax.models.attention.masks import Visibility
+from tpaw_jax.models.attention.masks import Visibility, starts
 
 QUERIES = 128
 """Tokens whose queries are computed together."""
@@ -28,13 +27,15 @@ CHUNKS = 4
 class Rules(NamedTuple):
     """The attention rule of packed rows: token t attends to keys [r0, r1) and [r2, r3] of `ranges[:, :, t]`."""
 
-    ranges: Int[Array, "B 4 T"]  # begin and end in the trunk, the start of the token's branch, the token itself
+    ranges: Int[Array, "B 4 T"]  # begin and end in the trunk, begin in the token's branch, the token itself
     chunks: Int[Array, "B Q C"]  # for each block of queries: the chunks of keys that it attends to, then -1
     matmuls: Int[Array, "B Q"]  # the number of matmuls for those chunks
 
 
-def plan(visibility: Visibility, chunks: int = CHUNKS) -> Rules:
+def plan(visibility: Visibility, chunks: int = CHUNKS, window: int | None = None) -> Rules:
     """Compute the attention rule of packed rows, with `chunks` chunks per matmul.
+
+    With a window, the ranges of a token begin where the window does.
 
     The tokens of a segment, and of a branch, must be contiguous.
 
@@ -47,10 +48,14 @@ def plan(visibility: Visibility, chunks: int = CHUNKS) -> Rules:
         raise ValueError(
             f"Rows of {length} tokens: attention on TPU needs a multiple of {QUERIES}; change packing.row_length."
         )
-    tree_BT, branch_BT = jax.vmap(_starts)(segments_BT, branches_BT)
+    tree_BT, branch_BT = jax.vmap(starts)(segments_BT, branches_BT)
     trunk_end_BT = jnp.where(branches_BT == 0, tree_BT, prompt_end_BT)
     index_BT = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    ranges_B4T = jnp.stack([tree_BT, trunk_end_BT, branch_BT, index_BT], axis=1).astype(jnp.int32)
+    trunk_BT = tree_BT
+    if window is not None:  # of its trunk, a token sees as many keys as its branch leaves of the window
+        trunk_BT = jnp.maximum(tree_BT, trunk_end_BT + index_BT - branch_BT - window + 1)
+        branch_BT = jnp.maximum(branch_BT, index_BT - window + 1)
+    ranges_B4T = jnp.stack([trunk_BT, trunk_end_BT, branch_BT, index_BT], axis=1).astype(jnp.int32)
     seen_BQC = seen_chunks(ranges_B4T)
     total = seen_BQC.shape[2]
     padding = -total % chunks
@@ -69,16 +74,3 @@ def seen_chunks(ranges_B4T: Int[Array, "B 4 T"]) -> Bool[Array, "B Q C"]:
     trunk_begin, trunk_end, branch, own = ranges_B4T.swapaxes(0, 1)
     seen_BTC = (overlaps(trunk_begin, trunk_end) & (trunk_end > trunk_begin)[..., None]) | overlaps(branch, own + 1)
     return seen_BTC.reshape(rows, -1, QUERIES, len(first_C)).any(axis=2)
-
-
-def _starts(segments_T: Array, branches_T: Array) -> tuple[Array, Array]:
-    """For each token: the start of its segment, and of its branch. The trunk starts with the segment.
-
-    Each token of padding is a segment of its own.
-    """
-    index = jnp.arange(len(segments_T))
-    differs = lambda x: jnp.concatenate([jnp.ones(1, bool), x[1:] != x[:-1]])
-    start_of = lambda new: lax.cummax(jnp.where(new, index, 0))
-    segment = jnp.where(segments_T > 0, start_of(differs(segments_T)), index)
-    branch = start_of(differs(segments_T) | differs(branches_T))
-    return segment, jnp.where(branches_T == 0, segment, branch)

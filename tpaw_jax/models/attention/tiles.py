@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
 from tpaw_jax.models.attention.masks import SAVED, Attention, Visibility
+from tpaw_jax.types import AnyArray
 
 TILE = 32
 """Queries per tile: enough for efficient matmuls, few enough that a response's last tile is not mostly padding."""
@@ -38,6 +39,7 @@ class Tiles(NamedTuple):
 
     tile: Tile
     bounds: Int[Array, "widths+1"]
+    window: Int[Array, ""]  # positions that a query sees, its own included
 
 
 def key_widths(length: int) -> list[int]:
@@ -49,8 +51,11 @@ def key_widths(length: int) -> list[int]:
     return [*widths, length]
 
 
-def plan(visibility: Visibility) -> Tiles:
-    """Cut packed rows into tiles. The branches of a segment must follow each other, trunk first, without padding."""
+def plan(visibility: Visibility, window: int | None = None) -> Tiles:
+    """Cut packed rows into tiles. The branches of a segment must follow each other, trunk first, without padding.
+
+    With a window, tiles are the same: the keys before it are computed and masked.
+    """
     segments_BT, branches_BT, prompt_end_BT = visibility.arrays()
     (rows, length), total = segments_BT.shape, segments_BT.size
     index = jnp.arange(total)
@@ -75,7 +80,8 @@ def plan(visibility: Visibility) -> Tiles:
     width = jnp.where(is_tile, jnp.searchsorted(widths, keys), len(widths))
     order = jnp.argsort(width)
     bounds = jnp.searchsorted(width[order], jnp.arange(len(widths) + 1))
-    return Tiles(jax.tree.map(lambda x: x[order].astype(jnp.int32), tile), bounds.astype(jnp.int32))
+    tile = jax.tree.map(lambda x: x[order].astype(jnp.int32), tile)
+    return Tiles(tile, bounds.astype(jnp.int32), jnp.int32(total if window is None else window))
 
 
 @jax.custom_vjp
@@ -103,7 +109,7 @@ def _forward(queries, keys, values, tiles):
         def body(i, carry):
             out_KTGH, lse_KTG = carry
             tile = _take(tiles.tile, i)
-            scores = _scores(_queries(q_KTGH, tile), _keys(k_KTH, tile, width), tile)
+            scores = _scores(_queries(q_KTGH, tile), _keys(k_KTH, tile, width), tile, tiles.window)
             top = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total_weight = jnp.sum(weights, axis=-1, keepdims=True)
@@ -137,7 +143,7 @@ def _backward(saved, d_out):
             tile = _take(tiles.tile, i)
             q, k, v = _queries(q_KTGH, tile), _keys(k_KTH, tile, width), _keys(v_KTH, tile, width)
             d_o = _queries(d_out_KTGH, tile)
-            weights = jnp.exp(_scores(q, k, tile) - _slice(lse_KTG, tile)[..., None])
+            weights = jnp.exp(_scores(q, k, tile, tiles.window) - _slice(lse_KTG, tile)[..., None])
             weights = jnp.where(_live(tile, weights.ndim), weights, 0)
             d_weights = _matmul("kqh,kch->kqc", _flat(d_o), v).reshape(weights.shape)
             d_scores = _flat((weights * (d_weights - _slice(delta_KTG, tile)[..., None]) * size**-0.5).astype(q.dtype))
@@ -229,13 +235,13 @@ def _add_keys(x: Float[Array, "K BT H"], new: Float[Array, "K C H"], tile: Tile)
     return x
 
 
-def _scores(q: Float[Array, "K Q G H"], k: Float[Array, "K C H"], tile: Tile) -> Float[Array, "K Q G C"]:
-    """Scaled float32 scores; masked keys get the lowest float."""
+def _scores(q: Float[Array, "K Q G H"], k: Float[Array, "K C H"], tile: Tile, window: Int[AnyArray, ""]) -> Array:
+    """Scaled float32 scores, [K, Q, G, C]; masked keys get the lowest float. A key's column is its position."""
     (kv_heads, length, groups, size), width = q.shape, k.shape[1]
     scores = _matmul("kqh,kch->kqc", _flat(q), k).reshape(kv_heads, length, groups, width) * size**-0.5
     column = jnp.arange(width)
-    query = tile.first_query + jnp.arange(length)[:, None]
-    seen = (column < tile.trunk_length) | (column - tile.trunk_length + tile.branch <= query)
+    query = tile.first_query + jnp.arange(length)[:, None] - tile.branch + tile.trunk_length
+    seen = (column <= query) & (column > query - window)
     return jnp.where(seen[None, :, None], scores, jnp.finfo(jnp.float32).min)
 
 

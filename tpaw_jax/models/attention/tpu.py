@@ -50,7 +50,7 @@ def tpu_attention(vmem: int = VMEM, interpret: bool = False, chunks: int = CHUNK
     matmul has `chunks` chunks of keys.
     """
     attend = functools.partial(attend_chunks, vmem=vmem, interpret=interpret, chunks=chunks)
-    return Attention(functools.partial(plan, chunks=chunks), attend)
+    return Attention(lambda visibility, window=None: plan(visibility, chunks, window), attend)
 
 
 def attend_chunks(
