@@ -81,7 +81,8 @@ def test_sources_of_a_new_round_follow_from_those_of_the_rounds_before():
     empty = np.zeros(0, np.int32)
     rounds[2] = Generations(2, [*rounds[0].tokens[:3], *rounds[2].tokens[3:]], NOTHING)
     prompts = Prompts(prompts.ids, prompts.prompt_tokens, [*prompts.target_tokens[:29], empty])
-    rounds.append(Generations(3, [*rounds[2].tokens[:5], *rounds[1].tokens[5:29], empty], NOTHING))
+    almost = [np.append(tokens[:-1], tokens[-1] + 1).astype(np.int32) for tokens in rounds[1].tokens[5:9]]
+    rounds.append(Generations(3, [*rounds[2].tokens[:5], *almost, *rounds[1].tokens[9:29], empty], NOTHING))
     whole = prefix_trees.first_sources(prompts, rounds)
     known: dict = {}
     for n in range(4):

@@ -11,7 +11,7 @@ import torch
 import torchless
 import transformers
 from conftest import STORIES, random_prompts
-from families import LLAMA31_ROPE, MODELS, SMALL, random_model
+from families import GRANITE, LLAMA31_ROPE, MODELS, SMALL, random_model
 from safetensors.numpy import load_file, save_file
 
 from tpaw_jax import models
@@ -19,7 +19,7 @@ from tpaw_jax.config import SamplingConfig
 from tpaw_jax.generation import engine
 from tpaw_jax.generation.decoder import decoder_of
 from tpaw_jax.generation.slots import make_sampler
-from tpaw_jax.models import Transformer, hub, model_config
+from tpaw_jax.models import Transformer, hub, model_config, transformer
 from tpaw_jax.models.rope import rope_frequencies
 
 
@@ -83,6 +83,29 @@ def test_the_text_of_a_model_with_a_vision_tower_is_loaded(tmp_path):
     tokens = np.random.default_rng(0).integers(3, 200, (1, 100)).astype(np.int32)
     found = Transformer(ours).apply({"params": params}, tokens)
     np.testing.assert_allclose(found, torch_logits(model, tokens), atol=1e-4)
+
+
+def test_joined_matrices_of_another_shape_are_told(tmp_path):
+    random_model("phi3", tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"num_key_value_heads": 1}))
+    with pytest.raises(
+        ValueError, match=r"2 tensors have the wrong shape: 'model.layers.0.self_attn.qkv_proj.weight' is"
+    ):
+        models.load_pretrained(tmp_path)
+
+
+def test_constants_are_rounded_only_where_transformers_rounds_them():
+    x = jnp.arange(1, 200, dtype=jnp.bfloat16)
+    exact = np.asarray(x, np.float32) * np.float32(0.22)
+    found = transformer.scaled(x, 0.22)
+    np.testing.assert_array_equal(found, jnp.asarray(exact, jnp.bfloat16))
+    assert (found != x * jnp.bfloat16(0.22)).any()
+    gemma = model_config.from_dict({**SMALL, "model_type": "gemma3_text", "hidden_size": 5376}, "here")
+    assert transformer.embedding_multiplier(gemma, jnp.bfloat16) == 73.5
+    assert transformer.embedding_multiplier(gemma, jnp.float32) == pytest.approx(5376**0.5)
+    granite = model_config.from_dict({**SMALL, **GRANITE, "model_type": "granite", "rms_norm_eps": 1e-6}, "here")
+    assert transformer.embedding_multiplier(granite, jnp.bfloat16) == 12.0
 
 
 LEFT_OUT = {  # by transformers 4, where a value is the default of the class

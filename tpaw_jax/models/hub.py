@@ -131,7 +131,7 @@ def load_pretrained(
     else:
         config = load_architecture(local)
         source = SafetensorsSource(local)
-        source = SplitSource(source, config) if config.fused else source
+        source = SplitSource(source, config, local) if config.fused else source
     shapes = param_shapes(config)
     _check_tensors(source, shapes, config, local)
     names = tensor_names(config)

@@ -1,6 +1,7 @@
 """The names of parameters in Hugging Face checkpoints, and matrices that some families' checkpoints join."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,10 +67,10 @@ class SplitSource:
     """A source of tensors whose joined matrices have the names of their parts.
 
     Raises:
-        ValueError: a joined matrix has the wrong shape. Names it.
+        ValueError: a joined matrix has the wrong shape. Names `path` and the matrix.
     """
 
-    def __init__(self, source: Any, config: ModelConfig):
+    def __init__(self, source: Any, config: ModelConfig, path: Path):
         heads = [count * config.head_dim for count in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
         rows = {"qkv": heads, "gate_up": [config.intermediate_size] * 2}
         wrong = []
@@ -86,8 +87,8 @@ class SplitSource:
 
         if wrong:
             raise ValueError(
-                f"'{wrong[0]}' is {source.shape(wrong[0])}, which does not suit the heads and sizes of config.json; "
-                f"{len(wrong)} tensors have the wrong shape."
+                f"{path}: {len(wrong)} tensors have the wrong shape: '{wrong[0]}' is {source.shape(wrong[0])}, which "
+                "does not suit the heads and sizes of config.json."
             )
 
     def names(self) -> set[str]:
