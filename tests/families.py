@@ -44,6 +44,7 @@ GEMMA3 = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     },
 }
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 MODELS = {  # configuration class, and what differs from `SMALL`
     "llama-tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
     "llama-untied": (transformers.LlamaConfig, {"tie_word_embeddings": False, "num_key_value_heads": 4}),
@@ -61,6 +62,9 @@ MODELS = {  # configuration class, and what differs from `SMALL`
         {"use_sliding_window": True, "sliding_window": 70, "max_window_layers": 1, "num_hidden_layers": 3},
     ),
     "gemma3": (transformers.Gemma3TextConfig, GEMMA3),
+    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2-moe": (transformers.Qwen2MoeConfig, EXPERTS | {"shared_expert_intermediate_size": 80}),
+    "qwen3-moe": (transformers.Qwen3MoeConfig, EXPERTS | {"head_dim": 32, "norm_topk_prob": True}),
     "yarn": (transformers.Qwen2Config, {"rope_parameters": YARN}),
     "yarn-of-deepseek": (transformers.LlamaConfig, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}),
 }

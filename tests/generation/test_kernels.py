@@ -16,7 +16,7 @@ from tpaw_jax.generation.cpu import kernels
 from tpaw_jax.generation.decoder import decoder_of
 from tpaw_jax.generation.slots import make_sampler
 from tpaw_jax.models import Transformer
-from tpaw_jax.models.transformer import rms_norm
+from tpaw_jax.models.block import rms_norm
 from tpaw_jax.types import PackedPrompts
 
 DTYPES = st.sampled_from([jnp.float32, jnp.bfloat16])

@@ -19,13 +19,15 @@ from tpaw_jax.types import TARGET
 
 similar = lambda *names: [pytest.param(name, marks=SIMILAR) for name in names]
 
+PLAYED = ("qwen3", "olmo2", "granite", "smollm3", "phi3", "qwen2-window", "mixtral", "qwen2-moe")
+
 PAPER = {"lam": 0.1, "eta": 6.0, "gamma": 0.5}
 
 
-OTHERS = ("llama-3.1-rope", "qwen2", "granite", "phi3", "mistral-window", "yarn")
+OTHERS = ("llama-3.1-rope", "qwen2", "granite", "phi3", "mistral-window", "yarn", "mixtral", "qwen3-moe")
 
 
-@pytest.fixture(params=["qwen3", "olmo2", "smollm3", "qwen2-window", "gemma3", *similar(*OTHERS)])
+@pytest.fixture(params=["qwen3", "olmo2", "smollm3", "qwen2-window", "gemma3", "qwen2-moe", *similar(*OTHERS)])
 def family(request, tmp_path):
     """A random transformers model, ours, and packed rows with the (prompt, response) of each of their entries."""
     theirs = random_model(request.param, tmp_path / "hf")
@@ -106,7 +108,7 @@ def test_the_gradient_of_the_team_loss_is_torchs(family):
     assert max(jax.tree.leaves(relative)) <= 1e-4, relative
 
 
-@pytest.mark.parametrize("name", ["gemma3", *similar("qwen3", "olmo2", "granite", "smollm3", "phi3", "qwen2-window")])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3-moe", *similar(*PLAYED)])
 def test_a_small_model_plays_three_rounds(name, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
     random_model(name, tmp_path / "model", vocab_size=512, max_position_embeddings=256)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from test_models import SMALL
 
 from tpaw_jax import models
-from tpaw_jax.models.gguf import GLOBAL_NAMES, LAYER_NAMES
+from tpaw_jax.models.checkpoints.gguf import GLOBAL_NAMES, LAYER_NAMES
 
 
 @pytest.fixture(scope="module")

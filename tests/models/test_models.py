@@ -19,7 +19,8 @@ from tpaw_jax.config import SamplingConfig
 from tpaw_jax.generation import engine
 from tpaw_jax.generation.decoder import decoder_of
 from tpaw_jax.generation.slots import make_sampler
-from tpaw_jax.models import Transformer, hub, model_config, transformer
+from tpaw_jax.models import Transformer, block, hub
+from tpaw_jax.models.checkpoints import config_json
 from tpaw_jax.models.rope import rope_frequencies
 
 
@@ -98,14 +99,14 @@ def test_joined_matrices_of_another_shape_are_told(tmp_path):
 def test_constants_are_rounded_only_where_transformers_rounds_them():
     x = jnp.arange(1, 200, dtype=jnp.bfloat16)
     exact = np.asarray(x, np.float32) * np.float32(0.22)
-    found = transformer.scaled(x, 0.22)
+    found = block.scaled(x, 0.22)
     np.testing.assert_array_equal(found, jnp.asarray(exact, jnp.bfloat16))
     assert (found != x * jnp.bfloat16(0.22)).any()
-    gemma = model_config.from_dict({**SMALL, "model_type": "gemma3_text", "hidden_size": 5376}, "here")
-    assert transformer.embedding_multiplier(gemma, jnp.bfloat16) == 73.5
-    assert transformer.embedding_multiplier(gemma, jnp.float32) == pytest.approx(5376**0.5)
-    granite = model_config.from_dict({**SMALL, **GRANITE, "model_type": "granite", "rms_norm_eps": 1e-6}, "here")
-    assert transformer.embedding_multiplier(granite, jnp.bfloat16) == 12.0
+    gemma = config_json.from_dict({**SMALL, "model_type": "gemma3_text", "hidden_size": 5376}, "here")
+    assert block.embedding_multiplier(gemma, jnp.bfloat16) == 73.5
+    assert block.embedding_multiplier(gemma, jnp.float32) == pytest.approx(5376**0.5)
+    granite = config_json.from_dict({**SMALL, **GRANITE, "model_type": "granite", "rms_norm_eps": 1e-6}, "here")
+    assert block.embedding_multiplier(granite, jnp.bfloat16) == 12.0
 
 
 LEFT_OUT = {  # by transformers 4, where a value is the default of the class
@@ -119,12 +120,12 @@ LEFT_OUT = {  # by transformers 4, where a value is the default of the class
 def test_configurations_come_back_from_what_is_written(name):
     cls, extra = MODELS[name]
     fields = cls(**SMALL | extra).to_dict()
-    ours = model_config.from_dict(fields, "here")
-    assert model_config.from_dict(model_config.to_dict(ours, "float32"), "there") == ours
-    theirs = cls(**{k: v for k, v in model_config.to_dict(ours, "float32").items() if k != "architectures"})
-    assert model_config.from_dict(theirs.to_dict(), "transformers") == ours
+    ours = config_json.from_dict(fields, "here")
+    assert config_json.from_dict(config_json.to_dict(ours, "float32"), "there") == ours
+    theirs = cls(**{k: v for k, v in config_json.to_dict(ours, "float32").items() if k != "architectures"})
+    assert config_json.from_dict(theirs.to_dict(), "transformers") == ours
     left = {key: value for key, value in fields.items() if key not in LEFT_OUT.get(name, ())}
-    assert model_config.from_dict(left, "short") == ours
+    assert config_json.from_dict(left, "short") == ours
 
 
 @pytest.mark.parametrize("layers", [1, 2, 9])
@@ -136,15 +137,15 @@ def test_layers_that_are_all_alike_are_written_as_such(layers):
         {"model_type": "gemma3_text", "layer_types": ["sliding_attention"] * layers},
         {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 0},
     ):
-        ours = model_config.from_dict({**small, "rms_norm_eps": 1e-6, **fields}, "here")
+        ours = config_json.from_dict({**small, "rms_norm_eps": 1e-6, **fields}, "here")
         assert len(ours.kinds) == 1
-        assert model_config.from_dict(model_config.to_dict(ours, "float32"), "there") == ours
+        assert config_json.from_dict(config_json.to_dict(ours, "float32"), "there") == ours
 
 
 def test_what_gemma_leaves_out_of_its_configuration_is_known():
     fields = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
     fields |= {"model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
-    ours = model_config.from_dict({"model_type": "gemma3", "text_config": fields}, "here")
+    ours = config_json.from_dict({"model_type": "gemma3", "text_config": fields}, "here")
     theirs = transformers.Gemma3TextConfig(**fields)
     assert (ours.vocab_size, ours.num_heads, ours.num_kv_heads, ours.head_dim) == (262208, 8, 4, 256)
     assert ours.window_layers == tuple(one == "sliding_attention" for one in theirs.layer_types)
@@ -203,7 +204,7 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits(stories):
 
 
 def test_rope_scaling_leaves_short_waves_and_slows_long_ones():
-    scaling = model_config._rope({"rope_parameters": LLAMA31_ROPE}, "here")[1]
+    scaling = config_json._rope({"rope_parameters": LLAMA31_ROPE}, "here")[1]
     plain, scaled = (rope_frequencies(64, 500000.0, s) for s in (None, scaling))
     np.testing.assert_allclose(scaled[0], plain[0])
     np.testing.assert_allclose(scaled[-1], plain[-1] / 8)
@@ -212,7 +213,7 @@ def test_rope_scaling_leaves_short_waves_and_slows_long_ones():
 def test_both_spellings_of_rope_are_read():
     old = {"rope_theta": 1e5, "rope_scaling": {k: v for k, v in LLAMA31_ROPE.items() if k != "rope_theta"}}
     new = {"rope_parameters": {**LLAMA31_ROPE, "rope_theta": 1e5}}
-    assert model_config._rope(old, "old") == model_config._rope(new, "new")
+    assert config_json._rope(old, "old") == config_json._rope(new, "new")
 
 
 def broken(tmp_path, change_config=None, change_tensors=None):

@@ -14,7 +14,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from tpaw_jax import cli
 from tpaw_jax.config import MeshConfig, PackingConfig, config_file
 from tpaw_jax.generation.cache import Pages
-from tpaw_jax.models import ModelConfig, hub, model_config
+from tpaw_jax.models import ModelConfig, hub
+from tpaw_jax.models.checkpoints import config_json
 from tpaw_jax.planning import expected, layouts, lowering, planner, roofline, workload
 from tpaw_jax.planning.measured import tune
 from tpaw_jax.planning.roofline import Flops
@@ -457,7 +458,7 @@ def test_the_configurations_for_pods_are_the_papers():
         run = config_file.load(ROOT / "configs" / f"{name}.yaml")
         assert (run.rounds, run.data.max_prompts, run.objective.n_max) == (4, 50_000, 3)
         fields = json.loads((ROOT / "configs" / "models" / model / "config.json").read_text())
-        shapes = hub.param_shapes(model_config.from_dict(fields, model))
+        shapes = hub.param_shapes(config_json.from_dict(fields, model))
         assert sum(np.prod(s) for s in shapes.values()) == pytest.approx(parameters, rel=0.01)
 
 
@@ -469,7 +470,7 @@ def test_the_configurations_for_pods_are_the_papers():
     ],
 )
 def test_the_command_plans_without_weights(tmp_path, name, topologies, stages, chips):
-    (tmp_path / "config.json").write_text(json.dumps(model_config.to_dict(SMALL, "bfloat16")))
+    (tmp_path / "config.json").write_text(json.dumps(config_json.to_dict(SMALL, "bfloat16")))
     out = tmp_path / "plan.json"
     arguments = ["--config", str(ROOT / "configs" / f"{name}.yaml"), "--architecture", str(tmp_path)]
     arguments += ["--topology", topologies, "--stages", stages, "--json", str(out)]

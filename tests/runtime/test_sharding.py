@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from tpaw_jax.config import MeshConfig
-from tpaw_jax.models import parallel
+from tpaw_jax.models.parallel import collectives
 from tpaw_jax.runtime import host, sharding, tpu
 
 
@@ -79,7 +79,7 @@ def test_a_reduce_scatter_in_stages_equals_a_single_one(stages, axis):
 
     at_once = scattered(lambda x: lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True))
     np.testing.assert_array_equal(at_once, x.sum(0))
-    np.testing.assert_array_equal(scattered(lambda x: parallel._sum_scattered(x, axis, stages)), at_once)
+    np.testing.assert_array_equal(scattered(lambda x: collectives._sum_scattered(x, axis, stages)), at_once)
 
 
 def places(*coords):

@@ -17,14 +17,12 @@ from jaxtyping import Array, Float, Int, PyTree
 from tpaw_jax.generation import cache as kv
 from tpaw_jax.generation.cpu import kernels
 from tpaw_jax.generation.cpu.kernels import PackedMatrix
+from tpaw_jax.models import ModelConfig, experts
 from tpaw_jax.models.attention import Visibility
-from tpaw_jax.models.rope import rotate
-from tpaw_jax.models.transformer import (
+from tpaw_jax.models.block import (
     ACTIVATIONS,
-    Transformer,
     attention_context,
     embedding_multiplier,
-    head_table,
     kind_of_layers,
     rms_norm,
     rotary_angles,
@@ -33,6 +31,8 @@ from tpaw_jax.models.transformer import (
     stacked_by_kind,
     with_offset,
 )
+from tpaw_jax.models.rope import rotate
+from tpaw_jax.models.transformer import Transformer, head_table
 from tpaw_jax.types import AnyArray, PackedPrompts
 
 Matrix = Float[Array, "F D"] | PackedMatrix
@@ -51,8 +51,17 @@ class LayerWeights(NamedTuple):
     o: Matrix  # [D, F]
     mlp_norm: Float[Array, "*L D"] | None
     mlp_post_norm: Float[Array, "*L D"] | None
-    gate_up: Matrix  # [G, D]
-    down: Matrix  # [D, F]
+    gate_up: Matrix | None  # [G, D]; None: no feed-forward computes all tokens
+    down: Matrix | None  # [D, F]
+    experts: "ExpertLayer | None"
+
+
+class ExpertLayer(NamedTuple):
+    """The experts of a layer."""
+
+    router: Float[Array, "D E"]
+    matrices: experts.ExpertWeights
+    shared_gate: Float[Array, "D 1"] | None
 
 
 class DecodeWeights(NamedTuple):
@@ -79,10 +88,11 @@ def decode_weights(model: Transformer, params: PyTree[Array], packed: bool = Fal
     layout = kernels.pack if packed else jnp.transpose
     matrix = lambda p_DF: layout(p_DF.astype(model.dtype))
     offset = model.config.norm_offset
-    layers = [_layer_weights(params_of(i), matrix, offset) for i in range(0 if packed else model.config.num_layers)]
+    of_layer = lambda p: _layer_weights(p, matrix, offset, model.dtype)
+    layers = [of_layer(params_of(i)) for i in range(0 if packed else model.config.num_layers)]
     return DecodeWeights(
         matrix(params["embed"]["embedding"].T),
-        _layer_weights(params["layers"], matrix, offset) if packed else tuple(layers),
+        of_layer(params["layers"]) if packed else tuple(layers),
         with_offset(params["final_norm"]["scale"], offset),
         None if model.config.tie_embeddings else matrix(head_table(params).T),
     )
@@ -169,9 +179,23 @@ def _layer(
     attended, kept = attend(heads_RSXH)
     out_MD = parallel.reduce_from_tensor(product(attended.reshape(len(x_MD), -1), w.o))
     x_MD += after(out_MD, w.attention_post_norm)
-    gate_MF, up_MF = jnp.split(product(x_MD, w.gate_up, w.mlp_norm), 2, axis=1)
-    out_MD = parallel.reduce_from_tensor(product(ACTIVATIONS[c.activation](gate_MF) * up_MF, w.down))
-    return x_MD + after(out_MD, w.mlp_post_norm), kept
+    out_MD = jnp.zeros((), jnp.float32)
+    if w.gate_up is not None:
+        gate_MF, up_MF = jnp.split(product(x_MD, w.gate_up, w.mlp_norm), 2, axis=1)
+        out_MD = product(ACTIVATIONS[c.activation](gate_MF) * up_MF, w.down)
+    if w.experts is not None:
+        out_MD = _add_experts(c, w.experts, norm(x_MD, w.mlp_norm), out_MD)
+    return x_MD + after(parallel.reduce_from_tensor(out_MD), w.mlp_post_norm), kept
+
+
+def _add_experts(config: ModelConfig, own: ExpertLayer, h_MD: Array, shared_MD: Array) -> Array:
+    """The output of the routed experts, added to that of the shared expert if there is one."""
+    dtype = own.matrices.gate.dtype
+    routes, _ = experts.route(h_MD.astype(dtype), own.router, None, config)
+    outputs_MXD = experts.compute(h_MD.astype(dtype), routes.experts, own.matrices, ACTIVATIONS[config.activation])
+    if own.shared_gate is not None:
+        shared_MD *= jax.nn.sigmoid(jnp.dot(h_MD.astype(dtype), own.shared_gate, preferred_element_type=jnp.float32))
+    return shared_MD + experts.mix(outputs_MXD.astype(jnp.float32), routes.weights)
 
 
 def _logits(model: Transformer, weights: DecodeWeights, x_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
@@ -243,10 +267,15 @@ def _row_major(x_FM):
     return with_layout_constraint(x_FM, Layout(major_to_minor=(0, 1)))
 
 
-def _layer_weights(p, matrix, norm_offset) -> LayerWeights:
+def _layer_weights(p, matrix, norm_offset, dtype) -> LayerWeights:
     norm = lambda name: with_offset(p[name]["scale"], norm_offset) if name in p else None
     kernel = lambda *names: matrix(jnp.concatenate([p[name]["kernel"] for name in names], axis=-1))
     bias = jnp.concatenate([p[name]["bias"] for name in "qkv"], axis=-1) if "bias" in p["q"] else None
+    own = None
+    if "router" in p:
+        plain = lambda name: p[name]["kernel"].astype(dtype)
+        matrices = experts.ExpertWeights(plain("expert_gate"), plain("expert_up"), plain("expert_down"))
+        own = ExpertLayer(plain("router"), matrices, plain("shared_gate") if "shared_gate" in p else None)
     return LayerWeights(
         attention_norm=norm("attention_norm"),
         attention_post_norm=norm("attention_post_norm"),
@@ -257,6 +286,7 @@ def _layer_weights(p, matrix, norm_offset) -> LayerWeights:
         o=kernel("o"),
         mlp_norm=norm("mlp_norm"),
         mlp_post_norm=norm("mlp_post_norm"),
-        gate_up=kernel("gate", "up"),
-        down=kernel("down"),
+        gate_up=kernel("gate", "up") if "gate" in p else None,
+        down=kernel("down") if "down" in p else None,
+        experts=own,
     )

@@ -1,4 +1,4 @@
-"""The architecture of a model, and its conversion from and to Hugging Face's config.json."""
+"""The architecture of a model, and the families of models."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -49,6 +49,26 @@ class ModelConfig:
     window_layers: tuple[bool, ...] | None = None  # None: all, if there is a window
     local_rope_theta: float | None = None  # of the layers with a window, without scaling; None: as the others
     fused: bool = False  # checkpoints hold q, k and v as one matrix, and gate and up
+    num_experts: int = 0  # of each layer; 0: layers are dense
+    experts_per_token: int = 0
+    expert_size: int = 0  # features of an expert
+    shared_expert_size: int = 0  # features of the expert that computes all tokens; 0: there is none
+    normalized_experts: bool = False  # the weights of a token's experts add up to 1
+
+    @property
+    def dense_size(self) -> int:
+        """Features of the feed-forward that computes all tokens; 0 if there is none."""
+        return self.shared_expert_size if self.num_experts else self.intermediate_size
+
+    @property
+    def active_size(self) -> int:
+        """Features of all feed-forwards that compute a token."""
+        return self.dense_size + self.experts_per_token * self.expert_size
+
+    @property
+    def feed_forward_sizes(self) -> tuple[int, ...]:
+        """The numbers of features that tensor parallelism divides."""
+        return tuple(size for size in (self.dense_size, self.expert_size) if size)
 
     @property
     def query_scale(self) -> float:
@@ -84,6 +104,7 @@ class Family(NamedTuple):
     defaults: Mapping[str, Any] = {}  # of fields that config.json leaves out
     window: str = ""  # which layers have the sliding window: "all", "by type", "if used" (by type or from a layer on)
     ropes: tuple[str, ...] = ("default", *ROPE_FIELDS)
+    experts: Mapping[str, str] = {}  # fields of `ModelConfig` about experts, and their names in config.json
 
 
 _GEMMA3 = {
@@ -100,6 +121,8 @@ _GEMMA3 = {
     "tie_word_embeddings": True,
 }
 _QWEN = {"sliding_window": 4096, "max_window_layers": 28}
+_EXPERTS = {"num_experts": "num_experts", "experts_per_token": "num_experts_per_tok"}
+_QWEN_EXPERTS = {**_EXPERTS, "expert_size": "moe_intermediate_size"}
 
 FAMILIES = {  # by model_type
     "llama": Family("LlamaForCausalLM"),
@@ -121,249 +144,24 @@ FAMILIES = {  # by model_type
         defaults=_GEMMA3,
         window="by type",
     ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {"normalized_experts": True},
+        defaults={"num_local_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1e6},
+        window="all",
+        experts={**_EXPERTS, "num_experts": "num_local_experts", "expert_size": "intermediate_size"},
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        {"qkv_bias": True},
+        defaults={"num_experts_per_tok": 4},
+        experts={**_QWEN_EXPERTS, "shared_expert_size": "shared_expert_intermediate_size"},
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM", {"qk_norm": True}, defaults={"num_experts_per_tok": 8}, experts=_QWEN_EXPERTS
+    ),
     "granite": Family(
         "GraniteForCausalLM",
         multipliers=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
     ),
 }
-
-
-def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
-    """Build a `ModelConfig` from a parsed config.json, as written by transformers 4 or 5.
-
-    Args:
-        fields: the content of config.json.
-        where: the file's name, for error messages.
-
-    Raises:
-        ValueError: the architecture or one of its options is not supported, a field is missing, or a number is not
-            positive. Names `where` and the field.
-    """
-    fields = _of_supported_family(fields, where)
-    model_type = fields["model_type"]
-    positive = lambda name, default=0: _positive_int(fields, name, where, default)
-    heads, hidden = positive("num_attention_heads"), positive("hidden_size")
-    kv_heads, head_dim = positive("num_key_value_heads", heads), positive("head_dim", max(1, hidden // heads))
-    if heads % kv_heads:
-        raise ValueError(f"{where}: num_key_value_heads is {kv_heads}; it must divide the model's {heads} heads.")
-    if head_dim % 2:
-        raise ValueError(f"{where}: head_dim is {head_dim}; rotary embeddings need an even number.")
-    family, layers = FAMILIES[model_type], positive("num_hidden_layers")
-    ropes, local_theta = _rope_of_layers(fields, where)
-    theta, scaling = _rope(ropes, where)
-    number = lambda name: float(_positive_number(_required(fields, name, where), name, where))
-    options: dict[str, Any] = {**family.options, **{name: number(name) for name in family.multipliers}}
-    options |= _windows(fields, family, layers, where)
-    if model_type == "gemma3_text":
-        options["embedding_multiplier"] = hidden**0.5
-        options["attention_multiplier"] = number("query_pre_attn_scalar") ** -0.5
-    return ModelConfig(
-        model_type=model_type,
-        vocab_size=positive("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=positive("intermediate_size"),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        rms_norm_eps=_positive_number(_required(fields, "rms_norm_eps", where), "rms_norm_eps", where),
-        max_position_embeddings=positive("max_position_embeddings"),
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
-        rope_layers=_rope_layers(fields, layers, where) if model_type == "smollm3" else None,
-        local_rope_theta=local_theta,
-        **options,
-    )
-
-
-def _of_supported_family(fields: dict[str, Any], where: str) -> dict[str, Any]:
-    """The fields of the text model, with the defaults of its family, if all of them are supported."""
-    model_type, text = fields.get("model_type"), fields.get("text_config")
-    if model_type == "gemma3" and isinstance(text, dict):  # beside a vision tower, which is left out
-        above: dict[str, Any] = {
-            name: fields[name] for name in ("quantization_config", "tie_word_embeddings") if name in fields
-        }
-        model_type = "gemma3_text"
-        fields = {**text, **above, "model_type": model_type}
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"{where}: model_type {model_type!r} is not supported; supported are {known}.")
-    fields = {**FAMILIES[model_type].defaults, **fields}
-    _reject_options(fields, model_type, where)
-    return fields
-
-
-def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Build the config.json fields of a `ModelConfig`, in the form that transformers 4 and 5 both read."""
-    fields: dict[str, Any] = {
-        "architectures": [FAMILIES[config.model_type].architecture],
-        "model_type": config.model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": config.activation,
-        "rms_norm_eps": config.rms_norm_eps,
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_embeddings,
-        "rope_theta": config.rope_theta,
-        "torch_dtype": dtype,
-        "pad_token_id": None,  # some families' default is beyond a smaller vocabulary
-        **{name: getattr(config, name) for name in FAMILIES[config.model_type].multipliers},
-        **_fields_of_layers(config),
-    }
-    if config.rope_scaling is not None:
-        fields["rope_scaling"] = {"rope_type": config.rope_scaling.rope_type, **dict(config.rope_scaling.parameters)}
-    if config.model_type == "gemma3_text":
-        fields["hidden_activation"] = fields.pop("hidden_act")
-        scalar = (config.attention_multiplier or 1.0) ** -2
-        fields["query_pre_attn_scalar"] = round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar
-    return fields
-
-
-def _fields_of_layers(config: ModelConfig) -> dict[str, Any]:
-    """The fields about windows and rope that differ between layers."""
-    rule, window = FAMILIES[config.model_type].window, config.sliding_window
-    if config.model_type == "smollm3":
-        return {"no_rope_layers": [int(rotates) for rotates in config.rope_layers or [True] * config.num_layers]}
-    if rule == "all":
-        return {"sliding_window": window}
-    if not rule or (rule == "if used" and window is None):
-        return {}
-    windowed = [kind.window is not None for kind in config.layer_kinds]
-    fields: dict[str, Any] = {"sliding_window": window}
-    fields["layer_types"] = ["sliding_attention" if one else "full_attention" for one in windowed]
-    if rule == "if used":
-        return fields | {"use_sliding_window": True, "max_window_layers": windowed.index(True)}
-    return fields | {"rope_local_base_freq": config.local_rope_theta}
-
-
-def _reject_options(fields: dict[str, Any], model_type: str, where: str) -> None:
-    """Reject options that would change what the model computes."""
-    quantized = fields.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise ValueError(
-            f"{where}: quantization_config is set (quant_method {method!r}), but quantized weights cannot be trained; "
-            "use the checkpoint that they were made from, or one with dequantized weights."
-        )
-    wanted = FAMILIES[model_type].options.get("activation", "silu")
-    activation = fields.get("hidden_activation") or fields.get("hidden_act", wanted)
-    if activation != wanted:
-        raise ValueError(f"{where}: hidden_act {activation!r} is not supported; supported is {wanted!r}.")
-    for option in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
-        if fields.get(option):
-            raise ValueError(f"{where}: {option} is {fields[option]!r}, which is not supported for {model_type}.")
-    for option in ("attention_bias", "mlp_bias"):
-        if fields.get(option):
-            raise ValueError(f"{where}: {option} is true, which is not supported for {model_type}.")
-
-
-def _windows(fields: dict[str, Any], family: Family, layers: int, where: str) -> dict[str, Any]:
-    """The fields of `ModelConfig` about sliding windows."""
-    types = fields.get("layer_types")
-    if not family.window:
-        if fields["model_type"] == "smollm3" and fields.get("use_sliding_window"):
-            raise ValueError(f"{where}: use_sliding_window is true, which is not supported for smollm3.")
-        return {}
-    if fields.get("sliding_window") is None or (family.window == "if used" and not fields.get("use_sliding_window")):
-        return {}
-    window = _positive_int(fields, "sliding_window", where, 0)
-    if family.window == "all":
-        if types is not None and set(map(str, types)) != {"sliding_attention"}:
-            raise ValueError(f"{where}: layer_types is set, which is not supported for {fields['model_type']}.")
-        return {"sliding_window": window}
-    if types is None and family.window == "by type":
-        pattern = _positive_int(fields, "sliding_window_pattern", where, 6)
-        types = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
-    elif types is None:
-        first = fields.get("max_window_layers")
-        if type(first) is not int:
-            raise ValueError(f"{where}: the field 'max_window_layers' is {first!r}; an integer was expected.")
-        types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(types, list) or len(types) != layers or any(one not in known for one in types):
-        raise ValueError(f"{where}: layer_types must have one of {', '.join(known)} for each of the {layers} layers.")
-    windowed = tuple(one == "sliding_attention" for one in types)
-    if not any(windowed) and family.window == "if used":
-        return {}
-    return {"sliding_window": window} | ({} if all(windowed) else {"window_layers": windowed})
-
-
-def _rope_of_layers(fields: dict[str, Any], where: str) -> tuple[dict[str, Any], float | None]:
-    """The fields with the rope of layers without a window, and theta of those with one if it may differ."""
-    if "rope_local_base_freq" not in fields:
-        return fields, None
-    parameters, local = fields.get("rope_parameters"), {"rope_theta": fields["rope_local_base_freq"]}
-    if isinstance(parameters, dict) and "full_attention" in parameters:
-        fields = {**fields, "rope_parameters": parameters["full_attention"]}
-        local |= parameters.get("sliding_attention") or {}
-    theta, scaling = _rope({"model_type": fields["model_type"], "rope_parameters": local}, where)
-    if scaling is not None:
-        raise ValueError(f"{where}: sliding_attention has the rope type {scaling.rope_type!r}; supported is 'default'.")
-    return fields, float(theta)
-
-
-def _rope(fields: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    scaling = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    if not isinstance(scaling, dict):
-        raise ValueError(f"{where}: rope_parameters or rope_scaling is not a JSON object.")
-    theta = _positive_number(scaling.get("rope_theta", fields.get("rope_theta") or 10000.0), "rope_theta", where)
-    partial = scaling.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise ValueError(f"{where}: partial_rotary_factor is {partial!r}; supported is 1, the whole head.")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    supported = FAMILIES[fields["model_type"]].ropes if "model_type" in fields else ("default", *ROPE_FIELDS)
-    if not isinstance(kind, str) or kind not in supported:
-        known = ", ".join(map(repr, supported))
-        raise ValueError(f"{where}: rope type {kind!r} is not supported; supported are {known}.")
-    if kind == "default":
-        return theta, None
-    needed, optional = ROPE_FIELDS[kind]
-    if kind != "linear":  # as in transformers
-        positions = fields.get("original_max_position_embeddings")
-        given = scaling.get("original_max_position_embeddings", fields.get("max_position_embeddings"))
-        scaling = {**scaling, "original_max_position_embeddings": positions or given}
-    missing = [name for name in needed if scaling.get(name) is None]
-    if missing:
-        raise ValueError(f"{where}: {kind} rope scaling needs the missing fields {', '.join(missing)}.")
-    if kind == "yarn" and theta <= 1:
-        raise ValueError(f"{where}: the field 'rope_theta' is {theta!r}; yarn needs more than 1.")
-    given = {name: scaling[name] for name in needed} | {name: scaling[name] for name in optional if scaling.get(name)}
-    truncate = scaling.get("truncate", True)
-    if type(truncate) is not bool:
-        raise ValueError(f"{where}: the field 'truncate' is {truncate!r}; true or false was expected.")
-    numbers = {name: _positive_number(value, name, where) for name, value in given.items() if name != "truncate"}
-    return theta, RopeScaling(kind, tuple((numbers | ({} if truncate else {"truncate": False})).items()))
-
-
-def _rope_layers(fields: dict[str, Any], layers: int, where: str) -> tuple[bool, ...] | None:
-    given, interval = fields.get("no_rope_layers"), _positive_int(fields, "no_rope_layer_interval", where, 4)
-    given = [int((i + 1) % interval != 0) for i in range(layers)] if given is None else given
-    if not isinstance(given, list) or len(given) != layers or any(one not in (0, 1) for one in given):
-        raise ValueError(f"{where}: no_rope_layers must have a 0 or 1 for each of the {layers} layers.")
-    return None if all(given) else tuple(map(bool, given))
-
-
-def _required(fields: dict[str, Any], name: str, where: str) -> Any:
-    if fields.get(name) is None:
-        raise ValueError(f"{where}: the field '{name}' is missing; a {fields['model_type']} config.json needs it.")
-    return fields[name]
-
-
-def _positive_int(fields: dict[str, Any], name: str, where: str, default: int) -> int:
-    """A field; `default`, unless it is 0, replaces one that is absent, null or 0."""
-    value = (fields.get(name) or default) if default else _required(fields, name, where)
-    if type(value) is not int or not 0 < value < 2**31:
-        raise ValueError(f"{where}: the field '{name}' is {value!r}; a positive integer was expected.")
-    return value
-
-
-def _positive_number(value: Any, name: str, where: str) -> Any:
-    if type(value) not in (int, float) or not 0 < value < 1e30:
-        raise ValueError(f"{where}: the field '{name}' is {value!r}; a positive number was expected.")
-    return value

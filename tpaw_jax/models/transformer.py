@@ -1,23 +1,30 @@
 """One decoder for all model families; what differs between them is configuration, see `model_config.FAMILIES`."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from tpaw_jax.models.attention import EINSUM, SAVED, Attention, Visibility
-from tpaw_jax.models.context import check_groups, check_heads, exchanging_heads, own_tokens
-from tpaw_jax.models.layer_scan import scan_layers
-from tpaw_jax.models.model_config import LayerKind, ModelConfig
-from tpaw_jax.models.parallel import UNSHARDED, Parallel
-from tpaw_jax.models.rope import attention_factor, rope_angles, rope_frequencies, rotate
+from tpaw_jax.models.block import (
+    Block,
+    RMSNorm,
+    attention_context,
+    embedding_multiplier,
+    kind_of_layers,
+    rotary_angles,
+    scaled,
+    stacked_by_kind,
+)
+from tpaw_jax.models.experts import RouterStatistics
+from tpaw_jax.models.model_config import ModelConfig
+from tpaw_jax.models.parallel import UNSHARDED, Parallel, scan_layers
+from tpaw_jax.models.parallel.context import check_groups, check_heads, exchanging_heads, own_tokens
 from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.types import TreeBatch
 
@@ -47,99 +54,6 @@ REMAT_POLICIES = {  # what the forward pass keeps for the backward pass, from mo
 
 KEEPS_LOGITS = ("none", "dots")
 """Policies under which the forward pass keeps the logits of the predictions, [B, P, V] float32."""
-
-
-ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": nn.gelu}  # flax's gelu is the tanh approximation
-
-
-class RMSNorm(nn.Module):
-    """RMS normalization with a learned scale, to which `offset` is added, over the last axis, in float32."""
-
-    epsilon: float
-    param_dtype: DTypeLike
-    offset: float = 0.0
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],), self.param_dtype)
-        return rms_norm(x, with_offset(scale, self.offset), self.epsilon)
-
-
-def with_offset(scale: Array, offset: float) -> Array:
-    """Compute the scale of a norm in float32 if an offset is added."""
-    return scale.astype(jnp.float32) + offset if offset else scale
-
-
-def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
-    """Compute x / rms(x) * scale over the last axis, in float32."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
-
-
-def scaled(x: Array, factor: float) -> Array:
-    """Compute x times a constant that is not rounded to the dtype of x; nothing if it is 1."""
-    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
-
-
-class Block(nn.Module):
-    """One layer: attention and a gated feed-forward."""
-
-    config: ModelConfig
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    attention: Attention
-    parallel: Parallel
-
-    def setup(self) -> None:
-        c = self.config
-        linear = lambda features, bias=False: nn.Dense(
-            features, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype
-        )
-        norm = lambda: RMSNorm(c.rms_norm_eps, self.param_dtype, c.norm_offset)
-        if c.pre_norm:
-            self.attention_norm, self.mlp_norm = norm(), norm()
-        if c.post_norm:
-            self.attention_post_norm, self.mlp_post_norm = norm(), norm()
-        self.q = linear(c.num_heads * c.head_dim, c.qkv_bias)
-        self.k = linear(c.num_kv_heads * c.head_dim, c.qkv_bias)
-        self.v = linear(c.num_kv_heads * c.head_dim, c.qkv_bias)
-        self.o = linear(c.hidden_size)
-        if c.qk_norm or c.qk_norm_all:
-            self.q_norm, self.k_norm = norm(), norm()
-        self.gate, self.up = linear(c.intermediate_size), linear(c.intermediate_size)
-        self.down = linear(c.hidden_size)
-
-    def __call__(self, x_MD, kind, angles, context, with_cache):
-        """Apply the layer to packed rows; `with_cache` also returns keys and values, each [B, T, K, H].
-
-        `kind` is the layer's item of `kind_of_layers`; angles and context are of `stacked_by_kind`.
-        """
-        angles, context = select_kind((angles, context), kind)
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_MD, angles)
-        x_MD = self._finish(x_MD, self.attention.attend(q_BTNH, k_BTKH, v_BTKH, context))
-        return x_MD, (k_BTKH, v_BTKH) if with_cache else None
-
-    def _project(self, x_MD, angles):
-        # All tokens are on one axis, M = B T, so that XLA computes the weights' gradients as plain matmuls.
-        c, rows = self.config, angles[0].shape[:2]
-        h_MD = self.parallel.copy_to_tensor(self.attention_norm(x_MD) if c.pre_norm else x_MD)
-        q_MF, k_MF, v_MF = self.q(h_MD), self.k(h_MD), self.v(h_MD)
-        if c.qk_norm_all:
-            q_MF, k_MF = self.q_norm(q_MF), self.k_norm(k_MF)
-        q_BTNH = q_MF.reshape(*rows, c.num_heads, c.head_dim)
-        k_BTKH, v_BTKH = (x_MF.reshape(*rows, c.num_kv_heads, c.head_dim) for x_MF in (k_MF, v_MF))
-        if c.qk_norm:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        return scaled(rotate(q_BTNH, angles), c.query_scale), rotate(k_BTKH, angles), v_BTKH
-
-    def _finish(self, x_MD, attended):
-        c, reduce = self.config, self.parallel.reduce_from_tensor
-        out_MD = reduce(self.o(attended.reshape(x_MD.shape[0], -1)))
-        x_MD += scaled(self.attention_post_norm(out_MD) if c.post_norm else out_MD, c.residual_multiplier)
-        h_MD = self.parallel.copy_to_tensor(self.mlp_norm(x_MD) if c.pre_norm else x_MD)
-        out_MD = reduce(self.down(ACTIVATIONS[c.activation](self.gate(h_MD)) * self.up(h_MD)))
-        return x_MD + scaled(self.mlp_post_norm(out_MD) if c.post_norm else out_MD, c.residual_multiplier)
 
 
 class Embedding(nn.Module):
@@ -182,6 +96,8 @@ class Transformer(nn.Module):
             num_heads=c.num_heads // tensor,
             num_kv_heads=c.num_kv_heads // tensor,
             intermediate_size=c.intermediate_size // tensor,
+            expert_size=c.expert_size // tensor,
+            shared_expert_size=c.shared_expert_size // tensor,
         )
 
     def setup(self) -> None:
@@ -191,12 +107,12 @@ class Transformer(nn.Module):
             gather = lambda variables: {"params": parallel.layer(variables["params"], self.dtype)}
             block = nn.map_variables(Block, "params", gather)
         if self.remat != "none":
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(5,))
+            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(6,))
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, *[nn.broadcast] * 4),
             length=c.num_layers,
         )(self.local_config, self.dtype, self.param_dtype, self.attention, parallel)
         shape = lambda name: parallel.local_shape(f"{name}/embedding", (c.vocab_size, c.hidden_size))
@@ -258,27 +174,35 @@ class Transformer(nn.Module):
 
     def _rows(self, tokens_BT, positions_BT, visibility, with_cache):
         context = stacked_by_kind(self.config, lambda kind: attention_context(self.attention, visibility, kind))
-        if self.parallel.context > 1:
-            tokens_BT, positions_BT = (own_tokens(x, self.parallel.context) for x in (tokens_BT, positions_BT))
+        own = lambda x: own_tokens(x, self.parallel.context) if self.parallel.context > 1 else jnp.asarray(x)
+        tokens_BT, positions_BT = own(tokens_BT), own(positions_BT)
         angles = rotary_angles(self.config, positions_BT)
         x_MD = self.parallel.embed(self.embed(), "embed/embedding", tokens_BT.reshape(-1), self.dtype)
         x_MD = scaled(x_MD, embedding_multiplier(self.config, self.dtype))
-        cache, head = None, self._head()
+        live_M = statistics = None
+        if self.config.num_experts:
+            live_M = (own(visibility.segment_ids) > 0).reshape(-1)
+            statistics = RouterStatistics(*jnp.zeros((3, len(tokens_BT)), jnp.float32))
+        cache, head, inputs = None, self._head(), (angles, context, live_M)
         if self.parallel.specs and not with_cache:
-            x_MD, head = self._scan_sharded(x_MD, (angles, context), head)
+            (x_MD, statistics), head = self._scan_sharded((x_MD, statistics), inputs, head)
         else:
-            x_MD, cache = self.layers(x_MD, kind_of_layers(self.config), angles, context, with_cache)
+            (x_MD, statistics), cache = self.layers(
+                (x_MD, statistics), kind_of_layers(self.config), *inputs, with_cache
+            )
+        if statistics is not None:
+            self.sow("router", "statistics", statistics, reduce_fn=lambda _, new: new)
         hidden_MD = scaled(self.final_norm(x_MD), 1 / self.config.logits_scaling)
         return hidden_MD.reshape(*tokens_BT.shape, -1), cache, head
 
-    def _scan_sharded(self, x_MD, inputs, head):
+    def _scan_sharded(self, carry, inputs, head):
         block = Block(self.local_config, self.dtype, self.param_dtype, self.attention, self.parallel, parent=None)
         apply = lambda params, *inputs: block.apply({"params": params}, *inputs, False)[0]
         if self.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         params, split = self.parallel.join_attention(self.layers.variables["params"])
         gather = lambda shards: split(self.parallel.layer(shards, self.dtype))
-        return scan_layers(gather, apply, (params, kind_of_layers(self.config)), x_MD, inputs, head)
+        return scan_layers(gather, apply, (params, kind_of_layers(self.config)), carry, inputs, head)
 
 
 def shard_model(
@@ -305,10 +229,10 @@ def shard_model(
             model cannot be split over the tensor axis.
     """
     c, tensor = model.config, mesh.shape["tensor"]
-    if c.num_heads % tensor or c.num_kv_heads % tensor or c.intermediate_size % tensor:
+    if any(size % tensor for size in (c.num_heads, c.num_kv_heads, *c.feed_forward_sizes)):
         raise ValueError(
             f"{key} is {tensor}; it must divide the model's {c.num_heads} heads, its {c.num_kv_heads} key-value "
-            f"heads and its {c.intermediate_size} feed-forward features."
+            f"heads and its {' and '.join(map(str, c.feed_forward_sizes))} feed-forward features."
         )
     if c.qk_norm_all and tensor > 1:
         raise ValueError(
@@ -322,49 +246,6 @@ def shard_model(
     check_groups(context, mesh)
     check_heads(context, c.num_heads // tensor, c.num_kv_heads // tensor)
     return model.clone(parallel=parallel, attention=exchanging_heads(model.attention, context))
-
-
-def embedding_multiplier(config: ModelConfig, dtype: DTypeLike) -> float:
-    """Return what embeddings are multiplied by, for a model that computes in `dtype`."""
-    factor = config.embedding_multiplier
-    return float(np.asarray(factor, dtype)) if config.rounded_multiplier else factor
-
-
-def kind_of_layers(config: ModelConfig) -> Int[Array, "L"] | None:
-    """The kind of each layer, an index into `config.kinds`; None if all are of one kind."""
-    kinds = config.kinds
-    return None if len(kinds) == 1 else jnp.array([kinds.index(kind) for kind in config.layer_kinds])
-
-
-def stacked_by_kind(config: ModelConfig, make: Callable[[LayerKind], Any]) -> Any:
-    """What each kind of layer needs, stacked on a leading axis; without that axis if all layers are of one kind."""
-    made = [make(kind) for kind in config.kinds]
-    return made[0] if len(made) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *made)
-
-
-def select_kind(stacked: Any, kind: Int[Array, ""] | int | None) -> Any:
-    """Select what a kind of layer needs from the result of `stacked_by_kind`."""
-    return stacked if kind is None else jax.tree.map(lambda x: x[kind], stacked)
-
-
-def attention_context(attention: Attention, visibility: Visibility, kind: LayerKind) -> Any:
-    """What `attention` prepares for a kind of layer."""
-    return attention.prepare(visibility) if kind.window is None else attention.prepare(visibility, kind.window)
-
-
-def rotary_angles(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
-    """Compute cos and sin of the rotary embedding at `positions` for `stacked_by_kind`, each [B, T, H/2] float32."""
-
-    def of(kind: LayerKind) -> tuple[Array, Array]:
-        if kind.rope_theta is None:
-            zeros = jnp.zeros((*positions.shape, config.head_dim // 2), jnp.float32)
-            return zeros + 1, zeros
-        frequencies = rope_frequencies(config.head_dim, kind.rope_theta, kind.rope_scaling)
-        factor = attention_factor(kind.rope_scaling)
-        cos, sin = rope_angles(jnp.asarray(positions), frequencies)
-        return scaled(cos, factor), scaled(sin, factor)
-
-    return stacked_by_kind(config, of)
 
 
 def head_name(params: PyTree[Array]) -> str:

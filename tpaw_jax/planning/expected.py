@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK
-from tpaw_jax.models.hub import param_shapes
+from tpaw_jax.models.checkpoints.hub import param_shapes
 from tpaw_jax.models.transformer import KEEPS_LOGITS
 from tpaw_jax.planning import lowering
 from tpaw_jax.planning.hlo import BETWEEN_SLICES, KINDS

@@ -141,7 +141,8 @@ def _meshes(config: RunConfig, architecture: ModelConfig, topology: tpu.Topology
     """The topology's preset, and meshes with each `tensor` axis that divides the model and fsdp over the rest."""
     a, size, meshes = architecture, topology.device_count // topology.slices, [sharding.preset_of(topology)]
     tensor = 2
-    while not a.qk_norm_all and all(n % tensor == 0 for n in (size, a.num_heads, a.num_kv_heads, a.intermediate_size)):
+    split = (size, a.num_heads, a.num_kv_heads, *a.feed_forward_sizes)
+    while not a.qk_norm_all and all(n % tensor == 0 for n in split):
         meshes.append(MeshConfig(data=topology.slices, fsdp=size // tensor, tensor=tensor))
         tensor *= 2
     rows = config.packing.rows_per_batch

@@ -23,6 +23,8 @@ MESH_AXES_OF = {  # logical axis -> the mesh axes it is split over
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "layers": (),
+    "experts": (),
+    "expert_embed": ("fsdp",),
     "norm": (),
 }
 
@@ -46,6 +48,11 @@ PARAM_AXES = {  # flax path -> logical axes
     "layers/gate/kernel": ("layers", "embed", "mlp"),
     "layers/up/kernel": ("layers", "embed", "mlp"),
     "layers/down/kernel": ("layers", "mlp", "embed"),
+    "layers/router/kernel": ("layers", "embed", "norm"),
+    "layers/expert_gate/kernel": ("layers", "experts", "expert_embed", "mlp"),
+    "layers/expert_up/kernel": ("layers", "experts", "expert_embed", "mlp"),
+    "layers/expert_down/kernel": ("layers", "experts", "mlp", "expert_embed"),
+    "layers/shared_gate/kernel": ("layers", "embed", "norm"),
 }
 
 

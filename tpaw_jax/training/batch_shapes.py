@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from tpaw_jax.config import PackingConfig, RunConfig
 from tpaw_jax.data import packing
 from tpaw_jax.models.attention import rules
-from tpaw_jax.models.context import check_groups
+from tpaw_jax.models.parallel.context import check_groups
 from tpaw_jax.runtime import sharding, tpu
 
 LONG_ROW = 8192

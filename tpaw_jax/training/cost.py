@@ -54,12 +54,15 @@ NO_WORK = Work(0, 0, 0)
 
 
 def flops(model: ModelConfig, work: Work) -> float:
-    """Return the FLOPs of `work`: 2 per weight and token, 2 D V per prediction, 4 N H per pair and layer."""
+    """Return the FLOPs of `work`: 2 per weight and token, 2 D V per prediction, 4 N H per pair and layer.
+
+    Of a mixture of experts, only the weights of a token's own experts count.
+    """
     attention = model.num_heads * model.head_dim
     weights = (
         2 * model.hidden_size * attention
         + 2 * model.hidden_size * model.num_kv_heads * model.head_dim
-        + 3 * model.hidden_size * model.intermediate_size
+        + model.hidden_size * (3 * model.active_size + model.num_experts)
     )
     layers = model.num_layers * (2 * weights * work.tokens + 4 * attention * work.attended)
     return layers + 2 * model.hidden_size * model.vocab_size * work.predictions

@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from tpaw_jax.models import context
 from tpaw_jax.models.attention import Visibility, visible
+from tpaw_jax.models.parallel import context
 from tpaw_jax.models.transformer import KEEPS_LOGITS, Transformer, head_name
 from tpaw_jax.types import TreeBatch
 

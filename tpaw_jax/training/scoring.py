@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from tpaw_jax.data import packing
 from tpaw_jax.data.packing import Rows
-from tpaw_jax.models import context as contexts
+from tpaw_jax.models.parallel import context as contexts
 from tpaw_jax.runtime import sharding
 from tpaw_jax.runtime.host import Prefetch
 from tpaw_jax.training.logprobs import LogProbFn

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 
 from tpaw_jax.config import ObjectiveConfig, RunConfig, TrainConfig
 from tpaw_jax.models import Transformer
-from tpaw_jax.models import context as contexts
+from tpaw_jax.models.parallel import context as contexts
 from tpaw_jax.objective import TeamLoss, team_loss
 from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.training import batch_shapes, gradients
@@ -199,7 +199,7 @@ def make_step(
         compiler_options: XLA options.
         counted: batch -> the number that the loss is a mean over.
         summed_over_data: parameters whose gradients the loss's backward pass has summed over `data` already.
-        context: devices that share rows, see `models.context`.
+        context: devices that share rows, see `models.parallel.context`.
     """
     mesh = sharding.single_device_mesh() if mesh is None else mesh
     slices = tpu.slice_count(list(mesh.devices.flat))

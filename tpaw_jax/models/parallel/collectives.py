@@ -39,11 +39,12 @@ class Parallel(NamedTuple):
 
     specs: Mapping[str, P] = {}  # partition spec by flax path; parameters without one are not sharded
     tensor: int = 1  # size of the `tensor` axis
-    context: int = 1  # devices of `fsdp` that share rows, see `models.context`
+    context: int = 1  # devices of `fsdp` that share rows, see `models.parallel.context`
     reduce_dtype: str = "float32"  # dtype in which gradients are reduced over `fsdp`
     scatter_stages: tuple[int, ...] = ()  # see `sharding.scatter_stages`; (): reduce-scatter in one stage
     sum_over_data: bool = False  # the backward pass also sums the gradients of `summed_over_data` over `data`
     slices: int = 1  # number of slices that `data` spans
+    expert: int = 1  # size of the `expert` axis
 
     def summed_over_data(self) -> frozenset[str]:
         """The parameters whose gradients are summed over `data` where they are scattered, beside computation.
@@ -145,11 +146,20 @@ class Parallel(NamedTuple):
         """Sum the partial results of the devices of `tensor`."""
         return sum_over_tensor(x) if self.tensor > 1 else x
 
+    def sum_of_rows(self, x: Array) -> Array:
+        """Sum over the devices that share rows."""
+        return lax.psum(x, "fsdp", axis_index_groups=groups(self.context)) if self.context > 1 else x
+
     def _gather(self, x: Array, spec: P, dtype: DTypeLike, sum_over_data: bool) -> Array:
         axis = next((i for i in range(x.ndim) if "fsdp" in _axes(spec, i)), None)
         if axis is None:
             return x.astype(dtype)
         return _all_gather(x, axis, jnp.dtype(dtype), self, sum_over_data)
+
+
+def groups(context: int) -> list[list[int]]:
+    """The groups of devices that share rows, by their index on `fsdp`. Call it inside `shard_map`."""
+    return [list(range(first, first + context)) for first in range(0, lax.axis_size("fsdp"), context)]
 
 
 UNSHARDED = Parallel()

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from tpaw_jax.models.attention import Attention
+from tpaw_jax.models.parallel.collectives import groups
 from tpaw_jax.runtime import sharding
 from tpaw_jax.types import TeamScores, TreeBatch
 
@@ -42,11 +43,6 @@ def check_heads(context: int, heads: int, kv_heads: int) -> None:
             f"mesh.context is {context}; it must divide the {heads} heads, and divide or be a multiple of the "
             f"{kv_heads} key-value heads, of a model or, with mesh.tensor, of a device."
         )
-
-
-def groups(context: int) -> list[list[int]]:
-    """The devices of each group, by their index on `fsdp`. Call it inside `shard_map`."""
-    return [list(range(first, first + context)) for first in range(0, lax.axis_size("fsdp"), context)]
 
 
 def exchanging_heads(attention: Attention, context: int) -> Attention:

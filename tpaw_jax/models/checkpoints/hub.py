@@ -6,7 +6,7 @@ its part of one stacked parameter at a time.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,63 +17,16 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from tpaw_jax.models import gguf, model_config
+from tpaw_jax.models.checkpoints import config_json, gguf
+from tpaw_jax.models.checkpoints.safetensors_files import SafetensorsSource, read_json, write_shards
+from tpaw_jax.models.checkpoints.tensor_names import SplitSource, fuse, tensor_names, tensors_of
 from tpaw_jax.models.model_config import ModelConfig
-from tpaw_jax.models.tensor_names import Joined, SplitSource, fuse, tensor_names, text_name
 from tpaw_jax.models.transformer import Transformer
 from tpaw_jax.runtime import sharding
-from tpaw_jax.storage import files
-
-INDEX_FILE = "model.safetensors.index.json"
 
 Sharder = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """(flax path, shape) -> sharding of the parameter."""
-
-
-class SafetensorsSource:
-    """The tensors of one safetensors file or several shards. Reading a slice touches only its bytes.
-
-    Raises:
-        FileNotFoundError: the directory has no safetensors file and no index of shards.
-        ValueError: the index is invalid, or a file cannot be read or lacks a tensor. Names the file.
-    """
-
-    def __init__(self, directory: Path):
-        index = directory / INDEX_FILE
-        single = directory / "model.safetensors"
-        if index.exists():
-            weight_map = _read_json(index).get("weight_map", {})
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise ValueError(f"{index}: weight_map must be an object that maps tensor names to file names.")
-            shards = {name: directory / file for name, file in weight_map.items()}
-        elif single.exists():
-            shards = dict.fromkeys(_open_shard(single).keys(), single)
-        else:
-            raise FileNotFoundError(
-                f"{directory}: the directory has neither model.safetensors nor {INDEX_FILE}; "
-                "pickled .bin checkpoints are never loaded, convert them to safetensors first."
-            )
-        for name, path in shards.items():  # compare names, not resolved paths: the hub's cache consists of links
-            if path.parent != directory or path.name in ("", ".."):
-                raise ValueError(f"{index}: the shard of '{name}' lies outside the directory: {path}.")
-        opened = {path: _open_shard(path) for path in sorted(set(shards.values()))}
-        for name, path in shards.items():
-            if name not in opened[path].keys():  # noqa: SIM118 (safe_open has no __contains__)
-                raise ValueError(f"{path}: the tensor '{name}' is missing, but {INDEX_FILE} lists it in this file.")
-        named = {own: name for name in shards if (own := text_name(name)) is not None}
-        self._slices = {own: opened[shards[name]].get_slice(name) for own, name in named.items()}
-
-    def names(self) -> set[str]:
-        return set(self._slices)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slices[name].get_shape())
-
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return self._slices[name][index]
 
 
 TensorSource = SafetensorsSource | SplitSource | gguf.GGUFSource
@@ -131,7 +84,7 @@ def load_pretrained(
     else:
         config = load_architecture(local)
         source = SafetensorsSource(local)
-        source = SplitSource(source, config, local) if config.fused else source
+        source = SplitSource(source, config, local) if config.fused or config.num_experts else source
     shapes = param_shapes(config)
     _check_tensors(source, shapes, config, local)
     names = tensor_names(config)
@@ -145,7 +98,7 @@ def load_architecture(path: str | Path) -> ModelConfig:
     if local.suffix == ".gguf":
         return gguf.GGUFSource(local).config
     _refuse_adapter(local)
-    return model_config.from_dict(_read_json(local / "config.json"), str(local / "config.json"))
+    return config_json.from_dict(read_json(local / "config.json"), str(local / "config.json"))
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -194,7 +147,7 @@ def save_pretrained(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     flat = traverse_util.flatten_dict(params, sep="/")
-    _write_shards(partial, fuse(flat) if config.fused else flat, tensor_names(config), max_shard_bytes)
+    write_shards(partial, fuse(flat) if config.fused else flat, tensor_names(config), max_shard_bytes)
     dtype = str(flat["embed/embedding"].dtype)
     generation = dict(generation_config or {})
     special = {"bos_token_id", "eos_token_id", "pad_token_id"}
@@ -202,7 +155,7 @@ def save_pretrained(
         tokenizer.save_pretrained(partial)
         ids = {name: getattr(tokenizer, name) for name in special}
         generation = {name: value for name, value in ids.items() if value is not None} | generation
-    fields = model_config.to_dict(config, dtype) | {k: v for k, v in generation.items() if k in special}
+    fields = config_json.to_dict(config, dtype) | {k: v for k, v in generation.items() if k in special}
     (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     if path.exists():
@@ -255,13 +208,13 @@ def load_generation_config(path: str | Path) -> dict[str, Any]:
     """Load a model's generation_config.json; returns {} if there is none."""
     local = resolve(path)
     file = local / "generation_config.json"
-    return _read_json(file) if local.is_dir() and file.exists() else {}
+    return read_json(file) if local.is_dir() and file.exists() else {}
 
 
 def _refuse_adapter(directory: Path) -> None:
     file = directory / "adapter_config.json"
     if file.exists() and not (directory / "config.json").exists():
-        base = _read_json(file).get("base_model_name_or_path")
+        base = read_json(file).get("base_model_name_or_path")
         raise ValueError(
             f"{directory}: this is an adapter of {base!r}, not a model. Merge it into its base with PEFT's "
             "merge_and_unload(), save the result with its tokenizer, and name that directory."
@@ -271,7 +224,7 @@ def _refuse_adapter(directory: Path) -> None:
 def _check_tensors(source: TensorSource, shapes: dict[str, tuple[int, ...]], config: ModelConfig, path: Path) -> None:
     """Check that the files contain exactly the tensors that the architecture needs, with the right shapes."""
     names = tensor_names(config)
-    expected = {hf: shape for name, stacked in shapes.items() for hf, shape in _tensors_of(names[name], stacked)}
+    expected = {hf: inner for name, shape in shapes.items() for hf, _, inner in tensors_of(names[name], shape)}
     present = source.names()
     missing = sorted(expected.keys() - present)
     unexpected = {n for n in present - expected.keys() if not n.endswith("rotary_emb.inv_freq")}
@@ -293,88 +246,25 @@ def _check_tensors(source: TensorSource, shapes: dict[str, tuple[int, ...]], con
         raise ValueError(f"{path}: {len(wrong)} tensors have the wrong shape: {_shortened(wrong)}.")
 
 
-def _tensors_of(hf: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """Hugging Face names and shapes of the tensors that make up one flax parameter, one per layer."""
-    if "{}" in hf:
-        return [(hf.lstrip("*").format(layer), _file_shape(hf, shape[1:])) for layer in range(shape[0])]
-    return [(hf.lstrip("*"), _file_shape(hf, shape))]
-
-
-def _file_shape(hf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[::-1] if hf.startswith("*") else shape
-
-
 def _load(
     source: TensorSource, name: str, hf: str, shape: tuple[int, ...], dtype: Any, sharder: Sharder | None
 ) -> Array:
     """Load one parameter: read each device's part from the files, cast it and place it."""
-    tensors = [tensor for tensor, _ in _tensors_of(hf, shape)]
-    transposed = hf.startswith("*")
+    tensors = {place: tensor for tensor, place, _ in tensors_of(hf, shape)}
+    stacked, transposed = hf.count("{}"), hf.startswith("*")
 
     def read_part(index: Any) -> np.ndarray:
-        if "{}" not in hf:
-            return source.read(tensors[0], index).astype(dtype)
-        layers = range(*index[0].indices(shape[0]))
-        inner = index[1:][::-1] if transposed else index[1:]
-        out = np.empty([len(range(*i.indices(n))) for i, n in zip(index, shape, strict=True)], dtype)
-        for row, layer in enumerate(layers):
-            values = source.read(tensors[layer], inner)
-            out[row] = values.T if transposed else values
+        places = [range(*i.indices(n)) for i, n in zip(index, shape, strict=True)]
+        inner = index[stacked:][::-1] if transposed else index[stacked:]
+        out = np.empty([len(along) for along in places], dtype)
+        for where in np.ndindex(out.shape[:stacked]):
+            place = tuple(along[i] for along, i in zip(places, where, strict=False))
+            values = source.read(tensors[place], inner)
+            out[where] = values.T if transposed else values
         return out
 
     sharding = sharder(name, shape) if sharder else jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.make_array_from_callback(shape, sharding, read_part)
-
-
-def _write_shards(
-    directory: Path, flat: Mapping[str, Array | Joined], names: Mapping[str, str], max_shard_bytes: int
-) -> None:
-    """Write model.safetensors, or numbered shards and an index if the parameters exceed `max_shard_bytes`."""
-    shards: list[list[tuple[str, str, int | None]]] = [[]]  # of (Hugging Face name, flax name, layer)
-    bytes_left = max_shard_bytes
-    for name, value in flat.items():
-        tensors_of = _tensors_of(names[name], value.shape)
-        size = value.nbytes // len(tensors_of)
-        for layer, (hf, _) in enumerate(tensors_of):
-            if size > bytes_left and shards[-1]:
-                shards.append([])
-                bytes_left = max_shard_bytes
-            shards[-1].append((hf, name, layer if "{}" in names[name] else None))
-            bytes_left -= size
-    weight_map = {}
-    for number, entries in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for hf, name, row in entries:
-            value = flat[name]
-            if isinstance(value, Joined):
-                tensor = value.layer(row or 0)
-            else:
-                tensor = np.asarray(value if row is None else value[row])
-            tensors[hf] = np.ascontiguousarray(tensor.T if names[name].startswith("*") else tensor)
-            weight_map[hf] = file
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        (directory / file).chmod(0o644)  # safetensors writes mode 0600, but servers often run as another user
-    if len(shards) > 1:
-        total = sum(value.nbytes for value in flat.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _open_shard(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="np")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}).") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: the file is missing; a model directory must have it.")
-    fields = files.parse_json(path.read_bytes(), path)
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: the file must contain a JSON object, not {type(fields).__name__}.")
-    return fields
 
 
 def _shortened(names: list[str], limit: int = 5) -> str:

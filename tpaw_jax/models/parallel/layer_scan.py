@@ -16,25 +16,25 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from tpaw_jax.models.parallel import ATTENTION
+from tpaw_jax.models.parallel.collectives import ATTENTION
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def scan_layers(
     gather: Callable[[PyTree[Array]], PyTree[Array]],
-    apply: Callable[..., Array],
+    apply: Callable[..., PyTree[Array]],
     layers: tuple[PyTree[Array], Any],
-    x: Float[Array, "M D"],
+    x: PyTree[Array],
     inputs: tuple[Any, ...],
     head: Float[Array, "v d"],
-) -> tuple[Float[Array, "M D"], Float[Array, "v d"]]:
+) -> tuple[PyTree[Array], Float[Array, "v d"]]:
     """Apply all layers in turn: x = apply(gather(a layer's shards), x, kind, *inputs). Return x and `head`.
 
     Args:
         gather: a layer's shards of its parameters -> the parameters that `apply` takes; its gradient reduces.
         apply: a layer; what it keeps for the backward pass is up to its `jax.checkpoint`.
         layers: the shards of all layers' parameters, stacked on a leading axis, and the kinds of the layers or None.
-        x: the input of the first layer.
+        x: the input of the first layer: hidden states [M, D], and what layers add to besides.
         inputs: what all layers take besides; without gradient.
         head: the shard of the output embedding; pass the one that is returned to the output head, so that its
             gradient is reduced beside the last layer's backward pass.

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tpaw_jax.models.model_config import ModelConfig, from_dict
+from tpaw_jax.models.checkpoints.config_json import from_dict
+from tpaw_jax.models.model_config import ModelConfig
 from tpaw_jax.models.rope import rope_frequencies
 
 LAYER_NAMES = {  # Hugging Face name in a layer: GGUF name in a block
