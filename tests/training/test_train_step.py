@@ -1,5 +1,6 @@
 """The team step: accumulation, schedules, skipped steps, dry runs, the step-0 hazard, several devices."""
 
+import contextlib
 import dataclasses
 import re
 
@@ -14,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, RunConfig, TrainConfig
 from tpaw_jax.data import packing, prefix_trees
-from tpaw_jax.models import EINSUM, TILES, Transformer, context, parallel, shard_model
+from tpaw_jax.models import EINSUM, TILES, Transformer, shard_model
+from tpaw_jax.models.parallel import collectives, context
 from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.training import batch_shapes, learning_rate, logprobs, scoring, train_step
 from tpaw_jax.training.train_step import StepScalars
@@ -50,8 +52,15 @@ def setup(
     scorer = scoring.make_scorer(log_prob_fn, mesh, context=shared_by)
     scored = scoring.score(scorer, params, rows, rows_per_batch)
     scores = TeamScores(np.stack([scored, scored + 3, scored - 2]), np.ones(3, bool))
+    router = train_step.RouterLosses(balance=0.3, z=0.05) if model.config.num_experts else None
     step = train_step.make_train_step(
-        log_prob_fn, optimizer, ObjectiveConfig(), mesh, summed_over_data=how.summed_over_data(), context=shared_by
+        logprobs.make_routed_log_prob_fn(model, 64) if router else log_prob_fn,
+        optimizer,
+        ObjectiveConfig(),
+        mesh,
+        summed_over_data=how.summed_over_data(),
+        context=shared_by,
+        router=router,
     )
     inputs = packing.step_batch(rows, scores, np.arange(len(rows)), rows_per_batch, most)
     return step, train_step.init_state(params, optimizer, mesh), inputs, scores
@@ -299,7 +308,7 @@ def five_steps(step, state, inputs, scores):
 def test_eight_devices_take_the_steps_of_one(stories, steps_of_one_device, mesh, remat, sum_over_data, monkeypatch):
     """Whatever the forward pass keeps, and wherever the gradients are summed over `data`."""
     if remat == "dots":  # as for a large model, whose `o` is sent alone
-        monkeypatch.setattr(parallel, "SENT_ALONE", 0)
+        monkeypatch.setattr(collectives, "SENT_ALONE", 0)
     run = setup(stories, 8, 8, 1, remat=remat, mesh=mesh, sum_over_data=sum_over_data)
     losses, params, log_probs = five_steps(*run)
     kernel = params["layers"]["q"]["kernel"]
@@ -318,6 +327,14 @@ GEMMA = {
     "local_rope_theta": 1e3,
     "rope_layers": None,
 }
+EXPERTS = {
+    "model_type": "qwen2_moe",
+    "num_experts": 8,
+    "experts_per_token": 3,
+    "expert_size": 32,
+    "shared_expert_size": 48,
+    "rope_layers": None,
+}
 
 
 @pytest.mark.parametrize(
@@ -333,11 +350,17 @@ GEMMA = {
         ),
         (MeshConfig(fsdp=4, tensor=2), GEMMA),
         (MeshConfig(fsdp=8, context=2), GEMMA),
+        (MeshConfig(fsdp=2, expert=4), EXPERTS),
+        pytest.param(MeshConfig(expert=8), EXPERTS, marks=SIMILAR),
+        pytest.param(MeshConfig(data=2, fsdp=2, expert=2), EXPERTS, marks=SIMILAR),
+        pytest.param(MeshConfig(fsdp=4, tensor=2), EXPERTS, marks=SIMILAR),
+        (MeshConfig(fsdp=2, expert=2, tensor=2), EXPERTS),
+        pytest.param(MeshConfig(fsdp=8, context=2), EXPERTS, marks=SIMILAR),
     ],
-    ids=["norms behind, of all heads", "multipliers, over tensor", "windows, over tensor", "windows, shared rows"],
+    ids=lambda x: x.get("model_type", "llama") if isinstance(x, dict) else None,
 )
 def test_eight_devices_take_the_steps_of_one_for_layers_of_other_families(stories, mesh, options):
-    """Layers that differ in their rope, or in their window and rope."""
+    """Layers that differ in their rope, or in their window and rope; experts with a shared one and router losses."""
     config = dataclasses.replace(stories[0], **{"rope_layers": (True, False, True, False, False), **options})
     init = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), init)
@@ -347,6 +370,41 @@ def test_eight_devices_take_the_steps_of_one_for_layers_of_other_families(storie
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
     np.testing.assert_allclose(log_probs, alone[2], rtol=1e-5, atol=1e-4)
     assert_close(host(trained), host(alone[1]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "mesh", "message"),
+    [
+        ({}, MeshConfig(expert=2), "mesh.expert is 2; .* and this llama model has none"),
+        (EXPERTS, MeshConfig(expert=8, fsdp=1), None),
+        (EXPERTS | {"num_experts": 6}, MeshConfig(fsdp=2, expert=4), "mesh.expert is 4; .* qwen2_moe model has 6"),
+        (EXPERTS, MeshConfig(fsdp=4, expert=2, context=2), "mesh.context is 2 and mesh.expert is 2"),
+        (EXPERTS | {"expert_size": 33}, MeshConfig(fsdp=4, tensor=2), "its 48 and 33 feed-forward features"),
+    ],
+)
+def test_meshes_that_do_not_suit_the_experts_are_told(stories, options, mesh, message):
+    config = dataclasses.replace(stories[0], **options)
+    params = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    told = contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message)
+    with told:
+        shard_model(Transformer(config), params, sharding.make_mesh(mesh), context=mesh.context)
+
+
+def test_router_losses_do_not_depend_on_micro_batches(stories):
+    config = dataclasses.replace(stories[0], **EXPERTS)
+    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    found = []
+    for size, most in ((8, 1), (1, 9)):
+        step, state, inputs, _ = setup((config, params), rows_per_batch=size, most=most)
+        found.append(step(state, *inputs, scalars(dry_run=True))[1])
+    for name in ("loss", "grad_norm", "router/balance", "router/z", "router/busiest"):
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-5)
+    losses = 0.3 * found[0]["router/balance"] + 0.05 * found[0]["router/z"]
+    without = train_step.RouterLosses(0.0, 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_step, "RouterLosses", lambda **_: without)
+        step, state, inputs, _ = setup((config, params), rows_per_batch=8, most=1)
+    np.testing.assert_allclose(step(state, *inputs, scalars())[1]["loss"] + losses, found[0]["loss"], rtol=1e-5)
 
 
 def test_a_norm_of_all_heads_cannot_be_split_over_devices(stories):

@@ -136,6 +136,7 @@ AT_LEAST = {
     "sampling.min_new_tokens": 0,
     "sampling.tensor": 1,
     "mesh.context": 1,
+    "mesh.expert": 1,
     "objective.n_max": 1,
     "objective.opponent_rounds": 0,
     "packing.rows_per_batch": 0,

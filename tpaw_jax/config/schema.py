@@ -202,6 +202,12 @@ class TrainConfig:
     reduce_dtype: Literal["float32", "bfloat16"] = option(
         "float32", "dtype in which gradients are reduced between devices"
     )
+    router_balance: float = option(
+        0.0,
+        "weight of the load-balance loss of a mixture of experts (arXiv 2101.03961, equation 4, divided by the experts "
+        "per token); 0 as in transformers, whose router_aux_loss_coef is for models with output_router_logits",
+    )
+    router_z: float = option(0.0, "weight of the router z-loss of a mixture of experts (arXiv 2202.08906, equation 5)")
     max_skipped_in_a_row: int = option(
         10, "consecutive steps with a non-finite loss or gradient after which the run stops"
     )
@@ -220,6 +226,9 @@ class MeshConfig:
     )
     data: int = option(1, "replicas of the model, each with its share of the rows")
     fsdp: int = option(-1, "shards of parameters and optimizer state, each with its share of the rows")
+    expert: int = option(
+        1, "groups of experts; each also has its share of the rows, and tokens go to the devices of their experts"
+    )
     tensor: int = option(1, "shards of every matrix product (tensor parallelism)")
     context: int = option(
         1, "neighbours on fsdp that share their rows, each with a part of the tokens (context parallelism)"

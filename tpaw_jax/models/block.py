@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from tpaw_jax.models import experts
 from tpaw_jax.models.attention import Attention, Visibility
 from tpaw_jax.models.model_config import LayerKind, ModelConfig
-from tpaw_jax.models.parallel import Parallel
+from tpaw_jax.models.parallel import Parallel, exchange
 from tpaw_jax.models.rope import attention_factor, rope_angles, rope_frequencies, rotate
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": nn.gelu}  # flax's gelu is the tanh approximation
@@ -140,12 +140,11 @@ class Block(nn.Module):
         routes, logits_ME = experts.route(h_MD, self.router(), live, c)
         matrices = (self.expert_gate(), self.expert_up(), self.expert_down())
         weights = experts.ExpertWeights(*(matrix.astype(self.dtype) for matrix in matrices))
-        outputs_MXD = experts.compute(own_MD, routes.experts, weights, ACTIVATIONS[c.activation])
         statistics = experts.router_statistics(routes, logits_ME, live, rows, parallel.sum_of_rows)
-        return (
-            experts.mix(outputs_MXD, parallel.copy_to_tensor(routes.weights)),
-            jax.tree.map(lambda x: x / c.num_layers, statistics),
-        )
+        routes = routes._replace(weights=parallel.copy_to_tensor(routes.weights))
+        mixed_outputs = exchange.mixed_outputs if parallel.expert > 1 else experts.mixed_outputs
+        out_MD = mixed_outputs(own_MD, routes, weights, ACTIVATIONS[c.activation])
+        return out_MD, jax.tree.map(lambda x: x / c.num_layers, statistics)
 
 
 class Kernel(nn.Module):

@@ -87,6 +87,13 @@ def mix(outputs: Float[Array, "M X D"], weights: Float[Array, "M X"]) -> Float[A
     return jnp.einsum("mxd,mx->md", outputs.astype(jnp.float32), weights).astype(outputs.dtype)
 
 
+def mixed_outputs(
+    h_MD: Float[Array, "M D"], routes: Routes, weights: ExpertWeights, activation: Callable[[Array], Array]
+) -> Float[Array, "M D"]:
+    """Compute the weighted sum of the outputs of each token's experts."""
+    return mix(compute(h_MD, routes.experts, weights, activation), routes.weights)
+
+
 def compute(
     h_MD: Float[Array, "M D"],
     experts: Int[Array, "M X"],

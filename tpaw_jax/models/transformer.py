@@ -238,14 +238,30 @@ def shard_model(
         raise ValueError(
             f"{key} is {tensor}; it must be 1 for {c.model_type} models, which normalize all heads together."
         )
+    expert = _check_experts(c, mesh, context)
     specs = {name: spec for name, spec in sharding.param_specs(params, mesh).items() if any(spec)}
     slices = tpu.slice_count(list(mesh.devices.flat))
-    parallel = Parallel(specs, tensor, context, reduce_dtype, sharding.scatter_stages(mesh), slices=slices)
+    parallel = Parallel(
+        specs, tensor, context, reduce_dtype, sharding.scatter_stages(mesh), slices=slices, expert=expert
+    )
     if context == 1:
         return model.clone(parallel=parallel)
     check_groups(context, mesh)
     check_heads(context, c.num_heads // tensor, c.num_kv_heads // tensor)
     return model.clone(parallel=parallel, attention=exchanging_heads(model.attention, context))
+
+
+def _check_experts(config: ModelConfig, mesh: Mesh, context: int) -> int:
+    """The size of the mesh's `expert` axis, if it suits the model."""
+    expert, experts = mesh.shape["expert"], config.num_experts
+    if expert > 1 and (not experts or experts % expert):
+        raise ValueError(
+            f"mesh.expert is {expert}; it must divide the experts of a layer, and this {config.model_type} model has "
+            f"{experts or 'none'}."
+        )
+    if expert > 1 and context > 1:
+        raise ValueError(f"mesh.context is {context} and mesh.expert is {expert}; one of them must be 1.")
+    return expert
 
 
 def head_name(params: PyTree[Array]) -> str:

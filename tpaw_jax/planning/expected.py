@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK
 from tpaw_jax.models.checkpoints.hub import param_shapes
+from tpaw_jax.models.parallel import exchange
 from tpaw_jax.models.transformer import KEEPS_LOGITS
 from tpaw_jax.planning import lowering
 from tpaw_jax.planning.hlo import BETWEEN_SLICES, KINDS
@@ -25,6 +27,10 @@ from tpaw_jax.training.cost import Work
 SLOTS_BUSY = 0.95
 """Share of the sampler's slots that hold an unfinished sequence, as measured on CPU (benchmarks/sampling.py, 512
 requests, 64 slots). It is less where devices share a model, because a chunk of steps is then never cut short."""
+
+
+EXPERT_ROUNDS = exchange.ROUNDS + 1
+"""Rounds of the exchange between devices that hold different experts, if the router loads them almost evenly."""
 
 
 def step_flops(target: Target, load: Workload, remat: str, rows: int) -> Flops:
@@ -135,25 +141,29 @@ def _add_params(sent: dict[str, float], target: Target, batches: int, *, step: b
     table once. Gradients are scattered in `train.reduce_dtype` and summed over `data`.
     """
     config, mesh, model = target.config, target.mesh.shape, target.model.config
-    fsdp, data, tensor = mesh["fsdp"], mesh["data"], mesh["tensor"]
     compute, reduce = jnp.dtype(config.policy.compute_dtype).itemsize, jnp.dtype(config.train.reduce_dtype).itemsize
     specs = target.model.parallel.specs
     head = "embed/embedding" if model.tie_embeddings else "head/embedding"
     for name, shape in param_shapes(model).items():
-        axes = {a for part in specs.get(name, ()) if part for a in (part if isinstance(part, tuple) else (part,))}
-        size = math.prod(shape) / (tensor if "tensor" in axes else 1)  # held by the devices of an fsdp group together
+        spec = specs.get(name, P())
+        split_over = [axis for dimension in range(len(spec)) for axis in sharding.axes_of(spec, dimension)]
+        gathered_over = sharding.features_of(name, spec)[1]
+        group = math.prod(mesh[axis] for axis in gathered_over)
+        size = math.prod(shape) / math.prod(
+            mesh[axis] for axis in split_over if axis not in gathered_over
+        )  # of a group
         in_layer = name.startswith("layers/")
-        if "fsdp" in axes and (in_layer or name == head):
+        if gathered_over and (in_layer or name == head):
             times = (1 + again if in_layer else 1) * (batches if step else 1)
-            sent["all-gather"] += _others(fsdp) * size * compute * times
-            sent["reduce-scatter"] += _others(fsdp) * size * reduce * batches if step else 0
+            sent["all-gather"] += _others(group) * size * compute * times
+            sent["reduce-scatter"] += _others(group) * size * reduce * batches if step else 0
         if step:
-            own, others = (size / fsdp, data) if "fsdp" in axes else (size, data * fsdp)
-            _add_sum_over_data(sent, own * reduce, others, target.topology.slices)
+            others = math.prod(mesh[axis] for axis in sharding.MESH_AXES_OF["batch"] if axis not in split_over)
+            _add_sum_over_data(sent, size / group * reduce, others, target.topology.slices)
 
 
 def _add_activations(sent: dict[str, float], target: Target, batches: int, *, step: bool, again: bool) -> None:
-    """Add the exchange of embeddings over `fsdp`, of heads in `mesh.context`, and the sums over `tensor`.
+    """Add the exchange of embeddings, of tokens with experts, of heads in `mesh.context`, and the sums over `tensor`.
 
     Each device holds some columns of the embedding table: tokens are gathered, then their columns exchanged. Over
     `tensor`, the outputs of attention and feed-forward are summed forward, their gradients backward, and attention's
@@ -161,12 +171,16 @@ def _add_activations(sent: dict[str, float], target: Target, batches: int, *, st
     output; backward, their gradients, and all once more if layers are recomputed.
     """
     config, mesh, model = target.config, target.mesh.shape, target.model.config
-    fsdp, data, tensor = mesh["fsdp"], mesh["data"], mesh["tensor"]
-    compute = jnp.dtype(config.policy.compute_dtype).itemsize
-    tokens = config.packing.row_length * config.packing.rows_per_batch // (data * fsdp) * batches
-    if fsdp > 1:
-        sent["all-to-all"] = _others(fsdp) * (2 if step else 1) * tokens * model.hidden_size * compute
-        sent["all-gather"] += _others(fsdp) * 4 * tokens * fsdp
+    fsdp, data, expert, tensor = (mesh[axis] for axis in ("fsdp", "data", "expert", "tensor"))
+    compute, columns = jnp.dtype(config.policy.compute_dtype).itemsize, fsdp * expert
+    tokens = config.packing.row_length * config.packing.rows_per_batch // (data * columns) * batches
+    if columns > 1:
+        sent["all-to-all"] = _others(columns) * (2 if step else 1) * tokens * model.hidden_size * compute
+        sent["all-gather"] += _others(columns) * 4 * tokens * columns
+    if expert > 1:  # tokens go there and back; backward, so they do again, and so do their gradients
+        places = expert * exchange.capacity(tokens // batches * model.experts_per_token, expert)
+        passes = (6 if step else 2) * EXPERT_ROUNDS * model.num_layers * batches
+        sent["all-to-all"] += _others(expert) * passes * places * model.hidden_size * compute
     context = config.mesh.context
     if context > 1:
         heads, kv_heads = model.num_heads / tensor, max(model.num_kv_heads / tensor, context)

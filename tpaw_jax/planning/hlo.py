@@ -89,6 +89,7 @@ class Program(NamedTuple):
     computations: dict[str, Computation]
     entry: str
     unknown_trips: Sequence[int]  # trip counts of loops whose condition has no constant, from the outermost inwards
+    named_trips: Mapping[str, int]  # trip counts of other such loops, by their `jax.named_scope`
 
     def collectives(self) -> list[Collective]:
         """All collectives. The parts of one that is split over a chain of fusions count once."""
@@ -136,7 +137,7 @@ class Program(NamedTuple):
             for i in self.computations[name].instructions.values():
                 if i.opcode == "while":
                     condition, body = _called_by_name(i.attributes)
-                    if trips := self._trips(condition):
+                    if trips := self._trips(condition) or self._named_trips(i):
                         yield from runs_of(body, times * trips, unknown)
                     else:
                         yield from runs_of(body, times * (unknown[0] if unknown else 1), unknown[1:])
@@ -184,6 +185,9 @@ class Program(NamedTuple):
         instructions = (i for _, i in self._with_fused(condition))
         is_integer = lambda i: i.opcode == "constant" and re.match(r"[su]\d+\[\]", i.shape)
         return max((int(i.operands[0]) for i in instructions if is_integer(i)), default=0)
+
+    def _named_trips(self, loop: Instruction) -> int:
+        return next((n for name, n in self.named_trips.items() if f"/{name}/while" in loop.attributes), 0)
 
     def _with_fused(self, name: str) -> Iterator[tuple[str, Instruction]]:
         """The instructions of a computation and of the fusions in it, except inside a fused reduce-scatter."""
@@ -261,13 +265,14 @@ class Program(NamedTuple):
         return total
 
 
-def parse(text: str, unknown_trips: Sequence[int] = ()) -> Program:
+def parse(text: str, unknown_trips: Sequence[int] = (), named_trips: Mapping[str, int] | None = None) -> Program:
     """Parse the text of `compiled.as_text()`.
 
     Args:
         text: the HLO text.
         unknown_trips: trip counts of the loops whose trip count depends on data, from the outermost inwards. Loops
             beyond the list count once.
+        named_trips: trip counts of other such loops, by the name of the `jax.named_scope` that they are in.
 
     Raises:
         ValueError: the text has no entry computation.
@@ -291,7 +296,7 @@ def parse(text: str, unknown_trips: Sequence[int] = ()) -> Program:
             name = ""
     if not entry:
         raise ValueError("The text is not a compiled program: it has no ENTRY computation.")
-    return Program(computations, entry, unknown_trips)
+    return Program(computations, entry, unknown_trips, named_trips or {})
 
 
 def _instruction(line: str) -> Instruction:

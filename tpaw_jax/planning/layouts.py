@@ -64,15 +64,16 @@ def resolve(
         begun_with: the row length of a run that resumes; else 0.
 
     Raises:
-        ValueError: no mesh is usable, or `mesh.context` is set.
+        ValueError: no mesh is usable, or `mesh.context` or `mesh.expert` is set.
     """
     if config.mesh.preset != "auto" or config.objective.loss == "sft" or config.data.responses == "rejected":
         return config
-    if config.mesh.context > 1:
-        raise ValueError(
-            f"mesh.context is {config.mesh.context} and mesh.preset is auto, which knows no shared rows. "
-            "Name a preset or give the sizes of the mesh."
-        )
+    for key in ("context", "expert"):
+        if getattr(config.mesh, key) > 1:
+            raise ValueError(
+                f"mesh.{key} is {getattr(config.mesh, key)} and mesh.preset is auto, which decides only on data, fsdp "
+                "and tensor. Name a preset or give the sizes of the mesh."
+            )
     kept = dataclasses.replace(config.packing, row_length=config.packing.row_length or begun_with)
     best = layouts(dataclasses.replace(config, packing=kept), architecture, topology, devices)[0]
     say(f"{topology.name}: {best}, for steps of about {best.triplets:.0f} triplets.")

@@ -20,7 +20,7 @@ from tpaw_jax.models import ModelConfig, Transformer, hub
 from tpaw_jax.models.attention import gpu_attention, tpu_attention
 from tpaw_jax.models.transformer import shard_model
 from tpaw_jax.runtime import sharding, tpu
-from tpaw_jax.training import batch_shapes, scoring, train_step
+from tpaw_jax.training import batch_shapes, fitting_step, scoring, train_step
 from tpaw_jax.training.logprobs import make_log_prob_fn
 from tpaw_jax.types import PackedPrompts
 
@@ -86,7 +86,7 @@ def team_step(target: Target, remat: str, micro_batches: int) -> jax.stages.Lowe
     """The train step over `micro_batches` batches of rows."""
     config, mesh = target.config, target.mesh
     optimizer = train_step.make_optimizer(config.train)
-    step: Any = train_step.configured_step(config, target.model.clone(remat=remat), optimizer, mesh)[1]
+    step: Any = fitting_step.configured_step(config, target.model.clone(remat=remat), optimizer, mesh)[1]
     inputs = (*packing.empty_step(config.packing, config.objective.n_max, micro_batches), train_step.NO_SCALARS)
     state = train_step.abstract_state(target.params, optimizer, mesh)
     return _lower(target, step, state, *_abstract(inputs, train_step.input_shardings(mesh, config.mesh.context)))

@@ -14,6 +14,7 @@ from tpaw_jax.config import RunConfig
 from tpaw_jax.data import packing
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK
 from tpaw_jax.models.model_config import ModelConfig
+from tpaw_jax.models.parallel import exchange
 from tpaw_jax.models.transformer import REMAT_POLICIES
 from tpaw_jax.observe import tables
 from tpaw_jax.planning import expected, lowering, roofline, workload
@@ -229,12 +230,15 @@ def _step(target: Target, load: Workload) -> tuple[str, Stage]:
     config, most = target.config, most_micro_batches(target.config)
     rows = rows_of_step(config, load.triplets_per_row)
     used = math.ceil(rows / config.packing.rows_per_batch)
+    rounds = {exchange.SCOPE: expected.EXPERT_ROUNDS}
     policies = list(REMAT_POLICIES) if config.policy.remat == "auto" else [config.policy.remat]
     for remat in policies:
         lowered = lowering.team_step(target, remat, most)
         flops = expected.step_flops(target, load, remat, rows)
         trips = [_head_chunks(target, load)] if most == 1 else [used, _head_chunks(target, load)]
-        stage = roofline.compile_stage(lowered, target.mesh, target.topology.chip.device, flops, trips)
+        stage = roofline.compile_stage(
+            lowered, target.mesh, target.topology.chip.device, flops, trips, named_trips=rounds
+        )
         if config.policy.remat != "auto" or stage.peak <= SHARE_TO_USE * stage.chip.hbm_bytes:  # the run's own rule
             break
     return remat, stage
@@ -248,7 +252,8 @@ def _other_stage(target: Target, load: Workload, name: str) -> Stage:
         flops, trips = expected.scoring_flops(target, load), [_head_chunks(target, load)]
         # The scoring player is an argument. The policy is not, nor the next player, which a single process reads ahead.
         resident = policy * (1 if target.mesh.is_multi_process else 2)
-        return roofline.compile_stage(lowering.scoring_pass(target), target.mesh, chip, flops, trips, resident)
+        lowered, rounds = lowering.scoring_pass(target), {exchange.SCOPE: expected.EXPERT_ROUNDS}
+        return roofline.compile_stage(lowered, target.mesh, chip, flops, trips, resident, named_trips=rounds)
     mesh = target.sampling_mesh
     resident = policy + expected.param_bytes(lowering.sampling_params(target))
     if name == "prefill":

@@ -7,7 +7,7 @@ the compiled program (`hlo`). All times are predictions: no matmul reaches a chi
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -115,6 +115,8 @@ def compile_stage(
     flops: Flops,
     unknown_trips: Sequence[int] = (),
     resident: float = 0,
+    *,
+    named_trips: Mapping[str, int] | None = None,
 ) -> Stage:
     """Compile a stage and measure the compiled program. One that the compiler refuses has no traffic or exchanges.
 
@@ -125,6 +127,7 @@ def compile_stage(
         flops: of one run on one device.
         unknown_trips: trip counts of the loops whose trip count depends on data (see `hlo.parse`).
         resident: bytes of memory in use that are not arguments of the program.
+        named_trips: see `hlo.parse`.
     """
     start = time.perf_counter()
     try:
@@ -136,7 +139,7 @@ def compile_stage(
         seconds = time.perf_counter() - start
         return Stage(seconds, False, required, resident, flops, 0, (), chip)
     seconds = time.perf_counter() - start
-    program = hlo.parse(compiled.as_text(), unknown_trips)
+    program = hlo.parse(compiled.as_text(), unknown_trips, named_trips)
     peak = compiled.memory_analysis().peak_memory_in_bytes
     return Stage(
         compile_seconds=seconds,

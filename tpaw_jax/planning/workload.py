@@ -1,5 +1,6 @@
 """What the rounds of a run compute, at assumed lengths of prompts and responses, or at those of its data."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -77,13 +78,14 @@ def assumed(config: RunConfig, model: ModelConfig, prompts: int, lengths: Length
     scale = prompts / len(sample)
     rounds = [_round(config, model, sample, new_tokens, t) for t in range(config.rounds)]
     rows = rounds[-1][1]
-    computed = _computed(rows, config)
+    share = _share_in_windows(rows, model)
+    computed = _computed(rows, config, model)
     return Workload(
         prompts=prompts,
         prompt_tokens=float(sample.prompt_tokens.lengths.mean()) * prompts,
         new_tokens=float(new_tokens.mean()) * prompts,
         rounds=tuple(_scaled(of_sample, scale) for of_sample, _ in rounds),
-        row=_useful(rows) * (1 / len(rows)),
+        row=_in_windows(_useful(rows), share) * (1 / len(rows)),
         computed=computed * (1 / len(rows)),
         triplets_per_row=float(rows.triplets.mean()),
         fill=rows.fill,
@@ -132,8 +134,10 @@ def _round(
     rows = packing.pack(prefix_trees.trees_of_window(sample, window, sources), config.packing)
     newest = prefix_trees.trees_of_responses(sample, {t: window[0].tokens})
     passes = 1 + config.train.epochs * (1 + BACKWARD)
-    trees = cost.flops(model, _useful(rows) * passes + cost.work_of_trees(newest, config.packing) * (players - 1))
-    pairs = cost.flops(model, cost.padded_pairs_of_round(sample, window, players, config.train.epochs).total)
+    work = _useful(rows) * passes + cost.work_of_trees(newest, config.packing) * (players - 1)
+    padded_pairs = cost.padded_pairs_of_round(sample, window, players, config.train.epochs).total
+    share = _share_in_windows(rows, model)
+    trees, pairs = (cost.flops(model, _in_windows(one, share)) for one in (work, padded_pairs))
     scored = len(rows) + (players - 1) * len(packing.pack(newest, config.packing))
     return RoundEstimate(len(rows), float(rows.triplets.mean()), scored, trees, pairs), rows
 
@@ -148,20 +152,38 @@ def _useful(rows: packing.Rows) -> Work:
     return cost.work_of_rows(rows)._replace(tokens=float(rows.tokens.sum()))
 
 
+def _share_in_windows(rows: packing.Rows, model: ModelConfig) -> float:
+    """The share of query-key pairs that are within the window of a layer, averaged over layers."""
+    windows = [kind.window for kind in model.layer_kinds]
+    if set(windows) == {None}:
+        return 1.0
+    batch = rows.batch
+    seen = batch.positions[batch.segment_ids > 0].astype(np.int64) + 1
+    of_layers = [np.minimum(seen, seen.max() if window is None else window).sum() for window in windows]
+    return float(np.mean(of_layers) / seen.sum())
+
+
+def _in_windows(work: Work, share: float) -> Work:
+    return work._replace(attended=work.attended * share)
+
+
 def _in_blocks(batch: TreeBatch) -> Visibility:
     pad = lambda x: np.pad(np.asarray(x), ((0, 0), (0, -x.shape[1] % rules.QUERIES)))
     return Visibility(*map(pad, Visibility.of(batch)))
 
 
-def _computed(rows: packing.Rows, config: RunConfig) -> Work:
+def _computed(rows: packing.Rows, config: RunConfig, model: ModelConfig) -> Work:
     """The work of rows as a TPU computes them; rows of other devices are padded to blocks of queries."""
     batch, chunk, length = rows.batch, config.policy.head_chunk, config.packing.row_length
     live = (np.asarray(batch.response_ids) < rows.prompt_index.shape[1]).sum(axis=1)
     per_matmul = config.policy.attention_chunks
-    planned = jax.jit(rules.plan, static_argnums=1)
     some = min(len(rows), max(1, ROWS_AT_ONCE * 8192**2 // length**2))
     pieces = [packing.take(rows, np.arange(i, min(i + some, len(rows))), some).batch for i in range(0, len(rows), some)]
-    matmuls = np.concatenate([planned(_in_blocks(piece), per_matmul).matmuls for piece in pieces])[: len(rows)]
+    windows = [kind.window for kind in model.layer_kinds]
+    matmuls = {}
+    for window in set(windows):
+        planned = jax.jit(functools.partial(rules.plan, chunks=per_matmul, window=window))
+        matmuls[window] = np.concatenate([planned(_in_blocks(piece)).matmuls for piece in pieces])[: len(rows)].sum()
     predictions = float(np.minimum(np.ceil(live / chunk) * chunk, length).sum())
-    pairs = float(matmuls.sum()) * rules.QUERIES * rules.CHUNK * per_matmul
+    pairs = float(np.mean([matmuls[window] for window in windows])) * rules.QUERIES * rules.CHUNK * per_matmul
     return Work(len(rows) * length, predictions, pairs)

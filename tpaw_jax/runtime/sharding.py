@@ -1,5 +1,6 @@
 """The device mesh, and one table that says how every array is split over it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,16 +15,16 @@ from jaxtyping import Array, PyTree
 from tpaw_jax.config import MeshConfig
 from tpaw_jax.runtime import tpu
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 MESH_AXES_OF = {  # logical axis -> the mesh axes it is split over
-    "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),
+    "batch": ("data", "fsdp", "expert"),
+    "embed": ("fsdp", "expert"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "layers": (),
-    "experts": (),
+    "experts": ("expert",),
     "expert_embed": ("fsdp",),
     "norm": (),
 }
@@ -83,12 +84,13 @@ PRESETS = {  # the names that mesh.preset takes, besides auto
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Make the mesh (data, fsdp, tensor) over `devices`, by default all. On TPU, mesh neighbours are torus neighbours.
+    """Make the mesh of `MESH_AXES` over `devices`, by default all. On TPU, mesh neighbours are torus neighbours.
 
     Raises:
         ValueError: the product of the sizes is not the number of devices, or the preset is unknown.
     """
     devices = jax.devices() if devices is None else devices
+    expert = config.expert
     if config.preset == "auto" and config.fsdp == -1:  # else it has been chosen for the batch (planning.layouts)
         topology = tpu.topology_of(devices)
         config = PRESETS["host"] if topology is None else preset_of(topology)
@@ -96,13 +98,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         if config.preset not in PRESETS:
             raise ValueError(f"mesh.preset is {config.preset!r}; it must be auto or one of {', '.join(PRESETS)}.")
         config = PRESETS[config.preset]
-    sizes = [config.data, config.fsdp, config.tensor]
+        config = dataclasses.replace(config, fsdp=config.fsdp if config.fsdp == -1 else config.fsdp // expert)
+    sizes = [config.data, config.fsdp, expert, config.tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(f"mesh: the sizes {sizes} must be positive; at most one of them may be -1.")
     if -1 in sizes:
         sizes[sizes.index(-1)] = len(devices) // int(np.prod([s for s in sizes if s != -1]))
     if int(np.prod(sizes)) != len(devices):
-        raise ValueError(f"mesh: data x fsdp x tensor = {sizes} does not cover the {len(devices)} devices.")
+        raise ValueError(f"mesh: data x fsdp x expert x tensor = {sizes} does not cover the {len(devices)} devices.")
     slices = tpu.slice_count(devices)
     if slices > 1 and sizes[0] % slices:
         raise ValueError(f"mesh.data is {sizes[0]}; it must be a multiple of the number of slices, {slices}.")
@@ -128,7 +131,7 @@ def sampling_mesh(tensor: int, devices: Sequence[jax.Device] | None = None) -> M
             f"sampling.tensor is {tensor}; it must divide the {len(devices) // slices} devices of a slice."
         )
     if tensor == 1:
-        return Mesh(np.asarray(devices).reshape(-1, 1, 1), MESH_AXES)
+        return Mesh(np.asarray(devices).reshape(-1, 1, 1, 1), MESH_AXES)
     return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=tensor), devices)
 
 
@@ -168,13 +171,26 @@ def row_shards(mesh: Mesh, context: int = 1) -> int:
     return int(np.prod([mesh.shape[axis] for axis in MESH_AXES_OF["batch"]])) // context
 
 
+def features_of(name: str, spec: P) -> tuple[int, tuple[str, ...]]:
+    """The dimension of a parameter that is gathered where it is used, and the mesh axes that it is split over."""
+    logical = PARAM_AXES.get(name, ())
+    dimension = next((i for i, axis in enumerate(logical) if axis in ("embed", "expert_embed")), 0)
+    return dimension, axes_of(spec, dimension) if logical else ()
+
+
+def axes_of(spec: P, dimension: int) -> tuple[str, ...]:
+    """The mesh axes that a dimension is split over."""
+    axes = spec[dimension] if dimension < len(spec) else None
+    return axes if isinstance(axes, tuple) else (axes,) if axes else ()
+
+
 def scatter_stages(mesh: Mesh) -> tuple[int, ...]:
     """The sizes of the stages of a reduce-scatter over `fsdp`: one for each torus dimension that the axis spans.
 
     Over more than 8 chips that are not in one line, the TPU compiler turns a single reduce-scatter into an all-reduce,
     which moves twice the bytes.
     """
-    devices = list(mesh.devices[0, :, 0])
+    devices = list(mesh.devices[0, :, 0, 0])
     if len(devices) <= 8 or tpu.generation(devices[0]) is None:
         return (len(devices),)
     return tpu.lines(devices)
@@ -244,4 +260,4 @@ def abstract(tree: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:
 
 def single_device_mesh() -> Mesh:
     """A mesh of the first local device, for use on one accelerator or CPU."""
-    return Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), MESH_AXES)
+    return Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)

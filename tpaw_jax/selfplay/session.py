@@ -39,6 +39,7 @@ KEYS_THAT_MAY_CHANGE = SPEED_ONLY_KEYS | {
     "directory",
     "mesh.compiler_options",
     "mesh.context",
+    "mesh.expert",
     "policy.attention_chunks",
     "report_to",
     "rounds",

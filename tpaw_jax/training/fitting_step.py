@@ -11,9 +11,9 @@ from jaxtyping import PyTree
 from tpaw_jax.config import RunConfig
 from tpaw_jax.data import packing
 from tpaw_jax.models.transformer import Transformer
-from tpaw_jax.runtime import processes
+from tpaw_jax.runtime import processes, tpu
 from tpaw_jax.training import batch_shapes, memory, train_step
-from tpaw_jax.training.logprobs import LogProbFn
+from tpaw_jax.training.logprobs import LogProbFn, make_log_prob_fn, make_routed_log_prob_fn
 from tpaw_jax.training.train_step import TrainStep
 
 
@@ -32,7 +32,7 @@ def make_fitting_step(
     """
 
     def with_remat(remat: str) -> tuple[LogProbFn, Any]:
-        return train_step.configured_step(config, model.clone(remat=remat), optimizer, mesh)
+        return configured_step(config, model.clone(remat=remat), optimizer, mesh)
 
     if config.policy.remat != "auto":
         return with_remat(config.policy.remat)
@@ -46,3 +46,24 @@ def make_fitting_step(
         f"Rematerialization `{fit.remat}`: a step needs {fit.needed / 2**30:.2f} of {limit / 2**30:.2f} GiB per device."
     )
     return with_remat(fit.remat)[0], fit.compiled
+
+
+def configured_step(
+    config: RunConfig, model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[LogProbFn, TrainStep]:
+    """Build the log-prob function and the train step of a run; a plan compiles the same program."""
+    parallel = model.parallel._replace(sum_over_data=batch_shapes.most_micro_batches(config) == 1)
+    model, chunk = model.clone(parallel=parallel), config.policy.head_chunk
+    log_prob_fn, trained = make_log_prob_fn(model, chunk), make_routed_log_prob_fn(model, chunk)
+    options, has_experts = tpu.options_of(mesh, config.mesh.compiler_options), model.config.num_experts > 0
+    return log_prob_fn, train_step.make_train_step(
+        trained if has_experts else log_prob_fn,
+        optimizer,
+        config.objective,
+        mesh,
+        config.train.reduce_dtype,
+        options,
+        summed_over_data=parallel.summed_over_data(),
+        context=parallel.context,
+        router=train_step.RouterLosses(config.train.router_balance, config.train.router_z) if has_experts else None,
+    )

@@ -53,10 +53,9 @@ def sum_over_devices(
     """
 
     def summed(path, gradient, spec):
-        sharded_over = {a for axes in spec if axes for a in (axes if isinstance(axes, tuple) else (axes,))}
-        gradient = gradient.astype(dtype)
-        if "fsdp" not in sharded_over:
-            gradient = lax.psum(gradient, "fsdp")
+        sharded_over = {axis for dimension in range(len(spec)) for axis in sharding.axes_of(spec, dimension)}
+        rows_over = set(sharding.MESH_AXES_OF["embed"]) - sharded_over
+        gradient = lax.psum(gradient.astype(dtype), sorted(rows_over)) if rows_over else gradient.astype(dtype)
         if sharding.path_name(path) not in summed_over_data:
             gradient = parallel.all_reduce_over_data(gradient, slices)
         return gradient.astype(jnp.float32)

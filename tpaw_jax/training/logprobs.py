@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from tpaw_jax.models.attention import Visibility, visible
+from tpaw_jax.models.experts import RouterStatistics
 from tpaw_jax.models.parallel import context
 from tpaw_jax.models.transformer import KEEPS_LOGITS, Transformer, head_name
 from tpaw_jax.types import TreeBatch
@@ -24,6 +25,9 @@ VOCABULARY_BLOCK = 1024
 
 LogProbFn = Callable[[PyTree[Array], TreeBatch], Float[Array, "B R"]]
 """(params, batch) -> summed log-prob of every response, nats. Scoring and the train step access a model through it."""
+
+RoutedLogProbFn = Callable[[PyTree[Array], TreeBatch], tuple[Float[Array, "B R"], RouterStatistics | None]]
+"""The same with the statistics of the routers, of each row, see `make_routed_log_prob_fn`."""
 
 ApplyFn = Callable[[PyTree[Array], Array, Array, Array], Array]
 """(params, tokens [B, T], positions [B, T], mask [B, T, T]) -> logits [B, T, V]: a user's own model."""
@@ -40,13 +44,22 @@ def make_log_prob_fn(model: Transformer, head_chunk: int) -> LogProbFn:
         model: the model.
         head_chunk: predictions of each row that the output head computes at a time.
     """
+    routed = make_routed_log_prob_fn(model, head_chunk)
+    return lambda params, batch: routed(params, batch)[0]
+
+
+def make_routed_log_prob_fn(model: Transformer, head_chunk: int) -> RoutedLogProbFn:
+    """Build `make_log_prob_fn`'s function with the statistics of the routers of a mixture of experts as second result.
+
+    They are None if the model is dense.
+    """
     keep = model.remat in KEEPS_LOGITS
 
-    def log_prob_fn(params: PyTree[Array], batch: TreeBatch) -> Float[Array, "B R"]:
+    def log_prob_fn(params: PyTree[Array], batch: TreeBatch) -> tuple[Float[Array, "B R"], RouterStatistics | None]:
         batch = jax.tree.map(jnp.asarray, batch)  # outside jit, host batches work too
-        batch, hidden, table, labels, live, axis = _predictions(model, params, batch)
+        (batch, hidden, table, labels, live, axis), statistics = _predictions(model, params, batch)
         log_probs_BP = token_log_probs(hidden, table, labels, live, head_chunk, keep=keep, axis=axis)
-        return _totals(log_probs_BP, batch, model)
+        return _totals(log_probs_BP, batch, model), statistics
 
     return log_prob_fn
 
@@ -59,7 +72,7 @@ def make_greedy_fn(model: Transformer, head_chunk: int) -> Callable[[PyTree[Arra
 
     def greedy_fn(params: PyTree[Array], batch: TreeBatch) -> Float[Array, "B R 2"]:
         batch = jax.tree.map(jnp.asarray, batch)
-        batch, hidden, table, labels, live, axis = _predictions(model, params, batch)
+        (batch, hidden, table, labels, live, axis), _ = _predictions(model, params, batch)
         log_probs_BR = _totals(token_log_probs(hidden, table, labels, live, head_chunk, axis=axis), batch, model)
         not_greedy_BP = ~_is_argmax(hidden, table, labels, head_chunk, axis) & live
         greedy_BR = _totals(not_greedy_BP.astype(jnp.float32), batch, model) == 0
@@ -68,20 +81,20 @@ def make_greedy_fn(model: Transformer, head_chunk: int) -> Callable[[PyTree[Arra
     return greedy_fn
 
 
-def _predictions(model: Transformer, params: PyTree[Array], batch: TreeBatch) -> tuple[Any, ...]:
-    """The batch as the device computes it; hidden states [B, P, D], output embedding, labels, mask of real predictions,
-    and mesh axis of the vocabulary."""
+def _predictions(model: Transformer, params: PyTree[Array], batch: TreeBatch) -> tuple[tuple[Any, ...], Any]:
+    """The batch as the device computes it, hidden states [B, P, D], output embedding, labels, mask of real predictions,
+    and mesh axis of the vocabulary; and the statistics of the routers."""
     parallel = model.parallel
     batch = context.rows_of_group(batch, parallel.context) if parallel.context > 1 else batch
-    outputs: Any = model.apply({"params": params}, batch, method="hidden_and_head")
-    hidden_BTD, table_VD = outputs
+    outputs: Any = model.apply({"params": params}, batch, method="hidden_and_head", mutable=["router"])
+    (hidden_BTD, table_VD), collected = outputs
     hidden_BPD = jnp.take_along_axis(hidden_BTD, batch.hidden_index[..., None], axis=1)
     name = head_name(params)
     live_BP, labels_BP, axis = batch.response_ids < batch.triplet_weight.shape[-1], jnp.asarray(batch.labels), None
     if parallel.splits_vocabulary(name):
         hidden_BPD, axis = parallel.copy_to_tensor(hidden_BPD), "tensor"
         labels_BP = labels_BP - lax.axis_index(axis) * table_VD.shape[0]
-    return batch, hidden_BPD, table_VD, labels_BP, live_BP, axis
+    return (batch, hidden_BPD, table_VD, labels_BP, live_BP, axis), collected.get("router", {}).get("statistics")
 
 
 def _totals(per_token: Array, batch: TreeBatch, model: Transformer) -> Float[Array, "B R"]:

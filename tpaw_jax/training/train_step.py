@@ -15,13 +15,17 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
-from tpaw_jax.config import ObjectiveConfig, RunConfig, TrainConfig
-from tpaw_jax.models import Transformer
+from tpaw_jax.config import ObjectiveConfig, TrainConfig
+from tpaw_jax.models.experts import RouterStatistics
 from tpaw_jax.models.parallel import context as contexts
 from tpaw_jax.objective import TeamLoss, team_loss
 from tpaw_jax.runtime import sharding, tpu
-from tpaw_jax.training import batch_shapes, gradients
-from tpaw_jax.training.logprobs import LogProbFn, make_log_prob_fn, sum_by_response
+from tpaw_jax.training import gradients
+from tpaw_jax.training.logprobs import (
+    LogProbFn,
+    RoutedLogProbFn,
+    sum_by_response,
+)
 from tpaw_jax.types import AnyArray, TeamScores, TrainState, TreeBatch
 
 
@@ -48,13 +52,21 @@ the step returns the means.
 TrainStep = Callable[[TrainState, TreeBatch, TeamScores, AnyArray, StepScalars], tuple[TrainState, Metrics]]
 
 
-def _triplet_count(batch: TreeBatch) -> Array:
-    return jnp.sum(batch.triplet_weight)
+class RouterLosses(NamedTuple):
+    """The weights of the losses of `models.experts.RouterStatistics`."""
+
+    balance: float
+    z: float
 
 
-def _tokens(batch: TreeBatch) -> Array:
-    """Number of predicted tokens in a batch."""
-    return jnp.sum(batch.response_ids < batch.triplet_weight.shape[-1]).astype(jnp.float32)
+def _triplets_of_rows(batch: TreeBatch) -> Array:
+    """Number of triplets in each row, [..., B]."""
+    return jnp.sum(batch.triplet_weight, axis=-1)
+
+
+def _tokens_of_rows(batch: TreeBatch) -> Array:
+    """Number of predicted tokens in each row, [..., B]."""
+    return jnp.sum(batch.response_ids < batch.triplet_weight.shape[-1], axis=-1).astype(jnp.float32)
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -115,7 +127,7 @@ def state_shardings(params: PyTree[Array], optimizer: optax.GradientTransformati
 
 
 def make_train_step(
-    log_prob_fn: LogProbFn,
+    log_prob_fn: LogProbFn | RoutedLogProbFn,
     optimizer: optax.GradientTransformation,
     objective: ObjectiveConfig,
     mesh: Mesh | None = None,
@@ -124,54 +136,56 @@ def make_train_step(
     *,
     summed_over_data: Collection[str] = (),
     context: int = 1,
+    router: RouterLosses | None = None,
 ) -> TrainStep:
     """Build the compiled train step of the objective; see `make_step` for the other arguments and the result.
 
     The team loss is the mean over all triplets of the step (A4). Metrics are means over triplets; rewards are in nats
     times lam. For `sft`, the loss is the mean negative log-prob of all target tokens of the step, in nats per token, as
     in transformers' Trainer. Each target then counts as a triplet, and metrics are means over targets.
+
+    With `router`, `log_prob_fn` is that of `make_routed_log_prob_fn`. The losses of a mixture of experts are computed
+    for each row, which makes them independent of batch size and devices, and averaged with the weights that rows have
+    in the objective's loss.
     """
+    evaluate = log_prob_fn if router else lambda params, batch: (log_prob_fn(params, batch), None)
 
     def team(params, batch, scores, total, scalars):
-        log_probs_BR = log_prob_fn(params, batch)
+        log_probs_BR, statistics = evaluate(params, batch)
         out, chosen, rejected = _triplets(log_probs_BR, batch, scores, objective, scalars)
         weight = batch.triplet_weight.reshape(-1)
-        loss = jnp.sum(weight * out.per_triplet) / total
-        return loss, _metric_sums(out, weight, chosen, rejected, _lengths(batch), scalars.tolerance)
+        sums = _metric_sums(out, weight, chosen, rejected, _lengths(batch), scalars.tolerance)
+        extra, router_sums = _router_loss(router, statistics, batch, _triplets_of_rows(batch))
+        return (jnp.sum(weight * out.per_triplet) + extra) / total, sums | router_sums
 
     def supervised(params, batch, scores, total, scalars):
-        log_probs_BR = log_prob_fn(params, batch)
+        log_probs_BR, statistics = evaluate(params, batch)
         lengths_BR = sum_by_response(jnp.ones(batch.labels.shape), batch)
+        extra, router_sums = _router_loss(router, statistics, batch, _tokens_of_rows(batch))
         sums = {
             "triplets": jnp.sum(batch.triplet_weight),
             "logps/chosen": jnp.sum(log_probs_BR),
             "lengths/chosen": jnp.sum(lengths_BR),
             "max": jnp.zeros(()),
         }
-        return -jnp.sum(log_probs_BR) / total, jax.lax.stop_gradient(sums)
+        return (extra - jnp.sum(log_probs_BR)) / total, jax.lax.stop_gradient(sums | router_sums)
 
-    loss, counted = (supervised, _tokens) if objective.loss == "sft" else (team, _triplet_count)
+    loss, rows = (supervised, _tokens_of_rows) if objective.loss == "sft" else (team, _triplets_of_rows)
+    counted = lambda batch: jnp.sum(rows(batch))
     options: dict[str, Any] = {"counted": counted, "summed_over_data": summed_over_data, "context": context}
     return make_step(loss, optimizer, mesh, reduce_dtype, compiler_options, **options)
 
 
-def configured_step(
-    config: RunConfig, model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> tuple[LogProbFn, TrainStep]:
-    """Build the log-prob function and the train step of a run; a plan compiles the same program."""
-    parallel = model.parallel._replace(sum_over_data=batch_shapes.most_micro_batches(config) == 1)
-    log_prob_fn = make_log_prob_fn(model.clone(parallel=parallel), config.policy.head_chunk)
-    options = tpu.options_of(mesh, config.mesh.compiler_options)
-    return log_prob_fn, make_train_step(
-        log_prob_fn,
-        optimizer,
-        config.objective,
-        mesh,
-        config.train.reduce_dtype,
-        options,
-        summed_over_data=parallel.summed_over_data(),
-        context=parallel.context,
-    )
+def _router_loss(
+    router: RouterLosses | None, statistics: RouterStatistics | None, batch: TreeBatch, weight_B: Array
+) -> tuple[Array | float, Metrics]:
+    """The sum of the router losses of the rows by their weight, and the sums of what is reported, over triplets."""
+    if router is None or statistics is None:
+        return 0.0, {}
+    loss = jnp.sum(weight_B * (router.balance * statistics.balance + router.z * statistics.z))
+    triplets_B = _triplets_of_rows(batch)
+    sums = {f"router/{name}": jnp.sum(triplets_B * values_B) for name, values_B in statistics._asdict().items()}
+    return loss, jax.lax.stop_gradient(sums)
 
 
 def make_step(
@@ -181,7 +195,7 @@ def make_step(
     reduce_dtype: str = "float32",
     compiler_options: Mapping[str, str] | None = None,
     *,
-    counted: Callable[[TreeBatch], Array] = _triplet_count,
+    counted: Callable[[TreeBatch], Array] = lambda batch: jnp.sum(batch.triplet_weight),
     summed_over_data: Collection[str] = (),
     context: int = 1,
 ) -> TrainStep:

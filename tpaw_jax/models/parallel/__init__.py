@@ -3,6 +3,7 @@
 1. `collectives`: parameters are gathered where they are used, and their gradients are reduced.
 2. `layer_scan`: the loop over layers, whose backward pass reduces gradients while it computes.
 3. `context`: devices that share rows.
+4. `exchange`: devices that hold different experts.
 """
 
 from tpaw_jax.models.parallel.collectives import UNSHARDED as UNSHARDED

@@ -4,6 +4,8 @@ All of this runs inside `shard_map`, on one device's shards.
 
 - `fsdp` axis (ZeRO-3, arXiv 1910.02054): parameters are all-gathered in the compute dtype where they are used, in the
   forward pass and again in the backward pass. Their gradients are reduce-scattered.
+- `expert` axis: each device holds some of the experts, and the exchange of tokens is in `exchange`. All other
+  parameters are sharded over it as over `fsdp`.
 - `tensor` axis (Megatron, arXiv 1909.08053): heads, feed-forward and vocabulary stay sharded, and partial results are
   summed.
 
@@ -54,9 +56,7 @@ class Parallel(NamedTuple):
         """
         if not self.sum_over_data:
             return frozenset()
-        gathered = {
-            name for name, spec in self.specs.items() if any("fsdp" in _axes(spec, i) for i in range(len(spec)))
-        }
+        gathered = {name for name, spec in self.specs.items() if sharding.features_of(name, spec)[1]}
         return frozenset(gathered - {"embed/embedding"})
 
     def layer(self, params: PyTree[Array], dtype: DTypeLike) -> PyTree[Array]:
@@ -64,10 +64,9 @@ class Parallel(NamedTuple):
 
         def gather(path, x):
             name = "layers/" + sharding.path_name(path)
-            spec = P(*self.specs.get(name, P())[1:])  # drop the layer axis
             if name.split("/")[1] in ("q_norm", "k_norm") and self.tensor > 1:
                 x = copy_over_tensor(x)  # all heads share this scale, so its gradient sums over all devices' heads
-            return self._gather(x, spec, dtype if x.ndim > 1 else x.dtype, self.sum_over_data)
+            return self._gather(x, name, dtype if x.ndim > 1 else x.dtype, self.sum_over_data)
 
         return jax.tree_util.tree_map_with_path(gather, params)
 
@@ -77,9 +76,10 @@ class Parallel(NamedTuple):
         Return the parameters, and the function that splits the matrices of one gathered layer. Matrices that are not
         gathered are left as they are.
         """
-        if "fsdp" not in _axes(self.specs.get("layers/q/kernel", P()), 1):
+        _, axes = self._features("layers/q/kernel")
+        if not axes:
             return params, lambda layer: layer
-        whole_o = math.prod(params["o"]["kernel"].shape[1:]) * lax.axis_size("fsdp")
+        whole_o = math.prod(params["o"]["kernel"].shape[1:]) * math.prod(map(lax.axis_size, axes))
         names = ATTENTION if whole_o < SENT_ALONE else ATTENTION[:-1]
         transposed = lambda name, x: x.swapaxes(-2, -1) if name == "o" else x
         kernels = [transposed(name, params[name]["kernel"]) for name in names]
@@ -102,14 +102,14 @@ class Parallel(NamedTuple):
     ) -> Float[Array, "M D"]:
         """Look up tokens in the sharded embedding table `name`.
 
-        Each device looks up the tokens of all `fsdp` devices in its own columns, and an all-to-all exchanges the
-        results. This moves M D values, whereas gathering the table would move V D. The gradient of a table row is
-        summed in the table's dtype.
+        Each device looks up the tokens of all devices that have other columns, and an all-to-all exchanges the results.
+        This moves M D values, whereas gathering the table would move V D. The gradient of a table row is summed in the
+        table's dtype.
         """
-        spec = self.specs.get(name, P())
-        by_column, by_token = "fsdp" in _axes(spec, 1), "tensor" in _axes(spec, 0)
-        if by_column:
-            tokens = lax.all_gather(tokens, "fsdp", tiled=True)
+        by_token = "tensor" in sharding.axes_of(self.specs.get(name, P()), 0)
+        _, axes = self._features(name)
+        if axes:
+            tokens = lax.all_gather(tokens, axes, tiled=True)
         if by_token:
             tokens = tokens - lax.axis_index("tensor") * table.shape[0]
             local = (tokens >= 0) & (tokens < table.shape[0])
@@ -117,15 +117,18 @@ class Parallel(NamedTuple):
             embedded = sum_over_tensor(jnp.where(local[:, None], embedded, 0))
         else:
             embedded = take(table, tokens).astype(dtype)
-        return lax.all_to_all(embedded, "fsdp", split_axis=0, concat_axis=1, tiled=True) if by_column else embedded
+        return lax.all_to_all(embedded, axes, split_axis=0, concat_axis=1, tiled=True) if axes else embedded
 
     def table(self, table: Float[Array, "v d"], name: str, dtype: DTypeLike) -> Float[Array, "v D"]:
-        """Gather the output embedding over `fsdp`: all columns of the device's part of the vocabulary."""
-        return self._gather(table, self.specs.get(name, P()), dtype, name in self.summed_over_data())
+        """Gather the output embedding: all columns of the device's part of the vocabulary."""
+        return self._gather(table, name, dtype, name in self.summed_over_data())
 
     def local_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a device's shard of a parameter."""
-        parts = [math.prod(lax.axis_size(a) for a in _axes(self.specs.get(name, P()), i)) for i in range(len(shape))]
+        parts = [
+            math.prod(lax.axis_size(a) for a in sharding.axes_of(self.specs.get(name, P()), i))
+            for i in range(len(shape))
+        ]
         return tuple(size // n for size, n in zip(shape, parts, strict=True))
 
     def whole_vocabulary(self, logits: Float[Array, "*batch v"], name: str) -> Float[Array, "*batch V"]:
@@ -136,7 +139,7 @@ class Parallel(NamedTuple):
 
     def splits_vocabulary(self, name: str) -> bool:
         """Tell whether the table `name` has its vocabulary sharded over `tensor`."""
-        return self.tensor > 1 and "tensor" in _axes(self.specs.get(name, P()), 0)
+        return self.tensor > 1 and "tensor" in sharding.axes_of(self.specs.get(name, P()), 0)
 
     def copy_to_tensor(self, x: Array) -> Array:
         """Use `x`, equal on all devices of `tensor`, as input of sharded layers; sums its gradient over `tensor`."""
@@ -150,11 +153,15 @@ class Parallel(NamedTuple):
         """Sum over the devices that share rows."""
         return lax.psum(x, "fsdp", axis_index_groups=groups(self.context)) if self.context > 1 else x
 
-    def _gather(self, x: Array, spec: P, dtype: DTypeLike, sum_over_data: bool) -> Array:
-        axis = next((i for i in range(x.ndim) if "fsdp" in _axes(spec, i)), None)
-        if axis is None:
+    def _features(self, name: str) -> tuple[int, tuple[str, ...]]:
+        return sharding.features_of(name, self.specs.get(name, P()))
+
+    def _gather(self, x: Array, name: str, dtype: DTypeLike, sum_over_data: bool) -> Array:
+        dimension, axes = self._features(name)
+        if not axes:
             return x.astype(dtype)
-        return _all_gather(x, axis, jnp.dtype(dtype), self, sum_over_data)
+        from_end = dimension - len(sharding.PARAM_AXES[name])  # `x` may lack the axis of layers
+        return _all_gather(x, (x.ndim + from_end, axes), jnp.dtype(dtype), self, sum_over_data)
 
 
 def groups(context: int) -> list[list[int]]:
@@ -167,17 +174,24 @@ UNSHARDED = Parallel()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _all_gather(x: Array, axis: int, dtype: DTypeLike, parallel: Parallel, sum_over_data: bool) -> Array:
-    """All-gather `x` along `axis` over `fsdp`, in `dtype`. Its gradient is reduce-scattered in `reduce_dtype`."""
-    return lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True)
+def _all_gather(
+    x: Array, along: tuple[int, tuple[str, ...]], dtype: DTypeLike, parallel: Parallel, sum_over_data: bool
+) -> Array:
+    """All-gather a dimension of `x` over mesh axes, in `dtype`. Its gradient is reduce-scattered in `reduce_dtype`."""
+    dimension, axes = along
+    return lax.all_gather(x.astype(dtype), axes, axis=dimension, tiled=True)
 
 
-def _all_gather_forward(x, axis, dtype, parallel, sum_over_data):
-    return _all_gather(x, axis, dtype, parallel, sum_over_data), jnp.zeros((), x.dtype)
+def _all_gather_forward(x, along, dtype, parallel, sum_over_data):
+    return _all_gather(x, along, dtype, parallel, sum_over_data), jnp.zeros((), x.dtype)
 
 
-def _all_gather_backward(axis, dtype, parallel, sum_over_data, like, gradient):
-    own = _sum_scattered(gradient.astype(parallel.reduce_dtype), axis, parallel.scatter_stages)
+def _all_gather_backward(along, dtype, parallel, sum_over_data, like, gradient):
+    (dimension, axes), own = along, gradient.astype(parallel.reduce_dtype)
+    if "fsdp" in axes:
+        own = _sum_scattered(own, dimension, parallel.scatter_stages)
+    if "expert" in axes:
+        own = lax.optimization_barrier(lax.psum_scatter(own, "expert", scatter_dimension=dimension, tiled=True))
     own = all_reduce_over_data(own, parallel.slices) if sum_over_data else own
     return (own.astype(like.dtype),)
 
@@ -243,9 +257,3 @@ def all_reduce_over_data(x: Array, slices: int) -> Array:
     part = lax.dynamic_slice_in_dim(x, lax.axis_index("data") % inside * size, size, axis)
     part = lax.psum(part, "data", axis_index_groups=between)
     return lax.all_gather(part, "data", axis=axis, axis_index_groups=within.tolist(), tiled=True)
-
-
-def _axes(spec: P, dimension: int) -> tuple[Any, ...]:
-    """Mesh axes that a dimension is sharded over."""
-    axes = spec[dimension] if dimension < len(spec) else None
-    return axes if isinstance(axes, tuple) else (axes,) if axes else ()

@@ -176,7 +176,7 @@ def _step(setup: Setup, calls: int, say: Say) -> Reading:
 def _score(setup: Setup, calls: int, _: Say) -> Reading:
     config, mesh, rows = setup.config, setup.mesh, setup.rows
     optimizer = train_step.make_optimizer(config.train)
-    log_prob_fn = train_step.configured_step(config, setup.model, optimizer, mesh)[0]
+    log_prob_fn = fitting_step.configured_step(config, setup.model, optimizer, mesh)[0]
     options, context = tpu.options_of(mesh, config.mesh.compiler_options), config.mesh.context
     program = scoring.score_program(log_prob_fn, mesh, options, context)
     size = config.packing.rows_per_batch * config.packing.scoring_batches
