@@ -55,7 +55,7 @@ def measure(options: argparse.Namespace, row_length: int) -> None:
 
     peak = common.matmul_peak(model, size * row_length, backward=True)
     start = time.perf_counter()
-    seconds, flops, triplets, tokens, waited = [], [], [], [], 0.0
+    seconds, flops, triplets, tokens, waited, compiled = [], [], [], [], 0.0, 0.0
     with Prefetch(inputs, plan, depth=2) as ahead:
         for i, (arguments, indices) in enumerate(ahead):
             if i < 2:  # compiles; then a warm-up with the state as the step itself places it

@@ -7,7 +7,7 @@ computations and collectives as the TPU compilers of libtpu 0.0.42, 0.0.50 and 0
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
