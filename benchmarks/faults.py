@@ -222,9 +222,7 @@ def damages(count: int, of, environment: dict[str, str]) -> None:
     sampling, training = Play(of("sampling")), Play(of("training"))
     assert sampling.wait_until(lambda: bytes_sampled(of("sampling")) > 2000), "was not seen sampling"
     sampling.kill()
-    assert training.wait_until(lambda: any((of("training") / "ring" / "training").glob("00002_*[0-9]"))), (
-        "was not seen training"
-    )
+    assert training.wait_until(lambda: saved_in_training(of("training"), round_number=2)), "was not seen training"
     training.kill()
     records = []
     every = [
@@ -340,6 +338,17 @@ def results(directory: Path) -> dict[str, str]:
         for name, facts in opened.facts.items()
         if facts["stage"] in ("sampling", "scoring", "policy") and opened.is_complete(name)
     }
+
+
+def saved_in_training(directory: Path, round_number: int) -> bool:
+    """Whether the journal has a complete training state of a round."""
+    try:
+        opened = journal.open_journal(directory, read_only=True)
+    except ValueError:
+        return False
+    return any(
+        name.startswith(f"ring/training/{round_number:05d}_") for name in opened.facts if opened.is_complete(name)
+    )
 
 
 def where(directory: Path) -> str:

@@ -44,6 +44,16 @@ GEMMA3 = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     },
 }
+GEMMA2 = {
+    "num_hidden_layers": 3,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 40,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "pad_token_id": 0,
+    "attn_implementation": "eager",
+}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 MODELS = {  # configuration class, and what differs from `SMALL`
     "llama-tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
@@ -62,6 +72,7 @@ MODELS = {  # configuration class, and what differs from `SMALL`
         {"use_sliding_window": True, "sliding_window": 70, "max_window_layers": 1, "num_hidden_layers": 3},
     ),
     "gemma3": (transformers.Gemma3TextConfig, GEMMA3),
+    "gemma2": (transformers.Gemma2Config, GEMMA2),
     "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2-moe": (transformers.Qwen2MoeConfig, EXPERTS | {"shared_expert_intermediate_size": 80}),
     "qwen3-moe": (transformers.Qwen3MoeConfig, EXPERTS | {"head_dim": 32, "norm_topk_prob": True}),

@@ -27,7 +27,7 @@ def packed(seed, length, rows, count=6, longest=60):
     return Visibility(*(jnp.asarray(x[:rows]) for x in Visibility.of(batch)))
 
 
-def output_and_gradients(attention, visibility, seed, heads, kv_heads, *window, size=64, dtype=jnp.float32):
+def output_and_gradients(attention, visibility, seed, heads, kv_heads, *window, size=64, dtype=jnp.float32, **cap):
     rows, length = visibility.segment_ids.shape
     rng = np.random.default_rng(seed)
     shapes = [(rows, length, n, size) for n in (heads, kv_heads, kv_heads, heads)]
@@ -35,14 +35,14 @@ def output_and_gradients(attention, visibility, seed, heads, kv_heads, *window, 
     weight *= (visibility.segment_ids > 0)[..., None, None]
 
     def weighted(*x):
-        out = weight * attention.attend(*x, attention.prepare(visibility, *window))
+        out = weight * attention.attend(*x, attention.prepare(visibility, *window), **cap)
         return jnp.sum(out.astype(jnp.float32)), out
 
     return jax.jit(jax.grad(weighted, (0, 1, 2), has_aux=True))(q, k, v)
 
 
-def assert_equal_to_the_dense_mask(attention, visibility, seed, heads, kv_heads, *window):
-    outputs = lambda one: output_and_gradients(one, visibility, seed, heads, kv_heads, *window)
+def assert_equal_to_the_dense_mask(attention, visibility, seed, heads, kv_heads, *window, **cap):
+    outputs = lambda one: output_and_gradients(one, visibility, seed, heads, kv_heads, *window, **cap)
     found, expected = outputs(attention), outputs(EINSUM)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)
 
@@ -65,6 +65,14 @@ def test_windows_are_those_of_the_dense_mask(attention, seed, window):
     """Smaller than a response, larger than a prompt, and larger than every sequence."""
     visibility = packed(seed, 384, 2, longest=90)
     assert_equal_to_the_dense_mask(attention, visibility, seed, 4, 2, window)
+
+
+@pytest.mark.parametrize("attention", [TPU, GPU, TILES], ids=["tpu", "gpu", "tiles"])
+@pytest.mark.parametrize(("seed", "window", "cap"), [(2, (), 0.5), (3, (7,), 3.0)])
+def test_soft_caps_are_those_of_the_dense_mask(attention, seed, window, cap):
+    """With random queries and keys, scores are around 1."""
+    visibility = packed(seed, 384, 2, longest=90)
+    assert_equal_to_the_dense_mask(attention, visibility, seed, 4, 2, *window, cap=cap)
 
 
 @pytest.mark.parametrize("window", [1, 5, 33])

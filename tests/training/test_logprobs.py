@@ -12,7 +12,7 @@ from plain import pad, pair_batch, pair_log_probs, pair_loss, triplets_of
 from tpaw_jax.config import ObjectiveConfig, PackingConfig
 from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.models import Transformer
-from tpaw_jax.models.attention.masks import EINSUM, Visibility, attend, visible
+from tpaw_jax.models.attention.masks import EINSUM, Visibility, attend, capped, visible
 from tpaw_jax.models.attention.tiles import TILE, TILES, key_widths, plan
 from tpaw_jax.training import logprobs
 from tpaw_jax.training.train_step import StepScalars, _triplets
@@ -99,19 +99,19 @@ def head_inputs(vocabulary, predictions=40, features=16, rows=2):
     return hidden, table, labels, live
 
 
-def full_head(hidden, table, labels, live):
-    log_probs = jax.nn.log_softmax(hidden @ table.T)
+def full_head(hidden, table, labels, live, cap):
+    log_probs = jax.nn.log_softmax(capped(hidden @ table.T, cap))
     return jnp.where(live, jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0], 0)
 
 
 @pytest.mark.parametrize("vocabulary", [100, 1024, 2500])  # below a block, a block, and two and a half
 @pytest.mark.parametrize("chunk", [7, 64])
-@pytest.mark.parametrize("keep", [False, True])
-def test_the_blockwise_head_and_its_gradients_equal_full_logits(vocabulary, chunk, keep):
+@pytest.mark.parametrize(("keep", "cap"), [(False, None), (True, None), (False, 2.0), (True, 5.0)])
+def test_the_blockwise_head_and_its_gradients_equal_full_logits(vocabulary, chunk, keep, cap):
     hidden, table, labels, live = head_inputs(vocabulary)
     weight = jnp.sin(jnp.arange(live.size)).reshape(live.shape)
-    ours = lambda h, t: jnp.sum(weight * logprobs.token_log_probs(h, t, labels, live, chunk, keep=keep))
-    plain = lambda h, t: jnp.sum(weight * full_head(h, t, labels, live))
+    ours = lambda h, t: jnp.sum(weight * logprobs.token_log_probs(h, t, labels, live, chunk, keep=keep, cap=cap))
+    plain = lambda h, t: jnp.sum(weight * full_head(h, t, labels, live, cap))
     found, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, table) for f in (ours, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
@@ -128,7 +128,7 @@ def test_the_blockwise_head_never_holds_the_logits_of_a_row():
     logits = 2 * predictions * vocabulary * 4
     assert peak(lambda h, t: logprobs.token_log_probs(h, t, labels, live, 64)) < logits / 16
     assert logits < peak(lambda h, t: logprobs.token_log_probs(h, t, labels, live, 64, keep=True)) < 1.25 * logits
-    assert peak(lambda h, t: full_head(h, t, labels, live)) > 1.25 * logits
+    assert peak(lambda h, t: full_head(h, t, labels, live, None)) > 1.25 * logits
 
 
 def random_trees(rng, rows, length):

@@ -44,7 +44,7 @@ def load(
         if not equals:
             raise ValueError(f"The override '{override}' is not of the form key=value.")
         try:
-            _set(fields, key, yaml.safe_load(text))
+            _set(fields, key, yaml.safe_load(text) if text else "")
         except yaml.YAMLError as error:
             raise ValueError(f"The value of the override '{override}' is not valid YAML.") from error
     where = " with ".join(map(str, paths))

@@ -24,6 +24,7 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from tpaw_jax.models.attention import capped
 from tpaw_jax.types import AnyArray
 
 PAGE = 64
@@ -204,21 +205,23 @@ def attend_pages(
     positions: Int[Array, "R S"],
     *,
     window: int | None = None,
+    cap: float | None = None,
 ) -> Float[Array, "R S N H"]:
     """Grouped-query attention of one query token a slot over its pages before `positions`, and over its own token.
 
     `keys` and `values` are those of the query's own token. They need not be in the pool yet: XLA updates a pool in
     place only if it is read before it is written. Each page gets its own softmax, and the pages of a slot are then
     combined in their order (online softmax, arXiv 1805.02867). Scores and sums are float32. A page is read once for
-    all slots that hold it. With a window, a query sees the last `window` tokens, its own included.
+    all slots that hold it. With a window, a query sees the last `window` tokens, its own included. `cap` is the soft
+    cap of scores.
     """
     shards, slots, heads, size = queries.shape
     pages, kv_heads, dtype = layer.keys.shape[1], keys.shape[2], layer.keys.dtype
     q_RSKGH = queries.reshape(shards, slots, kv_heads, heads // kv_heads, size).astype(dtype)
-    partial = _attend_within_pages(q_RSKGH, layer, table, positions, window)
+    partial = _attend_within_pages(q_RSKGH, layer, table, positions, window=window, cap=cap)
 
     as_cached = lambda x: x.astype(dtype).astype(jnp.float32).reshape(shards * slots, kv_heads, -1, size)
-    own_score_MKG = jnp.sum(as_cached(q_RSKGH) * as_cached(keys), axis=-1) * size**-0.5
+    own_score_MKG = capped(jnp.sum(as_cached(q_RSKGH) * as_cached(keys), axis=-1) * size**-0.5, cap)
     has_page_MJ = jnp.reshape(table.of_slot, (shards * slots, -1)) < pages
     parts = math.prod(table.owner.shape[1:])
     part_RSJ = jnp.minimum(table.part, parts - 1)
@@ -246,7 +249,9 @@ def _attend_within_pages(
     layer: LayerPages,
     table: PageTable,
     positions: Int[Array, "R S"],
+    *,
     window: int | None,
+    cap: float | None,
 ) -> _PartialSoftmax:
     kv_heads, size = q_RSKGH.shape[2], q_RSKGH.shape[4]
     merge_shards = lambda x: x.reshape(-1, *x.shape[2:])  # XLA is slow with nested batch dimensions
@@ -256,7 +261,7 @@ def _attend_within_pages(
     before_UW = merge_shards(_take(positions, table.owner) - table.first)
     sharers = table.owner.shape[2]
     q_UKGH = q_UWKGH.swapaxes(1, 2).reshape(len(q_UWKGH), q_UWKGH.shape[2], -1, q_UWKGH.shape[4])  # owners among G
-    scores = _for_each_run("uph,ugh->ugp", pool_keys, q_UKGH) * size**-0.5
+    scores = capped(_for_each_run("uph,ugh->ugp", pool_keys, q_UKGH) * size**-0.5, cap)
     visible_UWP = jnp.arange(PAGE) < before_UW[..., None]
     if window is not None:
         visible_UWP &= jnp.arange(PAGE) > before_UW[..., None] - window

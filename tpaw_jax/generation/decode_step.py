@@ -18,7 +18,7 @@ from tpaw_jax.generation import cache as kv
 from tpaw_jax.generation.cpu import kernels
 from tpaw_jax.generation.cpu.kernels import PackedMatrix
 from tpaw_jax.models import ModelConfig, experts
-from tpaw_jax.models.attention import Visibility
+from tpaw_jax.models.attention import Visibility, capped
 from tpaw_jax.models.block import (
     ACTIVATIONS,
     attention_context,
@@ -202,7 +202,7 @@ def _logits(model: Transformer, weights: DecodeWeights, x_MD: Float[Array, "M D"
     tied = weights.head is None
     head = weights.embed if tied else weights.head
     logits_MV = _product(x_MD, head, weights.final_norm, model.config.rms_norm_eps)
-    logits_MV = scaled(logits_MV, 1 / model.config.logits_scaling)
+    logits_MV = capped(scaled(logits_MV, 1 / model.config.logits_scaling), model.config.logits_cap)
     return model.parallel.whole_vocabulary(logits_MV, f"{'embed' if tied else 'head'}/embedding")
 
 
@@ -244,7 +244,7 @@ def _attend(config, heads_RSXH, *, angles, pages, table, positions, window):
     """Attention output and the layer's pages with the new tokens, by XLA."""
     q, k, v = _split_heads(config, heads_RSXH)
     q, k = rotate(q, angles), rotate(k, angles)
-    attended = kv.attend_pages(q, k, v, pages, table, positions, window=window)
+    attended = kv.attend_pages(q, k, v, pages, table, positions, window=window, cap=config.attention_cap)
     return attended, kv.write_token(pages, table, positions, k, v)
 
 

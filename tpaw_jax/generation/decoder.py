@@ -39,13 +39,13 @@ def decoder_of(model: Transformer, cache_dtype: str = "", platform: str = "") ->
     """The `Decoder` of a `Transformer` with a paged key-value cache.
 
     The cache has `cache_dtype`, by default the model's compute dtype. `platform` is the devices' platform, by default
-    JAX's own. On CPUs, the C++ kernels are used for dense models if they are available and support both dtypes.
+    JAX's own. On CPUs, the C++ kernels are used if they are available, support both dtypes, and the
+    model is dense and caps no scores.
     """
     c, dtype = model.local_config, jnp.dtype(cache_dtype or model.dtype)
     on_cpu = (platform or jax.default_backend()) == "cpu"
-    use_kernels = (
-        on_cpu and not c.num_experts and {dtype, jnp.dtype(model.dtype)} <= kernels.DTYPES and kernels.available()
-    )
+    supported = not c.num_experts and c.attention_cap is None and {dtype, jnp.dtype(model.dtype)} <= kernels.DTYPES
+    use_kernels = on_cpu and supported and kernels.available()
 
     def init(shards, pages):
         return paged.empty(c.num_layers, shards, pages, c.num_kv_heads, c.head_dim, dtype)

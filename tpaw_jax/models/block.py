@@ -95,7 +95,8 @@ class Block(nn.Module):
         x_MD, statistics = carry
         angles, context = select_kind((angles, context), kind)
         q_BTNH, k_BTKH, v_BTKH = self._project(x_MD, angles)
-        x_MD = self._add_attention(x_MD, self.attention.attend(q_BTNH, k_BTKH, v_BTKH, context))
+        cap = {} if self.config.attention_cap is None else {"cap": self.config.attention_cap}
+        x_MD = self._add_attention(x_MD, self.attention.attend(q_BTNH, k_BTKH, v_BTKH, context, **cap))
         x_MD, own = self._add_feed_forward(x_MD, live, rows=len(angles[0]))
         statistics = None if own is None else jax.tree.map(jnp.add, statistics, own)
         return (x_MD, statistics), (k_BTKH, v_BTKH) if with_cache else None

@@ -44,6 +44,8 @@ class ModelConfig:
     residual_multiplier: float = 1.0  # of the output of attention and feed-forward
     attention_multiplier: float | None = None  # of queries times keys; None: H^-0.5
     logits_scaling: float = 1.0  # what logits are divided by
+    attention_cap: float | None = None  # soft cap of attention's scores
+    logits_cap: float | None = None  # soft cap of logits
     rope_layers: tuple[bool, ...] | None = None  # which layers rotate queries and keys; None: all
     sliding_window: int | None = None  # positions that the layers of `window_layers` see
     window_layers: tuple[bool, ...] | None = None  # None: all, if there is a window
@@ -103,6 +105,8 @@ class Family(NamedTuple):
     multipliers: tuple[str, ...] = ()  # numbers of config.json that are fields of `ModelConfig` too
     defaults: Mapping[str, Any] = {}  # of fields that config.json leaves out
     window: str = ""  # which layers have the sliding window: "all", "by type", "if used" (by type or from a layer on)
+    full_every: int = 6  # "by type": each so many-th layer has no window, if config.json does not say
+    caps: bool = False  # whether scores and logits may be capped
     ropes: tuple[str, ...] = ("default", *ROPE_FIELDS)
     experts: Mapping[str, str] = {}  # fields of `ModelConfig` about experts, and their names in config.json
 
@@ -120,6 +124,23 @@ _GEMMA3 = {
     "rope_local_base_freq": 1e4,
     "tie_word_embeddings": True,
 }
+_GEMMA2 = {
+    **{name: _GEMMA3[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")},
+    "vocab_size": 256000,
+    "max_position_embeddings": 8192,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": True,
+}
+_GEMMA_OPTIONS = {
+    "post_norm": True,
+    "norm_offset": 1.0,
+    "activation": "gelu_pytorch_tanh",
+    "rounded_multiplier": True,
+}
 _QWEN = {"sliding_window": 4096, "max_window_layers": 28}
 _EXPERTS = {"num_experts": "num_experts", "experts_per_token": "num_experts_per_tok"}
 _QWEN_EXPERTS = {**_EXPERTS, "expert_size": "moe_intermediate_size"}
@@ -134,16 +155,11 @@ FAMILIES = {  # by model_type
     "phi3": Family("Phi3ForCausalLM", {"fused": True}, window="all", ropes=("default",)),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        {
-            "qk_norm": True,
-            "post_norm": True,
-            "norm_offset": 1.0,
-            "activation": "gelu_pytorch_tanh",
-            "rounded_multiplier": True,
-        },
+        {**_GEMMA_OPTIONS, "qk_norm": True},
         defaults=_GEMMA3,
         window="by type",
     ),
+    "gemma2": Family("Gemma2ForCausalLM", _GEMMA_OPTIONS, defaults=_GEMMA2, window="by type", full_every=2, caps=True),
     "mixtral": Family(
         "MixtralForCausalLM",
         {"normalized_experts": True},

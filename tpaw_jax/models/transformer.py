@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from tpaw_jax.models.attention import EINSUM, SAVED, Attention, Visibility
+from tpaw_jax.models.attention import EINSUM, SAVED, Attention, Visibility, capped
 from tpaw_jax.models.block import (
     Block,
     RMSNorm,
@@ -163,7 +163,7 @@ class Transformer(nn.Module):
         name = f"{self._head_name}/embedding"
         table = self.parallel.table(self._head(), name, self.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        return self.parallel.whole_vocabulary(logits, name)
+        return self.parallel.whole_vocabulary(capped(logits, self.config.logits_cap), name)
 
     @property
     def _head_name(self):

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from tpaw_jax.models.attention import Visibility, visible
+from tpaw_jax.models.attention import Visibility, capped, slope, visible
 from tpaw_jax.models.experts import RouterStatistics
 from tpaw_jax.models.parallel import context
 from tpaw_jax.models.transformer import KEEPS_LOGITS, Transformer, head_name
@@ -58,7 +58,8 @@ def make_routed_log_prob_fn(model: Transformer, head_chunk: int) -> RoutedLogPro
     def log_prob_fn(params: PyTree[Array], batch: TreeBatch) -> tuple[Float[Array, "B R"], RouterStatistics | None]:
         batch = jax.tree.map(jnp.asarray, batch)  # outside jit, host batches work too
         (batch, hidden, table, labels, live, axis), statistics = _predictions(model, params, batch)
-        log_probs_BP = token_log_probs(hidden, table, labels, live, head_chunk, keep=keep, axis=axis)
+        options = {"keep": keep, "axis": axis, "cap": model.config.logits_cap}
+        log_probs_BP = token_log_probs(hidden, table, labels, live, head_chunk, **options)
         return _totals(log_probs_BP, batch, model), statistics
 
     return log_prob_fn
@@ -73,7 +74,8 @@ def make_greedy_fn(model: Transformer, head_chunk: int) -> Callable[[PyTree[Arra
     def greedy_fn(params: PyTree[Array], batch: TreeBatch) -> Float[Array, "B R 2"]:
         batch = jax.tree.map(jnp.asarray, batch)
         (batch, hidden, table, labels, live, axis), _ = _predictions(model, params, batch)
-        log_probs_BR = _totals(token_log_probs(hidden, table, labels, live, head_chunk, axis=axis), batch, model)
+        log_probs_BP = token_log_probs(hidden, table, labels, live, head_chunk, axis=axis, cap=model.config.logits_cap)
+        log_probs_BR = _totals(log_probs_BP, batch, model)
         not_greedy_BP = ~_is_argmax(hidden, table, labels, head_chunk, axis) & live
         greedy_BR = _totals(not_greedy_BP.astype(jnp.float32), batch, model) == 0
         return jnp.stack([log_probs_BR, greedy_BR.astype(jnp.float32)], axis=-1)
@@ -125,6 +127,7 @@ class _Head(NamedTuple):
     chunk: int
     keep: bool
     axis: str | None
+    cap: float | None
 
 
 def token_log_probs(
@@ -136,6 +139,7 @@ def token_log_probs(
     *,
     keep: bool = False,
     axis: str | None = None,
+    cap: float | None = None,
 ) -> Float[Array, "B P"]:
     """Compute log softmax(hidden table^T)[labels], in nats, float32; 0 where `live` is False.
 
@@ -152,8 +156,9 @@ def token_log_probs(
         keep: keep the logits for the backward pass too, 4 B P V bytes. It then computes two matmuls instead of three.
         axis: mesh axis over which the vocabulary is sharded. Then `table` is the device's shard, and `labels` count
             from its start.
+        cap: soft cap of the logits, see `attention.capped`.
     """
-    return _token_log_probs(hidden, table, labels, live, _Head(chunk, keep, axis))
+    return _token_log_probs(hidden, table, labels, live, _Head(chunk, keep, axis, cap))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -162,7 +167,7 @@ def _token_log_probs(hidden, table, labels, live, head):
 
 
 def _head_forward(hidden, table, labels, live, head):
-    chunk, keep, axis = head
+    chunk, keep, axis, cap = head
     hidden_nMD, labels_nM, live_nM = (_chunks(x, chunk) for x in (hidden, labels, live))
     blocks, block = _vocabulary_blocks(table)
 
@@ -171,7 +176,7 @@ def _head_forward(hidden, table, labels, live, head):
 
         def one_block(i, carry):
             top_M, total_M, picked_M, kept = carry
-            logits_Mv, label_Mv, _, _ = _logits(table, hidden_nMD[n], labels_nM[n], i, block)
+            logits_Mv, label_Mv, _, _ = _logits(table, hidden_nMD[n], labels_nM[n], i, block, cap)
             if keep:
                 kept = lax.dynamic_update_slice(kept, logits_Mv[None, None], (n, i, 0, 0))
             new_top_M = jnp.maximum(top_M, jnp.max(logits_Mv, axis=-1))
@@ -196,7 +201,7 @@ def _head_forward(hidden, table, labels, live, head):
 
 
 def _head_backward(head, saved, gradient):
-    chunk, keep, _ = head
+    chunk, keep, _, cap = head
     hidden, table, labels, live, lse_nM, kept = saved
     gradient = jnp.where(live, gradient, 0).astype(jnp.float32)
     hidden_nMD, labels_nM, gradient_nM = (_chunks(x, chunk) for x in (hidden, labels, gradient))
@@ -208,10 +213,10 @@ def _head_backward(head, saved, gradient):
 
         def one_block(i, carry):
             d_hidden_MD, d_table_VD = carry
-            logits_Mv, label_Mv, table_vD, start = _logits(table, hidden_nMD[n], labels_nM[n], i, block)
+            logits_Mv, label_Mv, table_vD, start = _logits(table, hidden_nMD[n], labels_nM[n], i, block, cap)
             logits_Mv = kept[n, i] if keep else logits_Mv
             d_logits_Mv = (label_Mv - jnp.exp(logits_Mv - lse_nM[n][:, None])) * gradient_nM[n][:, None]
-            d_logits_Mv = d_logits_Mv.astype(hidden.dtype)
+            d_logits_Mv = (d_logits_Mv * slope(logits_Mv, cap)).astype(hidden.dtype)
             d_hidden_MD += matmul("mv,vd->md", d_logits_Mv, table_vD)
             d_table_vD = lax.dynamic_slice_in_dim(d_table_VD, start, block)
             d_table_vD += matmul("mv,md->vd", d_logits_Mv, hidden_nMD[n])
@@ -253,14 +258,14 @@ def _is_argmax(hidden, table, labels, chunk, axis):
     return _rows(lax.map(one_chunk, (hidden_nMD, labels_nM)), labels.shape)
 
 
-def _logits(table, hidden_MD, labels_M, i, block):
+def _logits(table, hidden_MD, labels_M, i, block, cap=None):
     """Block i of the logits, the mask of the labels in it, its part of the table, and its first token.
 
     The last block starts early enough to have full size. Its overlap with the block before is masked.
     """
     start = jnp.minimum(i * block, table.shape[0] - block)
     table_vD = lax.dynamic_slice_in_dim(table, start, block)
-    logits_Mv = jnp.einsum("md,vd->mv", hidden_MD, table_vD, preferred_element_type=jnp.float32)
+    logits_Mv = capped(jnp.einsum("md,vd->mv", hidden_MD, table_vD, preferred_element_type=jnp.float32), cap)
     token_v = start + jnp.arange(block)
     if table.shape[0] % block:
         logits_Mv = jnp.where(token_v >= i * block, logits_Mv, -jnp.inf)

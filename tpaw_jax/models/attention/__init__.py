@@ -14,6 +14,8 @@ from tpaw_jax.models.attention.masks import EINSUM as EINSUM
 from tpaw_jax.models.attention.masks import SAVED as SAVED
 from tpaw_jax.models.attention.masks import Attention as Attention
 from tpaw_jax.models.attention.masks import Visibility as Visibility
+from tpaw_jax.models.attention.masks import capped as capped
+from tpaw_jax.models.attention.masks import slope as slope
 from tpaw_jax.models.attention.masks import visible as visible
 from tpaw_jax.models.attention.rules import CHUNKS as CHUNKS
 from tpaw_jax.models.attention.tiles import TILES as TILES

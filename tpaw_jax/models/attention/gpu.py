@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from tpaw_jax.models.attention import rules
-from tpaw_jax.models.attention.masks import SAVED, Attention, Visibility
+from tpaw_jax.models.attention.masks import SAVED, Attention, Visibility, capped, slope
 from tpaw_jax.models.attention.rules import CHUNK, CHUNKS, QUERIES
 
 BLOCKS = 32
@@ -68,6 +68,7 @@ def attend_batches(
     batches: Batches,
     *,
     chunks: int = CHUNKS,
+    cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Compute grouped-query attention of packed rows, softmax(q k^T / sqrt(H)) v over the visible keys.
 
@@ -80,7 +81,7 @@ def attend_batches(
     split = q.reshape(rows, -1, QUERIES, kv_heads, heads // kv_heads, size)
     q_KNWH = split.transpose(3, 0, 1, 4, 2, 5).reshape(kv_heads, rows * split.shape[1], -1, size)
     by_chunk = lambda x: jnp.moveaxis(x, 2, 0).reshape(kv_heads, -1, CHUNK, size)
-    out_KNWH = _attend(q_KNWH, by_chunk(k), by_chunk(v), batches, chunks)
+    out_KNWH = _attend(q_KNWH, by_chunk(k), by_chunk(v), batches, _Options(chunks, cap))
     out = out_KNWH.reshape(kv_heads, rows, -1, heads // kv_heads, QUERIES, size).transpose(1, 2, 4, 0, 3, 5)
     return out.reshape(rows, -1, heads, size)[:, :length]
 
@@ -91,12 +92,22 @@ def gpu_attention(chunks: int = CHUNKS) -> Attention:
     return Attention(prepare, functools.partial(attend_batches, chunks=chunks))
 
 
+class _Options(NamedTuple):
+    chunks: int  # of a matmul
+    cap: float | None
+
+    @property
+    def cap_log2(self) -> float | None:
+        return None if self.cap is None else self.cap * LOG2_E
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: Array, k: Array, v: Array, batches: Batches, per_matmul: int) -> Array:
-    return _forward(q, k, v, batches, per_matmul)[0]
+def _attend(q: Array, k: Array, v: Array, batches: Batches, options: _Options) -> Array:
+    return _forward(q, k, v, batches, options)[0]
 
 
-def _forward(q_KNWH: Array, k_KCXH: Array, v_KCXH: Array, batches: Batches, per_matmul: int) -> tuple[Array, Any]:
+def _forward(q_KNWH: Array, k_KCXH: Array, v_KCXH: Array, batches: Batches, options: _Options) -> tuple[Array, Any]:
+    per_matmul = options.chunks
     heads, _, width, size = q_KNWH.shape
 
     def one_batch(_, batch):
@@ -106,7 +117,7 @@ def _forward(q_KNWH: Array, k_KCXH: Array, v_KCXH: Array, batches: Batches, per_
             most, total, acc = carry
             chunks = lax.dynamic_slice_in_dim(batch.chunks, j * per_matmul, per_matmul, axis=1)
             s = _dot("kmwh,kmxh->kmwx", q, _gather(k_KCXH, chunks)) * (LOG2_E * size**-0.5)
-            s = jnp.where(_sees(batch, chunks, width), s, MASKED)
+            s = jnp.where(_sees(batch, chunks, width), capped(s, options.cap_log2), MASKED)
             new = jnp.maximum(most, s.max(axis=-1, keepdims=True))
             p, scale = jnp.exp2(s - new), jnp.exp2(most - new)
             acc = acc * scale + _dot("kmwx,kmxh->kmwh", p.astype(v_KCXH.dtype), _gather(v_KCXH, chunks))
@@ -123,8 +134,9 @@ def _forward(q_KNWH: Array, k_KCXH: Array, v_KCXH: Array, batches: Batches, per_
     return out, (q_KNWH, k_KCXH, v_KCXH, batches, out, lse)
 
 
-def _backward(per_matmul: int, saved: Any, d_out_KNWH: Array) -> tuple[Array, Array, Array, Any]:
+def _backward(options: _Options, saved: Any, d_out_KNWH: Array) -> tuple[Array, Array, Array, Any]:
     q_KNWH, k_KCXH, v_KCXH, batches, out_KNWH, lse_KNW = saved
+    per_matmul, cap = options.chunks, options.cap_log2
     scale = q_KNWH.shape[-1] ** -0.5
     delta_KNW = jnp.sum(out_KNWH.astype(jnp.float32) * d_out_KNWH.astype(jnp.float32), axis=-1)
 
@@ -136,10 +148,11 @@ def _backward(per_matmul: int, saved: Any, d_out_KNWH: Array) -> tuple[Array, Ar
             dq, dk, dv = carry
             chunks = lax.dynamic_slice_in_dim(batch.chunks, j * per_matmul, per_matmul, axis=1)
             k, v = _gather(k_KCXH, chunks), _gather(v_KCXH, chunks)
-            s = _dot("kmwh,kmxh->kmwx", q, k) * (LOG2_E * scale)
+            s = capped(_dot("kmwh,kmxh->kmwx", q, k) * (LOG2_E * scale), cap)
             p = jnp.where(_sees(batch, chunks, q.shape[2]), jnp.exp2(s - lse), 0.0)
             dv = _add(dv, chunks, _dot("kmwx,kmwh->kmxh", p.astype(v.dtype), d_out))
-            ds = (p * (_dot("kmwh,kmxh->kmwx", d_out, v) - delta) * scale).astype(k.dtype)
+            d_capped = p * (_dot("kmwh,kmxh->kmwx", d_out, v) - delta) * scale
+            ds = (d_capped * slope(s, cap)).astype(k.dtype)
             dk = _add(dk, chunks, _dot("kmwx,kmwh->kmxh", ds, q))
             return dq + _dot("kmwx,kmxh->kmwh", ds, k), dk, dv
 

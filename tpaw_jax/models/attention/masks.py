@@ -77,29 +77,41 @@ def attend(
     keys: Float[Array, "B K C H"],
     values: Float[Array, "B K C H"],
     mask: Bool[Array, "B T C"],
+    cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Compute grouped-query attention, softmax(q k^T / sqrt(H)) v, in O(T C) memory. Scores and softmax are float32."""
     rows, length, heads, size = queries.shape
     groups = queries.reshape(rows, length, keys.shape[1], heads // keys.shape[1], size)
     scores = jnp.einsum("btkgh,bkch->bkgtc", groups, keys, preferred_element_type=jnp.float32) * size**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask[:, None, None], capped(scores, cap), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     return jnp.einsum("bkgtc,bkch->btkgh", weights, values).reshape(rows, length, heads, size)
+
+
+def capped(scores: Array, cap: float | None) -> Array:
+    """Compute cap tanh(scores / cap), a soft cap (Gemma 2, arXiv 2408.00118); the scores themselves without a cap."""
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+
+def slope(capped_scores: Array, cap: float | None) -> Array | float:
+    """The derivative of `capped`, from its result."""
+    return 1.0 if cap is None else 1 - jnp.square(jnp.clip(capped_scores / cap, -1, 1))
 
 
 class Attention(NamedTuple):
     """An implementation of attention over packed rows: a pair of functions.
 
     - `prepare(visibility, window=None) -> context` runs once for all layers with the same window.
-    - `attend(queries [B T N H], keys [B T K H], values [B T K H], context) -> [B T N H]` runs in every layer.
+    - `attend(queries [B T N H], keys [B T K H], values [B T K H], context) -> [B T N H]` runs in every layer. Models
+      that cap scores pass `cap` too, see `capped`.
     """
 
     prepare: Callable[..., Any]
-    attend: Callable[[Array, Array, Array, Any], Array]
+    attend: Callable[..., Array]
 
 
-def _attend_rows(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
-    return attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), mask)
+def _attend_rows(queries: Array, keys: Array, values: Array, mask: Array, cap: float | None = None) -> Array:
+    return attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), mask, cap)
 
 
 EINSUM = Attention(visible, _attend_rows)

@@ -8,6 +8,7 @@ saved log-sum-exp (FlashAttention, arXiv 2205.14135). Tests compare it with `mas
 `masks.visible`.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
-from tpaw_jax.models.attention.masks import SAVED, Attention, Visibility
+from tpaw_jax.models.attention.masks import SAVED, Attention, Visibility, capped, slope
 from tpaw_jax.types import AnyArray
 
 TILE = 32
@@ -84,21 +85,26 @@ def plan(visibility: Visibility, window: int | None = None) -> Tiles:
     return Tiles(tile, bounds.astype(jnp.int32), jnp.int32(total if window is None else window))
 
 
-@jax.custom_vjp
 def attend_tiles(
     queries: Float[Array, "B T N H"],
     keys: Float[Array, "B T K H"],
     values: Float[Array, "B T K H"],
     tiles: Tiles,
+    cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Compute grouped-query attention of packed rows, softmax(q k^T / sqrt(H)) v over the visible keys; 0 for padding.
 
     Scores, softmax and sums are float32. The weights are rounded to the dtype of the values, as in `attend`.
     """
-    return _forward(queries, keys, values, tiles)[0]
+    return _attend(queries, keys, values, tiles, cap)
 
 
-def _forward(queries, keys, values, tiles):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(queries, keys, values, tiles, cap):
+    return _forward(queries, keys, values, tiles, cap)[0]
+
+
+def _forward(queries, keys, values, tiles, cap):
     rows, length, _, size = queries.shape
     total, kv_heads = rows * length, keys.shape[2]
     q_KTGH, k_KTH, v_KTH = _by_head(queries, kv_heads), _by_head(keys, 0), _by_head(values, 0)
@@ -109,7 +115,7 @@ def _forward(queries, keys, values, tiles):
         def body(i, carry):
             out_KTGH, lse_KTG = carry
             tile = _take(tiles.tile, i)
-            scores = _scores(_queries(q_KTGH, tile), _keys(k_KTH, tile, width), tile, tiles.window)
+            scores = _scores(_queries(q_KTGH, tile), _keys(k_KTH, tile, width), tile, tiles.window, cap)
             top = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total_weight = jnp.sum(weights, axis=-1, keepdims=True)
@@ -126,7 +132,7 @@ def _forward(queries, keys, values, tiles):
     return out, (queries, keys, values, tiles, out, lse_KTG)
 
 
-def _backward(saved, d_out):
+def _backward(cap, saved, d_out):
     queries, keys, values, tiles, out, lse_KTG = saved
     rows, length, _, size = queries.shape
     total, kv_heads = rows * length, keys.shape[2]
@@ -143,10 +149,12 @@ def _backward(saved, d_out):
             tile = _take(tiles.tile, i)
             q, k, v = _queries(q_KTGH, tile), _keys(k_KTH, tile, width), _keys(v_KTH, tile, width)
             d_o = _queries(d_out_KTGH, tile)
-            weights = jnp.exp(_scores(q, k, tile, tiles.window) - _slice(lse_KTG, tile)[..., None])
+            scores = _scores(q, k, tile, tiles.window, cap)
+            weights = jnp.exp(scores - _slice(lse_KTG, tile)[..., None])
             weights = jnp.where(_live(tile, weights.ndim), weights, 0)
             d_weights = _matmul("kqh,kch->kqc", _flat(d_o), v).reshape(weights.shape)
-            d_scores = _flat((weights * (d_weights - _slice(delta_KTG, tile)[..., None]) * size**-0.5).astype(q.dtype))
+            d_capped = weights * (d_weights - _slice(delta_KTG, tile)[..., None]) * size**-0.5
+            d_scores = _flat((d_capped * slope(scores, cap)).astype(q.dtype))
             d_q = _put(d_q, _matmul("kqc,kch->kqh", d_scores, k).reshape(q.shape), tile)
             d_k = _add_keys(d_k, _matmul("kqc,kqh->kch", d_scores, _flat(q)), tile)
             d_v = _add_keys(d_v, _matmul("kqc,kqh->kch", _flat(weights.astype(v.dtype)), _flat(d_o)), tile)
@@ -160,7 +168,7 @@ def _backward(saved, d_out):
     return by_row(d_q, queries), by_row(d_k, keys), by_row(d_v, values), no_gradient
 
 
-attend_tiles.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)
 
 
 def _loop_over_widths(tiles: Tiles, length: int, body_of_width: Any, carry: Any) -> Any:
@@ -235,14 +243,16 @@ def _add_keys(x: Float[Array, "K BT H"], new: Float[Array, "K C H"], tile: Tile)
     return x
 
 
-def _scores(q: Float[Array, "K Q G H"], k: Float[Array, "K C H"], tile: Tile, window: Int[AnyArray, ""]) -> Array:
+def _scores(
+    q: Float[Array, "K Q G H"], k: Float[Array, "K C H"], tile: Tile, window: Int[AnyArray, ""], cap: float | None
+) -> Array:
     """Scaled float32 scores, [K, Q, G, C]; masked keys get the lowest float. A key's column is its position."""
     (kv_heads, length, groups, size), width = q.shape, k.shape[1]
     scores = _matmul("kqh,kch->kqc", _flat(q), k).reshape(kv_heads, length, groups, width) * size**-0.5
     column = jnp.arange(width)
     query = tile.first_query + jnp.arange(length)[:, None] - tile.branch + tile.trunk_length
     seen = (column <= query) & (column > query - window)
-    return jnp.where(seen[None, :, None], scores, jnp.finfo(jnp.float32).min)
+    return jnp.where(seen[None, :, None], capped(scores, cap), jnp.finfo(jnp.float32).min)
 
 
 TILES = Attention(plan, attend_tiles)

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from tpaw_jax.models.attention.masks import SAVED, Attention
+from tpaw_jax.models.attention.masks import SAVED, Attention, capped, slope
 from tpaw_jax.models.attention.rules import CHUNK, CHUNKS, QUERIES, Rules, plan
 
 VMEM = 60 * 2**20
@@ -62,6 +62,7 @@ def attend_chunks(
     vmem: int = VMEM,
     interpret: bool = False,
     chunks: int = CHUNKS,
+    cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Compute grouped-query attention of packed rows, softmax(q k^T / sqrt(H)) v over the keys that `rules` allow.
 
@@ -74,7 +75,7 @@ def attend_chunks(
     kv_heads = keys.shape[2]
     grouped = queries.reshape(rows, length, kv_heads, heads // kv_heads, size)
     q_BKGTH, k_BKTH, v_BKTH = grouped.transpose(0, 2, 3, 1, 4), keys.swapaxes(1, 2), values.swapaxes(1, 2)
-    options = _options(q_BKGTH, Options(0, 0, chunks, vmem, interpret))
+    options = _options(q_BKGTH, Options(0, 0, chunks, vmem, interpret, cap))
     out_BKGTH = _attend(q_BKGTH, k_BKTH, v_BKTH, rules, options)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(queries.shape)
 
@@ -87,6 +88,7 @@ class Options(NamedTuple):
     chunks: int  # of keys in a matmul
     vmem: int  # bytes
     interpret: bool
+    cap: float | None  # soft cap of scores
 
 
 def _options(q_BKGTH: Array, wanted: Options) -> Options:
@@ -150,7 +152,7 @@ def _call(
     chunks, matmuls = rules.chunks.reshape(rows, steps, blocks, -1), rules.matmuls.reshape(rows, steps, 1, blocks)
     rule_specs = [in_smem(chunks), in_smem(matmuls), pl.BlockSpec((None, 4, tokens), lambda b, h, i: (b, 0, i))]
     return pl.pallas_call(
-        functools.partial(kernel, per_matmul=options.chunks),
+        functools.partial(kernel, per_matmul=options.chunks, cap=options.cap and options.cap * LOG2_E),
         grid=(rows, kv_heads, steps),
         in_specs=rule_specs + [block[kind] for kind in INPUTS[: len(inputs)]],
         out_specs=[block[kind] for kind in outputs],
@@ -164,7 +166,7 @@ def _call(
     )(chunks, matmuls, rules.ranges, *inputs)
 
 
-def _forward_kernel(*refs: Any, per_matmul: int) -> None:
+def _forward_kernel(*refs: Any, per_matmul: int, cap: float | None) -> None:
     """The output of a step's queries, and the log of the sum of the exponentials of their scores."""
     chunks, matmuls, ranges, q, k, v, out, lse, acc = refs
     groups, tokens, size = q.shape
@@ -179,7 +181,7 @@ def _forward_kernel(*refs: Any, per_matmul: int) -> None:
             most_1W, total_1W = carry
             starts = _starts_of_chunks(chunks, i, j * per_matmul, per_matmul)
             s_KW = _dot(_gather(k, starts), q_WH, LAST, LAST) * (LOG2_E * size**-0.5)
-            s_KW = jnp.where(_sees(ranges_4Q, starts, groups), s_KW, MASKED)
+            s_KW = jnp.where(_sees(ranges_4Q, starts, groups), capped(s_KW, cap), MASKED)
             new_1W = jnp.maximum(most_1W, s_KW.max(axis=0, keepdims=True))
             p_KW, scale_1W = jnp.exp2(s_KW - new_1W), jnp.exp2(most_1W - new_1W)
             acc[...] = acc[...] * scale_1W + _dot(_gather(v, starts), p_KW.astype(v.dtype), FIRST, FIRST)
@@ -194,7 +196,7 @@ def _forward_kernel(*refs: Any, per_matmul: int) -> None:
     lax.fori_loop(0, tokens // QUERIES, one_block, 0)
 
 
-def _backward_kernel(*refs: Any, per_matmul: int) -> None:
+def _backward_kernel(*refs: Any, per_matmul: int, cap: float | None) -> None:
     """The gradients of a step's queries; those of all keys and values are summed over the steps."""
     chunks, matmuls, ranges, q, k, v, d_out, lse, delta, dq, dk, dv, acc = refs
     step, (groups, tokens, size) = pl.program_id(2), q.shape
@@ -213,10 +215,11 @@ def _backward_kernel(*refs: Any, per_matmul: int) -> None:
         def one_matmul(j, _):
             starts = _starts_of_chunks(chunks, i, j * per_matmul, per_matmul)
             k_KH, v_KH = _gather(k, starts), _gather(v, starts)
-            s_KW = _dot(k_KH, q_WH, LAST, LAST) * (LOG2_E * size**-0.5)
+            s_KW = capped(_dot(k_KH, q_WH, LAST, LAST) * (LOG2_E * size**-0.5), cap)
             p_KW = jnp.where(_sees(ranges_4Q, starts, groups), jnp.exp2(s_KW - lse_1W), 0.0)
             _add_to_chunks(dv, starts, _dot(p_KW.astype(v.dtype), d_out_WH, LAST, FIRST))
-            ds_KW = (p_KW * (_dot(v_KH, d_out_WH, LAST, LAST) - delta_1W)).astype(k.dtype)
+            d_capped_KW = p_KW * (_dot(v_KH, d_out_WH, LAST, LAST) - delta_1W)
+            ds_KW = (d_capped_KW * slope(s_KW, cap)).astype(k.dtype)
             _add_to_chunks(dk, starts, _dot(ds_KW, q_WH, LAST, FIRST) * size**-0.5)
             acc[...] += _dot(k_KH, ds_KW, FIRST, FIRST)
             return 0

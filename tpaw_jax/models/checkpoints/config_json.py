@@ -5,6 +5,11 @@ from typing import Any
 from tpaw_jax.models.model_config import FAMILIES, Family, ModelConfig
 from tpaw_jax.models.rope import ROPE_FIELDS, RopeScaling
 
+GEMMA = ("gemma2", "gemma3_text")
+
+CAPS = {"attention_cap": "attn_logit_softcapping", "logits_cap": "final_logit_softcapping"}
+"""Fields of `ModelConfig` about soft caps, and their names in config.json."""
+
 
 def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
     """Build a `ModelConfig` from a parsed config.json, as written by transformers 4 or 5.
@@ -33,7 +38,9 @@ def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
     options: dict[str, Any] = {**family.options, **{name: number(name) for name in family.multipliers}}
     options |= _windows(fields, family, layers, where)
     options |= _experts(fields, family, where)
-    if model_type == "gemma3_text":
+    if family.caps:
+        options |= {field: _cap(fields, name, where) for field, name in CAPS.items()}
+    if model_type in GEMMA:
         options["embedding_multiplier"] = hidden**0.5
         options["attention_multiplier"] = number("query_pre_attn_scalar") ** -0.5
     return ModelConfig(
@@ -100,7 +107,9 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
         fields |= {"norm_topk_prob": config.normalized_experts, "decoder_sparse_step": 1, "mlp_only_layers": []}
     if config.rope_scaling is not None:
         fields["rope_scaling"] = {"rope_type": config.rope_scaling.rope_type, **dict(config.rope_scaling.parameters)}
-    if config.model_type == "gemma3_text":
+    if FAMILIES[config.model_type].caps:
+        fields |= {name: getattr(config, field) for field, name in CAPS.items()}
+    if config.model_type in GEMMA:
         fields["hidden_activation"] = fields.pop("hidden_act")
         scalar = (config.attention_multiplier or 1.0) ** -2
         fields["query_pre_attn_scalar"] = round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar
@@ -121,7 +130,7 @@ def _fields_of_layers(config: ModelConfig) -> dict[str, Any]:
     fields["layer_types"] = ["sliding_attention" if one else "full_attention" for one in windowed]
     if rule == "if used":
         return fields | {"use_sliding_window": True, "max_window_layers": windowed.index(True)}
-    return fields | {"rope_local_base_freq": config.local_rope_theta}
+    return fields if config.local_rope_theta is None else fields | {"rope_local_base_freq": config.local_rope_theta}
 
 
 def _reject_options(fields: dict[str, Any], model_type: str, where: str) -> None:
@@ -137,7 +146,8 @@ def _reject_options(fields: dict[str, Any], model_type: str, where: str) -> None
     activation = fields.get("hidden_activation") or fields.get("hidden_act", wanted)
     if activation != wanted:
         raise ValueError(f"{where}: hidden_act {activation!r} is not supported; supported is {wanted!r}.")
-    for option in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+    refused = ["use_bidirectional_attention"] + ([] if FAMILIES[model_type].caps else list(CAPS.values()))
+    for option in refused:
         if fields.get(option):
             raise ValueError(f"{where}: {option} is {fields[option]!r}, which is not supported for {model_type}.")
     for option in ("attention_bias", "mlp_bias"):
@@ -160,7 +170,7 @@ def _windows(fields: dict[str, Any], family: Family, layers: int, where: str) ->
             raise ValueError(f"{where}: layer_types is set, which is not supported for {fields['model_type']}.")
         return {"sliding_window": window}
     if types is None and family.window == "by type":
-        pattern = _positive_int(fields, "sliding_window_pattern", where, 6)
+        pattern = _positive_int(fields, "sliding_window_pattern", where, family.full_every)
         types = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
     elif types is None:
         first = fields.get("max_window_layers")
@@ -253,6 +263,10 @@ def _rope_layers(fields: dict[str, Any], layers: int, where: str) -> tuple[bool,
     if not isinstance(given, list) or len(given) != layers or any(one not in (0, 1) for one in given):
         raise ValueError(f"{where}: no_rope_layers must have a 0 or 1 for each of the {layers} layers.")
     return None if all(given) else tuple(map(bool, given))
+
+
+def _cap(fields: dict[str, Any], name: str, where: str) -> float | None:
+    return float(_positive_number(fields[name], name, where)) if fields.get(name) else None
 
 
 def _required(fields: dict[str, Any], name: str, where: str) -> Any:

@@ -208,13 +208,16 @@ def _sum_scattered(x: Array, axis: int, stages: tuple[int, ...]) -> Array:
         return lax.optimization_barrier(lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True))
     count = math.prod(stages)
     devices = np.arange(count).reshape(stages)
-    row_major = Layout(major_to_minor=tuple(range(x.ndim)))
     x = jnp.moveaxis(x, axis, 0)
+    shape = x.shape
+    if x.ndim > 2:  # libtpu 0.0.50 fails to compile the scattered sums of stacked matrices
+        x = x.reshape(len(x), -1)
+    row_major = Layout(major_to_minor=tuple(range(x.ndim)))
     for i, size in enumerate(stages):
         groups = np.moveaxis(devices, i, -1).reshape(-1, size).tolist()
         x = lax.optimization_barrier(lax.psum_scatter(x, "fsdp", tiled=True, axis_index_groups=groups))
         x = with_layout_constraint(x, row_major) if axis else x
-    return jnp.moveaxis(x, 0, axis)
+    return jnp.moveaxis(x.reshape(-1, *shape[1:]), 0, axis)
 
 
 _all_gather.defvjp(_all_gather_forward, _all_gather_backward)

@@ -51,11 +51,11 @@ def exchanging_heads(attention: Attention, context: int) -> Attention:
     Its context is that of whole rows.
     """
 
-    def attend(queries: Array, keys: Array, values: Array, whole_rows: Any) -> Array:
+    def attend(queries: Array, keys: Array, values: Array, whole_rows: Any, **cap: float) -> Array:
         copies = max(1, context // keys.shape[2])  # fewer key-value heads than devices: several devices have the same
         keys, values = (jnp.repeat(x, copies, axis=2) for x in (keys, values))
         split_heads = lambda x: _exchange(x, split_axis=2, concat_axis=1)
-        attended = attention.attend(split_heads(queries), split_heads(keys), split_heads(values), whole_rows)
+        attended = attention.attend(split_heads(queries), split_heads(keys), split_heads(values), whole_rows, **cap)
         return _exchange(attended, split_axis=1, concat_axis=2)
 
     def _exchange(x: Array, split_axis: int, concat_axis: int) -> Array:
