@@ -141,7 +141,7 @@ def test_two_processes_measure_together(tmp_path, tensor):
     assert [record["stage"] for record in records] == ["prefill", "decode", "scoring", "step"]
     for record in records:
         assert record["settings"]["processes"] == 2
-        assert record["settings"]["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+        assert record["settings"]["mesh"] == {"data": 1, "fsdp": 4, "expert": 1, "tensor": 1}
         assert record["tokens/s"] == pytest.approx(4 * record["tokens/s per device"])
     new = 2 * 8 * STEPS_PER_CHUNK  # in the slots of both processes
     assert new / records[1]["slowest s"] <= records[1]["tokens/s"] * (1 + 1e-9)

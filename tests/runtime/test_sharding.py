@@ -54,9 +54,32 @@ def test_presets_split_parameters_over_a_slice_and_rows_over_slices():
     assert sharding.PRESETS["v5e-256"] == MeshConfig(data=16, fsdp=16)
     assert sharding.PRESETS["2 x v5e-256"] == MeshConfig(data=32, fsdp=16)
     assert sharding.PRESETS["v5p-64"] == MeshConfig(data=1, fsdp=64)
-    assert dict(sharding.make_mesh(MeshConfig(preset="host")).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    sizes_of = lambda config: tuple(sharding.make_mesh(config).devices.shape)  # data, fsdp, expert, tensor
+    assert sizes_of(MeshConfig(preset="host")) == (1, 8, 1, 1)
+    assert sizes_of(MeshConfig(preset="host", expert=2)) == (1, 4, 2, 1)
     with pytest.raises(ValueError, match="it must be auto or one of chip"):
         sharding.make_mesh(MeshConfig(preset="v5e-17"))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "experts", "spec", "gathered"),
+    [
+        (MeshConfig(fsdp=8), 16, P(None, "fsdp"), (1, ("fsdp",))),
+        (MeshConfig(fsdp=8), 4, P(None, None, "fsdp"), (2, ("fsdp",))),
+        (MeshConfig(fsdp=2, expert=4), 16, P(None, ("expert", "fsdp")), (1, ("fsdp",))),
+        (MeshConfig(fsdp=2, expert=4), 4, P(None, "expert", "fsdp"), (2, ("fsdp",))),
+        (MeshConfig(fsdp=1, expert=8), 8, P(None, "expert"), (0, ())),
+        (MeshConfig(fsdp=2, expert=2, tensor=2), 4, P(None, ("expert", "fsdp"), None, "tensor"), (1, ("fsdp",))),
+    ],
+)
+def test_experts_are_split_over_devices_and_gathered_over_fsdp(mesh, experts, spec, gathered):
+    name = "layers/expert_up/kernel"
+    found = sharding.param_sharder(sharding.make_mesh(mesh))(name, (3, experts, 64, 32)).spec
+    strip = lambda spec: P(*(axes[0] if isinstance(axes, tuple) and len(axes) == 1 else axes for axes in spec))
+    assert tuple(strip(found)) == tuple(spec) + (None,) * (4 - len(spec))
+    assert sharding.features_of(name, found) == gathered
+    rows = sharding.param_sharder(sharding.make_mesh(mesh))("layers/q/kernel", (3, 64, 32)).spec
+    assert sharding.axes_of(rows, 1) == tuple(a for a in ("fsdp", "expert") if getattr(mesh, a) > 1)
 
 
 def test_meshes_that_do_not_fit_the_devices_are_rejected():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,15 +18,15 @@ from tpaw_jax.runtime import tpu
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
-MESH_AXES_OF = {  # logical axis -> the mesh axes it is split over
+MESH_AXES_OF = {  # logical axis -> the mesh axes it is split over, or as many of them from the first on as divide it
     "batch": ("data", "fsdp", "expert"),
     "embed": ("fsdp", "expert"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "layers": (),
-    "experts": ("expert",),
-    "expert_embed": ("fsdp",),
+    "experts": ("expert", "fsdp"),
+    "expert_embed": ("fsdp",),  # if it does not divide the experts
     "norm": (),
 }
 
@@ -174,8 +175,11 @@ def row_shards(mesh: Mesh, context: int = 1) -> int:
 def features_of(name: str, spec: P) -> tuple[int, tuple[str, ...]]:
     """The dimension of a parameter that is gathered where it is used, and the mesh axes that it is split over."""
     logical = PARAM_AXES.get(name, ())
-    dimension = next((i for i, axis in enumerate(logical) if axis in ("embed", "expert_embed")), 0)
-    return dimension, axes_of(spec, dimension) if logical else ()
+    if "experts" in logical:
+        dimension = next((i for i in range(len(spec)) if "fsdp" in axes_of(spec, i)), None)
+        return (0, ()) if dimension is None else (dimension, ("fsdp",))
+    dimension = logical.index("embed") if "embed" in logical else 0
+    return dimension, axes_of(spec, dimension) if "embed" in logical else ()
 
 
 def axes_of(spec: P, dimension: int) -> tuple[str, ...]:
@@ -207,16 +211,17 @@ def rows(mesh: Mesh, leading: int = 0) -> NamedSharding:
 
 
 def param_sharder(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """A function from (flax path, shape) to sharding. Unknown paths and axes that do not divide are not split."""
+    """A function from (flax path, shape) to sharding. Unknown paths are not split."""
 
     def sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:
         logical = PARAM_AXES.get(name, ("norm",) * len(shape))
-        spec = []
+        spec: list[tuple[str, ...]] = []
         for axis, size in zip(logical, shape, strict=True):
-            axes = tuple(a for a in MESH_AXES_OF[axis] if mesh.shape[a] > 1)
-            divides = size % int(np.prod([mesh.shape[a] for a in axes])) == 0
-            spec.append(axes if axes and divides else None)
-        return NamedSharding(mesh, P(*spec))
+            axes = tuple(a for a in MESH_AXES_OF[axis] if mesh.shape[a] > 1 and not any(a in used for used in spec))
+            while size % math.prod(mesh.shape[a] for a in axes):
+                axes = axes[:-1]
+            spec.append(axes)
+        return NamedSharding(mesh, P(*(axes or None for axes in spec)))
 
     return sharding
 

@@ -55,7 +55,8 @@ def configured_step(
     parallel = model.parallel._replace(sum_over_data=batch_shapes.most_micro_batches(config) == 1)
     model, chunk = model.clone(parallel=parallel), config.policy.head_chunk
     log_prob_fn, trained = make_log_prob_fn(model, chunk), make_routed_log_prob_fn(model, chunk)
-    options, has_experts = tpu.options_of(mesh, config.mesh.compiler_options), model.config.num_experts > 0
+    has_experts = model.config.num_experts > 0
+    options = tpu.options_of(mesh, config.mesh.compiler_options, has_experts)
     return log_prob_fn, train_step.make_train_step(
         trained if has_experts else log_prob_fn,
         optimizer,

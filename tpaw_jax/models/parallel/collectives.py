@@ -211,7 +211,7 @@ def _sum_scattered(x: Array, axis: int, stages: tuple[int, ...]) -> Array:
     x = jnp.moveaxis(x, axis, 0)
     shape = x.shape
     if x.ndim > 2:  # libtpu 0.0.50 fails to compile the scattered sums of stacked matrices
-        x = x.reshape(len(x), -1)
+        x = x.reshape(-1, x.shape[-1])
     row_major = Layout(major_to_minor=tuple(range(x.ndim)))
     for i, size in enumerate(stages):
         groups = np.moveaxis(devices, i, -1).reshape(-1, size).tolist()
