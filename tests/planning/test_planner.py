@@ -24,6 +24,9 @@ from tpaw_jax.runtime import host, sharding, tpu
 SMALL = ModelConfig("llama", 2048, 512, 1024, 2, 4, 2, 128, 10000.0, 1e-5, 8192, False)
 TIED = dataclasses.replace(SMALL, tie_embeddings=True, model_type="qwen2", qkv_bias=True)
 WIDER = dataclasses.replace(TIED, hidden_size=1024, num_heads=8)
+EXPERTS = dataclasses.replace(
+    SMALL, model_type="qwen3_moe", qk_norm=True, num_experts=8, experts_per_token=2, expert_size=256
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -99,6 +102,8 @@ def exchanged(record):
         ("v5e:4x4", WIDER, None, "float32"),  # fsdp over two dimensions of the torus, parts of 64 columns
         pytest.param("v6e:2x2", SMALL, {"data": 2, "fsdp": 2}, "float32", marks=SIMILAR),  # SparseCores, as on tpu7x
         ("tpu7x:2x2x1", SMALL, None, "float32"),  # two devices to a chip
+        ("v5e:2x2", EXPERTS, None, "float32"),
+        ("v5e:2x2", EXPERTS, {"data": 1, "fsdp": 2, "expert": 2}, "float32"),
     ],
 )
 def test_a_step_and_a_scoring_pass_exchange_what_the_design_says(topology, model, mesh, reduce_dtype):
