@@ -25,6 +25,20 @@ LLAMA31_ROPE = {
     "rope_theta": 500000.0,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": 1e5}
+LONGROPE = {  # of the first 12 of 16 features
+    "original_max_position_embeddings": 1024,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.02, 1.1, 1.2, 1.3, 1.5],
+        "long_factor": [1.1, 1.4, 2.0, 3.0, 5.0, 8.0],
+    },
+}
+DYNAMIC = {
+    "max_position_embeddings": 1024,
+    "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4},
+}
 GRANITE = {
     "embedding_multiplier": 12.0,
     "residual_multiplier": 0.22,
@@ -76,6 +90,14 @@ MODELS = {  # configuration class, and what differs from `SMALL`
     "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2-moe": (transformers.Qwen2MoeConfig, EXPERTS | {"shared_expert_intermediate_size": 80}),
     "qwen3-moe": (transformers.Qwen3MoeConfig, EXPERTS | {"head_dim": 32, "norm_topk_prob": True}),
+    "phi3-longrope": (transformers.Phi3Config, LONGROPE | {"sliding_window": None, "pad_token_id": 0}),
+    "dynamic": (
+        transformers.LlamaConfig,
+        {
+            "max_position_embeddings": 1024,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4},
+        },
+    ),
     "yarn": (transformers.Qwen2Config, {"rope_parameters": YARN}),
     "yarn-of-deepseek": (transformers.LlamaConfig, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}),
 }

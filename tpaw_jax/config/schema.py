@@ -298,6 +298,11 @@ class RunConfig:
         return self.data.max_length if self.data.responses == "rejected" else self.sampling.max_new_tokens
 
     @property
+    def longest_sequence(self) -> int:
+        """Maximum tokens of a prompt and a target or response."""
+        return max(self.data.max_length, self.data.max_prompt_length + self.sampling.max_new_tokens)
+
+    @property
     def longest_triplet(self) -> int:
         """Maximum tokens of a prompt, its target and one other response together."""
         return self.data.max_length + self.longest_response

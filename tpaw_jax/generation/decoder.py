@@ -40,12 +40,12 @@ def decoder_of(model: Transformer, cache_dtype: str = "", platform: str = "") ->
 
     The cache has `cache_dtype`, by default the model's compute dtype. `platform` is the devices' platform, by default
     JAX's own. On CPUs, the C++ kernels are used if they are available, support both dtypes, and the
-    model is dense and caps no scores.
+    model is dense, caps no scores and rotates whole heads.
     """
     c, dtype = model.local_config, jnp.dtype(cache_dtype or model.dtype)
     on_cpu = (platform or jax.default_backend()) == "cpu"
-    supported = not c.num_experts and c.attention_cap is None and {dtype, jnp.dtype(model.dtype)} <= kernels.DTYPES
-    use_kernels = on_cpu and supported and kernels.available()
+    supported = not c.num_experts and c.attention_cap is None and c.rotary_size == c.head_dim
+    use_kernels = on_cpu and supported and {dtype, jnp.dtype(model.dtype)} <= kernels.DTYPES and kernels.available()
 
     def init(shards, pages):
         return paged.empty(c.num_layers, shards, pages, c.num_kv_heads, c.head_dim, dtype)

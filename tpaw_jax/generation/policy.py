@@ -1,5 +1,6 @@
 """The model of a configuration, loaded for sampling, scoring and training: parameters, chat template, sampler."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from tpaw_jax.data import templates
 from tpaw_jax.generation import engine, slots
 from tpaw_jax.generation.decoder import Decoder, decoder_of
 from tpaw_jax.models import hub
+from tpaw_jax.models.rope import BY_LENGTH
 from tpaw_jax.models.transformer import shard_model
 from tpaw_jax.runtime import sharding
 
@@ -42,12 +44,21 @@ def open_policy(config: RunConfig, mesh: Mesh) -> Policy:
     tokenizer, vocabulary = hub.load_tokenizer(c.tokenizer or c.path), hub.load_architecture(c.path).vocab_size
     template = templates.make_template(tokenizer, config.data, vocabulary)
     architecture, params = models.load_pretrained(c.path, dtype, sharding.param_sharder(mesh))
+    architecture = for_sequences(architecture, config)
     model, decoder, sampling_mesh = sharded_models(config, architecture, params, mesh)
     stops = stop_tokens(template, hub.load_generation_config(c.path))
     sampler_with = lambda settings: slots.make_sampler(decoder, settings, stops, sampling_mesh)
     strings = config.sampling.stop_strings
     stop_fn = engine.stop_at(template.tokenizer.decode, strings) if strings else None
     return Policy(model, params, template, sampler_with(config.sampling), stop_fn, sampler_with)
+
+
+def for_sequences(architecture: models.ModelConfig, config: RunConfig) -> models.ModelConfig:
+    """The architecture for the sequences of a run: some rope types depend on the longest of them."""
+    scaling = architecture.rope_scaling
+    if scaling is None or scaling.rope_type not in BY_LENGTH:
+        return architecture
+    return dataclasses.replace(architecture, rope_length=config.longest_sequence)
 
 
 def sharded_models(

@@ -193,9 +193,9 @@ def rotary_angles(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Ar
 
     def of(kind: LayerKind) -> tuple[Array, Array]:
         if kind.rope_theta is None:
-            zeros = jnp.zeros((*positions.shape, config.head_dim // 2), jnp.float32)
+            zeros = jnp.zeros((*positions.shape, config.rotary_size // 2), jnp.float32)
             return zeros + 1, zeros
-        frequencies = rope_frequencies(config.head_dim, kind.rope_theta, kind.rope_scaling)
+        frequencies = rope_frequencies(config.rotary_size, kind.rope_theta, kind.rope_scaling, config.rope_length)
         factor = attention_factor(kind.rope_scaling)
         cos, sin = rope_angles(jnp.asarray(positions), frequencies)
         return scaled(cos, factor), scaled(sin, factor)

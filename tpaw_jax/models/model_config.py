@@ -46,6 +46,8 @@ class ModelConfig:
     logits_scaling: float = 1.0  # what logits are divided by
     attention_cap: float | None = None  # soft cap of attention's scores
     logits_cap: float | None = None  # soft cap of logits
+    rotary_fraction: float = 1.0  # the share of a head's features that is rotated
+    rope_length: int = 0  # tokens of the longest sequence, for the rope types of `BY_LENGTH`; not in config.json
     rope_layers: tuple[bool, ...] | None = None  # which layers rotate queries and keys; None: all
     sliding_window: int | None = None  # positions that the layers of `window_layers` see
     window_layers: tuple[bool, ...] | None = None  # None: all, if there is a window
@@ -56,6 +58,11 @@ class ModelConfig:
     expert_size: int = 0  # features of an expert
     shared_expert_size: int = 0  # features of the expert that computes all tokens; 0: there is none
     normalized_experts: bool = False  # the weights of a token's experts add up to 1
+
+    @property
+    def rotary_size(self) -> int:
+        """Features of a head that are rotated."""
+        return int(self.head_dim * self.rotary_fraction)
 
     @property
     def dense_size(self) -> int:
@@ -107,7 +114,8 @@ class Family(NamedTuple):
     window: str = ""  # which layers have the sliding window: "all", "by type", "if used" (by type or from a layer on)
     full_every: int = 6  # "by type": each so many-th layer has no window, if config.json does not say
     caps: bool = False  # whether scores and logits may be capped
-    ropes: tuple[str, ...] = ("default", *ROPE_FIELDS)
+    ropes: tuple[str, ...] = ("default", *(kind for kind in ROPE_FIELDS if kind != "longrope"))
+    partial_rope: bool = False  # whether config.json may say that only a part of each head is rotated
     experts: Mapping[str, str] = {}  # fields of `ModelConfig` about experts, and their names in config.json
 
 
@@ -152,7 +160,7 @@ FAMILIES = {  # by model_type
     "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}, defaults=_QWEN | {"head_dim": 128}, window="if used"),
     "olmo2": Family("Olmo2ForCausalLM", {"qk_norm_all": True, "pre_norm": False, "post_norm": True}),
     "smollm3": Family("SmolLM3ForCausalLM", defaults={"tie_word_embeddings": True, "rope_theta": 2e6}),
-    "phi3": Family("Phi3ForCausalLM", {"fused": True}, window="all", ropes=("default",)),
+    "phi3": Family("Phi3ForCausalLM", {"fused": True}, window="all", ropes=("default", "longrope"), partial_rope=True),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
         {**_GEMMA_OPTIONS, "qk_norm": True},

@@ -7,6 +7,8 @@ from tpaw_jax.models.rope import ROPE_FIELDS, RopeScaling
 
 GEMMA = ("gemma2", "gemma3_text")
 
+LONGROPE_FACTORS = ("short_factor", "long_factor")
+
 CAPS = {"attention_cap": "attn_logit_softcapping", "logits_cap": "final_logit_softcapping"}
 """Fields of `ModelConfig` about soft caps, and their names in config.json."""
 
@@ -26,7 +28,7 @@ def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
     model_type = fields["model_type"]
     positive = lambda name, default=0: _positive_int(fields, name, where, default)
     heads, hidden = positive("num_attention_heads"), positive("hidden_size")
-    kv_heads, head_dim = positive("num_key_value_heads", heads), positive("head_dim", max(1, hidden // heads))
+    kv_heads, head_dim = positive("num_key_value_heads", heads), _head_dim(fields, where)
     if heads % kv_heads:
         raise ValueError(f"{where}: num_key_value_heads is {kv_heads}; it must divide the model's {heads} heads.")
     if head_dim % 2:
@@ -54,6 +56,7 @@ def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
         head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=scaling,
+        rotary_fraction=_rotary_fraction(fields, where),
         rms_norm_eps=_positive_number(_required(fields, "rms_norm_eps", where), "rms_norm_eps", where),
         max_position_embeddings=positive("max_position_embeddings"),
         tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
@@ -106,13 +109,25 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
     if config.num_experts and config.model_type != "mixtral":
         fields |= {"norm_topk_prob": config.normalized_experts, "decoder_sparse_step": 1, "mlp_only_layers": []}
     if config.rope_scaling is not None:
-        fields["rope_scaling"] = {"rope_type": config.rope_scaling.rope_type, **dict(config.rope_scaling.parameters)}
+        fields |= _rope_fields(config.rope_scaling)
+    if config.rotary_fraction != 1.0:
+        fields["partial_rotary_factor"] = config.rotary_fraction
     if FAMILIES[config.model_type].caps:
         fields |= {name: getattr(config, field) for field, name in CAPS.items()}
     if config.model_type in GEMMA:
         fields["hidden_activation"] = fields.pop("hidden_act")
         scalar = (config.attention_multiplier or 1.0) ** -2
         fields["query_pre_attn_scalar"] = round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar
+    return fields
+
+
+def _rope_fields(scaling: RopeScaling) -> dict[str, Any]:
+    parameters = {name: list(x) if isinstance(x, tuple) else x for name, x in scaling.parameters}
+    if scaling.rope_type == "dynamic":
+        parameters.pop("original_max_position_embeddings")
+    fields: dict[str, Any] = {"rope_scaling": {"rope_type": scaling.rope_type, **parameters}}
+    if scaling.rope_type == "longrope":
+        fields["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
     return fields
 
 
@@ -229,10 +244,8 @@ def _rope(fields: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
     if not isinstance(scaling, dict):
         raise ValueError(f"{where}: rope_parameters or rope_scaling is not a JSON object.")
     theta = _positive_number(scaling.get("rope_theta", fields.get("rope_theta") or 10000.0), "rope_theta", where)
-    partial = scaling.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise ValueError(f"{where}: partial_rotary_factor is {partial!r}; supported is 1, the whole head.")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = "longrope" if kind == "su" else kind  # its name in early files of Phi-3
     supported = FAMILIES[fields["model_type"]].ropes if "model_type" in fields else ("default", *ROPE_FIELDS)
     if not isinstance(kind, str) or kind not in supported:
         known = ", ".join(map(repr, supported))
@@ -240,10 +253,15 @@ def _rope(fields: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
     if kind == "default":
         return theta, None
     needed, optional = ROPE_FIELDS[kind]
-    if kind != "linear":  # as in transformers
+    context = fields.get("max_position_embeddings")
+    if kind == "dynamic":
+        scaling = {**scaling, "original_max_position_embeddings": context}
+    elif kind != "linear":  # as in transformers
         positions = fields.get("original_max_position_embeddings")
-        given = scaling.get("original_max_position_embeddings", fields.get("max_position_embeddings"))
+        given = scaling.get("original_max_position_embeddings", context)
         scaling = {**scaling, "original_max_position_embeddings": positions or given}
+    if kind == "longrope" and not scaling.get("factor") and type(context) is int:
+        scaling["factor"] = context / (scaling["original_max_position_embeddings"] or context)
     missing = [name for name in needed if scaling.get(name) is None]
     if missing:
         raise ValueError(f"{where}: {kind} rope scaling needs the missing fields {', '.join(missing)}.")
@@ -253,8 +271,39 @@ def _rope(fields: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
     truncate = scaling.get("truncate", True)
     if type(truncate) is not bool:
         raise ValueError(f"{where}: the field 'truncate' is {truncate!r}; true or false was expected.")
-    numbers = {name: _positive_number(value, name, where) for name, value in given.items() if name != "truncate"}
-    return theta, RopeScaling(kind, tuple((numbers | ({} if truncate else {"truncate": False})).items()))
+    given.pop("truncate", None)
+    lists = {name: _factors(given.pop(name), name, fields, where) for name in LONGROPE_FACTORS if name in given}
+    numbers = {name: _positive_number(value, name, where) for name, value in given.items()}
+    return theta, RopeScaling(kind, tuple((numbers | lists | ({} if truncate else {"truncate": False})).items()))
+
+
+def _factors(value: Any, name: str, fields: dict[str, Any], where: str) -> tuple[float, ...]:
+    """The factors of longrope, one for each pair of rotated features."""
+    size = int(_head_dim(fields, where) * _rotary_fraction(fields, where)) // 2
+    if not isinstance(value, list | tuple) or len(value) != size:
+        raise ValueError(f"{where}: {name} must be a list of {size} numbers, one for each pair of rotated features.")
+    return tuple(float(_positive_number(one, name, where)) for one in value)
+
+
+def _head_dim(fields: dict[str, Any], where: str) -> int:
+    heads, hidden = (_positive_int(fields, name, where, 0) for name in ("num_attention_heads", "hidden_size"))
+    return _positive_int(fields, "head_dim", where, max(1, hidden // heads))
+
+
+def _rotary_fraction(fields: dict[str, Any], where: str) -> float:
+    """The share of a head's features that is rotated."""
+    parameters = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    within = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
+    partial = within or fields.get("partial_rotary_factor")
+    if partial in (None, 1, 1.0):
+        return 1.0
+    if not FAMILIES[fields["model_type"]].partial_rope:
+        raise ValueError(f"{where}: partial_rotary_factor is {partial!r}; supported is 1, the whole head.")
+    if _positive_number(partial, "partial_rotary_factor", where) > 1:
+        raise ValueError(f"{where}: partial_rotary_factor is {partial!r}; it must be at most 1.")
+    if int(_head_dim(fields, where) * partial) % 2:
+        raise ValueError(f"{where}: partial_rotary_factor is {partial!r}; it must give an even number of features.")
+    return float(partial)
 
 
 def _rope_layers(fields: dict[str, Any], layers: int, where: str) -> tuple[bool, ...] | None:
