@@ -204,15 +204,13 @@ def _sum_scattered(x: Array, axis: int, stages: tuple[int, ...]) -> Array:
     otherwise use all-reduces for small shards of a last axis. They would send twice the bytes.
     """
     # The barriers keep the compiler from cutting a sum before it scatters it: it would then send twice the bytes.
-    if len(stages) <= 1:
+    if len(stages) <= 1 and (axis or x.ndim < 3):
         return lax.optimization_barrier(lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True))
-    count = math.prod(stages)
-    devices = np.arange(count).reshape(stages)
     x = jnp.moveaxis(x, axis, 0)
     shape = x.shape
-    if x.ndim > 2:  # libtpu 0.0.50 fails to compile the scattered sums of stacked matrices
-        x = x.reshape(-1, x.shape[-1])
-    row_major = Layout(major_to_minor=tuple(range(x.ndim)))
+    x = x.reshape(-1, shape[-1])  # libtpu 0.0.50 fails to compile the scattered sums of stacked matrices
+    row_major = Layout(major_to_minor=(0, 1))
+    devices = np.arange(math.prod(stages)).reshape(stages)
     for i, size in enumerate(stages):
         groups = np.moveaxis(devices, i, -1).reshape(-1, size).tolist()
         x = lax.optimization_barrier(lax.psum_scatter(x, "fsdp", tiled=True, axis_index_groups=groups))
