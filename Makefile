@@ -147,6 +147,25 @@ plans: $(VENV)/test
 	  --topology 'v5e:2x2, v5e:4x4' --train.batch_triplets auto --json $(RESULTS)/plan_qwen.json
 	$(MAKE) bench-report
 
+# A step of models of other families, on 64 chips: half an hour. Each line: model, topology, devices that hold different experts.
+MODELS = qwen3-8b,v5e:8x8,1 gemma-3-4b,v5e:8x8,1 gemma-3-12b,v5e:8x8,1 gemma-3-12b,v6e:8x8,1 \
+  llama-3.1-70b,v5e:8x8,1 llama-3.1-70b,v6e:8x8,1 llama-3.1-70b,v5p:4x4x4,1 \
+  qwen3-30b-a3b,v5e:8x8,1 qwen3-30b-a3b,v6e:8x8,1 qwen3-30b-a3b,v5p:4x4x4,1 qwen3-30b-a3b,v5p:4x4x4,8 \
+  mixtral-8x7b,v5e:8x8,1 mixtral-8x7b,v6e:8x8,1 mixtral-8x7b,v5p:4x4x4,1 mixtral-8x7b,v5p:4x4x4,8
+part = $(word $(2),$(subst $(comma), ,$(1)))
+comma := ,
+define newline
+
+
+endef
+.PHONY: plans-of-models
+plans-of-models: $(VENV)/test
+	$(foreach m,$(MODELS),$(PLAN) --config configs/llama31_8b_ultrachat.yaml --policy.path $(call part,$(m),1) \
+	  --architecture configs/models/$(call part,$(m),1) --topology $(call part,$(m),2) --mesh.preset "" \
+	  --mesh.expert $(call part,$(m),3) --packing.row_length 8192 --train.batch_triplets auto --stages step \
+	  --prompts 20000 --json $(RESULTS)/plan_step_$(subst :,_,$(subst $(comma),_,$(m))).json$(newline))
+	$(MAKE) bench-report
+
 # Self-play, SFT, SPIN and ablations on two small models: hours in all, HOURS per call; the next call resumes.
 HOURS ?= 2
 STUDY = $(MEASURE)/study

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {  # the word of a page's two marks
     "benchmarks": ROOT / "docs" / "throughput.md",
     "plans": ROOT / "docs" / "planning.md",
+    "models": ROOT / "docs" / "planning.md",
     "faults": ROOT / "docs" / "reliability.md",
     "headline": ROOT / "README.md",
     "batches": ROOT / "docs" / "pods.md",
@@ -52,6 +53,7 @@ def main() -> None:
     tables = {
         "benchmarks": made,
         "plans": [plans(planned), exchanges(planned)],
+        "models": [steps_of_models(planned)],
         "batches": [batches(planned)],
         "faults": [
             faults(of("faults"), of("faults_bucket"), of("killed_pod")),
@@ -283,6 +285,34 @@ def tree_attention(parities: list[dict], pairs: list[dict], schedules: list[dict
             f"largest value, {gradients:.1e} of the largest gradient.\n"
         )
     return text
+
+
+def steps_of_models(reports: list[dict]) -> str:
+    """What `tpaw plan` says of the step alone, for models of many families."""
+    lines = []
+    for r in (r for r in reports if set(r["stages"]) == {"step"}):
+        step = r["stages"]["step"]
+        mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1)
+        cells = [f"{Path(r['model']).name} on {r['topology']}, {mesh}", f"{r['parameters'] / 1e9:.1f}"]
+        if not step["fits"]:
+            lines.append([*cells, f"{step['peak GiB']:.1f} of {step['of GiB']:.1f}: does not fit", *[""] * 7])
+            continue
+        exchanged = sum(e["GiB sent"] for e in step["exchanges"] if e["kind"] == "all-to-all")
+        by_hand = step["GiB sent by hand"].get("all-to-all", 0.0)
+        seconds = ("compute", "memory", "exchange beside", "exchange alone")
+        lines.append(
+            [
+                *cells,
+                f"{step['peak GiB']:.1f} of {step['of GiB']:.1f}",
+                *(f"{step[f'predicted {name} s']:.2f}" for name in seconds),
+                f"**{step['predicted MFU']:.0%}**",
+                step["binds"],
+                f"{exchanged:.1f} ({by_hand:.1f})",
+            ]
+        )
+    head = ["a step", "billion parameters", "peak, GiB", "compute, s", "memory, s", "overlapped collectives, s"]
+    head += ["exposed collectives, s", "MFU of active FLOPs", "binds", "all-to-all, GiB sent (by hand)"]
+    return _table(head, lines)
 
 
 def plans(reports: list[dict]) -> str:

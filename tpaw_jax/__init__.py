@@ -29,9 +29,10 @@ _PUBLIC = {
     "models": ("ModelConfig", "Transformer", "load_pretrained", "save_pretrained"),
     "objective": ("TeamLoss", "dpo_loss", "spin_loss", "team_loss"),
     "selfplay.loop": ("play",),
-    "training.logprobs": ("from_apply_fn", "make_log_prob_fn"),
+    "training.logprobs": ("from_apply_fn", "make_log_prob_fn", "make_routed_log_prob_fn"),
     "training.scoring": ("make_scorer", "score"),
     "training.train_step": (
+        "RouterLosses",
         "StepScalars",
         "by_triplet",
         "init_state",

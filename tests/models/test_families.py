@@ -24,10 +24,23 @@ PLAYED = ("gemma2", "qwen3", "olmo2", "granite", "smollm3", "phi3", "qwen2-windo
 PAPER = {"lam": 0.1, "eta": 6.0, "gamma": 0.5}
 
 
-OTHERS = ("llama-3.1-rope", "qwen2", "granite", "phi3", "mistral-window", "yarn", "gemma3", "mixtral", "qwen3-moe")
+OTHERS = (
+    "llama-3.1-rope",
+    "qwen2",
+    "qwen3",
+    "granite",
+    "phi3",
+    "mistral-window",
+    "qwen2-window",
+    "yarn",
+    "gemma3",
+    "mixtral",
+    "qwen3-moe",
+    "phi3-longrope",
+)
 
 
-@pytest.fixture(params=["qwen3", "olmo2", "smollm3", "qwen2-window", "gemma2", "qwen2-moe", *similar(*OTHERS)])
+@pytest.fixture(params=["olmo2", "smollm3", "gemma2", "qwen2-moe", *similar(*OTHERS)])
 def family(request, tmp_path):
     """A random transformers model, ours, and packed rows with the (prompt, response) of each of their entries."""
     theirs = random_model(request.param, tmp_path / "hf")

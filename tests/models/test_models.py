@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchless
 import transformers
-from conftest import STORIES, random_prompts
+from conftest import SIMILAR, STORIES, random_prompts
 from families import GRANITE, LLAMA31_ROPE, MODELS, SMALL, random_model
 from safetensors.numpy import load_file, save_file
 
@@ -24,8 +24,10 @@ from tpaw_jax.models import Transformer, block, hub
 from tpaw_jax.models.checkpoints import config_json
 from tpaw_jax.models.rope import rope_frequencies
 
+ALIKE = ("llama-untied", "mistral", "phi3", "qwen2-window", "mixtral", "yarn-of-deepseek")
 
-@pytest.fixture(params=MODELS)
+
+@pytest.fixture(params=[pytest.param(name, marks=SIMILAR) if name in ALIKE else name for name in MODELS])
 def hugging_face(request, tmp_path):
     """A random transformers model and the directory it was saved to."""
     model = random_model(request.param, tmp_path / "hf")

@@ -344,13 +344,14 @@ EXPERTS = {
             MeshConfig(data=2, fsdp=4),
             {"model_type": "olmo2", "pre_norm": False, "post_norm": True, "qk_norm_all": True},
         ),
-        (
+        pytest.param(
             MeshConfig(fsdp=4, tensor=2),
             {"residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 3.0},
+            marks=SIMILAR,
         ),
-        (MeshConfig(fsdp=4, tensor=2), GEMMA),
+        pytest.param(MeshConfig(fsdp=4, tensor=2), GEMMA, marks=SIMILAR),
         (MeshConfig(fsdp=8, context=2), GEMMA),
-        (MeshConfig(fsdp=2, expert=4), EXPERTS),
+        pytest.param(MeshConfig(fsdp=2, expert=4), EXPERTS, marks=SIMILAR),
         pytest.param(MeshConfig(expert=8), EXPERTS, marks=SIMILAR),
         pytest.param(MeshConfig(data=2, fsdp=2, expert=2), EXPERTS, marks=SIMILAR),
         pytest.param(MeshConfig(fsdp=4, tensor=2), EXPERTS, marks=SIMILAR),
