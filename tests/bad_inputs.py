@@ -250,6 +250,16 @@ BAD_INPUTS = [
     ),
     BadInput(
         MODEL,
+        "longrope of an original context of text",
+        _fields(
+            model_type="phi3",
+            rope_scaling={"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]},
+            original_max_position_embeddings="4096",
+        ),
+        ("'original_max_position_embeddings'", "'4096'"),
+    ),
+    BadInput(
+        MODEL,
         "more rotated features than a head has",
         _fields(model_type="phi3", partial_rotary_factor=1.5),
         ("partial_rotary_factor is 1.5", "at most 1"),

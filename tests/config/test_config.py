@@ -35,6 +35,7 @@ def test_overrides_win_and_lists_repeat_their_last_value(tmp_path):
     assert config.of_round(run.train.learning_rate, 5) == 2e-6
     assert run.objective.lam == (0.2,)
     assert (run.rounds, run.data.max_prompts) == (7, 3)
+    assert load(tmp_path, MINIMAL + "\nmesh: {preset: auto}\n", "mesh.preset=").mesh.preset == ""
 
 
 def test_a_configuration_can_be_read_back_from_its_yaml(tmp_path):

@@ -148,6 +148,7 @@ def test_experts_may_be_stacked_in_a_checkpoint(name, tmp_path):
         ("qwen3-moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\] and decoder_sparse_step is 1"),
         ("qwen2-moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2; models with some dense layers"),
         ("qwen2-moe", {"use_sliding_window": True}, "use_sliding_window is True, which is not supported for qwen2_moe"),
+        ("qwen2-moe", {"qkv_bias": False}, "qkv_bias is False, which is not supported for qwen2_moe"),
         ("qwen3-moe", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, but a layer has only 8 experts"),
         ("mixtral", {"num_local_experts": 5}, r"6 tensors are missing: model.layers.0.block_sparse_moe.experts.4"),
     ],
@@ -159,6 +160,30 @@ def test_models_with_experts_that_are_not_supported_are_told(name, changes, mess
     file.write_text(json.dumps(fields | changes))
     with pytest.raises(ValueError, match=message):
         models.load_pretrained(tmp_path)
+
+
+def test_routers_are_rounded_to_the_compute_dtype_as_when_they_are_gathered_and_sampled(tmp_path):
+    random_model("qwen2-moe", tmp_path)
+    config, params = models.load_pretrained(tmp_path)
+    rounded = jax.tree.map(lambda x: x, params)
+    for name in ("router", "shared_gate"):
+        kernel = params["layers"][name]["kernel"]
+        rounded["layers"][name] = {"kernel": kernel.astype(jnp.bfloat16).astype(jnp.float32)}
+        assert (rounded["layers"][name]["kernel"] != kernel).any()
+    tokens = np.random.default_rng(0).integers(3, 256, (1, 40))
+    logits = [Transformer(config, jnp.bfloat16).apply({"params": p}, tokens) for p in (params, rounded)]
+    np.testing.assert_array_equal(*logits)
+
+
+def test_products_of_experts_are_kept_if_those_of_other_matrices_are(tmp_path):
+    random_model("qwen3-moe", tmp_path)
+    config, params = models.load_pretrained(tmp_path)
+
+    def computed(remat):
+        loss = lambda p: Transformer(config, remat=remat).apply({"params": p}, jnp.ones((1, 32), jnp.int32)).sum()
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("ragged_dot_general[")
+
+    assert computed("layer") == computed("dots") + 3
 
 
 def test_transformers_reads_an_exported_model(tmp_path):

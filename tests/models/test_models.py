@@ -72,6 +72,19 @@ def test_sampled_tokens_have_the_log_probs_of_transformers(hugging_face, platfor
         np.testing.assert_allclose(log_probs, expected, atol=1e-4)
 
 
+def test_longrope_is_exported_as_transformers_4_wants_it_and_limits_the_positions(tmp_path):
+    random_model("phi3-longrope", tmp_path)
+    config = models.load_architecture(tmp_path)
+    fields = config_json.to_dict(config, "float32")
+    assert sorted(fields["rope_scaling"]) == ["long_factor", "short_factor", "type"]
+    assert fields["original_max_position_embeddings"] == config.positions == 1024
+    assert dataclasses.replace(config, rope_length=2000).positions == 2000
+    assert dataclasses.replace(config, rope_length=200).positions == 1024
+    stretched = {**fields, "rope_scaling": {**fields["rope_scaling"], "factor": 2.0}}
+    again = config_json.from_dict(stretched, "here")
+    assert config_json.to_dict(again, "float32")["rope_scaling"]["factor"] == 2.0
+
+
 def test_the_text_of_a_model_with_a_vision_tower_is_loaded(tmp_path):
     cls, extra = MODELS["gemma3"]
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

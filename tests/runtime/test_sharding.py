@@ -57,6 +57,8 @@ def test_presets_split_parameters_over_a_slice_and_rows_over_slices():
     sizes_of = lambda config: tuple(sharding.make_mesh(config).devices.shape)  # data, fsdp, expert, tensor
     assert sizes_of(MeshConfig(preset="host")) == (1, 8, 1, 1)
     assert sizes_of(MeshConfig(preset="host", expert=2)) == (1, 4, 2, 1)
+    assert sizes_of(MeshConfig(preset="auto", expert=2)) == (1, 4, 2, 1)
+    assert sizes_of(MeshConfig(fsdp=4, expert=2)) == (1, 4, 2, 1)
     with pytest.raises(ValueError, match="it must be auto or one of chip"):
         sharding.make_mesh(MeshConfig(preset="v5e-17"))
 

@@ -208,9 +208,17 @@ def make_evaluator(config: RunConfig, policy: Policy, tasks: Sequence[TaskConfig
     """Load the problems of `tasks` and build a greedy sampler for them.
 
     Raises:
-        ValueError: a problem is malformed or has no answer.
+        ValueError: a problem is malformed or has no answer, or is longer than the rope of the model is set for.
     """
     loaded = [load_task(task, policy.template) for task in tasks]
+    model = policy.model.config
+    for task in loaded:
+        longest = int(task.prompts.prompt_tokens.lengths.max()) + task.config.max_new_tokens
+        if model.rope_length and longest > model.positions:
+            raise ValueError(
+                f"evaluation.tasks, '{task.config.name}': a prompt and its response may have {longest} tokens, but the "
+                f"model's rope is set for {model.positions}, the longest sequence of the run; raise data.max_length."
+            )
     return Evaluator(
         loaded, policy.sampler_with(greedy_sampling_config(config.sampling, tasks)), policy.template, policy.stop_fn
     )

@@ -43,7 +43,7 @@ class PolicyLM(TemplateLM):
         self.policy, self.params, self.config = policy, params, config
         self.tokenizer = policy.template.tokenizer
         self.packing = batch_shapes.resolve_packing(config, mesh)
-        self.positions = policy.model.config.max_position_embeddings
+        self.positions = policy.model.config.positions
         self.max_length = min(self.positions, self.packing.row_length)
         greedy_fn = logprobs.make_greedy_fn(policy.model, config.policy.head_chunk)
         options, context = tpu.options_of(mesh, config.mesh.compiler_options), config.mesh.context

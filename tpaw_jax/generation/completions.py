@@ -163,7 +163,8 @@ def _digest(config: RunConfig, policy: Policy, prompts: Prompts, *numbers: int) 
         settings.pop(name)
     stops = stop_tokens(policy.template, hub.load_generation_config(config.policy.path))
     weights = [int(number) for number in jax.device_get(jax.tree.leaves(ring.digests_of(policy.params)))]
-    identity = [settings, stops, jax.default_backend(), weights, config.seed, *numbers, prompts.ids.tolist()]
+    rope = [length] if (length := policy.model.config.rope_length) else []
+    identity = [settings, stops, jax.default_backend(), weights, config.seed, *numbers, prompts.ids.tolist(), *rope]
     digest = hashlib.sha256(json.dumps(identity).encode())
     for tokens in prompts.prompt_tokens:
         digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())

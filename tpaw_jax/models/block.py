@@ -128,7 +128,8 @@ class Block(nn.Module):
         if c.num_experts:
             routed_MD, statistics = self._experts(h_MD, own_MD, live, rows)
             if c.dense_size:
-                gate_M1 = jax.nn.sigmoid(jnp.dot(h_MD, self.shared_gate(), preferred_element_type=jnp.float32))
+                gate_D1 = self.shared_gate().astype(self.dtype)
+                gate_M1 = jax.nn.sigmoid(jnp.dot(h_MD, gate_D1, preferred_element_type=jnp.float32))
                 out_MD = (self.parallel.copy_to_tensor(gate_M1) * out_MD).astype(self.dtype)
             out_MD = out_MD + routed_MD
         out_MD = self.parallel.reduce_from_tensor(out_MD)
@@ -138,7 +139,7 @@ class Block(nn.Module):
     def _experts(self, h_MD, own_MD, live, rows):
         """The output of the routed experts, or a device's part of it, and the layer's share of the statistics."""
         c, parallel = self.config, self.parallel
-        routes, logits_ME = experts.route(h_MD, self.router(), live, c)
+        routes, logits_ME = experts.route(h_MD, self.router().astype(self.dtype), live, c)
         matrices = (self.expert_gate(), self.expert_up(), self.expert_down())
         weights = experts.ExpertWeights(*(matrix.astype(self.dtype) for matrix in matrices))
         statistics = experts.router_statistics(routes, logits_ME, live, rows, parallel.sum_of_rows)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tpaw_jax.models.rope import ROPE_FIELDS, RopeScaling
+from tpaw_jax.models.rope import BY_LENGTH, ROPE_FIELDS, RopeScaling
 
 
 class LayerKind(NamedTuple):
@@ -58,6 +58,13 @@ class ModelConfig:
     expert_size: int = 0  # features of an expert
     shared_expert_size: int = 0  # features of the expert that computes all tokens; 0: there is none
     normalized_experts: bool = False  # the weights of a token's experts add up to 1
+
+    @property
+    def positions(self) -> int:
+        """Tokens of a sequence that the model is made for; the rope of some models depends on `rope_length`."""
+        if self.rope_scaling is None or self.rope_scaling.rope_type not in BY_LENGTH:
+            return self.max_position_embeddings
+        return max(self.rope_length, int(dict(self.rope_scaling.parameters)["original_max_position_embeddings"]))
 
     @property
     def rotary_size(self) -> int:

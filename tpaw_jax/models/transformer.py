@@ -42,7 +42,12 @@ def _offload(primitive, *arguments, **parameters):
     return rule(primitive, *arguments, **parameters)
 
 
-_dots = _policies.save_from_both_policies(_is_matmul, _policies.save_only_these_names(SAVED))
+def _is_ragged_matmul(primitive, *_, **__):
+    return str(primitive) == "ragged_dot_general"
+
+
+_saved = _policies.save_from_both_policies(_is_matmul, _policies.save_only_these_names(SAVED))
+_dots = _policies.save_from_both_policies(_saved, _is_ragged_matmul)
 
 REMAT_POLICIES = {  # what the forward pass keeps for the backward pass, from most memory to least
     "none": None,  # all activations
@@ -220,7 +225,7 @@ def shard_model(
         model: the model.
         params: its parameters, or their shapes.
         mesh: the mesh they are sharded over.
-        reduce_dtype: dtype in which gradients are reduced over `fsdp`.
+        reduce_dtype: dtype in which gradients are reduced over `fsdp` and `expert`.
         key: configuration key of the tensor axis's size, for error messages.
         context: devices of `fsdp` that share rows.
 

@@ -37,7 +37,8 @@ def step_flops(target: Target, load: Workload, remat: str, rows: int) -> Flops:
     """FLOPs of the busiest device in a train step of `rows` rows, and useful FLOPs of the average device.
 
     A layer's matmuls are computed three times, and a fourth time if `remat` keeps only the layer's input. Attention has
-    two products forward and five backward. The head recomputes its logits unless `remat` keeps them.
+    two products forward and five backward. The head recomputes its logits unless `remat` keeps them. Experts are
+    recomputed too if `remat` offloads, and if tokens are exchanged between devices.
     """
     recomputed = 1.0 if remat == "layer" else 0.0
     head = 4.0 - (remat in KEEPS_LOGITS)
@@ -45,7 +46,13 @@ def step_flops(target: Target, load: Workload, remat: str, rows: int) -> Flops:
     computed = math.ceil(rows / batch) * batch
     passes = Work(row.tokens * (3 + recomputed), row.predictions * head, row.attended * (3.5 + recomputed))
     attention = (row.attended * (1 + recomputed) * computed, row.attended * 2.5 * computed)
-    return _per_device(target, passes * computed, load.row * (3 * rows), target.mesh.size, attention)
+    flops = _per_device(target, passes * computed, load.row * (3 * rows), target.mesh.size, attention)
+    exchanged, kept = target.mesh.shape["expert"] > 1, remat in ("none", "dots", "head")
+    if recomputed or (kept and not exchanged):
+        return flops
+    model = target.model.config
+    experts = 6 * model.hidden_size * model.experts_per_token * model.expert_size * model.num_layers
+    return flops._replace(executed=flops.executed + experts * row.tokens * computed / target.mesh.size)
 
 
 def scoring_flops(target: Target, load: Workload) -> Flops:

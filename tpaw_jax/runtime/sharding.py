@@ -1,6 +1,5 @@
 """The device mesh, and one table that says how every array is split over it."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -91,7 +90,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ValueError: the product of the sizes is not the number of devices, or the preset is unknown.
     """
     devices = jax.devices() if devices is None else devices
-    expert = config.expert
+    given, expert = config, config.expert
     if config.preset == "auto" and config.fsdp == -1:  # else it has been chosen for the batch (planning.layouts)
         topology = tpu.topology_of(devices)
         config = PRESETS["host"] if topology is None else preset_of(topology)
@@ -99,8 +98,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         if config.preset not in PRESETS:
             raise ValueError(f"mesh.preset is {config.preset!r}; it must be auto or one of {', '.join(PRESETS)}.")
         config = PRESETS[config.preset]
-        config = dataclasses.replace(config, fsdp=config.fsdp if config.fsdp == -1 else config.fsdp // expert)
-    sizes = [config.data, config.fsdp, expert, config.tensor]
+    of_preset = config is not given and config.fsdp != -1
+    sizes = [config.data, config.fsdp // expert if of_preset else config.fsdp, expert, config.tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(f"mesh: the sizes {sizes} must be positive; at most one of them may be -1.")
     if -1 in sizes:
@@ -206,7 +205,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rows(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """The sharding of batch rows: split over data and fsdp, after `leading` axes that are not split."""
+    """The sharding of batch rows: split over `MESH_AXES_OF["batch"]`, after `leading` axes that are not split."""
     return NamedSharding(mesh, P(*[None] * leading, MESH_AXES_OF["batch"]))
 
 

@@ -109,7 +109,7 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
     if config.num_experts and config.model_type != "mixtral":
         fields |= {"norm_topk_prob": config.normalized_experts, "decoder_sparse_step": 1, "mlp_only_layers": []}
     if config.rope_scaling is not None:
-        fields |= _rope_fields(config.rope_scaling)
+        fields |= _rope_fields(config.rope_scaling, config.max_position_embeddings)
     if config.rotary_fraction != 1.0:
         fields["partial_rotary_factor"] = config.rotary_fraction
     if FAMILIES[config.model_type].caps:
@@ -121,14 +121,16 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
     return fields
 
 
-def _rope_fields(scaling: RopeScaling) -> dict[str, Any]:
-    parameters = {name: list(x) if isinstance(x, tuple) else x for name, x in scaling.parameters}
+def _rope_fields(scaling: RopeScaling, positions: int) -> dict[str, Any]:
+    parameters: dict[str, Any] = {name: list(x) if isinstance(x, tuple) else x for name, x in scaling.parameters}
     if scaling.rope_type == "dynamic":
         parameters.pop("original_max_position_embeddings")
-    fields: dict[str, Any] = {"rope_scaling": {"rope_type": scaling.rope_type, **parameters}}
-    if scaling.rope_type == "longrope":
-        fields["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
-    return fields
+    if scaling.rope_type != "longrope":
+        return {"rope_scaling": {"rope_type": scaling.rope_type, **parameters}}
+    original = parameters.pop("original_max_position_embeddings")  # transformers 4 allows exactly three fields for Phi
+    if parameters["factor"] == positions / original:
+        parameters.pop("factor")
+    return {"rope_scaling": {"type": "longrope", **parameters}, "original_max_position_embeddings": original}
 
 
 def _fields_of_layers(config: ModelConfig) -> dict[str, Any]:
@@ -213,7 +215,8 @@ def _experts(fields: dict[str, Any], family: Family, where: str) -> dict[str, An
             f"{fields.get('decoder_sparse_step', 1)!r}; models with some dense layers are not supported."
         )
     model_type = fields["model_type"]
-    for option, supported in (("use_sliding_window", False), ("qkv_bias", True)):
+    supported_options = {"use_sliding_window": False} | ({"qkv_bias": True} if model_type == "qwen2_moe" else {})
+    for option, supported in supported_options.items():
         if model_type != "mixtral" and fields.get(option, supported) != supported:
             raise ValueError(f"{where}: {option} is {fields[option]!r}, which is not supported for {model_type}.")
     options: dict[str, Any] = {field: _positive_int(fields, name, where, 0) for field, name in family.experts.items()}
@@ -260,8 +263,12 @@ def _rope(fields: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
         positions = fields.get("original_max_position_embeddings")
         given = scaling.get("original_max_position_embeddings", context)
         scaling = {**scaling, "original_max_position_embeddings": positions or given}
-    if kind == "longrope" and not scaling.get("factor") and type(context) is int:
-        scaling["factor"] = context / (scaling["original_max_position_embeddings"] or context)
+    if kind == "longrope":
+        original = _positive_int(scaling, "original_max_position_embeddings", where, 0)
+        if original == 1:
+            raise ValueError(f"{where}: the field 'original_max_position_embeddings' is 1; longrope needs more than 1.")
+        positions = _positive_int(fields, "max_position_embeddings", where, 0)
+        scaling["factor"] = scaling.get("factor") or positions / original
     missing = [name for name in needed if scaling.get(name) is None]
     if missing:
         raise ValueError(f"{where}: {kind} rope scaling needs the missing fields {', '.join(missing)}.")

@@ -42,7 +42,7 @@ class Parallel(NamedTuple):
     specs: Mapping[str, P] = {}  # partition spec by flax path; parameters without one are not sharded
     tensor: int = 1  # size of the `tensor` axis
     context: int = 1  # devices of `fsdp` that share rows, see `models.parallel.context`
-    reduce_dtype: str = "float32"  # dtype in which gradients are reduced over `fsdp`
+    reduce_dtype: str = "float32"  # dtype in which gradients are reduced over `fsdp` and `expert`
     scatter_stages: tuple[int, ...] = ()  # see `sharding.scatter_stages`; (): reduce-scatter in one stage
     sum_over_data: bool = False  # the backward pass also sums the gradients of `summed_over_data` over `data`
     slices: int = 1  # number of slices that `data` spans

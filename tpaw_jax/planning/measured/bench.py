@@ -23,7 +23,8 @@ from tpaw_jax.generation.cache import PAGE, Pages
 from tpaw_jax.generation.policy import sharded_models
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK, DecodeState, Sampler, make_sampler
 from tpaw_jax.models import ModelConfig, Transformer
-from tpaw_jax.planning import hlo, lowering, workload
+from tpaw_jax.models.parallel import exchange
+from tpaw_jax.planning import expected, hlo, lowering, workload
 from tpaw_jax.runtime import processes, sharding, tpu
 from tpaw_jax.runtime.host import Prefetch
 from tpaw_jax.training import batch_shapes, cost, fitting_step, memory, scoring, train_step
@@ -348,7 +349,8 @@ def _record(setup: Setup, reading: Reading) -> dict[str, Any]:
 
 def _sent(program: Any, devices: int) -> float:
     """Bytes that a device sends in the collectives of one run of a program. Loops over micro-batches count once."""
-    collectives = hlo.parse(program.as_text()).collectives()
+    rounds = {exchange.SCOPE: expected.EXPERT_ROUNDS}
+    collectives = hlo.parse(program.as_text(), named_trips=rounds).collectives()
     return sum(c.sent(len(c.group) or devices) for c in collectives)
 
 
