@@ -137,7 +137,7 @@ class Program(NamedTuple):
             for i in self.computations[name].instructions.values():
                 if i.opcode == "while":
                     condition, body = _called_by_name(i.attributes)
-                    if trips := self._trips(condition) or self._named_trips(i):
+                    if trips := self._trips(condition, i.attributes):
                         yield from runs_of(body, times * trips, unknown)
                     else:
                         yield from runs_of(body, times * (unknown[0] if unknown else 1), unknown[1:])
@@ -180,14 +180,11 @@ class Program(NamedTuple):
         computes = lambda part: part.opcode in ("while", "convolution", "dot") or "tpu_custom_call" in part.attributes
         return any(map(computes, parts)) or self._moved(i, body) >= size
 
-    def _trips(self, condition: str) -> int:
-        """Trip count of a loop: the largest integer constant in its condition; 0 if there is none."""
-        instructions = (i for _, i in self._with_fused(condition))
+    def _trips(self, condition: str, attributes: str) -> int:
+        """Trip count of a loop: the largest integer constant in its condition, else that of its name, else 0."""
+        named = next((trips for name, trips in self.named_trips.items() if f"/{name}/while" in attributes), 0)
         is_integer = lambda i: i.opcode == "constant" and re.match(r"[su]\d+\[\]", i.shape)
-        return max((int(i.operands[0]) for i in instructions if is_integer(i)), default=0)
-
-    def _named_trips(self, loop: Instruction) -> int:
-        return next((n for name, n in self.named_trips.items() if f"/{name}/while" in loop.attributes), 0)
+        return max((int(i.operands[0]) for _, i in self._with_fused(condition) if is_integer(i)), default=named)
 
     def _with_fused(self, name: str) -> Iterator[tuple[str, Instruction]]:
         """The instructions of a computation and of the fusions in it, except inside a fused reduce-scatter."""
@@ -270,8 +267,7 @@ def parse(text: str, unknown_trips: Sequence[int] = (), named_trips: Mapping[str
 
     Args:
         text: the HLO text.
-        unknown_trips: trip counts of the loops whose trip count depends on data, from the outermost inwards. Loops
-            beyond the list count once.
+        unknown_trips: trip counts of the loops whose trip count depends on data, from the outermost inwards; 1 beyond.
         named_trips: trip counts of other such loops, by the name of the `jax.named_scope` that they are in.
 
     Raises:

@@ -88,7 +88,7 @@ class Options(NamedTuple):
     chunks: int  # of keys in a matmul
     vmem: int  # bytes
     interpret: bool
-    cap: float | None  # soft cap of scores
+    cap: float | None = None  # soft cap of scores
 
 
 def _options(q_BKGTH: Array, wanted: Options) -> Options:

@@ -36,15 +36,6 @@ def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
     family, layers = FAMILIES[model_type], positive("num_hidden_layers")
     ropes, local_theta = _rope_of_layers(fields, where)
     theta, scaling = _rope(ropes, where)
-    number = lambda name: float(_positive_number(_required(fields, name, where), name, where))
-    options: dict[str, Any] = {**family.options, **{name: number(name) for name in family.multipliers}}
-    options |= _windows(fields, family, layers, where)
-    options |= _experts(fields, family, where)
-    if family.caps:
-        options |= {field: _cap(fields, name, where) for field, name in CAPS.items()}
-    if model_type in GEMMA:
-        options["embedding_multiplier"] = hidden**0.5
-        options["attention_multiplier"] = number("query_pre_attn_scalar") ** -0.5
     return ModelConfig(
         model_type=model_type,
         vocab_size=positive("vocab_size"),
@@ -62,8 +53,23 @@ def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
         tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
         rope_layers=_rope_layers(fields, layers, where) if model_type == "smollm3" else None,
         local_rope_theta=local_theta,
-        **options,
+        **family.options,
+        **_windows(fields, family, layers, where),
+        **_experts(fields, family, where),
+        **_multipliers_and_caps(fields, family, where),
     )
+
+
+def _multipliers_and_caps(fields: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """The fields of `ModelConfig` about multipliers and soft caps."""
+    number = lambda name: float(_positive_number(_required(fields, name, where), name, where))
+    options: dict[str, Any] = {name: number(name) for name in family.multipliers}
+    if family.caps:
+        options |= {field: _cap(fields, name, where) for field, name in CAPS.items()}
+    if fields["model_type"] in GEMMA:
+        options["embedding_multiplier"] = float(fields["hidden_size"]) ** 0.5
+        options["attention_multiplier"] = number("query_pre_attn_scalar") ** -0.5
+    return options
 
 
 def _of_supported_family(fields: dict[str, Any], where: str) -> dict[str, Any]:
@@ -225,7 +231,9 @@ def _experts(fields: dict[str, Any], family: Family, where: str) -> dict[str, An
             f"{where}: num_experts_per_tok is {options['experts_per_token']}, but a layer has only "
             f"{options['num_experts']} experts."
         )
-    return {"normalized_experts": bool(fields.get("norm_topk_prob", False)), **options, **family.options}
+    if "normalized_experts" not in family.options:
+        options["normalized_experts"] = bool(fields.get("norm_topk_prob", False))
+    return options
 
 
 def _rope_of_layers(fields: dict[str, Any], where: str) -> tuple[dict[str, Any], float | None]:
