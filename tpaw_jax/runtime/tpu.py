@@ -89,15 +89,15 @@ Those of the SparseCores are from MaxText's benchmarks/xla_flags_library.py.
 def options_of(mesh: Mesh, changes: Sequence[str], has_experts: bool = False) -> dict[str, str]:
     """The compiler options for the mesh's devices: `COMPILER_OPTIONS` on TPUs, changed by `mesh.compiler_options`.
 
-    `has_experts` tells that the program has ragged matmuls: with scattered sums fused between their tiles, libtpu
-    0.0.50 runs out of on-chip memory.
+    `has_experts` tells that the program has ragged matmuls. On v5e, libtpu 0.0.50 then runs out of on-chip memory with
+    fused reduce-scatters if every device computes all experts, and without them if devices hold different experts.
     """
     devices = list(mesh.devices.flat)
     name = generation(devices[0])
     options = dict(COMPILER_OPTIONS[name]) if name else {}
     if name == "v5e" and len(devices) > 16 * slice_count(devices):  # on larger slices, it does not compile
         options.pop("xla_tpu_enable_async_all_to_all")
-    if has_experts:
+    if has_experts and mesh.shape["expert"] == 1:
         options.pop("xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter", None)
     for change in changes:
         option, _, value = change.partition("=")
