@@ -150,7 +150,7 @@ plans: $(VENV)/test
 # A step of models of other families, on 64 chips: half an hour. Each line: model, topology, devices that hold different experts.
 MODELS = qwen3-8b,v5e:8x8,1 gemma-3-4b,v5e:8x8,1 gemma-3-12b,v5e:8x8,1 gemma-3-12b,v6e:8x8,1 \
   llama-3.1-70b,v5e:8x8,1 llama-3.1-70b,v6e:8x8,1 llama-3.1-70b,v5p:4x4x4,1 \
-  qwen3-30b-a3b,v5e:8x8,1 qwen3-30b-a3b,v6e:8x8,1 qwen3-30b-a3b,v5p:4x4x4,1 qwen3-30b-a3b,v5p:4x4x4,8 \
+  qwen3-30b-a3b,v5e:8x8,1 qwen3-30b-a3b,v5e:8x8,8 qwen3-30b-a3b,v6e:8x8,1 qwen3-30b-a3b,v5p:4x4x4,1 qwen3-30b-a3b,v5p:4x4x4,8 \
   mixtral-8x7b,v5e:8x8,1 mixtral-8x7b,v6e:8x8,1 mixtral-8x7b,v5p:4x4x4,1 mixtral-8x7b,v5p:4x4x4,8
 part = $(word $(2),$(subst $(comma), ,$(1)))
 comma := ,
