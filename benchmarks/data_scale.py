@@ -3,7 +3,8 @@
     python benchmarks/data_scale.py --records 50000 200000 --hosts 1 4
 
 Synthetic records with UltraChat-like lengths, tokenized by the demo model's tokenizer, and three generations a prompt
-of random tokens. One JSON line per number of records and of hosts, which are processes of this machine here.
+of random tokens. One JSON line per number of records and of hosts, which are processes of this machine here: the most
+of any host. Hosts share the machine's cores, so `cpu_seconds` says what each would need alone.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def of_hosts(count: int, directory: Path, hosts: int, processes: int) -> dict[st
     found = [json.loads(output.splitlines()[-1]) for output in outputs]
     most = lambda key: {name: max(one[key][name] for one in found) for name in found[0][key]}
     facts = {"hosts": hosts, "processes": processes, **found[0]}
-    return facts | {name: most(name) for name in ("seconds", "peak_gib", "peak_held_gib")}
+    return facts | {name: most(name) for name in ("seconds", "cpu_seconds", "peak_gib", "peak_held_gib")}
 
 
 def measure(count: int, directory: Path, host: int, hosts: int, port: int, processes: int) -> None:
@@ -83,6 +84,7 @@ def measure(count: int, directory: Path, host: int, hosts: int, port: int, proce
     if hosts > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", hosts, host)
     seconds: dict[str, float] = {}
+    cpu_seconds: dict[str, float] = {}
     peaks: dict[str, float] = {}
     held_gib: dict[str, float] = {}
     held, sampled = [0.0], threading.Event()
@@ -94,9 +96,10 @@ def measure(count: int, directory: Path, host: int, hosts: int, port: int, proce
     threading.Thread(target=sample, daemon=True).start()
 
     def timed(name: str, call: Any, *arguments: Any) -> Any:
-        start = time.perf_counter()
+        start, used = time.perf_counter(), cpu_time()
         result = call(*arguments)
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+        cpu_seconds[name] = cpu_seconds.get(name, 0.0) + cpu_time() - used
         peaks[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         held[0] = held_gib[name] = max(held[0], anonymous_gib())
         return result
@@ -125,12 +128,19 @@ def measure(count: int, directory: Path, host: int, hosts: int, port: int, proce
         rows=len(rows),
         fill=rows.fill,
         seconds=seconds,
+        cpu_seconds=cpu_seconds,
         peak_gib=peaks,
         peak_held_gib=held_gib,
         machine=common.machine(),
     )
     if hosts > 1:
         jax.distributed.shutdown()
+
+
+def cpu_time() -> float:
+    """Seconds that cores have worked for this process and its finished workers."""
+    used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def anonymous_gib() -> float:
