@@ -81,6 +81,16 @@ def _fields(remove=(), **values) -> Callable[[bytes], bytes]:
     return change
 
 
+def _experts(**changes):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    return _fields(model_type="qwen3_moe", **sizes, **changes)
+
+
+def _gemma4(**changes):
+    sizes = {"vocab_size_per_layer_input": 512, "rope_parameters": None, "global_head_dim": 16}
+    return _fields(model_type="gemma4_text", hidden_act="gelu_pytorch_tanh", **{**sizes, **changes})
+
+
 def _given(**values) -> Callable[[bytes], bytes]:
     """The second response of another engine with other fields."""
     record = {"prompt_id": 1, "token_ids": [5, 6, 2], "log_probs": [-0.5, -1.0, -0.25]} | values
@@ -281,6 +291,45 @@ BAD_INPUTS = [
         "no experts",
         _fields(model_type="mixtral", num_local_experts=0),
         ("'num_local_experts'", "0"),
+    ),
+    BadInput(
+        MODEL,
+        "no layer with experts",
+        _experts(mlp_only_layers=[0, 1, 2, 3, 4]),
+        ("mlp_only_layers is [0, 1, 2, 3, 4]", "no layer has experts"),
+    ),
+    BadInput(MODEL, "dense layers of text", _experts(mlp_only_layers="1"), ("mlp_only_layers is '1'", "a list")),
+    BadInput(MODEL, "8-bit weights", _fields(quantization_config={"quant_method": "fp8"}), ("'fp8'", "dequantized")),
+    BadInput(MODEL, "biases in attention", _fields(attention_bias=True), ("attention_bias is true", "llama")),
+    BadInput(
+        MODEL,
+        "attention in both directions",
+        _gemma4(use_bidirectional_attention="all"),
+        ("use_bidirectional_attention is 'all'",),
+    ),
+    BadInput(
+        MODEL,
+        "layers of more than two sizes",
+        _gemma4(per_layer_config={"1": {"head_dim": 16}, "3": {"head_dim": 32}}),
+        ("per_layer_config", "the same head_dim"),
+    ),
+    BadInput(
+        MODEL,
+        "tables of two vocabularies",
+        _gemma4(vocab_size_per_layer_input=500),
+        ("vocab_size_per_layer_input is 500", "512"),
+    ),
+    BadInput(
+        MODEL,
+        "keys of a layer that is not there",
+        _gemma4(num_kv_shared_layers=4, layer_types=["sliding_attention"] * 5),
+        ("num_kv_shared_layers is 4", "layer 4"),
+    ),
+    BadInput(
+        MODEL,
+        "a rope of some features of another kind",
+        _gemma4(rope_parameters={"full_attention": {"partial_rotary_factor": 0.25}, "sliding_attention": {}}),
+        ("partial_rotary_factor of 0.25", "'proportional'"),
     ),
     BadInput(WEIGHTS, "a header longer than the file", _at(0, struct.pack("<Q", 2**60)), ("model.safetensors",)),
     BadInput(WEIGHTS, "cut in half", _half, ("model.safetensors", "not a readable safetensors file")),

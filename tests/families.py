@@ -68,6 +68,35 @@ GEMMA2 = {
     "pad_token_id": 0,
     "attn_implementation": "eager",
 }
+GEMMA4 = {  # keys and values of layers 2 and 3 are read by the last two
+    "num_hidden_layers": 6,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 40,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "vocab_size_per_layer_input": 256,
+    "hidden_size_per_layer_input": 16,
+    "final_logit_softcapping": 3.0,
+    "pad_token_id": 0,
+}
+GEMMA4_EXPERTS = {
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 4,
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 40,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 3,
+    "moe_intermediate_size": 48,
+    "pad_token_id": 0,
+}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 MODELS = {  # configuration class, and what differs from `SMALL`
     "llama-tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
@@ -90,6 +119,9 @@ MODELS = {  # configuration class, and what differs from `SMALL`
     "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2-moe": (transformers.Qwen2MoeConfig, EXPERTS | {"shared_expert_intermediate_size": 80}),
     "qwen3-moe": (transformers.Qwen3MoeConfig, EXPERTS | {"head_dim": 32, "norm_topk_prob": True}),
+    "qwen3-moe-dense": (transformers.Qwen3MoeConfig, EXPERTS | {"num_hidden_layers": 3, "mlp_only_layers": [1]}),
+    "gemma4": (transformers.Gemma4TextConfig, GEMMA4),
+    "gemma4-experts": (transformers.Gemma4TextConfig, GEMMA4_EXPERTS),
     "phi3-longrope": (transformers.Phi3Config, LONGROPE | {"sliding_window": None, "pad_token_id": 0}),
     "dynamic": (
         transformers.LlamaConfig,
@@ -106,10 +138,15 @@ MODELS = {  # configuration class, and what differs from `SMALL`
 def random_model(name, directory, **changes):
     """A random transformers model of `MODELS`, saved to a directory."""
     cls, extra = MODELS[name]
+    if "vocab_size" in changes and extra.get("vocab_size_per_layer_input"):
+        changes["vocab_size_per_layer_input"] = changes["vocab_size"]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(cls(**SMALL | extra | changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms too, which start at 0 and 1
             parameter.add_(0.05 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():  # starts at 1, and is not trained
+            if name.endswith("layer_scalar"):
+                buffer.add_(0.2 * torch.randn_like(buffer))
     model.save_pretrained(directory)
     return model

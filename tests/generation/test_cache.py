@@ -147,12 +147,36 @@ def test_a_window_leaves_the_last_tokens(window, attend_by):
         np.testing.assert_allclose(found[0, slot].reshape(2, 2, 8), jnp.einsum("kgt,tkh->kgh", weights, v), atol=1e-5)
 
 
+@both
+def test_a_window_does_not_need_the_pages_before_it(attend_by):
+    rng = np.random.default_rng(3)
+    positions = np.array([150, 63, 64, 130])
+    allocation, layer = make_pages(rng, positions, heads=2, size=8)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    of = draw(1, 4, 4, 8), draw(1, 4, 2, 8), draw(1, 4, 2, 8)
+    whole, used = allocation.table(), allocation.most_used
+    allocation.expire(positions[None] + 1 - 20)
+    assert [allocation.of_slot(0, s).count(cache.FREED) for s in range(4)] == [2, 0, 0, 1]
+    assert allocation.most_used == used - 3
+    found, written = with_own(attend_by, *of, layer, allocation.table(), positions[None], window=20)
+    expected, as_before = with_own(attend_by, *of, layer, whole, positions[None], window=20)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_array_equal(written.keys, as_before.keys)
+
+    order = allocation.resize(np.array([[3, 0, 1, 2]]), allocation.most_used)
+    assert [allocation.of_slot(0, s).count(cache.FREED) for s in range(4)] == [1, 2, 0, 0]
+    assert order.shape == (1, used - 3)
+    for slot in range(4):
+        allocation.release(0, slot)
+    assert allocation.most_used == 0
+
+
 def test_prompts_are_written_page_by_page():
     rng = np.random.default_rng(2)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     keys, values = draw(3, 1, 150, 2, 8), draw(3, 1, 150, 2, 8)
     starts, pages = jnp.array([[0, 64, 20]]), jnp.array([[3, 1, 5]])  # the last is beyond the pool
-    written = cache.write_prompts(cache.empty(3, 1, 5, 2, 8, jnp.float32), keys, values, starts, pages)
+    written = cache.write_prompts(cache.empty([16] * 3, 1, 5, jnp.float32), keys, values, starts, pages)
     for i, layer in enumerate(written):
         for pool, rows in ((layer.keys, keys), (layer.values, values)):
             np.testing.assert_array_equal(pool[0, 3], rows[i, 0, :64].reshape(64, 16))

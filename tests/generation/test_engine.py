@@ -1,5 +1,6 @@
 """Responses depend only on their request, slots refill, and tokens follow the right distribution."""
 
+import dataclasses
 import os
 import signal
 
@@ -58,15 +59,21 @@ def test_decoding_as_on_a_tpu_gives_the_same_tokens(stories, prompts, all_passes
         np.testing.assert_allclose(p, q, atol=1e-5)
 
 
-def test_responses_of_a_prompt_share_its_pages(stories, monkeypatch):
-    used = []
+@pytest.fixture
+def used(monkeypatch):
+    """The pages in use at each chunk of decode steps."""
+    counts = []
 
     class Watched(Pages):
         def table(self):
-            used.append(self.most_used)
+            counts.append(self.most_used)
             return super().table()
 
     monkeypatch.setattr(engine, "Pages", Watched)
+    return counts
+
+
+def test_responses_of_a_prompt_share_its_pages(stories, used):
     rng = np.random.default_rng(9)
     ids = tuple(rng.integers(3, 512, n).astype(np.int32) for n in (130, 70))
     prompts = Prompts(np.arange(2, dtype=np.int32), ids, ids)
@@ -78,6 +85,21 @@ def test_responses_of_a_prompt_share_its_pages(stories, monkeypatch):
     as_on_a_tpu = decoder_of(Transformer(stories[0]), platform="tpu")
     assert_same_tokens(generate(stories, prompts, num_generations=4, slots=8, decoder=as_on_a_tpu), together)
     assert_same_tokens(generate(stories, prompts, num_generations=4, slots=3), together)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_pages_that_no_query_sees_any_more_are_given_back(stories, platform, used):
+    """Responses and prompts of several pages, two responses to a prompt, in a model whose layers all have windows."""
+    config = dataclasses.replace(stories[0], sliding_window=70)
+    prompts = random_prompts(np.random.default_rng(9), 5, longest=200)[0]
+    windowed, found = decoder_of(Transformer(config), platform=platform), {}
+    assert windowed.window == 70
+    for name, decoder in {"freed": windowed, "kept": windowed._replace(window=None)}.items():
+        used.clear()
+        settings = {"max_new_tokens": 200, "min_new_tokens": 200, "slots": 4}
+        found[name] = generate((config, stories[1]), prompts, decoder, num_generations=2, **settings), max(used)
+    assert_same_tokens(found["freed"][0], found["kept"][0])
+    assert found["freed"][1] < 0.7 * found["kept"][1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from families import SMALL, random_model
 from gguf import GGMLQuantizationType as Q
 from safetensors.numpy import load_file
-from test_models import SMALL
 
 from tpaw_jax import models
-from tpaw_jax.models.checkpoints.gguf import GLOBAL_NAMES, LAYER_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +34,15 @@ def write_gguf(path, directory, quantization, **fields):
     writer.add_uint32("llama.context_length", 8192)
     for name, value in fields.items():
         writer.add_string(name.replace("__", "."), value)
-    names = GLOBAL_NAMES | {f"model.layers.0.{hf}": f"blk.0.{name}" for hf, name in LAYER_NAMES.items()}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
     for hf, values in load_file(directory / "model.safetensors").items():
         for projection, heads in (("q_proj", 4), ("k_proj", 2)):
             if projection in hf:
                 rows, columns = values.shape
                 values = values.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
         kind = quantization if values.ndim == 2 else Q.F32
-        writer.add_tensor(names[hf], gguf.quants.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
+        name = names.get_name(hf, (".weight",))
+        writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -74,3 +74,116 @@ def test_a_damaged_file_is_told(tmp_path, directory):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"model.gguf: not a readable GGUF file"):
         models.load_pretrained(path)
+
+
+ARCHITECTURES = {  # family of `families.MODELS`: architecture, and fields beside the common ones
+    "granite": (
+        "granite",
+        {"embedding_scale": 12.0, "residual_scale": 0.22, "attention.scale": 0.0156, "logit_scale": 8.0},
+    ),
+    "smollm3": ("smollm3", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"attention.key_length": 32}),
+    "olmo2": ("olmo2", {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
+    "phi3": ("phi3", {}),
+    "gemma2": (
+        "gemma2",
+        {
+            "attention.key_length": 32,
+            "attention.sliding_window": 40,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3",
+        {
+            "attention.key_length": 32,
+            "attention.sliding_window": 40,
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": 8.0,
+        },
+    ),
+    "mixtral": ("llama", {"expert_count": 4, "expert_used_count": 2, "rope.freq_base": 1e6}),
+    "qwen2-moe": (
+        "qwen2moe",
+        {
+            "expert_count": 8,
+            "expert_used_count": 3,
+            "expert_feed_forward_length": 48,
+            "expert_shared_feed_forward_length": 80,
+        },
+    ),
+    "qwen3-moe": (
+        "qwen3moe",
+        {
+            "attention.key_length": 32,
+            "expert_count": 8,
+            "expert_used_count": 3,
+            "expert_feed_forward_length": 48,
+        },
+    ),
+}
+CHANGES = {  # what GGUF does not say is as llama.cpp assumes it
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+    "gemma2": {"query_pre_attn_scalar": 32},
+    "gemma3": {
+        "num_hidden_layers": 6,
+        "query_pre_attn_scalar": 32,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+    },
+}
+
+
+def as_converted(architecture, name, values, config):
+    """A tensor as llama.cpp's convert_hf_to_gguf.py writes it."""
+    if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
+        return values + 1
+    if architecture in ("llama", "granite", "smollm3"):
+        for projection, heads in (("q_proj", config.num_heads), ("k_proj", config.num_kv_heads)):
+            if projection in name:
+                halves = values.reshape(heads, 2, -1, values.shape[-1])
+                return halves.swapaxes(1, 2).reshape(values.shape)
+    return values
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_every_architecture_gives_the_parameters_and_options_of_its_family(family, tmp_path):
+    (architecture, fields), directory = ARCHITECTURES[family], tmp_path / "hf"
+    random_model(family, directory, **CHANGES.get(family, {}))
+    expected, params = models.load_pretrained(directory)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
+    common = {
+        "embedding_length": expected.hidden_size,
+        "feed_forward_length": expected.intermediate_size,
+        "block_count": expected.num_layers,
+        "attention.head_count": expected.num_heads,
+        "attention.head_count_kv": expected.num_kv_heads,
+        "attention.layer_norm_rms_epsilon": expected.rms_norm_eps,
+        "context_length": expected.max_position_embeddings,
+        "rope.freq_base": expected.rope_theta,
+    }
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for name, value in (common | fields).items():
+        add[type(value)](f"{architecture}.{name}", value)
+    number = next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names, experts = gguf.get_tensor_name_map(number, expected.num_layers), {}
+    exported = models.save_pretrained(tmp_path / "exported", expected, params)  # with experts apart
+    for hf, values in load_file(exported / "model.safetensors").items():
+        values, apart = as_converted(architecture, hf, values, expected), hf.split(".experts.")
+        if len(apart) == 2:
+            number, rest = apart[1].split(".", 1)
+            experts.setdefault(f"{apart[0]}.experts.{rest}", {})[int(number)] = values
+        elif not (expected.tie_embeddings and hf == "lm_head.weight"):
+            writer.add_tensor(names.get_name(hf, (".weight", ".bias")), np.ascontiguousarray(values))
+    for hf, of_experts in experts.items():
+        writer.add_tensor(names.get_name(hf, (".weight",)), np.stack([of_experts[i] for i in range(len(of_experts))]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    config, found = models.load_pretrained(tmp_path / "model.gguf")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, params)
+    tokens = np.random.default_rng(0).integers(3, 256, (1, 100)).astype(np.int32)
+    logits = lambda config, params: models.Transformer(config).apply({"params": params}, tokens)
+    np.testing.assert_allclose(logits(config, found), logits(expected, params), atol=1e-5)

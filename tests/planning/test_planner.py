@@ -475,6 +475,8 @@ def test_the_configurations_for_pods_are_the_papers():
         ("mixtral-8x7b", 46.70),
         ("gemma-3-4b", 3.88),
         ("gemma-3-12b", 11.77),
+        ("gemma-4-31b", 30.70),
+        ("gemma-4-26b-a4b", 25.23),
         ("llama-3.1-70b", 70.55),
     ],
 )

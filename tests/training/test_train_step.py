@@ -328,6 +328,32 @@ GEMMA = {
     "local_rope_theta": 1e3,
     "rope_layers": None,
 }
+GEMMA4 = {  # layers 0, 1 and 2 have keys; 3 reads those of 1, 4 those of 2
+    "model_type": "gemma4_text",
+    "post_norm": True,
+    "qk_norm": True,
+    "value_norm": True,
+    "output_scale": True,
+    "attention_multiplier": 1.0,
+    "sliding_window": 20,
+    "window_layers": (True, True, False, True, False),
+    "local_rope_theta": 1e3,
+    "rope_layers": None,
+    "global_head_dim": 16,
+    "global_kv_heads": 2,
+    "sharing_layers": 2,
+    "sharing_size": 344,
+    "token_features": 16,
+}
+GEMMA4_EXPERTS = GEMMA4 | {
+    "keys_as_values": True,
+    "sharing_layers": 0,
+    "token_features": 0,
+    "num_experts": 8,
+    "experts_per_token": 3,
+    "expert_size": 32,
+    "experts_beside_dense": True,
+}
 EXPERTS = {
     "model_type": "qwen2_moe",
     "num_experts": 8,
@@ -352,6 +378,11 @@ EXPERTS = {
         ),
         pytest.param(MeshConfig(fsdp=4, tensor=2), GEMMA, marks=SIMILAR),
         (MeshConfig(fsdp=8, context=2), GEMMA),
+        (MeshConfig(data=2, fsdp=2, tensor=2), GEMMA4),
+        pytest.param(MeshConfig(fsdp=8), GEMMA4, marks=SIMILAR),
+        pytest.param(MeshConfig(fsdp=8, context=2), GEMMA4, marks=SIMILAR),
+        pytest.param(MeshConfig(fsdp=2, expert=2, tensor=2), GEMMA4_EXPERTS, marks=SIMILAR),
+        pytest.param(MeshConfig(fsdp=4, expert=2), EXPERTS | {"dense_layers": (True,) + (False,) * 4}, marks=SIMILAR),
         pytest.param(MeshConfig(fsdp=2, expert=4), EXPERTS, marks=SIMILAR),
         pytest.param(MeshConfig(expert=8), EXPERTS, marks=SIMILAR),
         pytest.param(MeshConfig(data=2, fsdp=2, expert=2), EXPERTS, marks=SIMILAR),
@@ -372,6 +403,17 @@ def test_eight_devices_take_the_steps_of_one_for_layers_of_other_families(storie
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
     np.testing.assert_allclose(log_probs, alone[2], rtol=1e-5, atol=1e-4)
     assert_close(host(trained), host(alone[1]), rtol=0, atol=1e-5)
+
+
+def test_weight_decay_leaves_what_is_not_trained(stories):
+    config = dataclasses.replace(stories[0], **GEMMA4)
+    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    before = host(params)
+    step, state, inputs, _ = setup((config, params), rows_per_batch=8, most=1, weight_decay=0.5)
+    after = host(step(state, *inputs, scalars())[0].params)
+    for stack in ("layers", "global_layers", "sharing_layers", "sharing_global_layers"):
+        np.testing.assert_array_equal(after[stack]["output_scale"]["scale"], before[stack]["output_scale"]["scale"])
+        assert (after[stack]["q_norm"]["scale"] != before[stack]["q_norm"]["scale"]).any()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import functools
 import heapq
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -35,6 +36,9 @@ LANES = 128
 
 MASKED = -1e30
 """Score of a token that a query must not see. It is finite, so a page without visible tokens needs no special case."""
+
+FREED = -1
+"""Stands for a page that a slot has given back, because no query sees its tokens any more."""
 
 _NO_TOKEN = 1 << 30  # a position that no sequence reaches
 
@@ -66,7 +70,7 @@ class Pages:
         return max(self.pages - len(free) for free in self._free)
 
     def of_slot(self, shard: int, slot: int) -> list[int]:
-        """The pages of a slot in the order of its sequence."""
+        """The pages of a slot in the order of its sequence; `FREED` where it has given one back."""
         return self._held[shard][slot]
 
     def reserve(self, tokens: np.ndarray) -> int:
@@ -88,6 +92,17 @@ class Pages:
                 holders.update(new)
         return 0
 
+    def expire(self, first: np.ndarray) -> None:
+        """Take from every slot the pages whose tokens are all before position `first` [R, S]: no query sees them."""
+        for shard, row in enumerate(first):
+            for slot, position in enumerate(row):
+                held = self._held[shard][slot]
+                for j in reversed(range(min(int(position) // PAGE, len(held)))):
+                    if held[j] == FREED:
+                        break
+                    self._give_back(shard, held[j])
+                    held[j] = FREED
+
     def share(self, shard: int, slot: int, other: int, count: int) -> None:
         """Give a slot without pages the first `count` pages of slot `other`; those must not be written any more."""
         shared = self._held[shard][other][:count]
@@ -96,12 +111,16 @@ class Pages:
 
     def release(self, shard: int, slot: int) -> None:
         """Take all pages from a slot, and free those that no other slot holds."""
-        holders = self._holders[shard]
         for page in self._held[shard][slot]:
-            holders[page] -= 1
-            if not holders[page]:
-                heapq.heappush(self._free[shard], page)
+            if page != FREED:
+                self._give_back(shard, page)
         self._held[shard][slot] = []
+
+    def _give_back(self, shard: int, page: int) -> None:
+        holders = self._holders[shard]
+        holders[page] -= 1
+        if not holders[page]:
+            heapq.heappush(self._free[shard], page)
 
     def table(self) -> PageTable:
         """The current allocation as the device reads it."""
@@ -111,10 +130,12 @@ class Pages:
         first = np.full_like(owner, _NO_TOKEN)
         for r, row in enumerate(self._held):
             owners = np.zeros(self.pages, int)  # of each page, so far
-            for s, held in enumerate(row):
+            for s, all_held in enumerate(row):
+                places = np.flatnonzero(np.array(all_held, int) != FREED)
+                held = np.array(all_held, int)[places]
                 index = owners[held]
-                of_slot[r, s, : len(held)], part[r, s, : len(held)] = held, self.sharers * np.array(held) + index
-                owner[r, held, index], first[r, held, index] = s, PAGE * np.arange(len(held))
+                of_slot[r, s, places], part[r, s, places] = held, self.sharers * held + index
+                owner[r, held, index], first[r, held, index] = s, PAGE * places
                 owners[held] += 1
         return PageTable(of_slot, part, owner, first)
 
@@ -126,9 +147,9 @@ class Pages:
         order = np.full((len(self._held), pages), self.pages)
         for r, row in enumerate(self._held):
             kept = [row[s] for s in slots[r]]
-            holders = Counter(page for held in kept for page in held)
+            holders = Counter(page for held in kept for page in held if page != FREED)
             order[r, : len(holders)] = list(holders)
-            number = {page: i for i, page in enumerate(holders)}
+            number = {FREED: FREED} | {page: i for i, page in enumerate(holders)}
             self._held[r] = [[number[page] for page in held] for held in kept]
             self._holders[r] = Counter({number[page]: n for page, n in holders.items()})
             self._free[r] = list(range(len(holders), pages))
@@ -150,24 +171,25 @@ class LayerPages(struct.PyTreeNode):
 KVCache = tuple[LayerPages, ...]
 
 
-def empty(layers: int, shards: int, pages: int, heads: int, size: int, dtype: DTypeLike) -> KVCache:
-    """A zeroed pool with `pages` pages per shard: 2 L R U P E elements of `dtype`."""
-    zeros = lambda: jnp.zeros((shards, pages, PAGE, heads * size), dtype)
-    return tuple(LayerPages(zeros(), zeros()) for _ in range(layers))
+def empty(widths: Sequence[int], shards: int, pages: int, dtype: DTypeLike) -> KVCache:
+    """A zeroed pool with `pages` pages per shard for layers with E of `widths`: 2 R U P E elements of `dtype` each."""
+    zeros = lambda width: jnp.zeros((shards, pages, PAGE, width), dtype)
+    return tuple(LayerPages(zeros(width), zeros(width)) for width in widths)
 
 
 def write_prompts(
     cache: KVCache,
-    keys: Float[Array, "L R T K H"],
-    values: Float[Array, "L R T K H"],
+    keys: Sequence[Float[Array, "R T K H"]],
+    values: Sequence[Float[Array, "R T K H"]],
     starts: Int[Array, "R C"],
     pages: Int[Array, "R C"],
 ) -> KVCache:
     """The cache with `PAGE` tokens of the shard's row, from each of `starts` on, written into each of `pages`.
 
-    Page numbers beyond the pool are ignored. Tokens after the end of a prompt are written too, but no query sees them.
+    `keys` and `values` are those of each layer, which may be stacked. Page numbers beyond the pool are ignored. Tokens
+    after the end of a prompt are written too, but no query sees them.
     """
-    places_RCP = jnp.minimum(starts[..., None] + jnp.arange(PAGE), keys.shape[2] - 1)
+    places_RCP = jnp.minimum(starts[..., None] + jnp.arange(PAGE), keys[0].shape[1] - 1)
     take = jax.vmap(lambda row_TKH, places_CP: row_TKH[places_CP])  # [R C P K H]
     put = jax.vmap(lambda old, page_C, new: old.at[page_C].set(new.astype(old.dtype), mode="drop"))
     written = []

@@ -29,8 +29,12 @@ from tpaw_jax.models.block import (
     scaled,
     select_kind,
     stacked_by_kind,
+    token_features,
     with_offset,
 )
+from tpaw_jax.models.layer_stacks import places_of, source_of_layers, stacks_of
+from tpaw_jax.models.model_config import LAYERS
+from tpaw_jax.models.parallel import Parallel
 from tpaw_jax.models.rope import rotate
 from tpaw_jax.models.transformer import Transformer, head_table
 from tpaw_jax.types import AnyArray, PackedPrompts
@@ -54,6 +58,8 @@ class LayerWeights(NamedTuple):
     gate_up: Matrix | None  # [G, D]; None: no feed-forward computes all tokens
     down: Matrix | None  # [D, F]
     experts: "ExpertLayer | None"
+    tokens: "TokenLayer | None"
+    output_scale: Float[Array, "*L 1"] | None
 
 
 class ExpertLayer(NamedTuple):
@@ -62,6 +68,17 @@ class ExpertLayer(NamedTuple):
     router: Float[Array, "D E"]
     matrices: experts.ExpertWeights
     shared_gate: Float[Array, "D 1"] | None
+    norms: dict[str, Array]  # only beside a dense feed-forward
+
+
+class TokenLayer(NamedTuple):
+    """A layer's own embedding of the tokens."""
+
+    table: Float[Array, "V Q"]
+    projection: Matrix  # [Q, D]
+    gate: Matrix  # [Q, D]
+    out: Matrix  # [D, Q]
+    post_norm: Float[Array, "D"]
 
 
 class DecodeWeights(NamedTuple):
@@ -70,6 +87,7 @@ class DecodeWeights(NamedTuple):
     embed: Matrix  # [V, D]
     layers: tuple[LayerWeights, ...] | LayerWeights  # a tuple, since XLA copies slices of a stack; stacked if packed
     final_norm: Float[Array, "D"]
+    token_norm: Float[Array, "Q"] | None
     head: Matrix | None  # [V, D]; None: tied to `embed`
 
     @property
@@ -84,18 +102,25 @@ class DecodeWeights(NamedTuple):
 
 def decode_weights(model: Transformer, params: PyTree[Array], packed: bool = False) -> DecodeWeights:
     """Convert a model's parameters for `decode`; `packed` for the CPU kernels."""
-    params_of = lambda i: jax.tree.map(lambda p: p[i], params["layers"])
     layout = kernels.pack if packed else jnp.transpose
     matrix = lambda p_DF: layout(p_DF.astype(model.dtype))
     offset = model.config.norm_offset
     of_layer = lambda p: _layer_weights(p, matrix, offset, model.dtype)
-    layers = [of_layer(params_of(i)) for i in range(0 if packed else model.config.num_layers)]
+    places = () if packed else places_of(model.config)
+    layers = [of_layer(jax.tree.map(lambda p, i=i: p[i], params[stack])) for stack, i in places]
     return DecodeWeights(
         matrix(params["embed"]["embedding"].T),
-        of_layer(params["layers"]) if packed else tuple(layers),
+        of_layer(params[LAYERS]) if packed else tuple(layers),
         with_offset(params["final_norm"]["scale"], offset),
+        params["token_norm"]["scale"] if model.config.token_features else None,
         None if model.config.tie_embeddings else matrix(head_table(params).T),
     )
+
+
+def cache_widths(config: ModelConfig) -> list[int]:
+    """The numbers per token of each layer that has keys of its own, K H."""
+    stacks = [stacks_of(config)[place.stack] for place in places_of(config)]
+    return [own.num_kv_heads * own.head_dim for own in stacks if not own.reads_keys]
 
 
 def decode(
@@ -111,18 +136,26 @@ def decode(
     Products take operands in the compute dtype and accumulate in float32; everything else is float32. Layers are
     unrolled: a scan needs stacked weights, and XLA copies the slices of a stack.
     """
-    angles, kinds = rotary_angles(model.config, positions), model.config.kinds
-    x_MD, layers = _embed(model, weights, tokens), []
-    attend_pages = _attend_with_kernel if weights.packed else functools.partial(_attend, model.local_config)
-    for i, pages in enumerate(cache):
-        kind = model.config.layer_kinds[i]
-        own, window = select_kind(angles, kinds.index(kind) if len(kinds) > 1 else None), kind.window
-        attend = functools.partial(
-            attend_pages, angles=own, pages=pages, table=table, positions=positions, window=window
-        )
-        x_MD, pages = _layer(model, *weights.of_layer(i), x_MD, positions.shape, attend)
-        layers.append(pages)
-    return _logits(model, weights, x_MD).reshape(*tokens.shape, -1), tuple(layers)
+    stacks, sources, pool = stacks_of(model.local_config), source_of_layers(model.config), iter(cache)
+    angles = {stack: rotary_angles(own, positions) for stack, own in stacks.items()}
+    x_MD = _embed(model, weights, tokens)
+    besides = _Besides(x_MD, tokens.reshape(-1), weights.token_norm)
+    kept: dict[int, Any] = {}  # of each layer with keys of its own
+    for i, (stack, index) in enumerate(places_of(model.config)):
+        own, source = stacks[stack], sources[i]
+        kind = own.layer_kinds[index]
+        of_kind = select_kind(angles[stack], own.kinds.index(kind) if len(own.kinds) > 1 else None)
+        settings = {"angles": of_kind, "table": table, "positions": positions, "window": kind.window}
+        if weights.packed:
+            attend = functools.partial(_attend_with_kernel, pages=next(pool), **settings)
+        elif source == i:
+            attend = functools.partial(_attend, own, pages=next(pool), **settings)
+        else:
+            attend = functools.partial(_attend_to, own, source=kept[source], **settings)
+        x_MD, result = _layer(own, weights.of_layer(i), x_MD, positions.shape, attend, model.parallel, besides=besides)
+        kept |= {i: result} if source == i else {}
+    logits = _logits(model, weights, x_MD).reshape(*tokens.shape, -1)
+    return logits, tuple(result[0] for result in kept.values())
 
 
 def prefill(
@@ -145,7 +178,8 @@ def prefill(
 
     def layer(x_MD, own):
         i, kind = own
-        return _layer(model, *weights.of_layer(i), x_MD, rows, functools.partial(attend, kind=kind))
+        attend_to = functools.partial(attend, kind=kind)
+        return _layer(c, weights.of_layer(i), x_MD, rows, attend_to, model.parallel, besides=None)
 
     layers = jnp.arange(c.num_layers), kind_of_layers(c)
     x_MD, keys_and_values = jax.lax.scan(layer, _embed(model, weights, prompts.tokens), layers)
@@ -160,14 +194,30 @@ def _embed(model: Transformer, weights: DecodeWeights, tokens: Int[AnyArray, "R 
     return scaled(x_MD, embedding_multiplier(model.config, model.dtype))
 
 
-def _layer(
-    model: Transformer, w: LayerWeights, i: Layer | None, x_MD: Array, rows: tuple[int, ...], attend: Callable[..., Any]
-) -> Any:
-    """One layer over tokens of shape `rows` = (R, S).
+class _Besides(NamedTuple):
+    """What layers with an embedding of their own take besides."""
 
-    attend([R, S, N + 2K, H]) -> (attention output [R, S, N, H], anything that the caller wants to keep).
+    embedded: Float[Array, "M D"]
+    tokens: Int[Array, "M"]
+    scale: Float[Array, "Q"] | None
+
+
+def _layer(
+    c: ModelConfig,
+    weights: tuple[LayerWeights, Layer | None],
+    x_MD: Array,
+    rows: tuple[int, ...],
+    attend: Callable[..., Any],
+    parallel: Parallel,
+    *,
+    besides: _Besides | None,
+) -> Any:
+    """One layer over tokens of shape `rows` = (R, S); `c` is the architecture of its stack.
+
+    attend([R, S, N + 2K, H]) -> (attention output [R, S, N, H], anything that the caller wants to keep). Layers that
+    compute no keys and values pass their queries alone.
     """
-    c, parallel = model.local_config, model.parallel
+    w, i = weights
     product = functools.partial(_product, epsilon=c.rms_norm_eps, layer=i)
     select = lambda p: p if i is None else p[i]
     norm = lambda x, scale: rms_norm(x, select(scale), c.rms_norm_eps)
@@ -183,19 +233,51 @@ def _layer(
     if w.gate_up is not None:
         gate_MF, up_MF = jnp.split(product(x_MD, w.gate_up, w.mlp_norm), 2, axis=1)
         out_MD = product(ACTIVATIONS[c.activation](gate_MF) * up_MF, w.down)
-    if w.experts is not None:
-        out_MD = _add_experts(c, w.experts, norm(x_MD, w.mlp_norm), out_MD)
-    return x_MD + after(parallel.reduce_from_tensor(out_MD), w.mlp_post_norm), kept
+    if c.experts_beside_dense:
+        out_MD = _experts_beside(c, w.experts, x_MD, out_MD, parallel)
+    elif w.experts is not None:
+        out_MD = parallel.reduce_from_tensor(_add_experts(c, w.experts, norm(x_MD, w.mlp_norm), out_MD))
+    else:
+        out_MD = parallel.reduce_from_tensor(out_MD)
+    x_MD += after(out_MD, w.mlp_post_norm)
+    if w.tokens is not None:
+        x_MD += _of_tokens(c, w.tokens, x_MD, besides)
+    return x_MD if w.output_scale is None else x_MD * w.output_scale.astype(jnp.float32), kept
 
 
 def _add_experts(config: ModelConfig, own: ExpertLayer, h_MD: Array, shared_MD: Array) -> Array:
     """The output of the routed experts, added to that of the shared expert if there is one."""
-    dtype = own.matrices.gate.dtype
-    routes, _ = experts.route(h_MD.astype(dtype), own.router, None, config)
-    outputs_MXD = experts.compute(h_MD.astype(dtype), routes.experts, own.matrices, ACTIVATIONS[config.activation])
+    routes, _ = experts.route(h_MD.astype(own.router.dtype), own.router, None, config)
     if own.shared_gate is not None:
-        shared_MD *= jax.nn.sigmoid(jnp.dot(h_MD.astype(dtype), own.shared_gate, preferred_element_type=jnp.float32))
-    return shared_MD + experts.mix(outputs_MXD.astype(jnp.float32), routes.weights)
+        h_in = h_MD.astype(own.shared_gate.dtype)
+        shared_MD *= jax.nn.sigmoid(jnp.dot(h_in, own.shared_gate, preferred_element_type=jnp.float32))
+    return shared_MD + _mixed(config, own, h_MD, routes)
+
+
+def _experts_beside(config: ModelConfig, own: Any, x_MD: Array, dense_MD: Array, parallel: Parallel) -> Array:
+    """The sum of the normalized outputs of a dense feed-forward and of experts with norms of their own."""
+    norm = lambda x, name: rms_norm(x, own.norms[name], config.rms_norm_eps)
+    router_in = scaled(norm(x_MD, "router_norm"), config.hidden_size**-0.5)
+    routes, _ = experts.route(router_in.astype(own.router.dtype), own.router, None, config)
+    routes = experts.scaled_routes(routes, own.norms["expert_scale"])
+    routed_MD = _mixed(config, own, norm(x_MD, "experts_norm"), routes)
+    total = lambda out_MD, name: norm(parallel.reduce_from_tensor(out_MD), name)
+    return total(dense_MD, "dense_post_norm") + total(routed_MD, "experts_post_norm")
+
+
+def _mixed(config: ModelConfig, own: ExpertLayer, h_MD: Array, routes: experts.Routes) -> Array:
+    h_in, activation = h_MD.astype(own.matrices.gate.dtype), ACTIVATIONS[config.activation]
+    outputs_MXD = experts.compute(h_in, routes.experts, own.matrices, activation)
+    return experts.mix(outputs_MXD.astype(jnp.float32), routes.weights)
+
+
+def _of_tokens(config: ModelConfig, own: TokenLayer, x_MD: Array, besides: Any) -> Array:
+    """What the layer's own embedding of the tokens adds, gated by x."""
+    embedded_MQ = _take_rows(own.table, besides.tokens).astype(jnp.float32)
+    projected_MQ = scaled(_product(besides.embedded, own.projection), config.hidden_size**-0.5)
+    own_MQ = token_features(projected_MQ, embedded_MQ, besides.scale, config)
+    gated_MQ = ACTIVATIONS[config.activation](_product(x_MD, own.gate)) * own_MQ
+    return rms_norm(_product(gated_MQ, own.out), own.post_norm, config.rms_norm_eps)
 
 
 def _logits(model: Transformer, weights: DecodeWeights, x_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
@@ -207,18 +289,22 @@ def _logits(model: Transformer, weights: DecodeWeights, x_MD: Float[Array, "M D"
 
 
 def _scale_heads(config, w, heads_RSXH, norm):
-    """Queries, keys and values, with the norms and the factor of the model's queries and keys."""
+    """Queries, keys and values, with their norms and the factor of queries; queries alone if there are no others."""
     if w.q_norm is None and config.query_scale == 1.0:
         return heads_RSXH
-    q, k, v = _split_heads(config, heads_RSXH)
-    if w.q_norm is not None:
-        together = lambda x: x.reshape(*x.shape[:2], -1) if config.qk_norm_all else x
-        q, k = (norm(together(x), scale).reshape(x.shape) for x, scale in ((q, w.q_norm), (k, w.k_norm)))
-    return jnp.concatenate([scaled(q, config.query_scale), k, v], axis=2)
+    q, *others = _split_heads(config, heads_RSXH)
+    together = lambda x: x.reshape(*x.shape[:2], -1) if config.qk_norm_all else x
+    normed = lambda x, scale: x if scale is None else norm(together(x), scale).reshape(x.shape)
+    q = scaled(normed(q, w.q_norm), config.query_scale)
+    if config.reads_keys:
+        return q
+    k, v = others[0], others[0] if config.keys_as_values else others[1]
+    v = rms_norm(v, None, config.rms_norm_eps) if config.value_norm else v
+    return jnp.concatenate([q, normed(k, w.k_norm), v], axis=2)
 
 
 def _split_heads(config, heads_RSXH):
-    """Queries, keys and values."""
+    """Queries, keys and values, as far as there are any."""
     return jnp.split(heads_RSXH, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
 
 
@@ -237,15 +323,22 @@ def _attend_with_kernel(heads_RSXH, *, angles, pages, table, positions, window):
     """Attention output and the layer's pages with the new tokens, by the CPU kernel."""
     pools = pages.keys, pages.values
     attended, *pools = kernels.attend_pages(heads_RSXH, angles, *pools, table.of_slot, positions, window=window)
-    return attended, kv.LayerPages(*pools)
+    return attended, (kv.LayerPages(*pools),)
 
 
 def _attend(config, heads_RSXH, *, angles, pages, table, positions, window):
-    """Attention output and the layer's pages with the new tokens, by XLA."""
+    """Attention output, and the layer's pages with the new tokens and their keys and values, by XLA."""
     q, k, v = _split_heads(config, heads_RSXH)
     q, k = rotate(q, angles), rotate(k, angles)
     attended = kv.attend_pages(q, k, v, pages, table, positions, window=window, cap=config.attention_cap)
-    return attended, kv.write_token(pages, table, positions, k, v)
+    return attended, (kv.write_token(pages, table, positions, k, v), k, v)
+
+
+def _attend_to(config, q_RSNH, *, source, angles, table, positions, window):
+    """Attention output of queries over what `_attend` has kept of an earlier layer."""
+    pages, k, v = source
+    q_RSNH = rotate(q_RSNH, angles)
+    return kv.attend_pages(q_RSNH, k, v, pages, table, positions, window=window, cap=config.attention_cap), None
 
 
 def _product(x_MD, weight_FD, scale=None, epsilon=0.0, layer=None):
@@ -269,18 +362,23 @@ def _row_major(x_FM):
 
 def _layer_weights(p, matrix, norm_offset, dtype) -> LayerWeights:
     norm = lambda name: with_offset(p[name]["scale"], norm_offset) if name in p else None
-    kernel = lambda *names: matrix(jnp.concatenate([p[name]["kernel"] for name in names], axis=-1))
-    bias = jnp.concatenate([p[name]["bias"] for name in "qkv"], axis=-1) if "bias" in p["q"] else None
-    own = None
+    kernel = lambda *names: matrix(jnp.concatenate([p[name]["kernel"] for name in names if name in p], axis=-1))
+    plain = lambda name: p[name]["kernel"].astype(dtype)
+    own = tokens = None
     if "router" in p:
-        plain = lambda name: p[name]["kernel"].astype(dtype)
         matrices = experts.ExpertWeights(plain("expert_gate"), plain("expert_up"), plain("expert_down"))
-        own = ExpertLayer(plain("router"), matrices, plain("shared_gate") if "shared_gate" in p else None)
+        named = ("router_norm", "expert_scale", "experts_norm", "experts_post_norm", "dense_post_norm")
+        norms = {name: p[name]["scale"] for name in named if name in p}
+        own = ExpertLayer(plain("router"), matrices, plain("shared_gate") if "shared_gate" in p else None, norms)
+    if "token_gate" in p:
+        table = p["token_embedding"]["embedding"].astype(dtype)
+        projection, gate, out = (kernel(name) for name in ("token_projection", "token_gate", "token_out"))
+        tokens = TokenLayer(table, projection, gate, out, p["token_post_norm"]["scale"])
     return LayerWeights(
         attention_norm=norm("attention_norm"),
         attention_post_norm=norm("attention_post_norm"),
         qkv=kernel("q", "k", "v"),
-        qkv_bias=bias,
+        qkv_bias=jnp.concatenate([p[name]["bias"] for name in "qkv"], axis=-1) if "bias" in p["q"] else None,
         q_norm=norm("q_norm"),
         k_norm=norm("k_norm"),
         o=kernel("o"),
@@ -289,4 +387,6 @@ def _layer_weights(p, matrix, norm_offset, dtype) -> LayerWeights:
         gate_up=kernel("gate", "up") if "gate" in p else None,
         down=kernel("down") if "down" in p else None,
         experts=own,
+        tokens=tokens,
+        output_scale=p["output_scale"]["scale"] if "output_scale" in p else None,
     )

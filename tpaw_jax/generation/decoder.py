@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 from tpaw_jax.generation import cache as paged
 from tpaw_jax.generation import decode_step
 from tpaw_jax.generation.cpu import kernels
+from tpaw_jax.models.layer_stacks import has_one_stack
 from tpaw_jax.models.transformer import Transformer
 from tpaw_jax.types import PackedPrompts
 
@@ -24,6 +25,7 @@ class Decoder(NamedTuple):
     place(cache, kv, starts [R, C], pages [R, C]) -> cache, with `PAGE` tokens from each start written to its page
     decode(weights, cache, tokens [R, S], positions [R, S], table) -> (logits [R, S, V], cache)
     prefills_with_weights: whether `prefill` takes the weights of `prepare` instead of `params`
+    window: the tokens that a query sees in any layer, its own included; None: all
     """
 
     dtype: jnp.dtype | None
@@ -33,6 +35,7 @@ class Decoder(NamedTuple):
     place: Callable[..., PyTree[Array]]
     decode: Callable[..., tuple[Array, PyTree[Array]]]
     prefills_with_weights: bool = False
+    window: int | None = None
 
 
 def decoder_of(model: Transformer, cache_dtype: str = "", platform: str = "") -> Decoder:
@@ -40,15 +43,17 @@ def decoder_of(model: Transformer, cache_dtype: str = "", platform: str = "") ->
 
     The cache has `cache_dtype`, by default the model's compute dtype. `platform` is the devices' platform, by default
     JAX's own. On CPUs, the C++ kernels are used if they are available, support both dtypes, and the
-    model is dense, caps no scores and rotates whole heads.
+    model is dense, caps no scores, rotates whole heads, does not normalize values and has one stack of layers.
     """
     c, dtype = model.local_config, jnp.dtype(cache_dtype or model.dtype)
     on_cpu = (platform or jax.default_backend()) == "cpu"
     supported = not c.num_experts and c.attention_cap is None and c.rotary_size == c.head_dim
+    supported = supported and has_one_stack(c) and not c.value_norm
+    windows = [kind.window for kind in c.kinds if kind.window is not None]
     use_kernels = on_cpu and supported and {dtype, jnp.dtype(model.dtype)} <= kernels.DTYPES and kernels.available()
 
     def init(shards, pages):
-        return paged.empty(c.num_layers, shards, pages, c.num_kv_heads, c.head_dim, dtype)
+        return paged.empty(decode_step.cache_widths(c), shards, pages, dtype)
 
     def prefill(params, prompts):
         variables, rows = {"params": params}, (prompts.tokens, prompts.positions, prompts.segment_ids)
@@ -69,6 +74,7 @@ def decoder_of(model: Transformer, cache_dtype: str = "", platform: str = "") ->
             model, weights, tokens, positions, cache, table
         ),
         prefills_with_weights=use_kernels,
+        window=max(windows) if len(windows) == len(c.kinds) else None,
     )
 
 

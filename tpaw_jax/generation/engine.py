@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from tpaw_jax.generation import token_sampling
-from tpaw_jax.generation.cache import PAGE, Pages
+from tpaw_jax.generation.cache import FREED, PAGE, Pages
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK, Admission, Prefilled, Sampler, Snapshot, Weights
 from tpaw_jax.runtime import sharding
 from tpaw_jax.storage import array_files
@@ -166,9 +166,14 @@ class _Engine:
         slots = math.ceil(min(sampler.config.slots * sampler.processes, len(prompts) * num_generations) / shards)
         sharers = min(num_generations, slots) if self.longest >= PAGE else 1  # only full pages of a prompt are shared
         shared = self.lengths // PAGE * PAGE * (1 - 1 / sharers)
-        typical = math.ceil(np.mean(self.lengths + self.limits / 2 - shared) / PAGE)
+        tokens = self.lengths + self.limits / 2 - shared
+        entering = 0  # pages of prompts that have just been admitted
+        if sampler.window is not None:  # older pages are given back
+            tokens = np.minimum(tokens, sampler.window + PAGE + 2 * STEPS_PER_CHUNK)
+            entering = min(slots, ADMISSIONS_PER_CALL) * math.ceil(self.longest / PAGE)
+        typical = math.ceil(np.mean(tokens) / PAGE)
         table = math.ceil((self.longest + sampler.config.max_new_tokens) / PAGE)
-        self.pages = Pages(shards, slots, max(table, typical * slots), table, sharers)
+        self.pages = Pages(shards, slots, max(table, typical * slots + entering), table, sharers)
         self.state = sampler.init(slots, self.pages.pages)
         self.occupant = np.full((shards, slots), -1)  # the request in each slot
         self.generated = np.zeros((shards, slots), int)  # new tokens of each slot in the last snapshot
@@ -216,6 +221,7 @@ class _Engine:
         """Dispatch a chunk of decode steps, after reserving pages for every token it may write."""
         self.chunks_since += 1
         prompts = np.maximum(self.occupant, 0) // self.num_generations
+        self._expire_pages()
         new_tokens = np.minimum(self.generated + self.chunks_since * STEPS_PER_CHUNK, self.limits[prompts])
         self._reserve(np.where(self.occupant >= 0, self.lengths[prompts] + new_tokens, 0))
         self.state, snapshot = self.sampler.decode(
@@ -297,9 +303,10 @@ class _Engine:
                     break
                 new = queue.popleft()
                 i, g = divmod(new.request, self.num_generations)
-                others = np.flatnonzero(self.occupant[r] // self.num_generations == i)
-                if others.size:
-                    donors[r, s] = int(others[0])
+                others = np.flatnonzero(self.occupant[r] // self.num_generations == i).tolist()
+                donor = next((other for other in others if FREED not in self.pages.of_slot(r, other)), None)
+                if donor is not None:
+                    donors[r, s] = donor
                 self.occupant[r, s], self.generated[r, s] = new.request, 0
                 slot[r, a], index_in_row[r, a], length[r, a] = s, new.prompt, self.lengths[i]
                 prompt_id[r, a], sample[r, a], limit[r, a] = self.prompts.ids[i], g, self.limits[i]
@@ -309,6 +316,7 @@ class _Engine:
         flat = lambda x: x.reshape(shards, -1)
         admission = Admission(slot, index_in_row, length, prompt_id, sample, limit, flat(starts), flat(pages))
         self.state = self.sampler.admit(self.state, batch, self._place(admission), self.key)
+        self._expire_pages()
 
     def _give_pages(
         self, admitted: list[tuple[int, int, int]], length: np.ndarray, donors: Mapping[tuple[int, int], int]
@@ -333,6 +341,12 @@ class _Engine:
             held = self.pages.of_slot(r, s)[: math.ceil(length[r, a] / PAGE)]
             pages[r, a, written : len(held)] = held[written:]
         return pages
+
+    def _expire_pages(self) -> None:
+        """Give back the pages that no query of a slot sees any more; `generated` lags behind the device."""
+        if self.sampler.window is not None:
+            prompts = np.maximum(self.occupant, 0) // self.num_generations
+            self.pages.expire(self.lengths[prompts] + self.generated - self.sampler.window)
 
     def _drop_empty_slots(self) -> None:
         """Halve the number of slots as often as the occupied ones fit and the minimum number of slots allows."""

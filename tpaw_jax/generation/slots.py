@@ -97,6 +97,7 @@ class Sampler(NamedTuple):
     dtype: jnp.dtype | None  # of the matrices that `prepare` takes; None: any
     shards: int
     processes: int  # that run the programs together
+    window: int | None  # see `Decoder`
 
 
 def make_sampler(
@@ -145,6 +146,7 @@ def make_sampler(
         dtype=decoder.dtype,
         shards=sharding.row_shards(mesh),
         processes=len({device.process_index for device in mesh.devices.flat}),
+        window=decoder.window,
     )
 
 

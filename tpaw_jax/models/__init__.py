@@ -4,7 +4,7 @@ Read the files in this order:
 
 1. `attention`: attention over packed trees, on CPU, GPU and TPU.
 2. `rope`: rotary embeddings.
-3. `model_config`: the architecture, and the families of models.
+3. `model_config`: the architecture, and the families of models; `layer_stacks`: how layers repeat.
 4. `block`: a layer; `transformer`: the model.
 5. `parallel`: a model on several devices.
 6. `checkpoints`: loading and saving Hugging Face directories, loading GGUF files.

@@ -1,18 +1,18 @@
 """One layer of the transformer, and what the kinds of layers of a model need."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tpaw_jax.models import experts
 from tpaw_jax.models.attention import Attention, Visibility
-from tpaw_jax.models.model_config import LayerKind, ModelConfig
+from tpaw_jax.models.model_config import LAYERS, LayerKind, ModelConfig
 from tpaw_jax.models.parallel import Parallel, exchange
 from tpaw_jax.models.rope import attention_factor, rope_angles, rope_frequencies, rotate
 
@@ -37,11 +37,11 @@ def with_offset(scale: Array, offset: float) -> Array:
     return scale.astype(jnp.float32) + offset if offset else scale
 
 
-def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
+def rms_norm(x: Array, scale: Array | None, epsilon: float) -> Array:
     """Compute x / rms(x) * scale over the last axis, in float32."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+    return (normed if scale is None else normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def scaled(x: Array, factor: float) -> Array:
@@ -49,14 +49,32 @@ def scaled(x: Array, factor: float) -> Array:
     return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
+class Shared(NamedTuple):
+    """What layers take from before them, besides the carry."""
+
+    keys_and_values: tuple[Array, Array] | None = None  # each [B, T, K, H], for layers that compute none
+    embedded: Float[Array, "M D"] | None = None  # the embeddings of the tokens, for layers with `token_features`
+    token_scale: Float[Array, "Q"] | None = None  # of the norm of their projection, one for all layers
+
+
+class LayerInputs(NamedTuple):
+    """What all layers of a stack take without gradient. Angles and context are of `stacked_by_kind`."""
+
+    angles: tuple[Array, Array]
+    context: Any
+    live: Bool[Array, "M"] | None = None  # False for tokens of padding; only for experts
+    tokens: Int[Array, "M"] | None = None  # only for `token_features`
+
+
 class Block(nn.Module):
-    """One layer: attention and a gated feed-forward."""
+    """One layer: attention and a gated feed-forward. `config` is that of its stack."""
 
     config: ModelConfig
     dtype: DTypeLike
     param_dtype: DTypeLike
     attention: Attention
     parallel: Parallel
+    stack: str = LAYERS
 
     def setup(self) -> None:
         c = self.config
@@ -68,12 +86,15 @@ class Block(nn.Module):
             self.attention_norm, self.mlp_norm = norm(), norm()
         if c.post_norm:
             self.attention_post_norm, self.mlp_post_norm = norm(), norm()
-        self.q = linear(c.num_heads * c.head_dim, c.qkv_bias)
-        self.k = linear(c.num_kv_heads * c.head_dim, c.qkv_bias)
-        self.v = linear(c.num_kv_heads * c.head_dim, c.qkv_bias)
-        self.o = linear(c.hidden_size)
+        self.q, self.o = linear(c.num_heads * c.head_dim, c.qkv_bias), linear(c.hidden_size)
+        if not c.reads_keys:
+            self.k = linear(c.num_kv_heads * c.head_dim, c.qkv_bias)
+        if not c.reads_keys and not c.keys_as_values:
+            self.v = linear(c.num_kv_heads * c.head_dim, c.qkv_bias)
         if c.qk_norm or c.qk_norm_all:
-            self.q_norm, self.k_norm = norm(), norm()
+            self.q_norm = norm()
+        if (c.qk_norm or c.qk_norm_all) and not c.reads_keys:
+            self.k_norm = norm()
         if c.dense_size:
             self.gate, self.up = linear(c.dense_size), linear(c.dense_size)
             self.down = linear(c.hidden_size)
@@ -83,36 +104,58 @@ class Block(nn.Module):
             self.router = matrix(c.hidden_size, c.num_experts)
             self.expert_gate, self.expert_up = (matrix(held, c.hidden_size, size) for _ in range(2))
             self.expert_down = matrix(held, size, c.hidden_size)
-            if c.dense_size:
+            if c.experts_beside_dense:
+                self.router_norm, self.experts_norm, self.experts_post_norm = norm(), norm(), norm()
+                self.dense_post_norm = norm()
+                self.expert_scale = Scale((c.num_experts,), self.param_dtype)
+            elif c.dense_size:
                 self.shared_gate = matrix(c.hidden_size, 1)
+        if c.token_features:
+            shape = (c.vocab_size, c.token_features)
+            self.token_embedding = TokenEmbedding(self.stack, shape, self.param_dtype, self.parallel)
+            self.token_projection, self.token_gate = linear(c.token_features), linear(c.token_features)
+            self.token_out, self.token_post_norm = linear(c.hidden_size), norm()
+        if c.output_scale:
+            self.output_scale = Scale((1,), self.param_dtype)
 
-    def __call__(self, carry, kind, angles, context, live, with_cache):
-        """Apply the layer to packed rows; `with_cache` also returns keys and values, each [B, T, K, H].
+    def __call__(self, carry, kind, shared, inputs):
+        """Apply the layer to packed rows; return the carry, and keys and values, each [B, T, K, H].
 
         The carry is x [M, D] and the sum of the layers' `RouterStatistics`, or None. `kind` is the layer's item of
-        `kind_of_layers`; angles and context are of `stacked_by_kind`; `live` [M] is False for tokens of padding.
+        `kind_of_layers`.
         """
-        x_MD, statistics = carry
-        angles, context = select_kind((angles, context), kind)
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_MD, angles)
-        cap = {} if self.config.attention_cap is None else {"cap": self.config.attention_cap}
-        x_MD = self._add_attention(x_MD, self.attention.attend(q_BTNH, k_BTKH, v_BTKH, context, **cap))
-        x_MD, own = self._add_feed_forward(x_MD, live, rows=len(angles[0]))
-        statistics = None if own is None else jax.tree.map(jnp.add, statistics, own)
-        return (x_MD, statistics), (k_BTKH, v_BTKH) if with_cache else None
-
-    def _project(self, x_MD, angles):
-        # All tokens are on one axis, M = B T, so that XLA computes the weights' gradients as plain matmuls.
-        c, rows = self.config, angles[0].shape[:2]
+        c, (x_MD, statistics) = self.config, carry
+        angles, context = select_kind((inputs.angles, inputs.context), kind)
         h_MD = self.parallel.copy_to_tensor(self.attention_norm(x_MD) if c.pre_norm else x_MD)
-        q_MF, k_MF, v_MF = self.q(h_MD), self.k(h_MD), self.v(h_MD)
+        q_BTNH = self._queries(h_MD, angles)
+        k_BTKH, v_BTKH = shared.keys_and_values if c.reads_keys else self._keys_and_values(h_MD, angles)
+        cap = {} if c.attention_cap is None else {"cap": c.attention_cap}
+        x_MD = self._add_attention(x_MD, self.attention.attend(q_BTNH, k_BTKH, v_BTKH, context, **cap))
+        x_MD, own = self._add_feed_forward(x_MD, inputs.live, rows=len(angles[0]))
+        statistics = statistics if own is None else jax.tree.map(jnp.add, statistics, own)
+        if c.token_features:
+            x_MD += self._of_tokens(x_MD, shared, inputs.tokens)
+        if c.output_scale:
+            factor = jax.lax.stop_gradient(self.output_scale()).astype(jnp.float32)
+            x_MD = (x_MD.astype(jnp.float32) * factor).astype(x_MD.dtype)
+        return (x_MD, statistics), (k_BTKH, v_BTKH)
+
+    # All tokens are on one axis, M = B T, so that XLA computes the weights' gradients as plain matmuls.
+    def _queries(self, h_MD, angles):
+        c, q_MF = self.config, self.q(h_MD)
         if c.qk_norm_all:
-            q_MF, k_MF = self.q_norm(q_MF), self.k_norm(k_MF)
-        q_BTNH = q_MF.reshape(*rows, c.num_heads, c.head_dim)
-        k_BTKH, v_BTKH = (x_MF.reshape(*rows, c.num_kv_heads, c.head_dim) for x_MF in (k_MF, v_MF))
-        if c.qk_norm:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        return scaled(rotate(q_BTNH, angles), c.query_scale), rotate(k_BTKH, angles), v_BTKH
+            q_MF = self.q_norm(q_MF)
+        q_BTNH = q_MF.reshape(*angles[0].shape[:2], c.num_heads, c.head_dim)
+        return scaled(rotate(self.q_norm(q_BTNH) if c.qk_norm else q_BTNH, angles), c.query_scale)
+
+    def _keys_and_values(self, h_MD, angles):
+        c, k_MF = self.config, self.k(h_MD)
+        v_MF = k_MF if c.keys_as_values else self.v(h_MD)
+        if c.qk_norm_all:
+            k_MF = self.k_norm(k_MF)
+        heads = lambda x_MF: x_MF.reshape(*angles[0].shape[:2], c.num_kv_heads, c.head_dim)
+        k_BTKH, v_BTKH = self.k_norm(heads(k_MF)) if c.qk_norm else heads(k_MF), heads(v_MF)
+        return rotate(k_BTKH, angles), rms_norm(v_BTKH, None, c.rms_norm_eps) if c.value_norm else v_BTKH
 
     def _add_attention(self, x_MD, attended):
         c = self.config
@@ -125,28 +168,83 @@ class Block(nn.Module):
         own_MD, out_MD = self.parallel.copy_to_tensor(h_MD), 0
         if c.dense_size:
             out_MD = self.down(ACTIVATIONS[c.activation](self.gate(own_MD)) * self.up(own_MD))
-        if c.num_experts:
+        if c.experts_beside_dense:
+            out_MD, statistics = self._experts_beside(x_MD, out_MD, live, rows)
+        elif c.num_experts:
             routed_MD, statistics = self._experts(h_MD, own_MD, live, rows)
             if c.dense_size:
                 gate_D1 = self.shared_gate().astype(self.dtype)
                 gate_M1 = jax.nn.sigmoid(jnp.dot(h_MD, gate_D1, preferred_element_type=jnp.float32))
                 out_MD = (self.parallel.copy_to_tensor(gate_M1) * out_MD).astype(self.dtype)
-            out_MD = out_MD + routed_MD
-        out_MD = self.parallel.reduce_from_tensor(out_MD)
+            out_MD = self.parallel.reduce_from_tensor(out_MD + routed_MD)
+        else:
+            out_MD = self.parallel.reduce_from_tensor(out_MD)
         x_MD += scaled(self.mlp_post_norm(out_MD) if c.post_norm else out_MD, c.residual_multiplier)
         return x_MD, statistics
 
+    def _experts_beside(self, x_MD, dense_MD, live, rows):
+        """The sum of the normalized outputs of a dense feed-forward and of experts with norms of their own."""
+        parallel, routed_MD = self.parallel, scaled(self.router_norm(x_MD), self.config.hidden_size**-0.5)
+        own_MD = parallel.copy_to_tensor(self.experts_norm(x_MD))
+        routed_MD, statistics = self._experts(routed_MD, own_MD, live, rows)
+        dense_MD = self.dense_post_norm(parallel.reduce_from_tensor(dense_MD))
+        return dense_MD + self.experts_post_norm(parallel.reduce_from_tensor(routed_MD)), statistics
+
     def _experts(self, h_MD, own_MD, live, rows):
-        """The output of the routed experts, or a device's part of it, and the layer's share of the statistics."""
+        """The output of the routed experts, or a device's part of it, and statistics of the router, which reads h."""
         c, parallel = self.config, self.parallel
         routes, logits_ME = experts.route(h_MD, self.router().astype(self.dtype), live, c)
         matrices = (self.expert_gate(), self.expert_up(), self.expert_down())
         weights = experts.ExpertWeights(*(matrix.astype(self.dtype) for matrix in matrices))
         statistics = experts.router_statistics(routes, logits_ME, live, rows, parallel.sum_of_rows)
+        if c.experts_beside_dense:
+            routes = experts.scaled_routes(routes, self.expert_scale())
         routes = routes._replace(weights=parallel.copy_to_tensor(routes.weights))
         mixed_outputs = exchange.mixed_outputs if parallel.expert > 1 else experts.mixed_outputs
-        out_MD = mixed_outputs(own_MD, routes, weights, ACTIVATIONS[c.activation])
-        return out_MD, jax.tree.map(lambda x: x / c.num_layers, statistics)
+        return mixed_outputs(own_MD, routes, weights, ACTIVATIONS[c.activation]), statistics
+
+    def _of_tokens(self, x_MD, shared, tokens_M):
+        """What the layer's own embedding of the tokens adds, gated by x."""
+        c = self.config
+        embedded_MQ = self.token_embedding(tokens_M, self.dtype)
+        projected_MQ = scaled(self.token_projection(shared.embedded), c.hidden_size**-0.5)
+        own_MQ = token_features(projected_MQ, embedded_MQ, shared.token_scale, c)
+        return self.token_post_norm(self.token_out(ACTIVATIONS[c.activation](self.token_gate(x_MD)) * own_MQ))
+
+
+def token_features(
+    projected: Float[Array, "M Q"], embedded: Float[Array, "M Q"], scale: Float[Array, "Q"], config: ModelConfig
+) -> Float[Array, "M Q"]:
+    """Combine the projection of a token's embedding with its own embedding of the layer (Gemma 3n and 4)."""
+    normed = rms_norm(projected, scale, config.rms_norm_eps)
+    return scaled(normed + scaled(embedded, config.token_features**0.5), 0.5**0.5)
+
+
+class TokenEmbedding(nn.Module):
+    """A layer's own embedding of the tokens, of which each device holds some columns."""
+
+    stack: str
+    shape: tuple[int, int]
+    param_dtype: DTypeLike
+    parallel: Parallel
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "M"], dtype: DTypeLike) -> Float[Array, "M Q"]:
+        name = f"{self.stack}/token_embedding/embedding"
+        shape = self.parallel.local_shape(name, (1, *self.shape))[1:]
+        table = self.param("embedding", nn.initializers.normal(self.shape[1] ** -0.5), shape, self.param_dtype)
+        return self.parallel.embed(table, name, tokens, dtype)
+
+
+class Scale(nn.Module):
+    """Numbers that start at 1."""
+
+    shape: tuple[int, ...]
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "*shape"]:
+        return self.param("scale", nn.initializers.ones, self.shape, self.param_dtype)
 
 
 class Kernel(nn.Module):

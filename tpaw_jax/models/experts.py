@@ -37,8 +37,8 @@ class ExpertWeights(NamedTuple):
 class RouterStatistics(NamedTuple):
     """How evenly the router of a layer loads its experts with the tokens of each row.
 
-    Sums of all layers are divided by their number. Per row, f_e is the share of assignments that go to expert e, and
-    P_e the mean probability that the router gives it.
+    Those of a model are means over its layers with experts. Per row, f_e is the share of assignments that go to expert
+    e, and P_e the mean probability that the router gives it.
     """
 
     balance: Float[Array, "B"]  # E sum_e f_e P_e: the load-balance loss (arXiv 2101.03961, equation 4); 1 if even
@@ -61,6 +61,12 @@ def route(
     if live is not None:
         experts = jnp.where(live[:, None], experts, config.num_experts)
     return Routes(experts, weights), logits_ME
+
+
+def scaled_routes(routes: Routes, scale: Float[Array, "E"]) -> Routes:
+    """Multiply the weights of each expert by its own number."""
+    of_experts = scale.astype(jnp.float32)[jnp.minimum(routes.experts, len(scale) - 1)]
+    return routes._replace(weights=routes.weights * of_experts)
 
 
 def router_statistics(

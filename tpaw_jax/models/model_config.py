@@ -4,7 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tpaw_jax.models.rope import BY_LENGTH, ROPE_FIELDS, RopeScaling
+from tpaw_jax.models.rope import BY_LENGTH, RopeScaling
+
+LAYERS = "layers"
+"""The stack of all layers, unless some have parameters of other shapes."""
 
 
 class LayerKind(NamedTuple):
@@ -58,6 +61,17 @@ class ModelConfig:
     expert_size: int = 0  # features of an expert
     shared_expert_size: int = 0  # features of the expert that computes all tokens; 0: there is none
     normalized_experts: bool = False  # the weights of a token's experts add up to 1
+    dense_layers: tuple[bool, ...] | None = None  # which layers have no experts; None: all have, or none
+    experts_beside_dense: bool = False  # experts add to a feed-forward of `intermediate_size`; their router has a norm
+    global_head_dim: int = 0  # head_dim of the layers without a window; 0: as the others
+    global_kv_heads: int = 0  # num_kv_heads of those layers
+    keys_as_values: bool = False  # those layers project no values; they take the keys before their norm
+    value_norm: bool = False  # values are normalized, each head alone, without a scale
+    sharing_layers: int = 0  # the last layers, which read keys and values of earlier ones
+    sharing_size: int = 0  # `intermediate_size` of those layers
+    reads_keys: bool = False  # all layers do so; set by `of_stack`
+    output_scale: bool = False  # a number of the checkpoint, not trained, multiplies the output of a layer
+    token_features: int = 0  # features of each layer's own embedding of the tokens; 0: there is none
 
     @property
     def positions(self) -> int:
@@ -74,7 +88,9 @@ class ModelConfig:
     @property
     def dense_size(self) -> int:
         """Features of the feed-forward that computes all tokens; 0 if there is none."""
-        return self.shared_expert_size if self.num_experts else self.intermediate_size
+        if self.num_experts and not self.experts_beside_dense:
+            return self.shared_expert_size
+        return self.intermediate_size
 
     @property
     def active_size(self) -> int:
@@ -101,8 +117,44 @@ class ModelConfig:
         """The distinct kinds of layers."""
         return tuple(dict.fromkeys(self.layer_kinds))
 
+    def stack_of(self, layer: int) -> str:
+        """The name of the stack that holds a layer's parameters. Those of a stack have the same shapes."""
+        if self.dense_layers is not None and self.dense_layers[layer]:
+            return "dense_layers"
+        name = "global_layers" if self.global_head_dim and not self._has_window(layer) else LAYERS
+        return f"sharing_{name}" if layer >= self.num_layers - self.sharing_layers else name
+
+    def of_stack(self, stack: str) -> "ModelConfig":
+        """The architecture of a model that has the layers of one stack only."""
+        own = [i for i in range(self.num_layers) if self.stack_of(i) == stack]
+        if len(own) == self.num_layers and stack == LAYERS:
+            return self
+        select = lambda of_layers: None if of_layers is None else tuple(of_layers[i] for i in own)
+        of_experts = ("num_experts", "experts_per_token", "expert_size", "shared_expert_size")
+        no_experts: dict[str, Any] = dict.fromkeys(of_experts, 0) if stack == "dense_layers" else {}
+        shares, is_global = stack.startswith("sharing_"), stack.endswith("global_layers")
+        return dataclasses.replace(
+            self,
+            num_layers=len(own),
+            window_layers=select(self.window_layers),
+            rope_layers=select(self.rope_layers),
+            dense_layers=None,
+            **no_experts,
+            head_dim=self.global_head_dim if is_global else self.head_dim,
+            num_kv_heads=self.global_kv_heads if is_global else self.num_kv_heads,
+            global_head_dim=0,
+            global_kv_heads=0,
+            keys_as_values=self.keys_as_values and is_global,
+            sharing_layers=0,
+            intermediate_size=self.sharing_size if shares else self.intermediate_size,
+            reads_keys=shares,
+        )
+
+    def _has_window(self, layer: int) -> bool:
+        return self.sliding_window is not None and (self.window_layers is None or self.window_layers[layer])
+
     def _kind(self, layer: int) -> LayerKind:
-        windowed = self.sliding_window is not None and (self.window_layers is None or self.window_layers[layer])
+        windowed = self._has_window(layer)
         window = self.sliding_window if windowed else None
         if self.rope_layers is not None and not self.rope_layers[layer]:
             return LayerKind(window, None, None)
@@ -120,13 +172,14 @@ class Family(NamedTuple):
     defaults: Mapping[str, Any] = {}  # of fields that config.json leaves out
     window: str = ""  # which layers have the sliding window: "all", "by type", "if used" (by type or from a layer on)
     full_every: int = 6  # "by type": each so many-th layer has no window, if config.json does not say
-    caps: bool = False  # whether scores and logits may be capped
-    ropes: tuple[str, ...] = ("default", *(kind for kind in ROPE_FIELDS if kind != "longrope"))
+    caps: tuple[str, ...] = ()  # fields of `ModelConfig` about soft caps that the family may set
+    ropes: tuple[str, ...] = ("default", "linear", "llama3", "yarn", "dynamic")
     partial_rope: bool = False  # whether config.json may say that only a part of each head is rotated
+    two_sizes: bool = False  # layers with and without a window have heads of their own size
     experts: Mapping[str, str] = {}  # fields of `ModelConfig` about experts, and their names in config.json
 
 
-_GEMMA3 = {
+_GEMMA3: dict[str, Any] = {
     "vocab_size": 262208,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -156,6 +209,23 @@ _GEMMA_OPTIONS = {
     "activation": "gelu_pytorch_tanh",
     "rounded_multiplier": True,
 }
+_GEMMA4: dict[str, Any] = {
+    "vocab_size": 262144,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 131072,
+    "sliding_window": 512,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    },
+    "hidden_size_per_layer_input": 256,
+    "vocab_size_per_layer_input": 262144,
+    "tie_word_embeddings": True,
+}
 _QWEN = {"sliding_window": 4096, "max_window_layers": 28}
 _EXPERTS = {"num_experts": "num_experts", "experts_per_token": "num_experts_per_tok"}
 _QWEN_EXPERTS = {**_EXPERTS, "expert_size": "moe_intermediate_size"}
@@ -174,7 +244,30 @@ FAMILIES = {  # by model_type
         defaults=_GEMMA3,
         window="by type",
     ),
-    "gemma2": Family("Gemma2ForCausalLM", _GEMMA_OPTIONS, defaults=_GEMMA2, window="by type", full_every=2, caps=True),
+    "gemma4_text": Family(
+        "Gemma4ForCausalLM",
+        {
+            **_GEMMA_OPTIONS,
+            "norm_offset": 0.0,
+            "qk_norm": True,
+            "value_norm": True,
+            "output_scale": True,
+            "attention_multiplier": 1.0,
+        },
+        defaults=_GEMMA4,
+        window="by type",
+        ropes=("default", "proportional"),
+        two_sizes=True,
+        caps=("logits_cap",),
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        _GEMMA_OPTIONS,
+        defaults=_GEMMA2,
+        window="by type",
+        full_every=2,
+        caps=("attention_cap", "logits_cap"),
+    ),
     "mixtral": Family(
         "MixtralForCausalLM",
         {"normalized_experts": True},

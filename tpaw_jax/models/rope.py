@@ -24,6 +24,7 @@ ROPE_FIELDS = {  # fields of each rope type that it needs, and that it may have
         ("factor", "original_max_position_embeddings"),
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
+    "proportional": (("partial_rotary_factor",), ("factor",)),
     "dynamic": (("factor", "original_max_position_embeddings"), ()),
     "longrope": (
         ("short_factor", "long_factor", "original_max_position_embeddings", "factor"),
@@ -49,11 +50,15 @@ def rope_frequencies(size: int, theta: float, scaling: RopeScaling | None, lengt
         p = dict(scaling.parameters)
         stretch = max(length, p["original_max_position_embeddings"]) / p["original_max_position_embeddings"]
         theta *= (p["factor"] * stretch - (p["factor"] - 1)) ** (size / (size - 2))
-    frequencies = theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
+    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+    frequencies = 1 / np.float32(theta) ** exponents  # rounded as in transformers, which matters at position 4,000
     if scaling is not None and scaling.rope_type != "dynamic":
         p = dict(scaling.parameters)
         if scaling.rope_type == "linear":
             frequencies = frequencies / p["factor"]
+        elif scaling.rope_type == "proportional":  # the other features turn by no angle
+            turning = np.arange(size // 2) < int(p["partial_rotary_factor"] * size // 2)
+            frequencies = np.where(turning, frequencies / p.get("factor", 1.0), 0.0)
         elif scaling.rope_type == "longrope":  # arXiv 2402.13753
             is_long = length > p["original_max_position_embeddings"]
             frequencies = frequencies / np.array(p["long_factor" if is_long else "short_factor"])

@@ -13,7 +13,10 @@ from jaxtyping import Array, Float, Int, PyTree
 from tpaw_jax.models.attention import EINSUM, SAVED, Attention, Visibility, capped
 from tpaw_jax.models.block import (
     Block,
+    LayerInputs,
     RMSNorm,
+    Scale,
+    Shared,
     attention_context,
     embedding_multiplier,
     kind_of_layers,
@@ -22,9 +25,11 @@ from tpaw_jax.models.block import (
     stacked_by_kind,
 )
 from tpaw_jax.models.experts import RouterStatistics
+from tpaw_jax.models.layer_stacks import cycles_of, has_one_stack, layers_with_experts, stacks_of
 from tpaw_jax.models.model_config import ModelConfig
 from tpaw_jax.models.parallel import UNSHARDED, Parallel, scan_layers
 from tpaw_jax.models.parallel.context import check_groups, check_heads, exchanging_heads, own_tokens
+from tpaw_jax.models.parallel.layer_scan import Order, Stack
 from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.types import TreeBatch
 
@@ -73,7 +78,9 @@ class Embedding(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder-only transformer: tokens -> logits. Layers are stacked on a leading axis and run under `nn.scan`.
+    """A decoder-only transformer: tokens -> logits.
+
+    Layers with parameters of the same shapes are stacked on a leading axis, and run in a scan, see `layer_stacks`.
 
     Args:
         config: the architecture.
@@ -100,32 +107,32 @@ class Transformer(nn.Module):
             c,
             num_heads=c.num_heads // tensor,
             num_kv_heads=c.num_kv_heads // tensor,
+            global_kv_heads=c.global_kv_heads // tensor,
             intermediate_size=c.intermediate_size // tensor,
+            sharing_size=c.sharing_size // tensor,
             expert_size=c.expert_size // tensor,
             shared_expert_size=c.shared_expert_size // tensor,
         )
 
     def setup(self) -> None:
         c, parallel = self.config, self.parallel
-        block = Block
-        if parallel.specs:
-            gather = lambda variables: {"params": parallel.layer(variables["params"], self.dtype)}
-            block = nn.map_variables(Block, "params", gather)
-        if self.remat != "none":
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(6,))
-        self.layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, *[nn.broadcast] * 4),
-            length=c.num_layers,
-        )(self.local_config, self.dtype, self.param_dtype, self.attention, parallel)
+        for stack, own in stacks_of(self.local_config).items():
+            layers = nn.scan(
+                Block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                length=own.num_layers,
+            )
+            setattr(self, stack, layers(own, self.dtype, self.param_dtype, self.attention, parallel, stack))
         shape = lambda name: parallel.local_shape(f"{name}/embedding", (c.vocab_size, c.hidden_size))
         table = lambda name: Embedding(shape(name), self.param_dtype)
         self.embed = table("embed")
         self.final_norm = RMSNorm(c.rms_norm_eps, self.param_dtype, c.norm_offset)
         if not c.tie_embeddings:
             self.head = table("head")
+        if c.token_features:
+            self.token_norm = Scale((c.token_features,), self.param_dtype)
 
     def __call__(
         self,
@@ -151,8 +158,11 @@ class Transformer(nn.Module):
 
     def prefill(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        """Compute the hidden states of packed prompts, and their keys and values, each [L, B, T, K, H]."""
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, Any]]:
+        """Compute the hidden states of packed prompts, and the keys and values of the layers that compute any.
+
+        Those are each [L, B, T, K, H], or a tuple of [B, T, K, H] if layers differ in their shapes.
+        """
         return self._rows(tokens, positions, Visibility(segment_ids), with_cache=True)[:2]
 
     def hidden_and_head(self, batch: TreeBatch) -> tuple[Float[Array, "B T D"], Float[Array, "v D"]]:
@@ -178,36 +188,110 @@ class Transformer(nn.Module):
         return getattr(self, self._head_name)()
 
     def _rows(self, tokens_BT, positions_BT, visibility, with_cache):
-        context = stacked_by_kind(self.config, lambda kind: attention_context(self.attention, visibility, kind))
-        own = lambda x: own_tokens(x, self.parallel.context) if self.parallel.context > 1 else jnp.asarray(x)
+        c, split = self.config, self.parallel.context > 1
+        own = lambda x: own_tokens(x, self.parallel.context) if split else jnp.asarray(x)
         tokens_BT, positions_BT = own(tokens_BT), own(positions_BT)
-        angles = rotary_angles(self.config, positions_BT)
+        inputs = self._inputs(tokens_BT, positions_BT, own(visibility.segment_ids), visibility)
         x_MD = self.parallel.embed(self.embed(), "embed/embedding", tokens_BT.reshape(-1), self.dtype)
-        x_MD = scaled(x_MD, embedding_multiplier(self.config, self.dtype))
-        live_M = statistics = None
-        if self.config.num_experts:
-            live_M = (own(visibility.segment_ids) > 0).reshape(-1)
-            statistics = RouterStatistics(*jnp.zeros((3, len(tokens_BT)), jnp.float32))
-        cache, head, inputs = None, self._head(), (angles, context, live_M)
-        if self.parallel.specs and not with_cache:
-            (x_MD, statistics), head = self._scan_sharded((x_MD, statistics), inputs, head)
+        x_MD = scaled(x_MD, embedding_multiplier(c, self.dtype))
+        shared = Shared(None, x_MD, self.token_norm()) if c.token_features else Shared()
+        statistics = RouterStatistics(*jnp.zeros((3, len(tokens_BT)), jnp.float32)) if c.num_experts else None
+        carry, cache, head = (x_MD, statistics), None, self._head()
+        if self.is_initializing():
+            carry = self._initialized(carry, shared, inputs)
+        elif self.parallel.specs and not with_cache:
+            carry, head = self._scan_sharded(carry, shared, inputs, head)
         else:
-            (x_MD, statistics), cache = self.layers(
-                (x_MD, statistics), kind_of_layers(self.config), *inputs, with_cache
-            )
+            carry, cache = self._scan(carry, shared, inputs, with_cache)
+        x_MD, statistics = carry
         if statistics is not None:
-            self.sow("router", "statistics", statistics, reduce_fn=lambda _, new: new)
-        hidden_MD = scaled(self.final_norm(x_MD), 1 / self.config.logits_scaling)
+            mean = jax.tree.map(lambda x: x / layers_with_experts(c), statistics)
+            self.sow("router", "statistics", mean, reduce_fn=lambda _, new: new)
+        hidden_MD = scaled(self.final_norm(x_MD), 1 / c.logits_scaling)
         return hidden_MD.reshape(*tokens_BT.shape, -1), cache, head
 
-    def _scan_sharded(self, carry, inputs, head):
-        block = Block(self.local_config, self.dtype, self.param_dtype, self.attention, self.parallel, parent=None)
-        apply = lambda params, *inputs: block.apply({"params": params}, *inputs, False)[0]
-        if self.remat != "none":
-            apply = jax.checkpoint(apply, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        params, split = self.parallel.join_attention(self.layers.variables["params"])
-        gather = lambda shards: split(self.parallel.layer(shards, self.dtype))
-        return scan_layers(gather, apply, (params, kind_of_layers(self.config)), carry, inputs, head)
+    def _inputs(self, tokens_BT, positions_BT, segment_ids_BT, visibility):
+        """The `LayerInputs` of each stack."""
+        live_M = (segment_ids_BT > 0).reshape(-1) if self.config.num_experts else None
+        tokens_M = tokens_BT.reshape(-1) if self.config.token_features else None
+
+        def of(own):
+            context = stacked_by_kind(own, lambda kind: attention_context(self.attention, visibility, kind))
+            return LayerInputs(rotary_angles(own, positions_BT), context, live_M, tokens_M)
+
+        return {stack: of(own) for stack, own in stacks_of(self.config).items()}
+
+    def _initialized(self, carry, shared, inputs):
+        """Run each stack once to create its parameters; the output is meaningless if there are several."""
+        for stack, own in stacks_of(self.local_config).items():
+            shape = (*inputs[stack].angles[0].shape[-3:-1], own.num_kv_heads, own.head_dim)
+            keys = jnp.zeros(shape, self.dtype)
+            carry, _ = getattr(self, stack)(
+                carry, kind_of_layers(own), shared._replace(keys_and_values=(keys, keys)), inputs[stack]
+            )
+        return carry
+
+    def _apply(self, stack, own, prevent_cse=False):
+        """The function of a layer of a stack: (parameters, carry, (shared, keys and values read), kind, inputs)."""
+        block = Block(own, self.dtype, self.param_dtype, self.attention, self.parallel, stack, parent=None)
+
+        def apply(params, carry, shared, kind, inputs):
+            return block.apply({"params": params}, carry, kind, shared[0]._replace(keys_and_values=shared[1]), inputs)
+
+        if self.remat == "none":
+            return apply
+        return jax.checkpoint(apply, policy=REMAT_POLICIES[self.remat], prevent_cse=prevent_cse)
+
+    def _scan(self, carry, shared, inputs, with_cache):
+        """Apply all layers in turn, and return the keys and values of those that compute them if `with_cache`."""
+        c, kept, cache = self.config, {}, []
+        stacks = stacks_of(self.local_config)
+        stacked = {name: (getattr(self, name).variables["params"], kind_of_layers(own)) for name, own in stacks.items()}
+        for cycle in cycles_of(c):
+            once = cycle.repeats == 1  # then XLA runs no loop, and would merge the backward pass with the forward pass
+            applies = {name: self._apply(name, own, prevent_cse=once) for name, own in stacks.items()}
+
+            def repeat(carry, turn, cycle=cycle, applies=applies):
+                outputs = []
+                for member in cycle.members:
+                    own, kind = member.of_turn(turn)
+                    if self.parallel.specs:
+                        own = self.parallel.layer(own, self.dtype, member.stack)
+                    besides = shared, kept.get(member.reads)
+                    carry, made = applies[member.stack](own, carry, besides, kind, inputs[member.stack])
+                    outputs.append(made if with_cache or member.stores else None)
+                return carry, outputs
+
+            carry, outputs = jax.lax.scan(repeat, carry, cycle.turns(stacked), length=cycle.repeats)
+            for member, made in zip(cycle.members, outputs, strict=True):
+                if member.stores:
+                    kept[member.stack] = jax.tree.map(lambda x: x[0], made)
+            own_keys = [made for member, made in zip(cycle.members, outputs, strict=True) if member.reads is None]
+            cache.append(own_keys)
+        if not with_cache:
+            return carry, None
+        return carry, cache[0][0] if has_one_stack(c) else _in_order(cache)
+
+    def _scan_sharded(self, carry, shared, inputs, head):
+        layers, kinds, functions = {}, {}, []
+        for stack, own in stacks_of(self.local_config).items():
+            layers[stack], split = self.parallel.join_attention(getattr(self, stack).variables["params"], stack)
+            gather = lambda shards, split=split, stack=stack: split(self.parallel.layer(shards, self.dtype, stack))
+            functions.append(Stack(stack, gather, self._apply(stack, own)))
+            kinds[stack] = kind_of_layers(own)
+        order = Order(tuple(functions), cycles_of(self.config))
+        return scan_layers(order, (layers, kinds), carry, shared, inputs, head)
+
+
+def _in_order(cache: list[list[tuple[Array, Array]]]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """The keys and the values of layers in order, from those of the members of each cycle, stacked over its repeats."""
+    cycles = [members for members in cache if members]  # others only read
+    layers = [own for members in cycles for i in range(len(members[0][0])) for own in _of_repeat(members, i)]
+    return tuple(keys for keys, _ in layers), tuple(values for _, values in layers)
+
+
+def _of_repeat(members, i):
+    return [(keys[i], values[i]) for keys, values in members]
 
 
 def shard_model(
@@ -234,11 +318,12 @@ def shard_model(
             model cannot be split over the tensor axis.
     """
     c, tensor = model.config, mesh.shape["tensor"]
-    if any(size % tensor for size in (c.num_heads, c.num_kv_heads, *c.feed_forward_sizes)):
-        raise ValueError(
-            f"{key} is {tensor}; it must divide the model's {c.num_heads} heads, its {c.num_kv_heads} key-value "
-            f"heads and its {' and '.join(map(str, c.feed_forward_sizes))} feed-forward features."
-        )
+    for own in stacks_of(c).values():
+        if any(size % tensor for size in (own.num_heads, own.num_kv_heads, *own.feed_forward_sizes)):
+            raise ValueError(
+                f"{key} is {tensor}; it must divide the model's {own.num_heads} heads, its {own.num_kv_heads} "
+                f"key-value heads and its {' and '.join(map(str, own.feed_forward_sizes))} feed-forward features."
+            )
     if c.qk_norm_all and tensor > 1:
         raise ValueError(
             f"{key} is {tensor}; it must be 1 for {c.model_type} models, which normalize all heads together."
@@ -252,7 +337,8 @@ def shard_model(
     if context == 1:
         return model.clone(parallel=parallel)
     check_groups(context, mesh)
-    check_heads(context, c.num_heads // tensor, c.num_kv_heads // tensor)
+    for own in stacks_of(c).values():
+        check_heads(context, own.num_heads // tensor, own.num_kv_heads // tensor)
     return model.clone(parallel=parallel, attention=exchanging_heads(model.attention, context))
 
 

@@ -13,7 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK
 from tpaw_jax.models.checkpoints.hub import param_shapes
+from tpaw_jax.models.layer_stacks import layers_with_experts
+from tpaw_jax.models.model_config import LAYERS
 from tpaw_jax.models.parallel import exchange
+from tpaw_jax.models.parallel.collectives import LOOKED_UP
 from tpaw_jax.models.transformer import KEEPS_LOGITS
 from tpaw_jax.planning import lowering
 from tpaw_jax.planning.hlo import BETWEEN_SLICES, KINDS
@@ -51,7 +54,7 @@ def step_flops(target: Target, load: Workload, remat: str, rows: int) -> Flops:
     if recomputed or (kept and not exchanged):
         return flops
     model = target.model.config
-    experts = 6 * model.hidden_size * model.experts_per_token * model.expert_size * model.num_layers
+    experts = 6 * model.hidden_size * model.experts_per_token * model.expert_size * layers_with_experts(model)
     return flops._replace(executed=flops.executed + experts * row.tokens * computed / target.mesh.size)
 
 
@@ -159,8 +162,8 @@ def _add_params(sent: dict[str, float], target: Target, batches: int, *, step: b
         size = math.prod(shape) / math.prod(
             mesh[axis] for axis in split_over if axis not in gathered_over
         )  # of a group
-        in_layer = name.startswith("layers/")
-        if gathered_over and (in_layer or name == head):
+        in_layer = name.split("/")[0].endswith(LAYERS)
+        if gathered_over and ((in_layer and not name.endswith(LOOKED_UP)) or name == head):
             times = (1 + again if in_layer else 1) * (batches if step else 1)
             sent["all-gather"] += _others(group) * size * compute * times
             sent["reduce-scatter"] += _others(group) * size * reduce * batches if step else 0
@@ -182,11 +185,14 @@ def _add_activations(sent: dict[str, float], target: Target, batches: int, *, st
     compute, columns = jnp.dtype(config.policy.compute_dtype).itemsize, fsdp * expert
     tokens = config.packing.row_length * config.packing.rows_per_batch // (data * columns) * batches
     if columns > 1:
-        sent["all-to-all"] = _others(columns) * (2 if step else 1) * tokens * model.hidden_size * compute
-        sent["all-gather"] += _others(columns) * 4 * tokens * columns
+        of_tables = model.hidden_size * (2 if step else 1)
+        of_tables += model.num_layers * model.token_features * (2 + again if step else 1)
+        tables = 1 + model.num_layers * (1 + (again and step)) * bool(model.token_features)
+        sent["all-to-all"] = _others(columns) * tokens * of_tables * compute
+        sent["all-gather"] += _others(columns) * 4 * tokens * columns * tables
     if expert > 1:  # tokens go there and back; backward, so they do again, and so do their gradients
         places = expert * exchange.capacity(tokens // batches * model.experts_per_token, expert)
-        passes = (6 if step else 2) * EXPERT_ROUNDS * model.num_layers * batches
+        passes = (6 if step else 2) * EXPERT_ROUNDS * layers_with_experts(model) * batches
         sent["all-to-all"] += _others(expert) * passes * places * model.hidden_size * compute
     context = config.mesh.context
     if context > 1:

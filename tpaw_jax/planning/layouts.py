@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from tpaw_jax.config import MeshConfig, RunConfig
 from tpaw_jax.models import ModelConfig, hub
 from tpaw_jax.models.attention import rules
+from tpaw_jax.models.layer_stacks import stacks_of
 from tpaw_jax.planning import expected, lowering, roofline, workload
 from tpaw_jax.planning.lowering import Target
 from tpaw_jax.planning.planner import rows_of_step
@@ -142,7 +143,8 @@ def _meshes(config: RunConfig, architecture: ModelConfig, topology: tpu.Topology
     """The topology's preset, and meshes with each `tensor` axis that divides the model and fsdp over the rest."""
     a, size, meshes = architecture, topology.device_count // topology.slices, [sharding.preset_of(topology)]
     tensor = 2
-    split = (size, a.num_heads, a.num_kv_heads, *a.feed_forward_sizes)
+    stacks = stacks_of(a).values()
+    split = [size, *(n for own in stacks for n in (own.num_heads, own.num_kv_heads, *own.feed_forward_sizes))]
     while not a.qk_norm_all and all(n % tensor == 0 for n in split):
         meshes.append(MeshConfig(data=topology.slices, fsdp=size // tensor, tensor=tensor))
         tensor *= 2

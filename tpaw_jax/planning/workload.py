@@ -11,6 +11,7 @@ from tpaw_jax.config import RunConfig
 from tpaw_jax.data import dataset, packing, prefix_trees, templates
 from tpaw_jax.models import ModelConfig, hub
 from tpaw_jax.models.attention import Visibility, rules
+from tpaw_jax.models.layer_stacks import places_of, stacks_of
 from tpaw_jax.training import cost
 from tpaw_jax.training.cost import BACKWARD, Work
 from tpaw_jax.types import NOTHING, Generations, Prompts, Ragged, TreeBatch
@@ -153,14 +154,20 @@ def _useful(rows: packing.Rows) -> Work:
 
 
 def _share_in_windows(rows: packing.Rows, model: ModelConfig) -> float:
-    """The share of query-key pairs that are within the window of a layer, averaged over layers."""
-    windows = [kind.window for kind in model.layer_kinds]
+    """The share of query-key pairs that are within the window of a layer, averaged over the heads of all layers."""
+    windows, sizes = _attention_of_layers(model)
     if set(windows) == {None}:
         return 1.0
     batch = rows.batch
     seen = batch.positions[batch.segment_ids > 0].astype(np.int64) + 1
     of_layers = [np.minimum(seen, seen.max() if window is None else window).sum() for window in windows]
-    return float(np.mean(of_layers) / seen.sum())
+    return float(np.average(of_layers, weights=sizes) / seen.sum())
+
+
+def _attention_of_layers(model: ModelConfig) -> tuple[list[int | None], list[int]]:
+    """The window of each layer, and the size of its heads."""
+    stacks = stacks_of(model)
+    return [kind.window for kind in model.layer_kinds], [stacks[stack].head_dim for stack, _ in places_of(model)]
 
 
 def _in_windows(work: Work, share: float) -> Work:
@@ -179,11 +186,16 @@ def _computed(rows: packing.Rows, config: RunConfig, model: ModelConfig) -> Work
     per_matmul = config.policy.attention_chunks
     some = min(len(rows), max(1, ROWS_AT_ONCE * 8192**2 // length**2))
     pieces = [packing.take(rows, np.arange(i, min(i + some, len(rows))), some).batch for i in range(0, len(rows), some)]
-    windows = [kind.window for kind in model.layer_kinds]
+    windows, sizes = _attention_of_layers(model)
     matmuls = {}
     for window in set(windows):
         planned = jax.jit(functools.partial(rules.plan, chunks=per_matmul, window=window))
         matmuls[window] = np.concatenate([planned(_in_blocks(piece)).matmuls for piece in pieces])[: len(rows)].sum()
     predictions = float(np.minimum(np.ceil(live / chunk) * chunk, length).sum())
-    pairs = float(np.mean([matmuls[window] for window in windows])) * rules.QUERIES * rules.CHUNK * per_matmul
+    pairs = (
+        float(np.average([matmuls[window] for window in windows], weights=sizes))
+        * rules.QUERIES
+        * rules.CHUNK
+        * per_matmul
+    )
     return Work(len(rows) * length, predictions, pairs)

@@ -29,7 +29,7 @@ MESH_AXES_OF = {  # logical axis -> the mesh axes it is split over, or as many o
     "norm": (),
 }
 
-PARAM_AXES = {  # flax path -> logical axes
+PARAM_AXES = {  # flax path -> logical axes; see `logical_axes` for models with several stacks of layers
     "embed/embedding": ("vocab", "embed"),
     "head/embedding": ("vocab", "embed"),
     "final_norm/scale": ("norm",),
@@ -54,6 +54,10 @@ PARAM_AXES = {  # flax path -> logical axes
     "layers/expert_up/kernel": ("layers", "experts", "expert_embed", "mlp"),
     "layers/expert_down/kernel": ("layers", "experts", "mlp", "expert_embed"),
     "layers/shared_gate/kernel": ("layers", "embed", "norm"),
+    "layers/token_embedding/embedding": ("layers", "norm", "embed"),
+    "layers/token_projection/kernel": ("layers", "embed", "norm"),
+    "layers/token_gate/kernel": ("layers", "embed", "norm"),
+    "layers/token_out/kernel": ("layers", "norm", "embed"),
 }
 
 
@@ -171,9 +175,15 @@ def row_shards(mesh: Mesh, context: int = 1) -> int:
     return int(np.prod([mesh.shape[axis] for axis in MESH_AXES_OF["batch"]])) // context
 
 
+def logical_axes(name: str) -> tuple[str, ...] | None:
+    """The logical axes of a parameter; those of every stack of layers are listed under `layers/` in `PARAM_AXES`."""
+    stack, _, rest = name.partition("/")
+    return PARAM_AXES.get(f"layers/{rest}" if stack.endswith("layers") else name)
+
+
 def features_of(name: str, spec: P) -> tuple[int, tuple[str, ...]]:
     """The dimension of a parameter that is gathered where it is used, and the mesh axes that it is split over."""
-    logical = PARAM_AXES.get(name, ())
+    logical = logical_axes(name) or ()
     if "experts" in logical:
         dimension = next((i for i in range(len(spec)) if "fsdp" in axes_of(spec, i)), None)
         return (0, ()) if dimension is None else (dimension, ("fsdp",))
@@ -213,7 +223,7 @@ def param_sharder(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]
     """A function from (flax path, shape) to sharding. Unknown paths are not split."""
 
     def sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:
-        logical = PARAM_AXES.get(name, ("norm",) * len(shape))
+        logical = logical_axes(name) or ("norm",) * len(shape)
         spec: list[tuple[str, ...]] = []
         for axis, size in zip(logical, shape, strict=True):
             axes = tuple(a for a in MESH_AXES_OF[axis] if mesh.shape[a] > 1 and not any(a in used for used in spec))

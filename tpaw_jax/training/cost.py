@@ -14,6 +14,7 @@ from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.data.packing import Rows
 from tpaw_jax.data.prefix_trees import Sizes, Trees
 from tpaw_jax.data.segments import segments_of
+from tpaw_jax.models.layer_stacks import stacks_of
 from tpaw_jax.models.model_config import ModelConfig
 from tpaw_jax.types import NOTHING, Generations, Prompts, Ragged
 
@@ -58,13 +59,13 @@ def flops(model: ModelConfig, work: Work) -> float:
 
     Of a mixture of experts, only the weights of a token's own experts count.
     """
-    attention = model.num_heads * model.head_dim
-    weights = (
-        2 * model.hidden_size * attention
-        + 2 * model.hidden_size * model.num_kv_heads * model.head_dim
-        + model.hidden_size * (3 * model.active_size + model.num_experts)
-    )
-    layers = model.num_layers * (2 * weights * work.tokens + 4 * attention * work.attended)
+    layers = 0.0
+    for own in stacks_of(model).values():
+        attention, kv = own.num_heads * own.head_dim, own.num_kv_heads * own.head_dim
+        projected = 0 if own.reads_keys else kv * (1 if own.keys_as_values else 2)
+        features = 3 * own.active_size + own.num_experts + 3 * own.token_features
+        weights = model.hidden_size * (2 * attention + projected + features)
+        layers += own.num_layers * (2 * weights * work.tokens + 4 * attention * work.attended)
     return layers + 2 * model.hidden_size * model.vocab_size * work.predictions
 
 

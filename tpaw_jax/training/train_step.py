@@ -342,6 +342,11 @@ def _means(sums: Metrics, counted: Array) -> Metrics:
     return {"triplets": sums["triplets"], "newest_max_abs_reward": sums["max"], **means}
 
 
+def _is_trained(path: tuple[Any, ...]) -> bool:
+    """Whether a parameter is trained. Others have no gradient, and weight decay must not move them either."""
+    return "output_scale" not in sharding.path_name(path)
+
+
 def _update(
     state: TrainState, optimizer: optax.GradientTransformation, loss: Array, gradients: PyTree, scalars: StepScalars
 ) -> tuple[TrainState, Metrics]:
@@ -351,7 +356,8 @@ def _update(
     apply = finite & ~scalars.dry_run
     master = state.params if state.master is None else state.master
     updates, opt_state = optimizer.update(gradients, state.opt_state, master)
-    master = jax.tree.map(lambda p, u: p + scalars.learning_rate * u, master, updates)
+    moved = lambda path, p, u: p + scalars.learning_rate * u if _is_trained(path) else p
+    master = jax.tree_util.tree_map_with_path(moved, master, updates)
     params = jax.tree.map(lambda p, old: p.astype(old.dtype), master, state.params)
     select = lambda new, old: jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, old)
     counts = jnp.where(scalars.dry_run, 0, 1)

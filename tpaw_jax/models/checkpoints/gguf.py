@@ -2,37 +2,66 @@
 
 import contextlib
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tpaw_jax.models.checkpoints.config_json import from_dict
+from tpaw_jax.models.checkpoints.joined_tensors import FUSED_NAMES
+from tpaw_jax.models.checkpoints.tensor_names import TENSOR_NAMES, layer_names
 from tpaw_jax.models.model_config import ModelConfig
 from tpaw_jax.models.rope import rope_frequencies
 
-LAYER_NAMES = {  # Hugging Face name in a layer: GGUF name in a block
-    "input_layernorm.weight": "attn_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.v_proj.weight": "attn_v.weight",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "self_attn.q_proj.bias": "attn_q.bias",
-    "self_attn.k_proj.bias": "attn_k.bias",
-    "self_attn.v_proj.bias": "attn_v.bias",
-    "self_attn.q_norm.weight": "attn_q_norm.weight",
-    "self_attn.k_norm.weight": "attn_k_norm.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
-    "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight",
-    "mlp.down_proj.weight": "ffn_down.weight",
+
+class Architecture(NamedTuple):
+    """What sets an architecture of GGUF apart from that of Qwen2."""
+
+    model_type: str  # of Hugging Face's config.json
+    fields: Mapping[str, str] = {}  # fields of config.json, and their names in GGUF
+    constants: Mapping[str, Any] = {}  # fields of config.json that GGUF does not have
+    interleaved: bool = False  # the two rotary halves of the rows of q and k are interleaved
+    norm_offset: float = 0.0  # what is added to the scales of norms
+
+
+_WINDOW = {"sliding_window": "attention.sliding_window"}
+_EXPERTS = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
 }
-GLOBAL_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
+_GRANITE = {
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+    "logits_scaling": "logit_scale",
 }
+_GEMMA2 = {name: name for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", interleaved=True),
+    "granite": Architecture("granite", _GRANITE, interleaved=True),
+    "smollm3": Architecture("smollm3", interleaved=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "qwen2moe": Architecture(
+        "qwen2_moe", {**_EXPERTS, "shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
+    ),
+    "qwen3moe": Architecture("qwen3_moe", _EXPERTS, {"norm_topk_prob": True}),
+    "olmo2": Architecture("olmo2"),
+    "phi3": Architecture("phi3", _WINDOW),
+    "gemma2": Architecture("gemma2", _WINDOW | _GEMMA2, norm_offset=1.0),
+    "gemma3": Architecture("gemma3_text", _WINDOW, {"rope_local_base_freq": 1e4}, norm_offset=1.0),
+}
+
+MIXTRAL = Architecture(
+    "mixtral", {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}, interleaved=True
+)
+"""GGUF calls it llama, with experts."""
+
+WIDE_BLOCKS = {"gemma2": 46, "gemma3": 62}
+"""Blocks of the 27-billion models, whose attention divides by the root of D / N and not of H. GGUF does not say it."""
 
 _VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """GGUF value type: size in bytes. The two types below have variable size."""
@@ -53,58 +82,101 @@ class GGUFSource:
         self._reader = _open(path)
         self._tensors = {t.name: t for t in self._reader.tensors}
         with _as_value_error(path):
+            self._architecture = self._supported_architecture()
             self.config = self._config()
-        self._names = dict(GLOBAL_NAMES)
-        for layer in range(self.config.num_layers):
-            for name, gguf_name in LAYER_NAMES.items():
-                self._names[f"model.layers.{layer}.{name}"] = f"blk.{layer}.{gguf_name}"
+        self._names = self._tensors_by_name()
 
     def names(self) -> set[str]:
-        known = {name: gguf_name for name, gguf_name in self._names.items() if gguf_name in self._tensors}
         # Tensors without a Hugging Face name keep their GGUF name, so that the loader reports them.
-        return set(known) | (self._tensors.keys() - set(known.values()) - {"rope_freqs.weight"})
+        known = {gguf_name for gguf_name, _ in self._names.values()}
+        return self._names.keys() | (self._tensors.keys() - known - {"rope_freqs.weight"})
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(n) for n in reversed(self._tensors[self._names[name]].shape))
+        gguf_name, expert = self._names[name]
+        shape = tuple(int(n) for n in reversed(self._tensors[gguf_name].shape))
+        if expert is not None:
+            return shape[1:]
+        return (1, *shape) if name.endswith("shared_expert_gate.weight") and len(shape) == 1 else shape
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         from gguf.quants import dequantize
 
-        tensor = self._tensors[self._names[name]]
+        gguf_name, expert = self._names[name]
+        tensor = self._tensors[gguf_name]
         with _as_value_error(self.path):
-            values = dequantize(tensor.data, tensor.tensor_type).reshape(self.shape(name))
-        if self.config.model_type == "llama":  # GGUF interleaves the two rotary halves of Llama's q and k rows
-            heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
-            for projection, count in heads.items():
-                if name.endswith(f"{projection}.weight"):
-                    rows, columns = values.shape
-                    halves = values.reshape(count, rows // count // 2, 2, columns)
-                    values = halves.swapaxes(1, 2).reshape(rows, columns)
+            data = tensor.data if expert is None else tensor.data[expert]
+            values = dequantize(data, tensor.tensor_type).reshape(self.shape(name))
+        if self._architecture.norm_offset and name.endswith("norm.weight"):
+            values = values - np.float32(self._architecture.norm_offset)
+        heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
+        projection = name.split(".")[-2]
+        if self._architecture.interleaved and projection in heads:
+            rows, columns = values.shape
+            halves = values.reshape(heads[projection], rows // heads[projection] // 2, 2, columns)
+            values = halves.swapaxes(1, 2).reshape(rows, columns)
         return values[index]
 
-    def _config(self) -> ModelConfig:
-        architecture = _field(self._reader, "general.architecture")
-        if architecture not in ("llama", "qwen2", "qwen3"):
-            raise ValueError(
-                f"{self.path}: GGUF architecture {architecture!r} is not supported; supported are llama, qwen2, qwen3."
-            )
-        get = lambda name, default=None: _field(self._reader, f"{architecture}.{name}", default)
+    def _tensors_by_name(self) -> dict[str, tuple[str, int | None]]:
+        """The GGUF tensor of each Hugging Face name, and the index of the expert in it."""
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+        wanted = _field(self._reader, "general.architecture")
+        number = next(one for one, name in MODEL_ARCH_NAMES.items() if name == wanted)
+        of_gguf = get_tensor_name_map(number, self.config.num_layers)
+        templates = [*TENSOR_NAMES.values(), *layer_names(self.config).values()]
+        templates += FUSED_NAMES.values() if self.config.fused else []
+        names: dict[str, tuple[str, int | None]] = {}
+        for template in templates:
+            layers, has_experts = range(self.config.num_layers), template.count("{}") == 2
+            for layer in layers if "{}" in template else [0]:
+                merged = template.lstrip("*").format(layer, "").replace("..", ".")
+                found = of_gguf.get_name(merged, (".weight", ".bias"))
+                if found is not None and found in self._tensors:
+                    experts = range(self.config.num_experts) if has_experts else [None]
+                    names |= {template.lstrip("*").format(layer, i): (found, i) for i in experts}
+        return names
+
+    def _supported_architecture(self) -> Architecture:
+        name = _field(self._reader, "general.architecture")
+        if name not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"{self.path}: GGUF architecture {name!r} is not supported; supported are {known}.")
         if "token_embd.weight" not in self._tensors:
             raise ValueError(f"{self.path}: the tensor 'token_embd.weight' is missing; a language model has one.")
+        if "rope_factors_long.weight" in self._tensors:
+            raise ValueError(
+                f"{self.path}: rope type 'longrope' in GGUF is not supported; use the model's safetensors checkpoint."
+            )
+        if name == "olmo2" and _field(self._reader, "olmo2.attention.sliding_window"):
+            raise ValueError(f"{self.path}: olmo2 with a sliding window (OLMo 3) is not supported.")
+        return MIXTRAL if name == "llama" and _field(self._reader, "llama.expert_count") else ARCHITECTURES[name]
+
+    def _config(self) -> ModelConfig:
+        architecture, own = _field(self._reader, "general.architecture"), self._architecture
+        get = lambda name, default=None: _field(self._reader, f"{architecture}.{name}", default)
+        heads, hidden = get("attention.head_count"), get("embedding_length")
         fields = {
-            "model_type": architecture,
+            "model_type": own.model_type,
             "vocab_size": int(self._tensors["token_embd.weight"].shape[1]),
-            "hidden_size": get("embedding_length"),
+            "hidden_size": hidden,
             "intermediate_size": get("feed_forward_length"),
             "num_hidden_layers": get("block_count"),
-            "num_attention_heads": get("attention.head_count"),
+            "num_attention_heads": heads,
             "num_key_value_heads": get("attention.head_count_kv"),
-            "head_dim": get("attention.key_length"),
+            "head_dim": get("attention.key_length") or (hidden // heads if hidden and heads else None),
             "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
             "max_position_embeddings": get("context_length"),
-            "rope_theta": get("rope.freq_base", 10000.0),
+            "rope_theta": get("rope.freq_base", 1e6 if architecture == "gemma3" else 1e4),
             "tie_word_embeddings": "output.weight" not in self._tensors,
+            **{field: value or None for field, name in own.fields.items() if (value := get(name)) is not None},
+            **own.constants,
         }
+        if architecture in WIDE_BLOCKS:
+            wide = fields["num_hidden_layers"] == WIDE_BLOCKS[architecture]
+            fields["query_pre_attn_scalar"] = hidden // heads if wide else fields["head_dim"]
+        turning = get("rope.dimension_count")
+        if architecture == "phi3" and turning and turning < fields["head_dim"]:
+            fields["partial_rotary_factor"] = turning / fields["head_dim"]
         if "rope_freqs.weight" in self._tensors:
             fields["rope_scaling"] = {
                 "rope_type": "llama3",

@@ -19,8 +19,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from tpaw_jax.models.checkpoints import config_json, gguf
+from tpaw_jax.models.checkpoints.joined_tensors import SplitSource, join
 from tpaw_jax.models.checkpoints.safetensors_files import SafetensorsSource, read_json, write_shards
-from tpaw_jax.models.checkpoints.tensor_names import SplitSource, fuse, tensor_names, tensors_of
+from tpaw_jax.models.checkpoints.tensor_names import TensorName, tensor_names
 from tpaw_jax.models.model_config import ModelConfig
 from tpaw_jax.models.transformer import Transformer
 from tpaw_jax.runtime import sharding
@@ -84,7 +85,7 @@ def load_pretrained(
     else:
         config = load_architecture(local)
         source = SafetensorsSource(local)
-        source = SplitSource(source, config, local) if config.fused or config.num_experts else source
+    source = SplitSource(source, config, local)
     shapes = param_shapes(config)
     _check_tensors(source, shapes, config, local)
     names = tensor_names(config)
@@ -147,7 +148,7 @@ def save_pretrained(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     flat = traverse_util.flatten_dict(params, sep="/")
-    write_shards(partial, fuse(flat) if config.fused else flat, tensor_names(config), max_shard_bytes)
+    write_shards(partial, *join(flat, config), max_shard_bytes)
     dtype = str(flat["embed/embedding"].dtype)
     generation = dict(generation_config or {})
     special = {"bos_token_id", "eos_token_id", "pad_token_id"}
@@ -224,12 +225,14 @@ def _refuse_adapter(directory: Path) -> None:
 def _check_tensors(source: TensorSource, shapes: dict[str, tuple[int, ...]], config: ModelConfig, path: Path) -> None:
     """Check that the files contain exactly the tensors that the architecture needs, with the right shapes."""
     names = tensor_names(config)
-    expected = {hf: inner for name, shape in shapes.items() for hf, _, inner in tensors_of(names[name], shape)}
+    expected = {hf: inner for name, shape in shapes.items() for hf, _, inner in names[name].tensors(shape)}
     present = source.names()
     missing = sorted(expected.keys() - present)
     unexpected = {n for n in present - expected.keys() if not n.endswith("rotary_emb.inv_freq")}
     if config.tie_embeddings:
         unexpected.discard("lm_head.weight")  # a copy of the tied embedding; transformers ignores it too
+    for layer in range(config.num_layers - config.sharing_layers, config.num_layers):  # transformers ignores them too
+        unexpected -= {f"model.layers.{layer}.self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm")}
     if missing:
         raise ValueError(f"{path}: {len(missing)} tensors are missing: {_shortened(missing)}.")
     if unexpected:
@@ -247,20 +250,20 @@ def _check_tensors(source: TensorSource, shapes: dict[str, tuple[int, ...]], con
 
 
 def _load(
-    source: TensorSource, name: str, hf: str, shape: tuple[int, ...], dtype: Any, sharder: Sharder | None
+    source: TensorSource, name: str, stored: TensorName, shape: tuple[int, ...], dtype: Any, sharder: Sharder | None
 ) -> Array:
     """Load one parameter: read each device's part from the files, cast it and place it."""
-    tensors = {place: tensor for tensor, place, _ in tensors_of(hf, shape)}
-    stacked, transposed = hf.count("{}"), hf.startswith("*")
+    tensors = {place: tensor for tensor, place, _ in stored.tensors(shape)}
+    stacked = stored.axes
 
     def read_part(index: Any) -> np.ndarray:
         places = [range(*i.indices(n)) for i, n in zip(index, shape, strict=True)]
-        inner = index[stacked:][::-1] if transposed else index[stacked:]
+        inner = stored.in_file(tuple(index[stacked:]))
         out = np.empty([len(along) for along in places], dtype)
         for where in np.ndindex(out.shape[:stacked]):
             place = tuple(along[i] for along, i in zip(places, where, strict=False))
             values = source.read(tensors[place], inner)
-            out[where] = values.T if transposed else values
+            out[where] = values.swapaxes(-1, -2) if stored.transposed else values
         return out
 
     sharding = sharder(name, shape) if sharder else jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -10,7 +10,8 @@ from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tpaw_jax.models.checkpoints.tensor_names import Joined, tensors_of, text_name
+from tpaw_jax.models.checkpoints.joined_tensors import Joined
+from tpaw_jax.models.checkpoints.tensor_names import TensorName, text_name
 from tpaw_jax.storage import files
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -60,13 +61,13 @@ class SafetensorsSource:
 
 
 def write_shards(
-    directory: Path, flat: Mapping[str, Array | Joined], names: Mapping[str, str], max_shard_bytes: int
+    directory: Path, flat: Mapping[str, Array | Joined], names: Mapping[str, TensorName], max_shard_bytes: int
 ) -> None:
     """Write model.safetensors, or numbered shards and an index if the parameters exceed `max_shard_bytes`."""
     shards: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]  # of (Hugging Face name, flax name, place in it)
     bytes_left = max_shard_bytes
     for name, value in flat.items():
-        parts = tensors_of(names[name], value.shape)
+        parts = names[name].tensors(value.shape)
         size = value.nbytes // len(parts)
         for hf, place, _ in parts:
             if size > bytes_left and shards[-1]:
@@ -80,8 +81,8 @@ def write_shards(
         tensors = {}
         for hf, name, place in entries:
             value = flat[name]
-            tensor = value.layer(place[0]) if isinstance(value, Joined) else np.asarray(value[place])
-            tensors[hf] = np.ascontiguousarray(tensor.T if names[name].startswith("*") else tensor)
+            tensor = value.tensor(place) if isinstance(value, Joined) else np.asarray(value[place])
+            tensors[hf] = np.ascontiguousarray(tensor.swapaxes(-1, -2) if names[name].transposed else tensor)
             weight_map[hf] = file
         save_file(tensors, directory / file, metadata={"format": "pt"})
         (directory / file).chmod(0o644)  # safetensors writes mode 0600, but servers often run as another user

@@ -1,208 +1,143 @@
-"""The names of parameters in Hugging Face checkpoints, and matrices that some families' checkpoints join."""
+"""The names of parameters in Hugging Face checkpoints."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array
 
+from tpaw_jax.models.layer_stacks import places_of, stacks_of
 from tpaw_jax.models.model_config import ModelConfig
 
-TENSOR_NAMES = {  # flax path: Hugging Face name; {} is the layer, a second {} the expert, * marks transposed kernels
+TENSOR_NAMES = {  # flax path: Hugging Face name; * marks kernels, whose last two axes are transposed
     "embed/embedding": "model.embed_tokens.weight",
-    "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
-    "layers/q/kernel": "*model.layers.{}.self_attn.q_proj.weight",
-    "layers/k/kernel": "*model.layers.{}.self_attn.k_proj.weight",
-    "layers/v/kernel": "*model.layers.{}.self_attn.v_proj.weight",
-    "layers/o/kernel": "*model.layers.{}.self_attn.o_proj.weight",
-    "layers/q/bias": "model.layers.{}.self_attn.q_proj.bias",
-    "layers/k/bias": "model.layers.{}.self_attn.k_proj.bias",
-    "layers/v/bias": "model.layers.{}.self_attn.v_proj.bias",
-    "layers/q_norm/scale": "model.layers.{}.self_attn.q_norm.weight",
-    "layers/k_norm/scale": "model.layers.{}.self_attn.k_norm.weight",
-    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-    "layers/attention_post_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-    "layers/mlp_post_norm/scale": "model.layers.{}.post_feedforward_layernorm.weight",
-    "layers/gate/kernel": "*model.layers.{}.mlp.gate_proj.weight",
-    "layers/up/kernel": "*model.layers.{}.mlp.up_proj.weight",
-    "layers/down/kernel": "*model.layers.{}.mlp.down_proj.weight",
     "final_norm/scale": "model.norm.weight",
     "head/embedding": "lm_head.weight",
+    "token_norm/scale": "model.per_layer_projection_norm.weight",
 }
 
+_LAYER = "model.layers.{}."
 
-_MLP = "*model.layers.{}.mlp"
-_MIXTRAL = "*model.layers.{}.block_sparse_moe"
+LAYER_NAMES = {  # flax path in a stack: name; {} is the number of the layer, a second {} the expert
+    "attention_norm/scale": _LAYER + "input_layernorm.weight",
+    "q/kernel": f"*{_LAYER}self_attn.q_proj.weight",
+    "k/kernel": f"*{_LAYER}self_attn.k_proj.weight",
+    "v/kernel": f"*{_LAYER}self_attn.v_proj.weight",
+    "o/kernel": f"*{_LAYER}self_attn.o_proj.weight",
+    "q/bias": _LAYER + "self_attn.q_proj.bias",
+    "k/bias": _LAYER + "self_attn.k_proj.bias",
+    "v/bias": _LAYER + "self_attn.v_proj.bias",
+    "q_norm/scale": _LAYER + "self_attn.q_norm.weight",
+    "k_norm/scale": _LAYER + "self_attn.k_norm.weight",
+    "mlp_norm/scale": _LAYER + "post_attention_layernorm.weight",
+    "attention_post_norm/scale": _LAYER + "post_attention_layernorm.weight",
+    "mlp_post_norm/scale": _LAYER + "post_feedforward_layernorm.weight",
+    "gate/kernel": f"*{_LAYER}mlp.gate_proj.weight",
+    "up/kernel": f"*{_LAYER}mlp.up_proj.weight",
+    "down/kernel": f"*{_LAYER}mlp.down_proj.weight",
+    "output_scale/scale": _LAYER + "layer_scalar",
+    "token_gate/kernel": f"*{_LAYER}per_layer_input_gate.weight",
+    "token_out/kernel": f"*{_LAYER}per_layer_projection.weight",
+    "token_post_norm/scale": _LAYER + "post_per_layer_input_norm.weight",
+    "token_embedding/embedding": _LAYER + "embed_tokens_per_layer",  # a part of a tensor, see `joined_tensors`
+    "token_projection/kernel": f"*{_LAYER}per_layer_model_projection",  # also a part
+}
 
 EXPERT_NAMES = {
-    "router": f"{_MLP}.gate.weight",
-    "expert_gate": f"{_MLP}.experts.{{}}.gate_proj.weight",
-    "expert_up": f"{_MLP}.experts.{{}}.up_proj.weight",
-    "expert_down": f"{_MLP}.experts.{{}}.down_proj.weight",
-    "shared_gate": f"{_MLP}.shared_expert_gate.weight",
-    "gate": f"{_MLP}.shared_expert.gate_proj.weight",
-    "up": f"{_MLP}.shared_expert.up_proj.weight",
-    "down": f"{_MLP}.shared_expert.down_proj.weight",
+    "router/kernel": f"*{_LAYER}mlp.gate.weight",
+    "expert_gate/kernel": f"*{_LAYER}mlp.experts.{{}}.gate_proj.weight",
+    "expert_up/kernel": f"*{_LAYER}mlp.experts.{{}}.up_proj.weight",
+    "expert_down/kernel": f"*{_LAYER}mlp.experts.{{}}.down_proj.weight",
+    "shared_gate/kernel": f"*{_LAYER}mlp.shared_expert_gate.weight",
+    "gate/kernel": f"*{_LAYER}mlp.shared_expert.gate_proj.weight",
+    "up/kernel": f"*{_LAYER}mlp.shared_expert.up_proj.weight",
+    "down/kernel": f"*{_LAYER}mlp.shared_expert.down_proj.weight",
 }
-"""Names of a layer's kernels in a mixture of experts. `gate`, `up` and `down` are the shared expert."""
+"""Names in a mixture of experts. `gate`, `up` and `down` are the shared expert."""
 
 MIXTRAL_NAMES = {
-    "router": f"{_MIXTRAL}.gate.weight",
-    "expert_gate": f"{_MIXTRAL}.experts.{{}}.w1.weight",
-    "expert_up": f"{_MIXTRAL}.experts.{{}}.w3.weight",
-    "expert_down": f"{_MIXTRAL}.experts.{{}}.w2.weight",
+    "router/kernel": f"*{_LAYER}block_sparse_moe.gate.weight",
+    "expert_gate/kernel": f"*{_LAYER}block_sparse_moe.experts.{{}}.w1.weight",
+    "expert_up/kernel": f"*{_LAYER}block_sparse_moe.experts.{{}}.w3.weight",
+    "expert_down/kernel": f"*{_LAYER}block_sparse_moe.experts.{{}}.w2.weight",
+}
+
+EXPERTS_BESIDE_NAMES = {  # of Gemma 4
+    "router/kernel": f"*{_LAYER}router.proj.weight",
+    "router_norm/scale": _LAYER + "router.scale",
+    "expert_scale/scale": _LAYER + "router.per_expert_scale",
+    "experts_norm/scale": _LAYER + "pre_feedforward_layernorm_2.weight",
+    "experts_post_norm/scale": _LAYER + "post_feedforward_layernorm_2.weight",
+    "dense_post_norm/scale": _LAYER + "post_feedforward_layernorm_1.weight",
+    "expert_gate/kernel": f"*{_LAYER}experts.gate_proj",  # a part of gate_up_proj, see `joined_tensors`
+    "expert_up/kernel": f"*{_LAYER}experts.up_proj",
+    "expert_down/kernel": f"*{_LAYER}experts.down_proj",
 }
 
 
-def tensor_names(config: ModelConfig) -> dict[str, str]:
-    """The Hugging Face names of a model's parameters, as in `TENSOR_NAMES`."""
-    names = TENSOR_NAMES | (FUSED_NAMES if config.fused else {})
-    if config.post_norm:
-        names["layers/mlp_norm/scale"] = "model.layers.{}.pre_feedforward_layernorm.weight"
-    if config.num_experts:
-        kernels = MIXTRAL_NAMES if config.model_type == "mixtral" else EXPERT_NAMES
-        names |= {f"layers/{name}/kernel": hf for name, hf in kernels.items()}
+class TensorName(NamedTuple):
+    """The tensors of a checkpoint that make up a parameter."""
+
+    template: str  # see `TENSOR_NAMES`
+    layers: tuple[int, ...] = ()  # the number of each layer of the stack
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the last two axes are the other way round in the file."""
+        return self.template.startswith("*")
+
+    @property
+    def axes(self) -> int:
+        """How many leading axes of the parameter are over tensors: layers, and experts if they are apart."""
+        return self.template.count("{}")
+
+    def of(self, *place: int) -> str:
+        """The name of the tensor at a place in the parameter: the index in its stack, and the expert."""
+        numbers = (self.layers[place[0]], *place[1:]) if place else ()
+        return self.template.lstrip("*").format(*numbers)
+
+    def tensors(self, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        """The tensors of a parameter of some shape: name, place in the parameter, shape in the file."""
+        inner = self.in_file(shape[self.axes :])
+        return [(self.of(*place), place, inner) for place in np.ndindex(shape[: self.axes])]
+
+    def in_file(self, inner: tuple) -> tuple:
+        """The shape of a tensor, or an index into it, as it is in the file."""
+        return (*inner[:-2], inner[-1], inner[-2]) if self.transposed else inner
+
+
+def tensor_names(config: ModelConfig) -> dict[str, TensorName]:
+    """The tensors of each parameter, by flax path."""
+    names = {name: TensorName(template) for name, template in TENSOR_NAMES.items()}
+    for stack, own in stacks_of(config).items():
+        layers = tuple(i for i, place in enumerate(places_of(config)) if place.stack == stack)
+        names |= {f"{stack}/{name}": TensorName(template, layers) for name, template in layer_names(own).items()}
     return names
 
 
-def tensors_of(hf: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """The tensors that make up one flax parameter: Hugging Face name, place in the parameter, shape in the file."""
-    stacked = hf.count("{}")
-    inner = shape[stacked:][::-1] if hf.startswith("*") else shape[stacked:]
-    return [(hf.lstrip("*").format(*place), place, inner) for place in np.ndindex(shape[:stacked])]
+def layer_names(config: ModelConfig) -> dict[str, str]:
+    """The names of the parameters of a layer, as in `LAYER_NAMES`, for a model with one stack."""
+    names = dict(LAYER_NAMES)
+    if config.post_norm:
+        names["mlp_norm/scale"] = _LAYER + "pre_feedforward_layernorm.weight"
+    if config.experts_beside_dense:
+        names |= EXPERTS_BESIDE_NAMES
+    elif config.num_experts:
+        names |= MIXTRAL_NAMES if config.model_type == "mixtral" else EXPERT_NAMES
+    return names
 
 
-VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-"""Prefixes of tensors of a vision tower, which are not loaded."""
+VISION = tuple(
+    f"{prefix}{tower}."
+    for prefix in ("", "model.")
+    for tower in ("vision_tower", "multi_modal_projector", "audio_tower", "embed_vision", "embed_audio")
+)
+"""Prefixes of tensors for images and sound, which are not loaded."""
 
 TEXT = {"language_model.lm_head.": "lm_head.", "language_model.model.": "model.", "model.language_model.": "model."}
-"""Prefixes of the language model beside a vision tower, and without one."""
+"""Prefixes of the language model beside them, and without them."""
 
 
 def text_name(name: str) -> str | None:
-    """The name of a tensor in a checkpoint without a vision tower; None for tensors of the tower."""
+    """The name of a tensor in a checkpoint without other towers; None for tensors of those."""
     if name.startswith(VISION):
         return None
     return next((own + name.removeprefix(prefix) for prefix, own in TEXT.items() if name.startswith(prefix)), name)
-
-
-FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
-"""Matrices of checkpoints, and ours that they hold."""
-
-FUSED_NAMES = {
-    "layers/qkv/kernel": "*model.layers.{}.self_attn.qkv_proj.weight",
-    "layers/gate_up/kernel": "*model.layers.{}.mlp.gate_up_proj.weight",
-}
-
-
-class Part(NamedTuple):
-    """Where a matrix lies in a joined tensor of a checkpoint."""
-
-    joined: str  # name of the tensor
-    rows: int  # of the joined matrix
-    first: int  # row of the part
-    end: int
-    expert: int | None = None  # index on the leading axis, if the tensor has those of all experts
-
-
-class SplitSource:
-    """A source of tensors whose joined matrices have the names of their parts.
-
-    Raises:
-        ValueError: a joined tensor has the wrong shape. Names `path` and the tensor.
-    """
-
-    def __init__(self, source: Any, config: ModelConfig, path: Path):
-        self._source = source
-        present = source.names()
-        parts = (_stacked_parts if config.num_experts else _fused_parts)(config)
-        self._parts = {name: part for name, part in parts.items() if part.joined in present}
-        columns = {"down_proj": config.expert_size}
-        wrong = []
-        for part in {part.joined: part for part in self._parts.values()}.values():
-            experts = () if part.expert is None else (config.num_experts,)
-            expected = (*experts, part.rows, columns.get(part.joined.split(".")[-1], config.hidden_size))
-            wrong += [part.joined] * (source.shape(part.joined) != expected)
-        if wrong:
-            raise ValueError(
-                f"{path}: {len(wrong)} tensors have the wrong shape: '{wrong[0]}' is {source.shape(wrong[0])}, which "
-                "does not suit the heads and sizes of config.json."
-            )
-
-    def names(self) -> set[str]:
-        return (self._source.names() - {part.joined for part in self._parts.values()}) | self._parts.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        part = self._parts.get(name)
-        return (
-            self._source.shape(name) if part is None else (part.end - part.first, *self._source.shape(part.joined)[-1:])
-        )
-
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        part = self._parts.get(name)
-        if part is None:
-            return self._source.read(name, index)
-        start, stop, _ = index[0].indices(part.end - part.first)
-        rows = slice(part.first + start, part.first + stop), *index[1:]
-        if part.expert is None:
-            return self._source.read(part.joined, rows)
-        return self._source.read(part.joined, (slice(part.expert, part.expert + 1), *rows))[0]
-
-
-def _fused_parts(config: ModelConfig) -> dict[str, Part]:
-    heads = [count * config.head_dim for count in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
-    rows = {"qkv": heads, "gate_up": [config.intermediate_size] * 2}
-    parts = {}
-    for joined, names in FUSED.items():
-        ends = np.cumsum(rows[joined]).tolist()
-        for layer in range(config.num_layers):
-            stored = _name(FUSED_NAMES[f"layers/{joined}/kernel"], layer)
-            for name, first, end in zip(names, [0, *ends], ends, strict=False):
-                parts[_name(TENSOR_NAMES[f"layers/{name}/kernel"], layer)] = Part(stored, ends[-1], first, end)
-    return parts
-
-
-def _stacked_parts(config: ModelConfig) -> dict[str, Part]:
-    """The experts' matrices in checkpoints that stack them, as transformers 5 does in memory."""
-    size, names, parts = config.expert_size, tensor_names(config), {}
-    of_experts = {"expert_gate": (0, size), "expert_up": (size, 2 * size), "expert_down": (0, config.hidden_size)}
-    for kernel, (first, end) in of_experts.items():
-        stored, rows = ("down_proj", config.hidden_size) if kernel == "expert_down" else ("gate_up_proj", 2 * size)
-        for layer, expert in np.ndindex(config.num_layers, config.num_experts):
-            name = _name(names[f"layers/{kernel}/kernel"], layer, expert)
-            parts[name] = Part(f"model.layers.{layer}.mlp.experts.{stored}", rows, first, end, expert)
-    if config.model_type == "mixtral":
-        for layer in range(config.num_layers):
-            stored = _name(EXPERT_NAMES["router"], layer)
-            parts[_name(names["layers/router/kernel"], layer)] = Part(stored, config.num_experts, 0, config.num_experts)
-    return parts
-
-
-class Joined(NamedTuple):
-    """The parts of a matrix of `FUSED`, which are joined a layer at a time."""
-
-    parts: tuple[Array, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return *self.parts[0].shape[:-1], sum(part.shape[-1] for part in self.parts)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
-
-    def layer(self, index: int) -> np.ndarray:
-        return np.concatenate([np.asarray(part[index]) for part in self.parts], axis=-1)
-
-
-def fuse(flat: Mapping[str, Array]) -> dict[str, "Array | Joined"]:
-    """Parameters with the matrices of `FUSED` joined."""
-    name = lambda part: f"layers/{part}/kernel"
-    parts = {name(part) for names in FUSED.values() for part in names}
-    joined = {name(one): Joined(tuple(flat[name(part)] for part in names)) for one, names in FUSED.items()}
-    return {name: value for name, value in flat.items() if name not in parts} | joined
-
-
-def _name(hf: str, *place: int) -> str:
-    return hf.lstrip("*").format(*place)

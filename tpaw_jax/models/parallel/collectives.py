@@ -32,6 +32,9 @@ from tpaw_jax.runtime import sharding
 ATTENTION = ("q", "k", "v", "o")
 """The projections of a layer's attention: [D, heads], and that of its output [heads, D]. All shard D over `fsdp`."""
 
+LOOKED_UP = ("embed/embedding", "token_embedding/embedding")
+"""Tables that are not gathered: tokens are looked up on each device's columns. The names of parameters end so."""
+
 SENT_ALONE = 2**23
 """Elements of a matrix from which the TPU compiler sends it beside computation: it does for 2**24, not for 2**22."""
 
@@ -56,31 +59,36 @@ class Parallel(NamedTuple):
         """
         if not self.sum_over_data:
             return frozenset()
-        gathered = {name for name, spec in self.specs.items() if sharding.features_of(name, spec)[1]}
-        return frozenset(gathered - {"embed/embedding"})
+        gathered = [name for name, spec in self.specs.items() if sharding.features_of(name, spec)[1]]
+        return frozenset(name for name in gathered if not name.endswith(LOOKED_UP))
 
-    def layer(self, params: PyTree[Array], dtype: DTypeLike) -> PyTree[Array]:
-        """Gather one layer's parameters over `fsdp`, with matrices in the compute dtype."""
+    def layer(self, params: PyTree[Array], dtype: DTypeLike, stack: str) -> PyTree[Array]:
+        """Gather the parameters of one layer of a stack over `fsdp`, with matrices in the compute dtype."""
 
         def gather(path, x):
-            name = "layers/" + sharding.path_name(path)
+            name = f"{stack}/{sharding.path_name(path)}"
+            if name.endswith(LOOKED_UP):
+                return x
             if name.split("/")[1] in ("q_norm", "k_norm") and self.tensor > 1:
                 x = copy_over_tensor(x)  # all heads share this scale, so its gradient sums over all devices' heads
             return self._gather(x, name, dtype if x.ndim > 1 else x.dtype, self.sum_over_data)
 
         return jax.tree_util.tree_map_with_path(gather, params)
 
-    def join_attention(self, params: PyTree[Array]) -> tuple[PyTree[Array], Callable[[PyTree[Array]], PyTree[Array]]]:
-        """Join the matrices of q, k and v of all layers, and that of o if it is small, see `SENT_ALONE`.
+    def join_attention(
+        self, params: PyTree[Array], stack: str
+    ) -> tuple[PyTree[Array], Callable[[PyTree[Array]], PyTree[Array]]]:
+        """Join the matrices of q, k and v of all layers of a stack, and that of o if it is small, see `SENT_ALONE`.
 
         Return the parameters, and the function that splits the matrices of one gathered layer. Matrices that are not
         gathered are left as they are.
         """
-        _, axes = self._features("layers/q/kernel")
+        _, axes = self._features(f"{stack}/q/kernel")
         if not axes:
             return params, lambda layer: layer
         whole_o = math.prod(params["o"]["kernel"].shape[1:]) * math.prod(map(lax.axis_size, axes))
-        names = ATTENTION if whole_o < SENT_ALONE else ATTENTION[:-1]
+        joins = lambda name: name in params and (name != "o" or whole_o < SENT_ALONE)
+        names = tuple(filter(joins, ATTENTION))
         transposed = lambda name, x: x.swapaxes(-2, -1) if name == "o" else x
         kernels = [transposed(name, params[name]["kernel"]) for name in names]
         ends = np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1]
@@ -160,7 +168,7 @@ class Parallel(NamedTuple):
         dimension, axes = self._features(name)
         if not axes:
             return x.astype(dtype)
-        from_end = dimension - len(sharding.PARAM_AXES[name])  # `x` may lack the axis of layers
+        from_end = dimension - len(sharding.logical_axes(name) or ())  # `x` may lack the axis of layers
         return _all_gather(x, (x.ndim + from_end, axes), jnp.dtype(dtype), self, sum_over_data)
 
 
