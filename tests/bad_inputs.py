@@ -300,6 +300,22 @@ BAD_INPUTS = [
     ),
     BadInput(MODEL, "dense layers of text", _experts(mlp_only_layers="1"), ("mlp_only_layers is '1'", "a list")),
     BadInput(MODEL, "8-bit weights", _fields(quantization_config={"quant_method": "fp8"}), ("'fp8'", "dequantized")),
+    BadInput(MODEL, "a flag of text", _fields(tie_word_embeddings="false"), ("'tie_word_embeddings'", "'false'")),
+    BadInput(MODEL, "two billion layers", _fields(num_hidden_layers=2**31 - 1), ("num_hidden_layers", "10000")),
+    BadInput(MODEL, "layer types that are a number", _fields(model_type="mistral", layer_types=5), ("layer_types",)),
+    BadInput(
+        MODEL,
+        "layers of other sizes",
+        _fields(per_layer_config={"1": {"head_dim": 16}}),
+        ("per_layer_config is set", "llama"),
+    ),
+    BadInput(MODEL, "Gemma without a window", _gemma4(sliding_window=None), ("'sliding_window'", "missing")),
+    BadInput(
+        MODEL,
+        "wide heads in a layer with a window",
+        _gemma4(per_layer_config={"0": {"head_dim": 16}}),
+        ("per_layer_config is about the layers 0", "without a window"),
+    ),
     BadInput(MODEL, "biases in attention", _fields(attention_bias=True), ("attention_bias is true", "llama")),
     BadInput(
         MODEL,

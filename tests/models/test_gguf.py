@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType as Q
 from safetensors.numpy import load_file
 
 from tpaw_jax import models
+from tpaw_jax.models.checkpoints.gguf import GGUFSource
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def write_gguf(path, directory, quantization, **fields):
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-6)
     writer.add_uint32("llama.context_length", 8192)
     for name, value in fields.items():
-        writer.add_string(name.replace("__", "."), value)
+        writer.add_key_value(name.replace("__", "."), value, gguf.GGUFValueType.get_type(value))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
     for hf, values in load_file(directory / "model.safetensors").items():
         for projection, heads in (("q_proj", 4), ("k_proj", 2)):
@@ -67,6 +68,21 @@ def test_rope_scaling_that_is_not_supported_is_told(tmp_path, directory):
     path = write_gguf(tmp_path / "model.gguf", directory, Q.F32, llama__rope__scaling__type="yarn")
     with pytest.raises(ValueError, match="rope type 'yarn' in GGUF is not supported"):
         models.load_pretrained(path)
+
+
+def test_attention_in_both_directions_is_told(tmp_path, directory):
+    path = write_gguf(tmp_path / "model.gguf", directory, Q.F32, llama__attention__causal=False)
+    with pytest.raises(ValueError, match=r"'llama.attention.causal' is false"):
+        models.load_pretrained(path)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj"])
+def test_a_part_of_a_matrix_is_that_part_of_the_whole(name, tmp_path, directory):
+    source = GGUFSource(write_gguf(tmp_path / "model.gguf", directory, Q.Q8_0))
+    name = f"model.{name}.weight"
+    whole = source.read(name, (slice(None), slice(None)))
+    for part in [(slice(8, 24), slice(None)), (slice(None), slice(16, 48)), (slice(3, 9), slice(1, 5))]:
+        np.testing.assert_array_equal(source.read(name, part), whole[part])
 
 
 def test_a_damaged_file_is_told(tmp_path, directory):

@@ -341,13 +341,13 @@ GEMMA4 = {  # layers 0, 1 and 2 have keys; 3 reads those of 1, 4 those of 2
     "rope_layers": None,
     "global_head_dim": 16,
     "global_kv_heads": 2,
-    "sharing_layers": 2,
-    "sharing_size": 344,
+    "kv_shared_layers": 2,
+    "kv_shared_size": 344,
     "token_features": 16,
 }
 GEMMA4_EXPERTS = GEMMA4 | {
     "keys_as_values": True,
-    "sharing_layers": 0,
+    "kv_shared_layers": 0,
     "token_features": 0,
     "num_experts": 8,
     "experts_per_token": 3,
@@ -411,7 +411,7 @@ def test_weight_decay_leaves_what_is_not_trained(stories):
     before = host(params)
     step, state, inputs, _ = setup((config, params), rows_per_batch=8, most=1, weight_decay=0.5)
     after = host(step(state, *inputs, scalars())[0].params)
-    for stack in ("layers", "global_layers", "sharing_layers", "sharing_global_layers"):
+    for stack in ("layers", "global_layers", "kv_shared_layers", "kv_shared_global_layers"):
         np.testing.assert_array_equal(after[stack]["output_scale"]["scale"], before[stack]["output_scale"]["scale"])
         assert (after[stack]["q_norm"]["scale"] != before[stack]["q_norm"]["scale"]).any()
 

@@ -139,7 +139,7 @@ def decode(
     stacks, sources, pool = stacks_of(model.local_config), source_of_layers(model.config), iter(cache)
     angles = {stack: rotary_angles(own, positions) for stack, own in stacks.items()}
     x_MD = _embed(model, weights, tokens)
-    besides = _Besides(x_MD, tokens.reshape(-1), weights.token_norm)
+    token_inputs = _TokenInputs(x_MD, tokens.reshape(-1), weights.token_norm)
     kept: dict[int, Any] = {}  # of each layer with keys of its own
     for i, (stack, index) in enumerate(places_of(model.config)):
         own, source = stacks[stack], sources[i]
@@ -152,7 +152,9 @@ def decode(
             attend = functools.partial(_attend, own, pages=next(pool), **settings)
         else:
             attend = functools.partial(_attend_to, own, source=kept[source], **settings)
-        x_MD, result = _layer(own, weights.of_layer(i), x_MD, positions.shape, attend, model.parallel, besides=besides)
+        x_MD, result = _layer(
+            own, weights.of_layer(i), x_MD, positions.shape, attend, model.parallel, token_inputs=token_inputs
+        )
         kept |= {i: result} if source == i else {}
     logits = _logits(model, weights, x_MD).reshape(*tokens.shape, -1)
     return logits, tuple(result[0] for result in kept.values())
@@ -179,7 +181,7 @@ def prefill(
     def layer(x_MD, own):
         i, kind = own
         attend_to = functools.partial(attend, kind=kind)
-        return _layer(c, weights.of_layer(i), x_MD, rows, attend_to, model.parallel, besides=None)
+        return _layer(c, weights.of_layer(i), x_MD, rows, attend_to, model.parallel, token_inputs=None)
 
     layers = jnp.arange(c.num_layers), kind_of_layers(c)
     x_MD, keys_and_values = jax.lax.scan(layer, _embed(model, weights, prompts.tokens), layers)
@@ -194,8 +196,8 @@ def _embed(model: Transformer, weights: DecodeWeights, tokens: Int[AnyArray, "R 
     return scaled(x_MD, embedding_multiplier(model.config, model.dtype))
 
 
-class _Besides(NamedTuple):
-    """What layers with an embedding of their own take besides."""
+class _TokenInputs(NamedTuple):
+    """What layers with an embedding of their own need to look up and combine."""
 
     embedded: Float[Array, "M D"]
     tokens: Int[Array, "M"]
@@ -210,7 +212,7 @@ def _layer(
     attend: Callable[..., Any],
     parallel: Parallel,
     *,
-    besides: _Besides | None,
+    token_inputs: _TokenInputs | None,
 ) -> Any:
     """One layer over tokens of shape `rows` = (R, S); `c` is the architecture of its stack.
 
@@ -241,7 +243,7 @@ def _layer(
         out_MD = parallel.reduce_from_tensor(out_MD)
     x_MD += after(out_MD, w.mlp_post_norm)
     if w.tokens is not None:
-        x_MD += _of_tokens(c, w.tokens, x_MD, besides)
+        x_MD += _of_tokens(c, w.tokens, x_MD, token_inputs)
     return x_MD if w.output_scale is None else x_MD * w.output_scale.astype(jnp.float32), kept
 
 
@@ -271,11 +273,11 @@ def _mixed(config: ModelConfig, own: ExpertLayer, h_MD: Array, routes: experts.R
     return experts.mix(outputs_MXD.astype(jnp.float32), routes.weights)
 
 
-def _of_tokens(config: ModelConfig, own: TokenLayer, x_MD: Array, besides: Any) -> Array:
+def _of_tokens(config: ModelConfig, own: TokenLayer, x_MD: Array, token_inputs: Any) -> Array:
     """What the layer's own embedding of the tokens adds, gated by x."""
-    embedded_MQ = _take_rows(own.table, besides.tokens).astype(jnp.float32)
-    projected_MQ = scaled(_product(besides.embedded, own.projection), config.hidden_size**-0.5)
-    own_MQ = token_features(projected_MQ, embedded_MQ, besides.scale, config)
+    embedded_MQ = _take_rows(own.table, token_inputs.tokens).astype(jnp.float32)
+    projected_MQ = scaled(_product(token_inputs.embedded, own.projection), config.hidden_size**-0.5)
+    own_MQ = token_features(projected_MQ, embedded_MQ, token_inputs.scale, config)
     gated_MQ = ACTIVATIONS[config.activation](_product(x_MD, own.gate)) * own_MQ
     return rms_norm(_product(gated_MQ, own.out), own.post_norm, config.rms_norm_eps)
 

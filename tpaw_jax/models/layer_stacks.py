@@ -89,7 +89,7 @@ def source_of_layers(config: ModelConfig) -> tuple[int, ...]:
     """The layer that computes the keys and values of each layer: itself, or the last one before of its kind."""
     stacks = [place.stack for place in places_of(config)]
     last = {stack: i for i, stack in enumerate(stacks)}
-    own = lambda stack: stack.removeprefix("sharing_")
+    own = lambda stack: stack.removeprefix("kv_shared_")
     return tuple(i if stack == own(stack) else last[own(stack)] for i, stack in enumerate(stacks))
 
 

@@ -67,8 +67,8 @@ class ModelConfig:
     global_kv_heads: int = 0  # num_kv_heads of those layers
     keys_as_values: bool = False  # those layers project no values; they take the keys before their norm
     value_norm: bool = False  # values are normalized, each head alone, without a scale
-    sharing_layers: int = 0  # the last layers, which read keys and values of earlier ones
-    sharing_size: int = 0  # `intermediate_size` of those layers
+    kv_shared_layers: int = 0  # the last layers, which read keys and values of earlier ones
+    kv_shared_size: int = 0  # `intermediate_size` of those layers
     reads_keys: bool = False  # all layers do so; set by `of_stack`
     output_scale: bool = False  # a number of the checkpoint, not trained, multiplies the output of a layer
     token_features: int = 0  # features of each layer's own embedding of the tokens; 0: there is none
@@ -122,7 +122,7 @@ class ModelConfig:
         if self.dense_layers is not None and self.dense_layers[layer]:
             return "dense_layers"
         name = "global_layers" if self.global_head_dim and not self._has_window(layer) else LAYERS
-        return f"sharing_{name}" if layer >= self.num_layers - self.sharing_layers else name
+        return f"kv_shared_{name}" if layer >= self.num_layers - self.kv_shared_layers else name
 
     def of_stack(self, stack: str) -> "ModelConfig":
         """The architecture of a model that has the layers of one stack only."""
@@ -132,7 +132,7 @@ class ModelConfig:
         select = lambda of_layers: None if of_layers is None else tuple(of_layers[i] for i in own)
         of_experts = ("num_experts", "experts_per_token", "expert_size", "shared_expert_size")
         no_experts: dict[str, Any] = dict.fromkeys(of_experts, 0) if stack == "dense_layers" else {}
-        shares, is_global = stack.startswith("sharing_"), stack.endswith("global_layers")
+        shares, is_global = stack.startswith("kv_shared_"), stack.endswith("global_layers")
         return dataclasses.replace(
             self,
             num_layers=len(own),
@@ -145,8 +145,8 @@ class ModelConfig:
             global_head_dim=0,
             global_kv_heads=0,
             keys_as_values=self.keys_as_values and is_global,
-            sharing_layers=0,
-            intermediate_size=self.sharing_size if shares else self.intermediate_size,
+            kv_shared_layers=0,
+            intermediate_size=self.kv_shared_size if shares else self.intermediate_size,
             reads_keys=shares,
         )
 
@@ -175,7 +175,7 @@ class Family(NamedTuple):
     caps: tuple[str, ...] = ()  # fields of `ModelConfig` about soft caps that the family may set
     ropes: tuple[str, ...] = ("default", "linear", "llama3", "yarn", "dynamic")
     partial_rope: bool = False  # whether config.json may say that only a part of each head is rotated
-    two_sizes: bool = False  # layers with and without a window have heads of their own size
+    global_heads: bool = False  # layers with and without a window have heads of their own size
     experts: Mapping[str, str] = {}  # fields of `ModelConfig` about experts, and their names in config.json
 
 
@@ -257,7 +257,7 @@ FAMILIES = {  # by model_type
         defaults=_GEMMA4,
         window="by type",
         ropes=("default", "proportional"),
-        two_sizes=True,
+        global_heads=True,
         caps=("logits_cap",),
     ),
     "gemma2": Family(

@@ -109,7 +109,7 @@ class Transformer(nn.Module):
             num_kv_heads=c.num_kv_heads // tensor,
             global_kv_heads=c.global_kv_heads // tensor,
             intermediate_size=c.intermediate_size // tensor,
-            sharing_size=c.sharing_size // tensor,
+            kv_shared_size=c.kv_shared_size // tensor,
             expert_size=c.expert_size // tensor,
             shared_expert_size=c.shared_expert_size // tensor,
         )

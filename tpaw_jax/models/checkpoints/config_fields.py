@@ -28,6 +28,18 @@ def positive_int(fields: dict[str, Any], name: str, where: str, default: int) ->
     return value
 
 
+def flag(fields: dict[str, Any], name: str, where: str, default: bool = False) -> bool:
+    """True or false; `default` replaces a field that is absent or null.
+
+    Raises:
+        ValueError: it is something else, such as the text "false".
+    """
+    value = fields.get(name)
+    if value is not None and type(value) is not bool:
+        raise ValueError(f"{where}: the field '{name}' is {value!r}; true or false was expected.")
+    return default if value is None else value
+
+
 def positive_number(value: Any, name: str, where: str) -> Any:
     """The value of a field, if it is a positive number.
 

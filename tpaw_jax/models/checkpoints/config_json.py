@@ -3,11 +3,14 @@
 from typing import Any
 
 from tpaw_jax.models.checkpoints import gemma4
-from tpaw_jax.models.checkpoints.config_fields import positive_int, positive_number, required
+from tpaw_jax.models.checkpoints.config_fields import flag, positive_int, positive_number, required
 from tpaw_jax.models.model_config import FAMILIES, Family, ModelConfig
 from tpaw_jax.models.rope import ROPE_FIELDS, RopeScaling
 
 GEMMA = ("gemma2", "gemma3_text", "gemma4_text")
+
+MOST_LAYERS = 10_000
+"""More than any model has; a larger number in config.json is a mistake that would fill the host's memory."""
 
 LONGROPE_FACTORS = ("short_factor", "long_factor")
 
@@ -36,6 +39,8 @@ def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
     if head_dim % 2:
         raise ValueError(f"{where}: head_dim is {head_dim}; rotary embeddings need an even number.")
     family, layers = FAMILIES[model_type], positive("num_hidden_layers")
+    if layers > MOST_LAYERS:
+        raise ValueError(f"{where}: num_hidden_layers is {layers}; at most {MOST_LAYERS} are supported.")
     ropes, local_theta = _rope_of_layers(fields, where)
     theta, scaling = _rope(ropes, where)
     config = ModelConfig(
@@ -52,15 +57,16 @@ def from_dict(fields: dict[str, Any], where: str) -> ModelConfig:
         rotary_fraction=_rotary_fraction(fields, where),
         rms_norm_eps=positive_number(required(fields, "rms_norm_eps", where), "rms_norm_eps", where),
         max_position_embeddings=positive("max_position_embeddings"),
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        tie_embeddings=flag(fields, "tie_word_embeddings", where),
         rope_layers=_rope_layers(fields, layers, where) if model_type == "smollm3" else None,
         local_rope_theta=local_theta,
         **family.options,
         **_windows(fields, family, layers, where),
-        **(gemma4.options_of(fields, layers, where) if family.two_sizes else _experts(fields, family, where)),
+        **(gemma4.options_of(fields, layers, where) if family.global_heads else _experts(fields, family, where)),
         **_multipliers_and_caps(fields, family, where),
     )
-    gemma4.check_sharing(config, where)
+    if family.global_heads:
+        gemma4.check_layers(config, fields, where)
     return config
 
 
@@ -127,7 +133,7 @@ def to_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
     fields |= {CAPS[field]: getattr(config, field) for field in FAMILIES[config.model_type].caps}
     if config.model_type in GEMMA:
         fields["hidden_activation"] = fields.pop("hidden_act")
-    if FAMILIES[config.model_type].two_sizes:
+    if FAMILIES[config.model_type].global_heads:
         fields = gemma4.to_fields(config, fields)
     elif config.model_type in GEMMA:
         scalar = (config.attention_multiplier or 1.0) ** -2
@@ -183,22 +189,26 @@ def _reject_options(fields: dict[str, Any], model_type: str, where: str) -> None
         if fields.get(option) and not of_images:
             raise ValueError(f"{where}: {option} is {fields[option]!r}, which is not supported for {model_type}.")
     for option in ("attention_bias", "mlp_bias"):
-        if fields.get(option):
+        if flag(fields, option, where):
             raise ValueError(f"{where}: {option} is true, which is not supported for {model_type}.")
+    if fields.get("per_layer_config") is not None and not FAMILIES[model_type].global_heads:
+        raise ValueError(f"{where}: per_layer_config is set, which is not supported for {model_type}.")
 
 
 def _windows(fields: dict[str, Any], family: Family, layers: int, where: str) -> dict[str, Any]:
     """The fields of `ModelConfig` about sliding windows."""
     types = fields.get("layer_types")
     if not family.window:
-        if fields["model_type"] == "smollm3" and fields.get("use_sliding_window"):
+        if fields["model_type"] == "smollm3" and flag(fields, "use_sliding_window", where):
             raise ValueError(f"{where}: use_sliding_window is true, which is not supported for smollm3.")
         return {}
-    if fields.get("sliding_window") is None or (family.window == "if used" and not fields.get("use_sliding_window")):
+    if family.window == "if used" and not flag(fields, "use_sliding_window", where):
+        return {}
+    if family.window != "by type" and fields.get("sliding_window") is None:
         return {}
     window = positive_int(fields, "sliding_window", where, 0)
     if family.window == "all":
-        if types is not None and set(map(str, types)) != {"sliding_attention"}:
+        if types is not None and (not isinstance(types, list) or set(map(str, types)) != {"sliding_attention"}):
             raise ValueError(f"{where}: layer_types is set, which is not supported for {fields['model_type']}.")
         return {"sliding_window": window}
     if types is None and family.window == "by type":
@@ -209,7 +219,7 @@ def _windows(fields: dict[str, Any], family: Family, layers: int, where: str) ->
         if type(first) is not int:
             raise ValueError(f"{where}: the field 'max_window_layers' is {first!r}; an integer was expected.")
         types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    if family.two_sizes and isinstance(types, list):  # as in transformers
+    if family.global_heads and isinstance(types, list):  # as in transformers
         types = [*types[:-1], "full_attention"]
     known = ("full_attention", "sliding_attention")
     if not isinstance(types, list) or len(types) != layers or any(one not in known for one in types):
@@ -238,7 +248,7 @@ def _experts(fields: dict[str, Any], family: Family, where: str) -> dict[str, An
             f"{options['num_experts']} experts."
         )
     if "normalized_experts" not in family.options:
-        options["normalized_experts"] = bool(fields.get("norm_topk_prob", False))
+        options["normalized_experts"] = flag(fields, "norm_topk_prob", where)
     return options | _dense_layers(fields, where)
 
 
@@ -258,7 +268,7 @@ def _dense_layers(fields: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _rope_of_layers(fields: dict[str, Any], where: str) -> tuple[dict[str, Any], float | None]:
     """The fields with the rope of layers without a window, and theta of those with one if it may differ."""
-    if "rope_local_base_freq" not in fields and not FAMILIES[fields["model_type"]].two_sizes:
+    if "rope_local_base_freq" not in fields and not FAMILIES[fields["model_type"]].global_heads:
         return fields, None
     parameters, local = fields.get("rope_parameters"), {"rope_theta": fields.get("rope_local_base_freq")}
     if isinstance(parameters, dict) and "full_attention" in parameters:

@@ -38,6 +38,10 @@ _GRANITE = {
     "logits_scaling": "logit_scale",
 }
 _GEMMA2 = {name: name for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+_GEMMA3 = _GEMMA2 | {
+    "sliding_window_pattern": "attention.sliding_window_pattern",
+    "rope_local_base_freq": "rope.freq_base_swa",
+}
 
 ARCHITECTURES = {
     "llama": Architecture("llama", interleaved=True),
@@ -52,7 +56,7 @@ ARCHITECTURES = {
     "olmo2": Architecture("olmo2"),
     "phi3": Architecture("phi3", _WINDOW),
     "gemma2": Architecture("gemma2", _WINDOW | _GEMMA2, norm_offset=1.0),
-    "gemma3": Architecture("gemma3_text", _WINDOW, {"rope_local_base_freq": 1e4}, norm_offset=1.0),
+    "gemma3": Architecture("gemma3_text", _WINDOW | _GEMMA3, {"rope_local_base_freq": 1e4}, norm_offset=1.0),
 }
 
 MIXTRAL = Architecture(
@@ -102,19 +106,25 @@ class GGUFSource:
         from gguf.quants import dequantize
 
         gguf_name, expert = self._names[name]
-        tensor = self._tensors[gguf_name]
+        tensor, shape = self._tensors[gguf_name], self.shape(name)
         with _as_value_error(self.path):
             data = tensor.data if expert is None else tensor.data[expert]
-            values = dequantize(data, tensor.tensor_type).reshape(self.shape(name))
+            if data.ndim < 2:
+                values = dequantize(data, tensor.tensor_type).reshape(shape)[index]
+            else:  # only the rows of the index: a device may need one of many parts
+                rows = self._row_order(name, shape[0])[index[0]]
+                values = dequantize(data[rows], tensor.tensor_type)[:, *index[1:]]
         if self._architecture.norm_offset and name.endswith("norm.weight"):
             values = values - np.float32(self._architecture.norm_offset)
+        return values
+
+    def _row_order(self, name: str, rows: int) -> np.ndarray:
+        """Where each row of a matrix is in the file."""
         heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
-        projection = name.split(".")[-2]
+        projection, order = name.split(".")[-2], np.arange(rows)
         if self._architecture.interleaved and projection in heads:
-            rows, columns = values.shape
-            halves = values.reshape(heads[projection], rows // heads[projection] // 2, 2, columns)
-            values = halves.swapaxes(1, 2).reshape(rows, columns)
-        return values[index]
+            return order.reshape(heads[projection], -1, 2).swapaxes(1, 2).reshape(rows)
+        return order
 
     def _tensors_by_name(self) -> dict[str, tuple[str, int | None]]:
         """The GGUF tensor of each Hugging Face name, and the index of the expert in it."""
@@ -168,9 +178,13 @@ class GGUFSource:
             "max_position_embeddings": get("context_length"),
             "rope_theta": get("rope.freq_base", 1e6 if architecture == "gemma3" else 1e4),
             "tie_word_embeddings": "output.weight" not in self._tensors,
-            **{field: value or None for field, name in own.fields.items() if (value := get(name)) is not None},
             **own.constants,
+            **{field: value or None for field, name in own.fields.items() if (value := get(name)) is not None},
         }
+        if not get("attention.causal", True):
+            raise ValueError(
+                f"{self.path}: the field '{architecture}.attention.causal' is false; supported is causal attention."
+            )
         if architecture in WIDE_BLOCKS:
             wide = fields["num_hidden_layers"] == WIDE_BLOCKS[architecture]
             fields["query_pre_attn_scalar"] = hidden // heads if wide else fields["head_dim"]

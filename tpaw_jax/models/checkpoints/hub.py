@@ -231,7 +231,7 @@ def _check_tensors(source: TensorSource, shapes: dict[str, tuple[int, ...]], con
     unexpected = {n for n in present - expected.keys() if not n.endswith("rotary_emb.inv_freq")}
     if config.tie_embeddings:
         unexpected.discard("lm_head.weight")  # a copy of the tied embedding; transformers ignores it too
-    for layer in range(config.num_layers - config.sharing_layers, config.num_layers):  # transformers ignores them too
+    for layer in range(config.num_layers - config.kv_shared_layers, config.num_layers):  # transformers ignores them too
         unexpected -= {f"model.layers.{layer}.self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm")}
     if missing:
         raise ValueError(f"{path}: {len(missing)} tensors are missing: {_shortened(missing)}.")

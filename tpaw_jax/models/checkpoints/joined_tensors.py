@@ -16,7 +16,7 @@ FUSED_NAMES = {  # matrices that are joined: flax paths in a stack, name of the 
     ("gate/kernel", "up/kernel"): "*model.layers.{}.mlp.gate_up_proj.weight",
 }
 
-EXPERTS_BESIDE_NAMES = {("expert_gate/kernel", "expert_up/kernel"): "*model.layers.{}.experts.gate_up_proj"}
+GATE_UP_NAMES = {("expert_gate/kernel", "expert_up/kernel"): "*model.layers.{}.experts.gate_up_proj"}
 
 JOINED_LAYERS = {  # parameters whose layers are joined
     "token_embedding/embedding": "model.embed_tokens_per_layer.weight",
@@ -107,7 +107,7 @@ def _fused_parts(names: dict[str, TensorName], stack: str, config: ModelConfig) 
 
 
 def _experts_beside_parts(names: dict[str, TensorName], stack: str, config: ModelConfig) -> dict[str, Part]:
-    (fused, template), size = next(iter(EXPERTS_BESIDE_NAMES.items())), config.expert_size
+    (fused, template), size = next(iter(GATE_UP_NAMES.items())), config.expert_size
     parts = {}
     for i in range(config.num_layers):
         for number, name in enumerate(fused):
@@ -177,7 +177,7 @@ def join(flat: Mapping[str, Array], config: ModelConfig) -> tuple[dict[str, "Arr
     names = tensor_names(config)
     joined: dict[str, Any] = dict(flat)
     for stack, own in stacks_of(config).items():
-        templates = (FUSED_NAMES if config.fused else {}) | (EXPERTS_BESIDE_NAMES if own.experts_beside_dense else {})
+        templates = (FUSED_NAMES if config.fused else {}) | (GATE_UP_NAMES if own.experts_beside_dense else {})
         for fused, template in templates.items():
             one, *_ = paths = [f"{stack}/{name}" for name in fused]
             joined[one] = Joined(tuple(joined.pop(path) for path in paths))

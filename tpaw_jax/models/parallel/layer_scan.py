@@ -90,13 +90,13 @@ def _backward(order, residuals, gradients):
     run, (dx, d_head) = _Run(order.stacks, layers, inputs), gradients
     zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
     state = _Gradients(dx, jax.tree.map(jnp.zeros_like, layers[0]), zeros(shared), zeros(kept))
-    waits = None  # a layer, the repeat that it is in, and gradients to be reduced
+    pending = None  # a layer, the repeat that it is in, and gradients to be reduced
     for number, (cycle, of_cycle) in reversed(list(enumerate(zip(order.cycles, saved, strict=True)))):
         last, first = cycle.repeats - 1, cycle.members[0]
 
-        def repeat(p, state, waits, cycle=cycle, of_cycle=of_cycle):
+        def repeat(p, state, pending, cycle=cycle, of_cycle=of_cycle):
             for member, own in reversed(list(zip(cycle.members, of_cycle, strict=True))):
-                state = state if waits is None else run.reduced(*waits, state)
+                state = state if pending is None else run.reduced(*pending, state)
                 x, vjp = _at(own, p)
                 if cycle.repeats == 1:  # there is no loop: do not merge this with the forward pass
                     x, dx = lax.optimization_barrier((x, state.dx))
@@ -106,10 +106,10 @@ def _backward(order, residuals, gradients):
                 full, dx, d_shared, *_ = vjp((state.dx, state.of_kept(member, kept)))
                 now, late = _split(full)
                 state = run.reduced(member, p, now, state.add(dx, *d_shared, member))
-                waits = member, p, late
-            return state, waits
+                pending = member, p, late
+            return state, pending
 
-        state, waits = repeat(last, state, waits)
+        state, pending = repeat(last, state, pending)
         if number == len(order.cycles) - 1:
             dx, d_head = lax.optimization_barrier((state.dx, d_head))  # the loop waits for the head's gradient
             state = state._replace(dx=dx)
@@ -120,9 +120,9 @@ def _backward(order, residuals, gradients):
             return state, late
 
         if last:
-            state, late = lax.fori_loop(1, last + 1, before, (state, waits[2]))
-            waits = first, 0, late
-    state = run.reduced(*waits, state)
+            state, late = lax.fori_loop(1, last + 1, before, (state, pending[2]))
+            pending = first, 0, late
+    state = run.reduced(*pending, state)
     return (state.d_stacks, None), state.dx, _as(state.d_shared, shared), None, d_head
 
 
