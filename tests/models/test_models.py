@@ -246,6 +246,15 @@ def broken(tmp_path, change_config=None, change_tensors=None):
     return directory
 
 
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "hidden_act": "gelu_pytorch_tanh",
+    "rope_parameters": None,
+    "global_head_dim": 16,
+    "vocab_size_per_layer_input": 512,
+}
+
+
 @pytest.mark.parametrize(
     ("change_config", "change_tensors", "sentence"),
     [
@@ -268,6 +277,7 @@ def broken(tmp_path, change_config=None, change_tensors=None):
         ({"rope_parameters": {"rope_type": "longrope"}}, None, "rope type 'longrope' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn"}}, None, "yarn rope scaling needs the missing fields factor"),
         ({"hidden_size": None}, None, "the field 'hidden_size' is missing"),
+        (GEMMA4, None, "tensors are missing: model.embed_tokens_per_layer.weight, model.layers.0.layer_scalar"),
         (None, lambda t: t.pop("model.norm.weight"), "1 tensors are missing: model.norm.weight"),
         (None, lambda t: t.update(extra=np.zeros(2)), "1 tensors do not belong to a llama model: extra"),
         ({"vocab_size": 500}, None, r"'model.embed_tokens.weight' is \(512, 64\) and should be \(500, 64\)"),

@@ -27,6 +27,19 @@ WIDER = dataclasses.replace(TIED, hidden_size=1024, num_heads=8)
 EXPERTS = dataclasses.replace(
     SMALL, model_type="qwen3_moe", qk_norm=True, num_experts=8, experts_per_token=2, expert_size=256
 )
+BESIDE = dataclasses.replace(  # what Gemma 4 has: experts beside a dense feed-forward, heads of two sizes
+    EXPERTS,
+    model_type="gemma4_text",
+    num_layers=4,
+    post_norm=True,
+    experts_beside_dense=True,
+    output_scale=True,
+    sliding_window=512,
+    window_layers=(True, False, True, False),
+    local_rope_theta=1e4,
+    global_head_dim=256,
+    global_kv_heads=2,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -104,6 +117,7 @@ def exchanged(record):
         pytest.param("tpu7x:2x2x1", SMALL, None, "float32", marks=SIMILAR),  # two devices to a chip
         pytest.param("v5e:2x2", EXPERTS, None, "float32", marks=SIMILAR),
         ("v5e:2x2", EXPERTS, {"data": 1, "fsdp": 2, "expert": 2}, "float32"),
+        pytest.param("v5e:2x2", BESIDE, {"data": 1, "fsdp": 2, "tensor": 2}, "float32", marks=SIMILAR),
     ],
 )
 def test_a_step_and_a_scoring_pass_exchange_what_the_design_says(topology, model, mesh, reduce_dtype):

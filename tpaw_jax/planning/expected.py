@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK
 from tpaw_jax.models.checkpoints.hub import param_shapes
-from tpaw_jax.models.layer_stacks import layers_with_experts
-from tpaw_jax.models.model_config import LAYERS
+from tpaw_jax.models.layer_stacks import layers_with_experts, stacks_of
+from tpaw_jax.models.model_config import LAYERS, ModelConfig
 from tpaw_jax.models.parallel import exchange
 from tpaw_jax.models.parallel.collectives import LOOKED_UP
 from tpaw_jax.models.transformer import KEEPS_LOGITS
@@ -85,9 +85,7 @@ def decode_flops(target: Target, load: Workload) -> Flops:
 def decode_bytes(target: Target, typical_tokens: int) -> float:
     """Bytes that a device must read in `STEPS_PER_CHUNK` decode steps: all weights and cache pages, once per step."""
     params = lowering.sampling_params(target)
-    weights = param_bytes(params)
-    if not target.model.config.tie_embeddings:  # decoding reads only a few rows of the embedding table
-        weights -= param_bytes(params["embed"])
+    weights = param_bytes(params) - looked_up_bytes(params, target.model.config)
     return STEPS_PER_CHUNK * (weights + cache_bytes(target, typical_tokens))
 
 
@@ -95,6 +93,13 @@ def param_bytes(params: Any) -> float:
     """Bytes that one device holds of sharded parameters."""
     size = lambda p: math.prod(p.sharding.shard_shape(p.shape)) * p.dtype.itemsize
     return float(sum(size(p) for p in jax.tree.leaves(params)))
+
+
+def looked_up_bytes(params: Any, config: ModelConfig) -> float:
+    """Bytes that one device holds of tables of which it only reads the rows of some tokens."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    tables = sum(param_bytes(leaf) for path, leaf in leaves if sharding.path_name(path).endswith(LOOKED_UP))
+    return tables - (param_bytes(params["embed"]) if config.tie_embeddings else 0)  # the head reads that one
 
 
 def cache_bytes(target: Target, typical_tokens: int) -> float:
@@ -136,7 +141,7 @@ def _add_sampling(sent: dict[str, float], target: Target, stage: str) -> None:
     else:
         tokens, logits, itemsize, steps = row, row // 16, jnp.dtype(config.policy.compute_dtype).itemsize, 1
     if tensor > 1:
-        sums = 2 * model.num_layers + 1
+        sums = sum(_outputs(own) * own.num_layers for own in stacks_of(model).values()) + 1
         sent["all-reduce"] = 2 * _others(tensor) * steps * sums * tokens * model.hidden_size * itemsize
         sent["all-gather"] = _others(tensor) * steps * logits * model.vocab_size * 4
     if mesh.is_multi_process and stage == "decode":  # hosts read a flag, a count, tokens and log-probs
@@ -176,9 +181,10 @@ def _add_activations(sent: dict[str, float], target: Target, batches: int, *, st
     """Add the exchange of embeddings, of tokens with experts, of heads in `mesh.context`, and the sums over `tensor`.
 
     Each device holds some columns of the embedding table: tokens are gathered, then their columns exchanged. Over
-    `tensor`, the outputs of attention and feed-forward are summed forward, their gradients backward, and attention's
-    outputs once more if layers are recomputed. Devices that share rows exchange queries, keys, values and attention's
-    output; backward, their gradients, and all once more if layers are recomputed.
+    `tensor`, the outputs of attention and feed-forward are summed forward, their gradients backward. If layers are
+    recomputed, attention's outputs are summed once more, and with post-norms all of them. Devices that share rows
+    exchange queries, keys, values and attention's output; backward, their gradients, and all once more if layers are
+    recomputed.
     """
     config, mesh, model = target.config, target.mesh.shape, target.model.config
     fsdp, data, expert, tensor = (mesh[axis] for axis in ("fsdp", "data", "expert", "tensor"))
@@ -196,16 +202,26 @@ def _add_activations(sent: dict[str, float], target: Target, batches: int, *, st
         sent["all-to-all"] += _others(expert) * passes * places * model.hidden_size * compute
     context = config.mesh.context
     if context > 1:
-        heads, kv_heads = model.num_heads / tensor, max(model.num_kv_heads / tensor, context)
-        passes = (2 if step else 1) * (2 * heads + 2 * kv_heads) + (again * (2 * heads + 2 * kv_heads) if step else 0)
-        sent["all-to-all"] += _others(context) * passes * model.num_layers * tokens * model.head_dim * compute
+        passes = 2 + again if step else 1
+        for own in stacks_of(model).values():
+            heads = 2 * own.num_heads / tensor + 2 * max(own.num_kv_heads / tensor, context)
+            features = heads * own.head_dim * own.num_layers
+            sent["all-to-all"] += _others(context) * passes * features * tokens * compute
         row_bytes = 4 * (8 * config.packing.row_length + 3 * config.packing.max_responses_per_row)
         sent["all-gather"] += (
             _others(context) * context * row_bytes * batches * config.packing.rows_per_batch * context / (data * fsdp)
         )
     if tensor > 1:
-        sums = (4 + again) * model.num_layers + 2 if step else 2 * model.num_layers + 1
+        sums = 2 if step else 1
+        for own in stacks_of(model).values():
+            recomputed = again * (_outputs(own) if own.post_norm else 1)
+            sums += own.num_layers * (2 * _outputs(own) + recomputed if step else _outputs(own))
         sent["all-reduce"] += 2 * _others(tensor) * sums * tokens * model.hidden_size * compute
+
+
+def _outputs(config: ModelConfig) -> int:
+    """How many outputs a layer sums over `tensor`: those of attention, feed-forward, and experts beside it."""
+    return 3 if config.experts_beside_dense else 2
 
 
 def _add_sum_over_data(sent: dict[str, float], size: float, data: int, slices: int) -> None:

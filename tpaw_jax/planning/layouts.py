@@ -169,7 +169,8 @@ def _seconds(target: Target, load: Workload, rows: int) -> float:
     exchange = over("fsdp", params["all-gather"] + params["reduce-scatter"]) + over("data", params["all-reduce"])
     exchange += params[expected.BETWEEN_SLICES] / chip.dcn_bandwidth
     # Gathered matrices are written and read, forward and backward, and their gradients written and read, in float32.
-    matrices = expected.param_bytes(target.params) * mesh.shape["fsdp"] * batches
+    gathered = expected.param_bytes(target.params) - expected.looked_up_bytes(target.params, target.model.config)
+    matrices = gathered * mesh.shape["fsdp"] * batches
     arithmetic = (flops.executed + flops.stalled) / chip.peak_flops
     return max(arithmetic, 4 * matrices / chip.hbm_bandwidth, exchange) + over("tensor", activations["all-reduce"])
 

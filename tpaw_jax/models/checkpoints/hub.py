@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from tpaw_jax.models.checkpoints import config_json, gguf
-from tpaw_jax.models.checkpoints.joined_tensors import SplitSource, join
+from tpaw_jax.models.checkpoints.joined_tensors import SplitSource, join, names_in_files
 from tpaw_jax.models.checkpoints.safetensors_files import SafetensorsSource, read_json, write_shards
 from tpaw_jax.models.checkpoints.tensor_names import TensorName, tensor_names
 from tpaw_jax.models.model_config import ModelConfig
@@ -227,7 +227,7 @@ def _check_tensors(source: TensorSource, shapes: dict[str, tuple[int, ...]], con
     names = tensor_names(config)
     expected = {hf: inner for name, shape in shapes.items() for hf, _, inner in names[name].tensors(shape)}
     present = source.names()
-    missing = sorted(expected.keys() - present)
+    missing = names_in_files(expected.keys() - present, config)
     unexpected = {n for n in present - expected.keys() if not n.endswith("rotary_emb.inv_freq")}
     if config.tie_embeddings:
         unexpected.discard("lm_head.weight")  # a copy of the tied embedding; transformers ignores it too

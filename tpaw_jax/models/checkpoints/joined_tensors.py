@@ -1,6 +1,6 @@
 """Parameters that checkpoints of some families join in one tensor, which holds ours as parts along one axis."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +75,12 @@ class SplitSource:
         if part.expert is None:
             return self._source.read(part.joined, index)
         return self._source.read(part.joined, (slice(part.expert[0], part.expert[0] + 1), *index))[0]
+
+
+def names_in_files(names: Iterable[str], config: ModelConfig) -> list[str]:
+    """The tensors that checkpoints have, for names of parts that they have only in joined tensors."""
+    always = {n: part.joined for n, part in _parts_of(config).items() if config.fused or not n.endswith(".weight")}
+    return sorted({always.get(name, name) for name in names})
 
 
 def _parts_of(config: ModelConfig) -> dict[str, Part]:
