@@ -288,9 +288,7 @@ def test_sixty_four_prompts_get_the_same_responses_everywhere(stories, temperatu
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
     params = jax.device_put(stories[1], sharding.param_shardings(stories[1], mesh))
     reference = killed_sampling.answer(stories, tmp_path / "whole.part", temperature, slots=16)
-    for slots in (4, 64):
-        here = killed_sampling.answer(stories, tmp_path / f"{slots}.part", temperature, slots=slots)
-        assert_same_tokens(here, reference)
+    assert_same_tokens(killed_sampling.answer(stories, tmp_path / "4.part", temperature, slots=4), reference)
     spread = stories[0], params
     for tensor, slots in ((1, 64), (2, 16)):  # eight devices with a model each, and four pairs that share one
         path, decodes_on = tmp_path / f"{tensor}_devices.part", sharding.sampling_mesh(tensor)

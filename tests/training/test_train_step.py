@@ -67,6 +67,10 @@ def setup(
     return step, train_step.init_state(params, optimizer, mesh), inputs, scores
 
 
+def random_params(config):
+    return jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+
+
 def scalars(learning_rate=1e-3, dry_run=False, tolerance=0.0):
     return StepScalars(np.float32(learning_rate), np.float32(0.1), np.float32(tolerance), np.bool_(dry_run))
 
@@ -81,7 +85,7 @@ def assert_close(a, b, **tolerance):
 
 def test_micro_batches_change_nothing(stories):
     results = []
-    for size, most in ((8, 1), (2, 4), (1, 9)):  # one batch of rows, four, and one row at a time with room to spare
+    for size, most in ((8, 1), (1, 9)):  # one batch of rows, and one row at a time with room to spare
         step, state, inputs, _ = setup(stories, rows_per_batch=size, most=most)
         assert inputs[2] == -(-7 // size) or inputs[2] <= most
         state, metrics = step(state, *inputs, scalars())
@@ -126,13 +130,12 @@ def test_scores_and_step_agree_within_the_noise_that_a_dry_run_measures(stories,
     assert float(metrics["player/alpha_is_eta"][0]) == 1.0
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(stories, poison):
+def test_a_step_that_is_not_finite_is_skipped_and_counted(stories):
     step, state, inputs, _ = setup(stories)
     batch, scores, used = inputs
-    bad = scores.replace(log_probs=np.full_like(scores.log_probs, poison))
     before = host(state.params)
-    for count in (1, 2):
+    for count, poison in ((1, np.nan), (2, np.inf)):
+        bad = scores.replace(log_probs=np.full_like(scores.log_probs, poison))
         state, metrics = step(state, batch, bad, used, scalars())
         assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == count
     jax.tree.map(np.testing.assert_array_equal, host(state.params), before)
@@ -216,11 +219,11 @@ def test_schedules_are_transformers_one_step_earlier(schedule):
 def test_bfloat16_parameters_keep_float32_moments(stories):
     half = stories[0], jax.tree.map(lambda p: p.astype(jnp.bfloat16), stories[1])
     step, state, inputs, _ = setup(half)
-    state, metrics = step(state, *inputs, scalars())
+    state, metrics = jax.eval_shape(step, state, *inputs, scalars())
     assert {p.dtype for p in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
     moments = [m for m in jax.tree.leaves(state.opt_state) if m.ndim > 1]
     assert {m.dtype for m in moments} == {jnp.dtype(jnp.float32)}
-    assert np.isfinite(metrics["loss"])
+    assert metrics["loss"].dtype == jnp.float32
 
 
 def test_bfloat16_parameters_follow_a_float32_master_copy(stories):
@@ -301,8 +304,8 @@ def five_steps(step, state, inputs, scores):
         (MeshConfig(fsdp=8), "layer", False),
         (MeshConfig(data=2, fsdp=2, tensor=2), "layer", True),
         (MeshConfig(data=2, fsdp=4), "dots", True),
-        (MeshConfig(fsdp=2, tensor=4), "none", False),
-        (MeshConfig(data=4, fsdp=1, tensor=2), "head", True),
+        pytest.param(MeshConfig(fsdp=2, tensor=4), "none", False, marks=SIMILAR),
+        pytest.param(MeshConfig(data=4, fsdp=1, tensor=2), "head", True, marks=SIMILAR),
     ],
     ids=str,
 )
@@ -367,9 +370,10 @@ EXPERTS = {
 @pytest.mark.parametrize(
     ("mesh", "options"),
     [
-        (
+        pytest.param(
             MeshConfig(data=2, fsdp=4),
             {"model_type": "olmo2", "pre_norm": False, "post_norm": True, "qk_norm_all": True},
+            marks=SIMILAR,
         ),
         pytest.param(
             MeshConfig(fsdp=4, tensor=2),
@@ -395,8 +399,7 @@ EXPERTS = {
 def test_eight_devices_take_the_steps_of_one_for_layers_of_other_families(stories, mesh, options):
     """Layers that differ in their rope, or in their window and rope; experts with a shared one and router losses."""
     config = dataclasses.replace(stories[0], **{"rope_layers": (True, False, True, False, False), **options})
-    init = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), init)
+    params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), random_params(config))
     alone = five_steps(*setup((config, params), rows_per_batch=8, most=1))
     rows, remat = 8 // mesh.context, "layer" if mesh.context == 1 else "dots"
     losses, trained, log_probs = five_steps(*setup((config, params), 8, rows, 8 // rows, remat=remat, mesh=mesh))
@@ -407,7 +410,7 @@ def test_eight_devices_take_the_steps_of_one_for_layers_of_other_families(storie
 
 def test_weight_decay_leaves_what_is_not_trained(stories):
     config = dataclasses.replace(stories[0], **GEMMA4)
-    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = random_params(config)
     before = host(params)
     step, state, inputs, _ = setup((config, params), rows_per_batch=8, most=1, weight_decay=0.5)
     after = host(step(state, *inputs, scalars())[0].params)
@@ -438,7 +441,7 @@ def test_meshes_that_do_not_suit_the_experts_are_told(stories, options, mesh, me
 def test_router_losses_do_not_depend_on_micro_batches(stories, objective):
     """Rows are averaged by their triplets, or for SFT by their tokens; what is reported, always by triplets."""
     config = dataclasses.replace(stories[0], **EXPERTS)
-    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = random_params(config)
     found = []
     for size, most in ((8, 1), (1, 9)):
         step, state, inputs, _ = setup((config, params), rows_per_batch=size, most=most, loss=objective)
@@ -532,7 +535,9 @@ def test_predictions_that_a_part_has_no_room_for_are_no_numbers():
     assert np.isnan(weights(7)[0]).all()
 
 
-@pytest.mark.parametrize("sum_over_data", [False, True], ids=["after the loop", "in the loop"])
+@pytest.mark.parametrize(
+    "sum_over_data", [pytest.param(False, marks=SIMILAR, id="after the loop"), pytest.param(True, id="in the loop")]
+)
 def test_two_slices_take_the_steps_of_one_device(stories, steps_of_one_device, monkeypatch, sum_over_data):
     monkeypatch.setattr(tpu, "slice_count", lambda devices: 2 if len(devices) == 8 else 1)
     mesh = MeshConfig(data=4, fsdp=2)

@@ -99,7 +99,8 @@ def _options(q_BKGTH: Array, wanted: Options) -> Options:
         keys = 2 * length * lanes * (itemsize + 4) * buffers  # k and v, and the float32 gradients of both
         queries = 3 * 2 * blocks * groups * QUERIES * lanes * itemsize  # q, d_out and dq, two buffers each
         scores = 5 * wanted.chunks * CHUNK * groups * QUERIES * 4  # the values of one matmul, by the compiler's reports
-        if length % (blocks * QUERIES) == 0 and keys + queries + scores <= vmem:
+        sums = 3 * lanes * groups * QUERIES * 4  # `acc`, and what it takes to add to it and to write it
+        if length % (blocks * QUERIES) == 0 and keys + queries + scores + sums <= vmem:
             return wanted._replace(blocks=blocks, buffers=buffers, vmem=vmem)
     raise ValueError(
         f"Rows of {length} tokens: with heads of {size}, their keys do not fit into the {wanted.vmem // 2**20} MiB of "
