@@ -70,7 +70,7 @@ lock: $(VENV)/demo
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
-# uv installs in a fifth of pip's time. Where only pip knows the index: make INSTALL="$(BIN)/pip install --quiet".
+# uv is faster than pip. Where only pip knows the index: make INSTALL="$(BIN)/pip install --quiet".
 INSTALL ?= $(BIN)/uv pip install --quiet --python $(BIN)/python
 PINNED = --constraint requirements.lock
 
