@@ -118,3 +118,14 @@ def test_large_arrays_come_back_from_a_bucket(mapped, in_bucket):
     found = array_files.read(path)
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(found[name], array)
+
+
+def test_arrays_are_appended_to_spools_of_their_type(tmp_path):
+    array_files.write(tmp_path / "a.npz", a=np.arange(5, dtype=np.int32), b=np.ones(3))
+    array_files.write(tmp_path / "b.npz", a=np.arange(5, 9, dtype=np.int32), b=np.zeros(2))
+    spool = array_files.Spool(np.int32)
+    others = [array_files.read(tmp_path / name, into={"a": spool}) for name in ("a.npz", "b.npz")]
+    np.testing.assert_array_equal(spool.array(), np.arange(9))
+    assert [list(one) for one in others] == [["b"], ["b"]]
+    with pytest.raises(CorruptedFile, match="a holds int32, not float32"):
+        array_files.read(tmp_path / "a.npz", into={"a": array_files.Spool(np.float32)})

@@ -20,7 +20,7 @@ from tpaw_jax.data.encoding import Mapper, Task
 from tpaw_jax.data.sources import Rows, split_source
 from tpaw_jax.data.templates import Template
 from tpaw_jax.runtime import processes
-from tpaw_jax.storage import array_files, exchange
+from tpaw_jax.storage import exchange
 from tpaw_jax.storage.array_files import Spool
 from tpaw_jax.types import NOTHING, Prompts, Ragged
 
@@ -141,15 +141,17 @@ class _Share(NamedTuple):
         """The tasks of this process."""
         return [self.all_tasks[number] for number in self.numbers]
 
-    def gather(self, name: str, errors: dict[int, str], **arrays: np.ndarray) -> list[dict[str, np.ndarray]]:
-        """Each process's arrays, and in `errors` the errors of all, by record."""
+    def gather(
+        self, name: str, errors: dict[int, str], joined: dict[str, np.ndarray], **arrays: np.ndarray
+    ) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+        """As `exchange.all_gather_joined`; and in `errors` the errors of all processes, by record."""
         if self.hosts == 1:
-            return [arrays]
+            return [arrays], joined
         encoded = np.frombuffer(json.dumps(list(errors.items())).encode(), np.uint8)
-        gathered = exchange.all_gather(self.directory, name, errors=encoded, **arrays)
-        for part in gathered:
+        parts, joined = exchange.all_gather_joined(self.directory, name, joined, errors=encoded, **arrays)
+        for part in parts:
             errors |= {int(record): message for record, message in json.loads(part.pop("errors").tobytes())}
-        return gathered
+        return parts, joined
 
 
 def _check(share: _Share, mapper: Mapper, config: DataConfig) -> tuple[np.ndarray, list[str]]:
@@ -165,7 +167,7 @@ def _check(share: _Share, mapper: Mapper, config: DataConfig) -> tuple[np.ndarra
         errors |= {int(share.starts[number]) + place: message for place, message in found.errors}
         if errors and not config.skip_bad_records:
             break
-    gathered = share.gather("facts", errors, facts=np.concatenate([np.zeros(0, np.uint8), *parts]))
+    gathered, _ = share.gather("facts", errors, {}, facts=np.concatenate([np.zeros(0, np.uint8), *parts]))
     if errors and not config.skip_bad_records:
         raise ValueError(errors[min(errors)])
     facts = np.zeros(share.starts[-1], np.uint8)
@@ -216,28 +218,29 @@ def _encode(share: _Share, wanted: np.ndarray, mapper: Mapper, config: DataConfi
     parts, tokens = {name: [values] for name, values in empty.items()}, Spool(np.int32)
     places = [records[number] - share.starts[number] for number in share.numbers]
     for number, found in zip(share.numbers, mapper(encoding.encode, share.tasks, places), strict=True):
-        for name, of_own in parts.items():
-            of_own.append(getattr(found, name))
+        for name, some in parts.items():
+            some.append(getattr(found, name))
         tokens.append(found.tokens)
         errors |= {int(records[number][place]): message for place, message in found.errors}
         if errors and not config.skip_bad_records:
             break
-    joined = {name: np.concatenate(of_own) for name, of_own in parts.items()}
-    gathered = share.gather("tokens", errors, **joined, tokens=tokens.array())
+    of_own = {name: np.concatenate(some) for name, some in parts.items()}
+    gathered, of_all = share.gather("tokens", errors, {"tokens": tokens.array()}, **of_own)
     if errors and not config.skip_bad_records:
         raise ValueError(errors[min(errors)])
     in_order = [record for process in range(share.hosts) for record in records[process :: share.hosts]]
-    return _join(np.concatenate([needed[:0], *in_order]), gathered, share.starts[-1], errors)
+    return _join(np.concatenate([needed[:0], *in_order]), gathered, of_all["tokens"], share.starts[-1], errors)
 
 
-def _join(records: np.ndarray, gathered: list[dict[str, np.ndarray]], total: int, errors: dict[int, str]) -> _Tokens:
+def _join(
+    records: np.ndarray, parts: list[dict[str, np.ndarray]], tokens: np.ndarray, total: int, errors: dict[int, str]
+) -> _Tokens:
     """The results of all processes, which lie in the order of `records`."""
-    joined = lambda name: np.concatenate([one[name] for one in gathered])
-    of_records, tokens = joined("turns"), [one["tokens"] for one in gathered]
-    buffer = tokens[0] if len(tokens) == 1 else array_files.join(tokens, np.int32)
+    joined = lambda name: np.concatenate([part[name] for part in parts])
+    of_records = joined("turns")
     turns, first = np.zeros(total, np.int32), np.zeros(total, np.int64)
     turns[records], first[records] = of_records, np.cumsum(of_records, dtype=np.int64) - of_records
-    return _Tokens(turns, first, Ragged.split(buffer, joined("lengths").ravel()), joined("cuts"), errors)
+    return _Tokens(turns, first, Ragged.split(tokens, joined("lengths").ravel()), joined("cuts"), errors)
 
 
 def _prompts(tokens: _Tokens, kept: np.ndarray, config: DataConfig) -> tuple[Prompts, np.ndarray]:

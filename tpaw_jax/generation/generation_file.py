@@ -167,19 +167,15 @@ def gather_from_processes(
 
     They go through a `directory` that all processes share, or through the devices.
     """
-    gathered = exchange.all_gather(
-        directory,
-        "responses",
-        index=indices,
-        lengths=generations.tokens.lengths,
-        tokens=generations.tokens.flat(),
-        log_probs=generations.log_probs.flat(),
+    own = {"tokens": generations.tokens.flat(), "log_probs": generations.log_probs.flat()}
+    parts, joined = exchange.all_gather_joined(
+        directory, "responses", own, index=indices, lengths=generations.tokens.lengths
     )
-    of_all = lambda name: np.concatenate([part[name] for part in gathered])
+    of_all = lambda name: np.concatenate([part[name] for part in parts])
     in_order, lengths = np.argsort(of_all("index")), of_all("lengths")
 
     def ordered(name: str, dtype: Any) -> Ragged:
-        values = Ragged.split(array_files.join((part.pop(name) for part in gathered), dtype), lengths).take(in_order)
+        values = Ragged.split(joined.pop(name), lengths).take(in_order)
         return Ragged.split(array_files.join(values, dtype), values.lengths)
 
     return Generations(round_number, ordered("tokens", np.int32), ordered("log_probs", np.float32))

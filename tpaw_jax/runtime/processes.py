@@ -94,6 +94,11 @@ def all_gather(**arrays: np.ndarray) -> list[dict[str, np.ndarray]]:
     return [decode(part[:size]) for part, size in zip(gathered, sizes, strict=True)]
 
 
+def of_main(value: Any) -> Any:
+    """Process 0's value, which JSON can hold, on every process."""
+    return json.loads(all_gather(value=np.frombuffer(json.dumps(value).encode(), np.uint8))[0]["value"].tobytes())
+
+
 def check_same(facts: Mapping[str, str]) -> None:
     """Check that all processes have the same facts.
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from tpaw_jax.data.packing import Rows
 from tpaw_jax.data.prefix_trees import NONE, Trees, first_sources
+from tpaw_jax.runtime import processes
 from tpaw_jax.storage import array_files, journal
 from tpaw_jax.storage.journal import Journal
 from tpaw_jax.types import NOTHING, TARGET, Generations, Prompts, Ragged, TeamScores
@@ -63,18 +64,20 @@ def append(store: Store, generations: Generations) -> Store:
     Raises:
         RegeneratedDifferently: they were lost, and differ from what they were.
     """
-    lengths, tokens = generations.tokens.lengths, generations.tokens.flat()
-    content = array_files.npz(
-        round=np.asarray(generations.round, np.int32),
-        prompt_ids=store.prompts.ids,
-        lengths=lengths,
-        tokens=tokens,
-        log_probs=generations.log_probs.flat(),
-    )
-    digest = hashlib.sha256(lengths)
-    digest.update(tokens)
+    arrays: dict[str, np.ndarray] = {}
+    same = hashlib.sha256()
+    if processes.is_main():
+        arrays = {
+            "round": np.asarray(generations.round, np.int32),
+            "prompt_ids": store.prompts.ids,
+            "lengths": generations.tokens.lengths,
+            "tokens": generations.tokens.flat(),
+            "log_probs": generations.log_probs.flat(),
+        }
+        same.update(arrays["lengths"])
+        same.update(arrays["tokens"])
     name = generations_name(generations.round)
-    journal.write(store.journal, name, "sampling", generations.round, content, digest.hexdigest())
+    journal.write(store.journal, name, "sampling", generations.round, arrays, same.hexdigest())
     kept = Generations(generations.round, generations.tokens, NOTHING)
     together = {**store.generations, generations.round: kept}
     before = {r: sources for r, sources in store.sources.items() if r < generations.round}
@@ -111,10 +114,10 @@ def add_scores(store: Store, round_number: int, player: int, rows: Rows, log_pro
         "log_probs": log_probs[real].astype(np.float32),
     }
     _merge(store, player, **found)
-    if store.journal.is_complete(name):  # some scores of this file were lost and have just been recomputed
+    if processes.is_main() and store.journal.is_complete(name):  # some of its scores were lost, and made again
         before = array_files.read(store.journal.directory / name)
         found = {key: np.concatenate([before[key], values]) for key, values in found.items()}
-    journal.write(store.journal, name, "scoring", round_number, array_files.npz(**found))
+    journal.write(store.journal, name, "scoring", round_number, found)
 
 
 def team_scores(store: Store, rows: Rows, players: Sequence[int], n_max: int) -> TeamScores:

@@ -5,17 +5,19 @@ so the system keeps as much of it in memory as fits. It is a copy, which a chang
 """
 
 import contextlib
+import hashlib
 import io
 import mmap
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.lib import format as npy
 
+from tpaw_jax.runtime import processes
 from tpaw_jax.storage import bucket, files
 
 LARGE = 64 * 2**20
@@ -29,7 +31,7 @@ class Spool:
     """An array that grows at its end."""
 
     def __init__(self, dtype: Any) -> None:
-        self._dtype = np.dtype(dtype)
+        self.dtype = np.dtype(dtype)
         self._file = tempfile.SpooledTemporaryFile(LARGE, prefix="tpaw-")  # noqa: SIM115
 
     def append(self, values: np.ndarray) -> None:
@@ -38,9 +40,9 @@ class Spool:
         Raises:
             OSError: the temporary directory cannot be written.
         """
-        step = _CHUNK // self._dtype.itemsize
+        step = _CHUNK // self.dtype.itemsize
         for first in range(0, len(values), step):
-            self._write(np.ascontiguousarray(values[first : first + step], self._dtype).data.cast("B"))
+            self._write(np.ascontiguousarray(values[first : first + step], self.dtype).data.cast("B"))
 
     def append_stream(self, stream: IO[bytes]) -> None:
         """Add the rest of a stream of bytes at the end.
@@ -58,8 +60,8 @@ class Spool:
                 file.flush()
             if file.tell() < LARGE:
                 file.seek(0)
-                return np.frombuffer(file.read(), self._dtype)
-            return np.frombuffer(_mapped(file), self._dtype)
+                return np.frombuffer(file.read(), self.dtype)
+            return np.frombuffer(_mapped(file), self.dtype)
 
     def _write(self, some: bytes | memoryview) -> None:
         with _explain_errors():
@@ -79,29 +81,52 @@ def join(parts: Iterable[np.ndarray], dtype: Any) -> np.ndarray:
 
 
 def write(path: Path, **arrays: np.ndarray) -> None:
-    """Write an .npz file of named arrays."""
-    files.write_bytes(path, npz(**arrays))
+    """Write an .npz file of named arrays, on process 0 only."""
+    if processes.is_main():
+        replace(path, **arrays)
+
+
+def replace(path: Path, **arrays: np.ndarray) -> None:
+    """Write an .npz file of named arrays atomically, on any process."""
+    write_partial(path, **arrays)
+    files.finish_partial(path)
+
+
+def write_partial(path: Path, **arrays: np.ndarray) -> tuple[int, str]:
+    """The first half of `replace`, as `files.write_partial`. Returns the file's bytes and SHA-256."""
+    if bucket.is_remote(path):
+        content = npz(**arrays)
+        files.write_partial(path, content)
+        return len(content), hashlib.sha256(content).hexdigest()
+    files.write_partial(path, lambda file: _save(file, arrays))
+    partial = files.partial_path(path)
+    return files.size(partial), files.sha256(partial)
 
 
 def npz(**arrays: np.ndarray) -> memoryview:
     """Encode named arrays as an .npz file; equal arrays give equal bytes."""
     large = sum(values.nbytes for values in arrays.values()) >= LARGE
     with _explain_errors(), tempfile.TemporaryFile(prefix="tpaw-") if large else io.BytesIO() as file:
-        np.savez(file, allow_pickle=False, **arrays)  # type: ignore[arg-type] # numpy's stub takes names for options
+        _save(file, arrays)
         file.flush()
         return memoryview(_mapped(file) if large else file.getvalue())  # type: ignore[union-attr]
 
 
-def read(path: Path, *names: str) -> dict[str, np.ndarray]:
+def read(path: Path, *names: str, into: Mapping[str, Spool] | None = None) -> dict[str, np.ndarray]:
     """Read the named arrays of an .npz file, by default all. Pickled content is rejected.
+
+    The arrays named in `into` are appended to its spools and not returned.
 
     Raises:
         CorruptedFile: the content cannot be read.
     """
+    spools = into or {}
     try:
         with _open(path) as stream, zipfile.ZipFile(stream) as archive:
             names = names or tuple(name.removesuffix(".npy") for name in archive.namelist())
-            return {name: _read_member(archive, name) for name in names}
+            for name, spool in spools.items():
+                _append_member(archive, name, spool)
+            return {name: _read_member(archive, name) for name in names if name not in spools}
     except Exception as error:  # zipfile, struct, numpy and the system raise many types
         if not files.is_corruption(error, path):
             raise
@@ -113,14 +138,29 @@ def _read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(member) as stream:
         if member.file_size < LARGE:
             return npy.read_array(stream, allow_pickle=False)
-        version = npy.read_magic(stream)
-        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, in_columns, dtype = read_header(stream)
+        shape, in_columns, dtype = _read_header(stream)
         if dtype.hasobject:
             raise ValueError(f"{name} holds Python objects")
         spool = Spool(dtype)
         spool.append_stream(stream)
     return spool.array().reshape(shape, order="F" if in_columns else "C")
+
+
+def _append_member(archive: zipfile.ZipFile, name: str, spool: Spool) -> None:
+    with archive.open(f"{name}.npy") as stream:
+        dtype = _read_header(stream)[-1]
+        if dtype != spool.dtype:
+            raise ValueError(f"{name} holds {dtype}, not {spool.dtype}")
+        spool.append_stream(stream)
+
+
+def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    read_header = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
+    return read_header(stream)
+
+
+def _save(file: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    np.savez(file, allow_pickle=False, **arrays)  # type: ignore[arg-type] # numpy's stub takes names for options
 
 
 def _open(path: Path) -> IO[bytes]:

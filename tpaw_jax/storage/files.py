@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tpaw_jax.runtime import processes
 from tpaw_jax.storage import bucket
@@ -97,17 +98,20 @@ def replace(path: Path, content: bytes | memoryview) -> None:
     finish_partial(path)
 
 
-def write_partial(path: Path, content: bytes | memoryview) -> None:
-    """The first half of `replace` on a disk: write `partial_path(path)` and flush it. On failure it is removed."""
+def write_partial(path: Path, content: bytes | memoryview | Callable[[IO[bytes]], None]) -> None:
+    """The first half of `replace`: write `partial_path(path)` and flush it. On failure it is removed.
+
+    On a disk, `content` may be a function that writes to the open file.
+    """
     partial = partial_path(path)
-    if bucket.is_remote(path):
+    if not callable(content) and bucket.is_remote(path):
         replace(partial, content)
         return
     try:
         with explain_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
-                file.write(content)
+                content(file) if callable(content) else file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
     except OSError:
@@ -134,6 +138,14 @@ def size(path: Path) -> int:
     """The bytes of a file."""
     facts: Any = path.stat()
     return facts.length if bucket.is_remote(path) else facts.st_size
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file's content."""
+    if bucket.is_remote(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def move(path: Path, new: Path) -> None:

@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tpaw_jax.runtime import processes
-from tpaw_jax.storage import bucket, files
+from tpaw_jax.storage import array_files, bucket, files
 
 STAGES = ("sampling", "scoring", "training", "summary", "policy")
 """The stages of a round, in order."""
@@ -126,19 +127,31 @@ def save(journal: Journal) -> None:
 
 
 def write(
-    journal: Journal, name: str, stage: str, round_number: int, content: bytes | memoryview, same: str | None = None
+    journal: Journal,
+    name: str,
+    stage: str,
+    round_number: int,
+    content: bytes | Mapping[str, np.ndarray],
+    same: str | None = None,
 ) -> None:
-    """Write a file of a stage. The journal lists it before it appears under its final name.
+    """Write a file of a stage: bytes, or the arrays of an .npz file. Only process 0's `content` and `same` matter.
+
+    The journal lists the file before it appears under its final name.
 
     Raises:
         RegeneratedDifferently: the file had been lost, and `same` differs from the lost one's.
     """
     path = journal.directory / name
+    facts: dict[str, Any] = {"round": round_number, "stage": stage}
     if processes.is_main():
         check_owner(journal)
-        files.write_partial(path, content)
-    facts = {"round": round_number, "stage": stage, "bytes": len(content), "sha256": _sha256(content), "same": same}
-    removed = record(journal, name, facts)
+        if isinstance(content, Mapping):
+            size, checksum = array_files.write_partial(path, **content)
+        else:
+            files.write_partial(path, content)
+            size, checksum = len(content), _sha256(content)
+        facts |= {"bytes": size, "sha256": checksum, "same": same}
+    removed = record(journal, name, processes.of_main(facts))
     if processes.is_main():
         files.finish_partial(path)
     raise_if_different(journal, name, removed)
@@ -203,8 +216,7 @@ def check(journal: Journal) -> dict[str, str]:
             files.finish_partial(path)
         elif fault:
             faults[name] = fault
-    gathered = processes.all_gather(faults=np.frombuffer(json.dumps(faults).encode(), np.uint8))
-    return json.loads(gathered[0]["faults"].tobytes())
+    return processes.of_main(faults)
 
 
 def quarantine(journal: Journal, name: str) -> None:
@@ -303,12 +315,7 @@ def _file_fault(path: Path, facts: dict[str, Any]) -> str:
         return "it is missing"
     if files.size(path) != facts["bytes"]:
         return f"it has {files.size(path)} bytes instead of {facts['bytes']}"
-    if bucket.is_remote(path):
-        checksum = _sha256(path.read_bytes())
-    else:
-        with path.open("rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    return "" if checksum == facts["sha256"] else "its checksum differs from the journal's"
+    return "" if files.sha256(path) == facts["sha256"] else "its checksum differs from the journal's"
 
 
 def _checkpoint_fault(path: Path, facts: dict[str, Any]) -> str:
