@@ -81,9 +81,9 @@ $(VENV)/demo: $(VENV)/bin/uv pyproject.toml requirements.lock
 	$(INSTALL) $(PINNED) --editable '.[demo]'
 	touch $@
 
-# Torch is for parity tests only, accelerate for lm-eval's own model. Installed first and alone, torch comes as the CPU build.
+# Torch and peft are for parity tests only, accelerate for lm-eval's own model. Installed first and alone, torch comes as the CPU build.
 $(VENV)/test: $(VENV)/demo
-	$(BIN)/pip install --quiet --constraint requirements.lock torch==2.13.0 accelerate==1.15.0
+	$(BIN)/pip install --quiet --constraint requirements.lock torch==2.13.0 accelerate==1.15.0 peft==0.21.2
 	$(INSTALL) $(PINNED) --editable '.[test]'
 	touch $@
 

@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace, row_length: int) -> None:
             seconds.append(time.perf_counter() - begun)
             chosen = packing.take(rows, np.array(indices), len(indices))
             work = cost.work_of_rows(chosen)._replace(tokens=(chosen.batch.segment_ids > 0).sum())
-            flops.append((1 + cost.BACKWARD) * cost.flops(model, work))
+            flops.append(cost.flops(model, cost.with_backward(work, adapters=False)))
             tokens.append(float(work.tokens))
             triplets.append(float(chosen.triplets.sum()))
         waited = ahead.waited - before

@@ -39,7 +39,7 @@ def reference() -> str:
         lines.append("")
         for f in dataclasses.fields(cls):
             if dataclasses.is_dataclass(hints[f.name]):
-                table(typing.cast(type, hints[f.name]), f.name)
+                table(typing.cast(type, hints[f.name]), f"{prefix}.{f.name}".lstrip("."))
         if cls is config.DataConfig:
             table(config.SourceConfig, "data.sources[]")
         if cls is config.EvaluationConfig:

@@ -60,13 +60,13 @@ PLACES = {
 }
 
 
-def play(directory, place=None, by=signal.SIGKILL):
+def play(directory, place=None, by=signal.SIGKILL, settings=()):
     """Play the run; the process sends itself the signal `by` at `place`, a key of PLACES."""
     if place is not None:
         PLACES[place](lambda: os.kill(os.getpid(), by))
     with preemption.PreemptionNotice() as notice:
         try:
-            loop.play(conftest.small_run(directory, **{"mesh.fsdp": -1}), notice=notice)
+            loop.play(conftest.small_run(directory, **{"mesh.fsdp": -1}, **dict(settings)), notice=notice)
         except preemption.Preempted as stopped:
             print(stopped)
             sys.exit(preemption.EXIT_CODE)

@@ -317,7 +317,9 @@ def test_directories_without_a_model_or_a_tokenizer_are_told(tmp_path):
         hub.load_tokenizer(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}')
     for load in (hub.load_tokenizer, hub.load_architecture, models.load_pretrained):
-        with pytest.raises(ValueError, match=r"this is an adapter of 'meta-llama/Llama-3\.1-8B', not a model\. Merge"):
+        with pytest.raises(
+            ValueError, match=r"this is an adapter of 'meta-llama/Llama-3\.1-8B', not a model\. Name the"
+        ):
             load(tmp_path)
 
 

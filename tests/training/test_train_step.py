@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from tpaw_jax.config import MeshConfig, ObjectiveConfig, PackingConfig, RunConfig, TrainConfig
 from tpaw_jax.data import packing, prefix_trees
-from tpaw_jax.models import EINSUM, TILES, Transformer, shard_model
+from tpaw_jax.models import EINSUM, TILES, Transformer, adapters, quantized, shard_model
+from tpaw_jax.models.adapters import Lora
 from tpaw_jax.models.parallel import collectives, context
 from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.training import batch_shapes, learning_rate, logprobs, scoring, train_step
@@ -34,6 +35,7 @@ def setup(
     sum_over_data=False,
     attention=TILES,
     loss="team",
+    lora=None,
     **train,
 ):
     prompts, rounds = random_prompts(np.random.default_rng(0), 10)
@@ -41,7 +43,7 @@ def setup(
     rows = packing.pack(trees, PackingConfig(row_length=128, max_responses_per_row=12))
     meshed, mesh = mesh, sharding.make_mesh(mesh or MeshConfig(fsdp=devices), jax.devices()[:devices])
     shared_by = 1 if meshed is None else meshed.context
-    model = Transformer(stories[0], dtype=compute, remat=remat, attention=attention)
+    model = Transformer(stories[0], dtype=compute, remat=remat, attention=attention, lora=lora)
     model = shard_model(model, stories[1], mesh, context=shared_by)
     how = model.parallel._replace(sum_over_data=sum_over_data)
     model = model.clone(parallel=how)
@@ -62,9 +64,12 @@ def setup(
         summed_over_data=how.summed_over_data(),
         context=shared_by,
         router=router,
+        adapters_only=lora is not None,
     )
     inputs = packing.step_batch(rows, scores, np.arange(len(rows)), rows_per_batch, most)
-    return step, train_step.init_state(params, optimizer, mesh), inputs, scores
+    trained, frozen = adapters.parts(params, lora)
+    of_state = (lambda *inputs: step(*inputs, *frozen)) if frozen else step
+    return of_state, train_step.init_state(trained, optimizer, mesh), inputs, scores
 
 
 def random_params(config):
@@ -403,6 +408,40 @@ def test_eight_devices_take_the_steps_of_one_for_layers_of_other_families(storie
     alone = five_steps(*setup((config, params), rows_per_batch=8, most=1))
     rows, remat = 8 // mesh.context, "layer" if mesh.context == 1 else "dots"
     losses, trained, log_probs = five_steps(*setup((config, params), 8, rows, 8 // rows, remat=remat, mesh=mesh))
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
+    np.testing.assert_allclose(log_probs, alone[2], rtol=1e-5, atol=1e-4)
+    assert_close(host(trained), host(alone[1]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "targets", "options"),
+    [
+        (MeshConfig(data=2, fsdp=2, tensor=2), ("down", "gate", "k", "o", "q", "up", "v"), {"dora": True}),
+        (MeshConfig(fsdp=4, tensor=2), ("o", "v"), {"int8": True}),
+        pytest.param(MeshConfig(fsdp=8), ("q", "v"), {}, marks=SIMILAR),
+        pytest.param(MeshConfig(fsdp=8, context=2), ("k", "o", "up"), {"dora": True}, marks=SIMILAR),
+        pytest.param(MeshConfig(fsdp=4, tensor=2), ("k", "down"), GEMMA4, marks=SIMILAR),
+        pytest.param(MeshConfig(fsdp=2, expert=4), ("o", "q"), EXPERTS, marks=SIMILAR),
+    ],
+    ids=str,
+)
+def test_eight_devices_train_adapters_as_one_does(stories, mesh, targets, options):
+    lora = Lora(4, 1.5, targets, dora="dora" in options)
+    options, in_8_bits = {k: v for k, v in options.items() if k not in ("dora", "int8")}, "int8" in options
+    config = dataclasses.replace(stories[0], **options)
+    whole = jax.jit(Transformer(config, lora=lora).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    base = whole if options else adapters.join(whole, stories[1])
+    params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), base)
+    if in_8_bits:
+        params = quantized.quantize_projections(params, sharding.param_sharder(sharding.single_device_mesh()))
+    alone = five_steps(*setup((config, params), rows_per_batch=8, most=1, lora=lora))
+    rows, remat = 8 // mesh.context, "layer" if mesh.context == 1 else "dots"
+    more = {"remat": remat, "mesh": mesh, "lora": lora, "sum_over_data": mesh.data > 1}
+    losses, trained, log_probs = five_steps(*setup((config, params), 8, rows, 8 // rows, **more))
+    start, _ = adapters.split(params)
+    assert jax.tree.structure(start) == jax.tree.structure(trained)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), host(start), host(trained))
+    assert min(jax.tree.leaves(moved)) > 1e-5
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
     np.testing.assert_allclose(log_probs, alone[2], rtol=1e-5, atol=1e-4)
     assert_close(host(trained), host(alone[1]), rtol=0, atol=1e-5)

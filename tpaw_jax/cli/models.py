@@ -1,34 +1,47 @@
 """The commands that use a model."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from tpaw_jax.cli.overrides import refuse
 
+_WITHOUT_ADAPTERS = [f"policy.lora.{key}" for key in ("rank=0", "path=", "rslora=false", "dora=false", "base_dtype=")]
+"""Overrides for a model that is not the one whose adapters the configuration describes."""
+
 
 def evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     """Answer the tasks of a configuration greedily and print the accuracy."""
-    from tpaw_jax.config import config_file
+    from tpaw_jax.config import RunConfig, config_file
     from tpaw_jax.evaluation import exact_match
     from tpaw_jax.generation.policy import open_policy
+    from tpaw_jax.models import adapters
     from tpaw_jax.runtime import sharding
+    from tpaw_jax.selfplay.session import check_base
     from tpaw_jax.storage import bucket, files, journal, ring
 
     checkpoint = bucket.open_path(options.checkpoint) if options.checkpoint else None
     of_run = checkpoint if checkpoint and (checkpoint / "journal.json").exists() else None
     if checkpoint and not of_run:
-        overrides = [*overrides, f"policy.path={checkpoint}"]
+        overrides = [f"policy.path={checkpoint}", *_WITHOUT_ADAPTERS, *overrides]
     run = config_file.load(options.config, overrides)
+    opened = journal.open_journal(of_run, read_only=True) if of_run else None
+    if opened and opened.config:
+        lora = config_file.parse(RunConfig, opened.config, str(of_run)).policy.lora
+        run = dataclasses.replace(run, policy=dataclasses.replace(run.policy, lora=dataclasses.replace(lora, path="")))
     tasks = []
     if not options.harness:
         tasks = exact_match.select_tasks(run.evaluation, options.tasks.split(",") if options.tasks else [])
     policy = open_policy(run, sharding.make_mesh(run.mesh))
     params = policy.params
-    if of_run:
-        kept = ring.open_ring(journal.open_journal(of_run, read_only=True), run.objective.n_max)
-        params = ring.restore_policy(kept, ring.select_policy(kept, options.round), sharding.abstract(policy.params))
+    if opened:
+        kept = ring.open_ring(opened, run.objective.n_max)
+        trained, frozen = adapters.parts(params, policy.model.lora)
+        check_base(opened, frozen)
+        trained = ring.restore_policy(kept, ring.select_policy(kept, options.round), sharding.abstract(trained))
+        params = adapters.join(trained, *frozen)
     if options.harness:
         _harness(options, run, policy, params)
         return
@@ -75,7 +88,7 @@ def generate(options: argparse.Namespace, overrides: list[str]) -> None:
     from tpaw_jax.runtime import sharding
 
     if options.model:
-        overrides = [*overrides, f"policy.path={options.model}"]
+        overrides = [f"policy.path={options.model}", *_WITHOUT_ADAPTERS, *overrides]
     run = config_file.load(options.config, overrides)
     count = 1 if options.num_generations is None else options.num_generations
     given = Path(options.prompts) if options.prompts else None
@@ -83,12 +96,12 @@ def generate(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def export(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Write a policy of a run as a Hugging Face directory."""
+    """Write a policy of a run as a Hugging Face directory, or its adapters as a PEFT directory."""
     from tpaw_jax.selfplay import export as exporting
     from tpaw_jax.storage import bucket
 
     refuse(overrides)
-    print(exporting.write(bucket.open_path(options.run), options.round, Path(options.out)))
+    print(exporting.write(bucket.open_path(options.run), options.round, Path(options.out), options.merge))
 
 
 def export_data(options: argparse.Namespace, overrides: list[str]) -> None:

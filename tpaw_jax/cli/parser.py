@@ -90,6 +90,7 @@ def _model_commands(command: Callable[..., None]) -> None:
         export,
         run=(True, "a run directory", str),
         round=(False, "the policy of this round; default: the newest", int),
+        merge=(False, "merge adapters into their base, instead of writing them alone", None),
         out=(True, "the directory to write", _on_this_host),
     )
     command(

@@ -7,6 +7,7 @@ them from YAML and overrides, and checking them).
 from tpaw_jax.config.config_file import load as load
 from tpaw_jax.config.schema import DataConfig as DataConfig
 from tpaw_jax.config.schema import EvaluationConfig as EvaluationConfig
+from tpaw_jax.config.schema import LoraConfig as LoraConfig
 from tpaw_jax.config.schema import MeshConfig as MeshConfig
 from tpaw_jax.config.schema import ObjectiveConfig as ObjectiveConfig
 from tpaw_jax.config.schema import PackingConfig as PackingConfig

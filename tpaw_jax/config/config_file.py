@@ -124,6 +124,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 AT_LEAST = {
     "rounds": 1,
     "policy.head_chunk": 1,
+    "policy.lora.rank": 0,
     "policy.attention_chunks": 1,
     "data.max_prompt_length": 1,
     "data.max_prompts": 0,
@@ -173,13 +174,17 @@ Check = tuple[bool, str, str]
 
 def _check_values(c: RunConfig) -> list[Check]:
     data, sampling, objective, train = c.data, c.sampling, c.objective, c.train
-    one_round, sampled = c.rounds == 1, data.responses == "sampled"
+    one_round, sampled, lora = c.rounds == 1, data.responses == "sampled", c.policy.lora
     measured, response = objective.tolerance == -1, "" if objective.loss == "sft" else " and one response"
     return [
         (one_round or objective.loss != "sft", "rounds", "must be 1 where objective.loss is sft"),
         (one_round or sampled, "rounds", "must be 1 where data.responses is rejected: the responses never change"),
         (data.train_on == "last" or sampled, "data.train_on", "must be last where data.responses is rejected"),
         (bool(c.policy.path), "policy.path", "is not set"),
+        (lora.alpha > 0, "policy.lora.alpha", "must be above 0"),
+        (bool(lora.targets), "policy.lora.targets", "is empty"),
+        (lora.used or not lora.base_dtype, "policy.lora.base_dtype", "needs policy.lora.rank or policy.lora.path"),
+        (lora.used or not (lora.dora or lora.rslora), "policy.lora.rank", "must be set for dora or rslora"),
         (len(data.sources) >= 1, "data.sources", "is empty"),
         (all(s.path for s in data.sources), "data.sources", "has an entry without a path"),
         (all(s.weight > 0 for s in data.sources), "data.sources", "has an entry whose weight is not above 0"),

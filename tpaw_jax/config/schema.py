@@ -21,6 +21,36 @@ def section(cls: type) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters, which are trained while the model itself is frozen."""
+
+    rank: int = option(0, "rank of the adapters, such as PEFT's 8; 0: none, all parameters are trained")
+    alpha: float = option(8.0, "the adapters' output is multiplied by alpha / rank", "PEFT: lora_alpha")
+    targets: tuple[
+        Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear"], ...
+    ] = option(("q_proj", "v_proj"), "projections with adapters; all-linear: all of these", "PEFT, for Llama")
+    init: Literal["kaiming", "gaussian"] = option(
+        "kaiming", "distribution of A before training; B is 0", "PEFT: init_lora_weights"
+    )
+    rslora: bool = option(False, "multiply by alpha / sqrt(rank) instead (rank-stabilized)", "PEFT: use_rslora")
+    dora: bool = option(False, "also train the norm of each output's weights (arXiv 2402.09353)", "PEFT: use_dora")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of the adapters", "PEFT: autocast_adapter_dtype")
+    base_dtype: Literal["", "int8"] = option(
+        "",
+        "dtype of the frozen projections; empty: policy.param_dtype; int8: rounded to 8 bits, with a factor for each "
+        "output",
+    )
+    path: str = option(
+        "", "a PEFT directory with the adapters to begin with; rank, alpha, rslora, dora and targets are its own"
+    )
+
+    @property
+    def used(self) -> bool:
+        """Whether there are adapters."""
+        return bool(self.rank or self.path)
+
+
+@dataclasses.dataclass(frozen=True)
 class PolicyConfig:
     """The model to train: theta_0, its dtypes and memory use."""
 
@@ -40,6 +70,7 @@ class PolicyConfig:
     )
     head_chunk: int = option(256, "predictions per row whose logits are computed at a time")
     attention_chunks: int = option(4, "on TPU and GPU, chunks of 64 keys in a matmul of attention; see `tpaw tune`")
+    lora: LoraConfig = section(LoraConfig)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -165,6 +165,7 @@ def _digest(config: RunConfig, policy: Policy, prompts: Prompts, *numbers: int) 
     weights = [int(number) for number in jax.device_get(jax.tree.leaves(ring.digests_of(policy.params)))]
     rope = [length] if (length := policy.model.config.rope_length) else []
     identity = [settings, stops, jax.default_backend(), weights, config.seed, *numbers, prompts.ids.tolist(), *rope]
+    identity += [repr(policy.model.lora)] if policy.model.lora else []
     digest = hashlib.sha256(json.dumps(identity).encode())
     for tokens in prompts.prompt_tokens:
         digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())

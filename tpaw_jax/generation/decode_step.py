@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from tpaw_jax.generation import cache as kv
 from tpaw_jax.generation.cpu import kernels
 from tpaw_jax.generation.cpu.kernels import PackedMatrix
-from tpaw_jax.models import ModelConfig, experts
+from tpaw_jax.models import ModelConfig, adapters, experts
 from tpaw_jax.models.attention import Visibility, capped
 from tpaw_jax.models.block import (
     ACTIVATIONS,
@@ -101,11 +101,13 @@ class DecodeWeights(NamedTuple):
 
 
 def decode_weights(model: Transformer, params: PyTree[Array], packed: bool = False) -> DecodeWeights:
-    """Convert a model's parameters for `decode`; `packed` for the CPU kernels."""
+    """Convert a model's parameters for `decode`, with adapters merged; `packed` for the CPU kernels."""
+    total = model.parallel.reduce_from_tensor
+    whole = lambda p: p if model.lora is None else adapters.merged(p, model.lora.scale, total)
     layout = kernels.pack if packed else jnp.transpose
     matrix = lambda p_DF: layout(p_DF.astype(model.dtype))
     offset = model.config.norm_offset
-    of_layer = lambda p: _layer_weights(p, matrix, offset, model.dtype)
+    of_layer = lambda p: _layer_weights(whole(p), matrix, offset, model.dtype)
     places = () if packed else places_of(model.config)
     layers = [of_layer(jax.tree.map(lambda p, i=i: p[i], params[stack])) for stack, i in places]
     return DecodeWeights(

@@ -4,16 +4,19 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from tpaw_jax import models
-from tpaw_jax.config import RunConfig, SamplingConfig
+from tpaw_jax.config import LoraConfig, PolicyConfig, RunConfig, SamplingConfig
 from tpaw_jax.data import templates
 from tpaw_jax.generation import engine, slots
 from tpaw_jax.generation.decoder import Decoder, decoder_of
-from tpaw_jax.models import hub
+from tpaw_jax.models import adapters, hub, quantized
+from tpaw_jax.models.adapters import Lora
+from tpaw_jax.models.checkpoints import adapter_files
 from tpaw_jax.models.rope import BY_LENGTH
 from tpaw_jax.models.transformer import shard_model
 from tpaw_jax.runtime import sharding
@@ -26,7 +29,7 @@ class Policy(NamedTuple):
     """A model that can sample responses and score them."""
 
     model: models.Transformer
-    params: PyTree[Array]
+    params: PyTree[Array]  # with adapters, if it has any
     template: templates.Template
     sampler: slots.Sampler
     stop_fn: engine.StopFn | None  # ends a response at the configured stop strings; None without any
@@ -40,17 +43,99 @@ def open_policy(config: RunConfig, mesh: Mesh) -> Policy:
         FileNotFoundError: there is no model at `policy.path`.
         ValueError: the model, its tokenizer or `sampling.tensor` cannot be used.
     """
-    c, dtype = config.policy, jnp.dtype(config.policy.param_dtype)
+    c = config.policy
     tokenizer, vocabulary = hub.load_tokenizer(c.tokenizer or c.path), hub.load_architecture(c.path).vocab_size
     template = templates.make_template(tokenizer, config.data, vocabulary)
-    architecture, params = models.load_pretrained(c.path, dtype, sharding.param_sharder(mesh))
-    architecture = for_sequences(architecture, config)
+    architecture, params = load_parameters(c, mesh)
+    architecture, lora = for_sequences(architecture, config), lora_of(c.lora)
+    if lora is not None:
+        params = adapters.join(params, _first_adapters(config, architecture, lora, mesh, params))
     model, decoder, sampling_mesh = sharded_models(config, architecture, params, mesh)
     stops = stop_tokens(template, hub.load_generation_config(c.path))
     sampler_with = lambda settings: slots.make_sampler(decoder, settings, stops, sampling_mesh)
     strings = config.sampling.stop_strings
     stop_fn = engine.stop_at(template.tokenizer.decode, strings) if strings else None
     return Policy(model, params, template, sampler_with(config.sampling), stop_fn, sampler_with)
+
+
+def load_parameters(config: PolicyConfig, mesh: Mesh) -> tuple[models.ModelConfig, PyTree[Array]]:
+    """The model at `policy.path`, without adapters; as their base, in `lora.base_dtype`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `hub.load_pretrained`.
+    """
+    sharder, dtype = sharding.param_sharder(mesh), jnp.dtype(config.param_dtype)
+    if config.lora.used and config.lora.base_dtype == "int8":
+        return models.load_pretrained(config.path, dtype, sharder, quantized.quantizer(sharder))
+    return models.load_pretrained(config.path, dtype, sharder)
+
+
+def lora_of(config: LoraConfig) -> Lora | None:
+    """The adapters of a configuration; None without any.
+
+    Raises:
+        ValueError: as `resolve_adapters`.
+    """
+    c = resolve_adapters(config)
+    if not c.rank:
+        return None
+    targets = adapters.PROJECTIONS if "all-linear" in c.targets else c.targets
+    modules = tuple(sorted({adapters.PROJECTIONS[name] for name in targets}))
+    scale = adapters.scale_of(c.alpha, c.rank, c.rslora)
+    return Lora(c.rank, scale, modules, c.init, jnp.dtype(c.dtype), c.dora)
+
+
+def resolve_adapters(config: LoraConfig, begun: LoraConfig | None = None) -> LoraConfig:
+    """The configuration with rank, scale and targets of the adapters at `path`; unchanged if it has a rank.
+
+    Args:
+        config: the section `policy.lora`.
+        begun: the same of the run that resumes. What is at `path` may have changed since, and does not matter.
+
+    Raises:
+        FileNotFoundError: there are no adapters at `path`.
+        ValueError: they are not supported, or `config` says something else of them.
+    """
+    if config.rank or not config.path:
+        return config
+    if begun is not None and begun.path == config.path:
+        found = {name: getattr(begun, name) for name in ("rank", "alpha", "rslora", "dora", "targets")}
+    else:
+        directory = hub.resolve(config.path)
+        found = {**adapter_files.read_settings(directory)._asdict(), "targets": adapter_files.read_targets(directory)}
+    for name, value in found.items():
+        given = getattr(config, name)
+        if given not in (value, getattr(LoraConfig(), name)):
+            raise ValueError(
+                f"policy.lora.{name} is {given!r}, but that of the adapters at {config.path} is {value!r}. Remove the "
+                "key: it is taken from there."
+            )
+    return dataclasses.replace(config, **found)
+
+
+def _first_adapters(
+    config: RunConfig, architecture: models.ModelConfig, lora: Lora, mesh: Mesh, base: PyTree[Array]
+) -> PyTree[Array]:
+    """The adapters at `policy.lora.path`, or new ones, drawn with the run's seed.
+
+    Raises:
+        ValueError: the adapters do not suit the model, or it has none of the targets.
+    """
+    if config.policy.lora.path:
+        return adapter_files.load(hub.resolve(config.policy.lora.path), architecture, lora, mesh)
+    model = models.Transformer(architecture, lora=lora)
+    new = lambda: adapters.split(model.init(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32))["params"])[0]
+    shapes = jax.eval_shape(new)
+    if not shapes:
+        raise ValueError(
+            f"policy.lora.targets: this {architecture.model_type} model has none of the projections "
+            f"{', '.join(config.policy.lora.targets)}."
+        )
+    shardings = sharding.param_shardings(shapes, mesh)
+    drawn = jax.jit(new, out_shardings=shardings)()
+    if not lora.dora:
+        return drawn
+    return jax.jit(adapters.with_magnitudes, out_shardings=shardings)(drawn, base)
 
 
 def for_sequences(architecture: models.ModelConfig, config: RunConfig) -> models.ModelConfig:
@@ -72,7 +157,8 @@ def sharded_models(
     c = config.policy
     remat = "layer" if c.remat == "auto" else c.remat
     attention = models.attention_of(mesh.devices.flat[0], c.attention_chunks)
-    whole = models.Transformer(architecture, jnp.dtype(c.compute_dtype), jnp.dtype(c.param_dtype), remat, attention)
+    dtypes = jnp.dtype(c.compute_dtype), jnp.dtype(c.param_dtype)
+    whole = models.Transformer(architecture, *dtypes, remat, attention, lora=lora_of(c.lora))
     sampling_mesh = sharding.sampling_mesh(config.sampling.tensor)
     sampling_model = shard_model(whole, params, sampling_mesh, key="sampling.tensor")
     decoder = decoder_of(sampling_model, config.sampling.cache_dtype)

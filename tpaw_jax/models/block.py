@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from tpaw_jax.models import experts
+from tpaw_jax.models.adapters import Linear, Lora
 from tpaw_jax.models.attention import Attention, Visibility
 from tpaw_jax.models.model_config import LAYERS, LayerKind, ModelConfig
 from tpaw_jax.models.parallel import Parallel, exchange
@@ -75,18 +76,20 @@ class Block(nn.Module):
     attention: Attention
     parallel: Parallel
     stack: str = LAYERS
+    lora: Lora | None = None
 
     def setup(self) -> None:
         c = self.config
-        linear = lambda features, bias=False: nn.Dense(
-            features, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype
+        linear = lambda features, bias=False, total=None: Linear(
+            features, bias, self.dtype, self.param_dtype, self.lora, total
         )
+        total = self.parallel.reduce_from_tensor
         norm = lambda: RMSNorm(c.rms_norm_eps, self.param_dtype, c.norm_offset)
         if c.pre_norm:
             self.attention_norm, self.mlp_norm = norm(), norm()
         if c.post_norm:
             self.attention_post_norm, self.mlp_post_norm = norm(), norm()
-        self.q, self.o = linear(c.num_heads * c.head_dim, c.qkv_bias), linear(c.hidden_size)
+        self.q, self.o = linear(c.num_heads * c.head_dim, c.qkv_bias), linear(c.hidden_size, total=total)
         if not c.reads_keys:
             self.k = linear(c.num_kv_heads * c.head_dim, c.qkv_bias)
         if not c.reads_keys and not c.keys_as_values:
@@ -97,7 +100,7 @@ class Block(nn.Module):
             self.k_norm = norm()
         if c.dense_size:
             self.gate, self.up = linear(c.dense_size), linear(c.dense_size)
-            self.down = linear(c.hidden_size)
+            self.down = linear(c.hidden_size, total=total)
         if c.num_experts:
             matrix = lambda *shape: Kernel(shape, self.param_dtype)
             held, size = c.num_experts // self.parallel.expert, c.expert_size

@@ -10,6 +10,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
+from tpaw_jax.models import adapters
+from tpaw_jax.models.adapters import Lora
 from tpaw_jax.models.attention import EINSUM, SAVED, Attention, Visibility, capped
 from tpaw_jax.models.block import (
     Block,
@@ -29,7 +31,7 @@ from tpaw_jax.models.layer_stacks import cycles_of, has_one_stack, layers_with_e
 from tpaw_jax.models.model_config import ModelConfig
 from tpaw_jax.models.parallel import UNSHARDED, Parallel, scan_layers
 from tpaw_jax.models.parallel.context import check_groups, check_heads, exchanging_heads, own_tokens
-from tpaw_jax.models.parallel.layer_scan import Order, Stack
+from tpaw_jax.models.parallel.layer_scan import Order, Others, Stack
 from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.types import TreeBatch
 
@@ -90,6 +92,7 @@ class Transformer(nn.Module):
         attention: attention implementation for packed rows.
         parallel: how parameters are sharded, set by `split`. If they are, call the methods inside `shard_map`, with
             one device's rows and parameter shards.
+        lora: which projections have adapters.
     """
 
     config: ModelConfig
@@ -98,6 +101,7 @@ class Transformer(nn.Module):
     remat: str = "none"
     attention: Attention = EINSUM
     parallel: Parallel = UNSHARDED
+    lora: Lora | None = None
 
     @property
     def local_config(self) -> ModelConfig:
@@ -124,7 +128,7 @@ class Transformer(nn.Module):
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 length=own.num_layers,
             )
-            setattr(self, stack, layers(own, self.dtype, self.param_dtype, self.attention, parallel, stack))
+            setattr(self, stack, layers(own, **self._block_options(stack)))
         shape = lambda name: parallel.local_shape(f"{name}/embedding", (c.vocab_size, c.hidden_size))
         table = lambda name: Embedding(shape(name), self.param_dtype)
         self.embed = table("embed")
@@ -180,6 +184,10 @@ class Transformer(nn.Module):
         logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
         return self.parallel.whole_vocabulary(capped(logits, self.config.logits_cap), name)
 
+    def _block_options(self, stack):
+        names = ("dtype", "param_dtype", "attention", "parallel", "lora")
+        return {"stack": stack, **{name: getattr(self, name) for name in names}}
+
     @property
     def _head_name(self):
         return "embed" if self.config.tie_embeddings else "head"
@@ -233,7 +241,7 @@ class Transformer(nn.Module):
 
     def _apply(self, stack, own, prevent_cse=False):
         """The function of a layer of a stack: (parameters, carry, (shared, keys and values read), kind, inputs)."""
-        block = Block(own, self.dtype, self.param_dtype, self.attention, self.parallel, stack, parent=None)
+        block = Block(own, **self._block_options(stack), parent=None)
 
         def apply(params, carry, shared, kind, inputs):
             return block.apply({"params": params}, carry, kind, shared[0]._replace(keys_and_values=shared[1]), inputs)
@@ -273,14 +281,17 @@ class Transformer(nn.Module):
         return carry, cache[0][0] if has_one_stack(c) else _in_order(cache)
 
     def _scan_sharded(self, carry, shared, inputs, head):
-        layers, kinds, functions = {}, {}, []
+        trained, others, functions = {}, {}, []
         for stack, own in stacks_of(self.local_config).items():
-            layers[stack], split = self.parallel.join_attention(getattr(self, stack).variables["params"], stack)
+            joined, split = self.parallel.join_attention(getattr(self, stack).variables["params"], stack)
+            trained[stack], frozen = adapters.split(joined) if self.lora else (joined, {})
+            others[stack] = Others(frozen, kind_of_layers(own))
             gather = lambda shards, split=split, stack=stack: split(self.parallel.layer(shards, self.dtype, stack))
             functions.append(Stack(stack, gather, self._apply(stack, own)))
-            kinds[stack] = kind_of_layers(own)
         order = Order(tuple(functions), cycles_of(self.config))
-        return scan_layers(order, (layers, kinds), carry, shared, inputs, head)
+        if self.lora is None:
+            return scan_layers(order, (trained, others), carry, shared, inputs, head)
+        return scan_layers(order, (trained, others), carry, shared, inputs, None)[0], head
 
 
 def _in_order(cache: list[list[tuple[Array, Array]]]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:

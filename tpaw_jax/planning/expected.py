@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK
+from tpaw_jax.models import adapters
+from tpaw_jax.models.adapters import PROJECTIONS
 from tpaw_jax.models.checkpoints.hub import param_shapes
 from tpaw_jax.models.layer_stacks import layers_with_experts, stacks_of
 from tpaw_jax.models.model_config import LAYERS, ModelConfig
@@ -41,15 +43,17 @@ def step_flops(target: Target, load: Workload, remat: str, rows: int) -> Flops:
 
     A layer's matmuls are computed three times, and a fourth time if `remat` keeps only the layer's input. Attention has
     two products forward and five backward. The head recomputes its logits unless `remat` keeps them. Experts are
-    recomputed too if `remat` offloads, and if tokens are exchanged between devices.
+    recomputed too if `remat` offloads, and if tokens are exchanged between devices. With adapters, the gradients of
+    other weights are not computed.
     """
-    recomputed = 1.0 if remat == "layer" else 0.0
-    head = 4.0 - (remat in KEEPS_LOGITS)
+    recomputed, frozen = 1.0 if remat == "layer" else 0.0, target.model.lora is not None
+    head = 4.0 - (remat in KEEPS_LOGITS) - frozen
     row, batch = load.computed, target.config.packing.rows_per_batch
     computed = math.ceil(rows / batch) * batch
-    passes = Work(row.tokens * (3 + recomputed), row.predictions * head, row.attended * (3.5 + recomputed))
+    passes = Work(row.tokens * (3 - frozen + recomputed), row.predictions * head, row.attended * (3.5 + recomputed))
     attention = (row.attended * (1 + recomputed) * computed, row.attended * 2.5 * computed)
-    flops = _per_device(target, passes * computed, load.row * (3 * rows), target.mesh.size, attention)
+    useful = cost.with_backward(load.row, frozen) * rows
+    flops = _per_device(target, passes * computed, useful, target.mesh.size, attention)
     exchanged, kept = target.mesh.shape["expert"] > 1, remat in ("none", "dots", "head")
     if recomputed or (kept and not exchanged):
         return flops
@@ -85,6 +89,10 @@ def decode_flops(target: Target, load: Workload) -> Flops:
 def decode_bytes(target: Target, typical_tokens: int) -> float:
     """Bytes that a device must read in `STEPS_PER_CHUNK` decode steps: all weights and cache pages, once per step."""
     params = lowering.sampling_params(target)
+    if target.model.lora:  # merged and in the compute dtype
+        dtype, base = jnp.dtype(target.config.policy.compute_dtype), adapters.split(params)[1]
+        widened = lambda p: jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding) if p.dtype == jnp.int8 else p
+        params = jax.tree.map(widened, base)
     weights = param_bytes(params) - looked_up_bytes(params, target.model.config)
     return STEPS_PER_CHUNK * (weights + cache_bytes(target, typical_tokens))
 
@@ -159,6 +167,11 @@ def _add_params(sent: dict[str, float], target: Target, batches: int, *, step: b
     compute, reduce = jnp.dtype(config.policy.compute_dtype).itemsize, jnp.dtype(config.train.reduce_dtype).itemsize
     specs = target.model.parallel.specs
     head = "embed/embedding" if model.tie_embeddings else "head/embedding"
+    trains, in_8_bits = step and not target.model.lora, config.policy.lora.base_dtype == "int8"
+    if step and target.model.lora:
+        size = param_bytes(adapters.split(target.params)[0]) * reduce / target.model.lora.dtype.itemsize
+        sent["all-reduce"] += 2 * size * _others(mesh["fsdp"] * mesh["expert"])
+        _add_sum_over_data(sent, size, mesh["data"], target.topology.slices)
     for name, shape in param_shapes(model).items():
         spec = specs.get(name, P())
         split_over = [axis for dimension in range(len(spec)) for axis in sharding.axes_of(spec, dimension)]
@@ -170,9 +183,10 @@ def _add_params(sent: dict[str, float], target: Target, batches: int, *, step: b
         in_layer = name.split("/")[0].endswith(LAYERS)
         if gathered_over and ((in_layer and not name.endswith(LOOKED_UP)) or name == head):
             times = (1 + again if in_layer else 1) * (batches if step else 1)
-            sent["all-gather"] += _others(group) * size * compute * times
-            sent["reduce-scatter"] += _others(group) * size * reduce * batches if step else 0
-        if step:
+            itemsize = 1 if in_8_bits and name.split("/")[-2] in PROJECTIONS.values() else compute
+            sent["all-gather"] += _others(group) * size * itemsize * times
+            sent["reduce-scatter"] += _others(group) * size * reduce * batches if trains else 0
+        if trains:
             others = math.prod(mesh[axis] for axis in sharding.MESH_AXES_OF["batch"] if axis not in split_over)
             _add_sum_over_data(sent, size / group * reduce, others, target.topology.slices)
 

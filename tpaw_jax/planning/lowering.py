@@ -15,8 +15,9 @@ from tpaw_jax.data import packing
 from tpaw_jax.generation import engine, token_sampling
 from tpaw_jax.generation.cache import PAGE, Pages, PageTable
 from tpaw_jax.generation.decoder import decoder_of
+from tpaw_jax.generation.policy import lora_of
 from tpaw_jax.generation.slots import DecodeState, make_sampler
-from tpaw_jax.models import ModelConfig, Transformer, hub
+from tpaw_jax.models import ModelConfig, Transformer, adapters, hub, quantized
 from tpaw_jax.models.attention import gpu_attention, tpu_attention
 from tpaw_jax.models.transformer import shard_model
 from tpaw_jax.runtime import sharding, tpu
@@ -59,8 +60,11 @@ def target_of(
     remat = "layer" if policy.remat == "auto" else policy.remat
     chunks, vmem = policy.attention_chunks, topology.chip.vmem_bytes
     attention = tpu_attention(vmem, chunks=chunks) if platform == "tpu" else gpu_attention(chunks)
-    unsharded = Transformer(architecture, compute, dtype, remat, attention)
-    params = hub.abstract_params(architecture, dtype, mesh)
+    lora = lora_of(policy.lora)
+    unsharded = Transformer(architecture, compute, dtype, remat, attention, lora=lora)
+    params = hub.abstract_params(architecture, dtype, mesh, lora)
+    if lora and policy.lora.base_dtype == "int8":
+        params = quantized.abstract(params, sharding.param_sharder(mesh))
     one_process = [d for d in devices if d.process_index == devices[0].process_index]
     tensor = config.sampling.tensor
     sampling_mesh = sharding.sampling_mesh(tensor, one_process if tensor == 1 else list(devices))
@@ -88,8 +92,10 @@ def team_step(target: Target, remat: str, micro_batches: int) -> jax.stages.Lowe
     optimizer = train_step.make_optimizer(config.train)
     step: Any = fitting_step.configured_step(config, target.model.clone(remat=remat), optimizer, mesh)[1]
     inputs = (*packing.empty_step(config.packing, config.objective.n_max, micro_batches), train_step.NO_SCALARS)
-    state = train_step.abstract_state(target.params, optimizer, mesh)
-    return _lower(target, step, state, *_abstract(inputs, train_step.input_shardings(mesh, config.mesh.context)))
+    trained, frozen = adapters.parts(target.params, target.model.lora)
+    state = train_step.abstract_state(trained, optimizer, mesh)
+    inputs = _abstract(inputs, train_step.input_shardings(mesh, config.mesh.context))
+    return _lower(target, step, state, *inputs, *frozen)
 
 
 def scoring_pass(target: Target) -> jax.stages.Lowered:
@@ -155,8 +161,12 @@ def sampling_params(target: Target) -> PyTree[jax.ShapeDtypeStruct]:
     """The policy's parameters for sampling: matrices in the compute dtype, sharded over the sampling mesh."""
     shardings = sharding.param_shardings(target.params, target.sampling_mesh)
     dtype = jnp.dtype(target.config.policy.compute_dtype)
-    cast = lambda x, place: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype, sharding=place)
-    return jax.tree.map(cast, target.params, shardings)
+
+    def cast(path: Any, x: Any, place: Any) -> jax.ShapeDtypeStruct:
+        exact = x.ndim == 1 or sharding.stays_exact(path, x)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype if exact else dtype, sharding=place)
+
+    return jax.tree_util.tree_map_with_path(cast, target.params, shardings)
 
 
 def _lower(target: Target, program: Any, *arguments: Any) -> jax.stages.Lowered:

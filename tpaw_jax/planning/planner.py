@@ -13,6 +13,7 @@ import jax
 from tpaw_jax.config import RunConfig
 from tpaw_jax.data import packing
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK
+from tpaw_jax.models import adapters
 from tpaw_jax.models.model_config import ModelConfig
 from tpaw_jax.models.parallel import exchange
 from tpaw_jax.models.transformer import REMAT_POLICIES
@@ -250,8 +251,10 @@ def _other_stage(target: Target, load: Workload, name: str) -> Stage:
     policy = expected.param_bytes(target.params)
     if name == "scoring":
         flops, trips = expected.scoring_flops(target, load), [_head_chunks(target, load)]
-        # The scoring player is an argument. The policy is not, nor the next player, which a single process reads ahead.
-        resident = policy * (1 if target.mesh.is_multi_process else 2)
+        # The scoring player is an argument. The policy is not, nor the next player, which a single process reads ahead;
+        # but of adapters, all have the same base.
+        trained, _ = adapters.parts(target.params, target.model.lora)
+        resident = expected.param_bytes(trained) * (1 if target.mesh.is_multi_process else 2)
         lowered, rounds = lowering.scoring_pass(target), {exchange.SCOPE: expected.EXPERT_ROUNDS}
         return roofline.compile_stage(lowered, target.mesh, chip, flops, trips, resident, named_trips=rounds)
     mesh = target.sampling_mesh

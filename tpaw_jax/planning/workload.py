@@ -13,7 +13,7 @@ from tpaw_jax.models import ModelConfig, hub
 from tpaw_jax.models.attention import Visibility, rules
 from tpaw_jax.models.layer_stacks import places_of, stacks_of
 from tpaw_jax.training import cost
-from tpaw_jax.training.cost import BACKWARD, Work
+from tpaw_jax.training.cost import Work
 from tpaw_jax.types import NOTHING, Generations, Prompts, Ragged, TreeBatch
 
 MEDIANS, SPREADS = (160, 280, 240), (0.7, 0.6, 0.5)
@@ -134,9 +134,10 @@ def _round(
     sources = {r.round: np.full(len(sample), r.round) for r in window}  # assume that no two responses are equal
     rows = packing.pack(prefix_trees.trees_of_window(sample, window, sources), config.packing)
     newest = prefix_trees.trees_of_responses(sample, {t: window[0].tokens})
-    passes = 1 + config.train.epochs * (1 + BACKWARD)
-    work = _useful(rows) * passes + cost.work_of_trees(newest, config.packing) * (players - 1)
-    padded_pairs = cost.padded_pairs_of_round(sample, window, players, config.train.epochs).total
+    forward = _useful(rows)
+    trained = cost.with_backward(forward, config.policy.lora.used) * config.train.epochs
+    work = forward + trained + cost.work_of_trees(newest, config.packing) * (players - 1)
+    padded_pairs = cost.padded_pairs_of_round(sample, window, players, config).total
     share = _share_in_windows(rows, model)
     trees, pairs = (cost.flops(model, _in_windows(one, share)) for one in (work, padded_pairs))
     scored = len(rows) + (players - 1) * len(packing.pack(newest, config.packing))

@@ -58,6 +58,12 @@ PARAM_AXES = {  # flax path -> logical axes; see `logical_axes` for models with 
     "layers/token_projection/kernel": ("layers", "embed", "norm"),
     "layers/token_gate/kernel": ("layers", "embed", "norm"),
     "layers/token_out/kernel": ("layers", "norm", "embed"),
+    **{f"layers/{name}/lora_b": ("layers", "norm", "heads") for name in ("q", "k", "v")},
+    **{f"layers/{name}/lora_b": ("layers", "norm", "mlp") for name in ("gate", "up")},
+    **{f"layers/{name}/{of}": ("layers", "heads") for name in ("q", "k", "v") for of in ("lora_m", "kernel_scale")},
+    **{f"layers/{name}/{of}": ("layers", "mlp") for name in ("gate", "up") for of in ("lora_m", "kernel_scale")},
+    "layers/o/lora_a": ("layers", "heads", "norm"),
+    "layers/down/lora_a": ("layers", "mlp", "norm"),
 }
 
 
@@ -145,8 +151,8 @@ def resplit(params: PyTree[Array], mesh: Mesh, dtype: jnp.dtype | None = None) -
     Parameters on several processes are gathered one at a time on every device, which then keeps its shard.
     """
 
-    def reshard(x: Array, sharding: NamedSharding) -> Array:
-        if dtype is not None and x.ndim > 1 and x.dtype != dtype:
+    def reshard(path: Any, x: Array, sharding: NamedSharding) -> Array:
+        if dtype is not None and x.ndim > 1 and x.dtype != dtype and not stays_exact(path, x):
             x = _cast(x, dtype)
         if x.sharding.is_equivalent_to(sharding, x.ndim):
             return x
@@ -157,7 +163,12 @@ def resplit(params: PyTree[Array], mesh: Mesh, dtype: jnp.dtype | None = None) -
         shards = [full[device][index] for device, index in sharding.addressable_devices_indices_map(x.shape).items()]
         return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
 
-    return jax.tree.map(reshard, params, param_shardings(params, mesh))
+    return jax.tree_util.tree_map_with_path(reshard, params, param_shardings(params, mesh))
+
+
+def stays_exact(path: tuple[Any, ...], x: Any) -> bool:
+    """Whether a matrix of parameters is not cast for sampling: 8-bit kernels, and factors of outputs."""
+    return x.dtype == jnp.int8 or path_name(path).endswith(("kernel_scale", "lora_m"))
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -6,17 +6,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from tpaw_jax import config, models
 from tpaw_jax.config import config_file
 from tpaw_jax.data import dataset, prefix_trees, templates
 from tpaw_jax.data.prefix_trees import Trees
-from tpaw_jax.generation.policy import stop_tokens
-from tpaw_jax.models import hub
+from tpaw_jax.generation.policy import load_parameters, lora_of, stop_tokens
+from tpaw_jax.models import adapters, hub
+from tpaw_jax.models.checkpoints import adapter_files
 from tpaw_jax.runtime import sharding
 from tpaw_jax.selfplay import round_store
 from tpaw_jax.selfplay.round_store import Store
+from tpaw_jax.selfplay.session import check_base
 from tpaw_jax.storage import files, journal, ring
 from tpaw_jax.storage.journal import Journal
 from tpaw_jax.types import TARGET
@@ -25,8 +28,10 @@ TRIPLETS_AT_ONCE = 1000
 """Records that are in memory while they are written."""
 
 
-def write(run: Path, round_number: int | None, out: Path) -> str:
+def write(run: Path, round_number: int | None, out: Path, merge: bool = False) -> str:
     """Export the policy that starts `round_number`, by default the newest. Returns a sentence that says where it is.
+
+    Adapters are written as a PEFT directory, or with `merge`, merged into the model that they belong to.
 
     Raises:
         FileNotFoundError: `run` holds no run.
@@ -35,16 +40,30 @@ def write(run: Path, round_number: int | None, out: Path) -> str:
     opened, settings = _open(run)
     mesh = sharding.make_mesh(config.MeshConfig())  # any mesh can read what any other wrote
     policy = settings.policy
-    architecture = models.load_architecture(policy.path)
+    architecture, lora = models.load_architecture(policy.path), lora_of(policy.lora)
+    if merge and not lora:
+        raise ValueError(f"{run}: the run has no adapters, so there is nothing to merge; omit --merge.")
     kept = ring.open_ring(opened, settings.objective.n_max)
     wanted = ring.select_policy(kept, round_number)
-    params = ring.restore_policy(kept, wanted, hub.abstract_params(architecture, jnp.dtype(policy.param_dtype), mesh))
+    like, _ = adapters.parts(hub.abstract_params(architecture, jnp.dtype(policy.param_dtype), mesh, lora), lora)
+    params = ring.restore_policy(kept, wanted, like)
     template = _template(settings)
     if template.chat is not None:
         template.tokenizer.chat_template = template.with_defaults()
     generation = hub.load_generation_config(policy.path)
     stops = stop_tokens(template, generation)
     generation["eos_token_id"] = stops if len(stops) > 1 else template.end_of_turn
+    if lora and not merge:
+        c = policy.lora
+        of_adapters = adapter_files.Settings(c.rank, c.alpha, c.rslora, c.dora)
+        adapter_files.save(out, architecture, params, of_adapters, policy.path, template.tokenizer)
+        base = policy.path + (", rounded to 8 bits" if c.base_dtype == "int8" else "")
+        return f"The adapters of round {wanted} are in {out}, a directory for PEFT. Their base is {base}."
+    if lora:
+        base = load_parameters(policy, mesh)[1]
+        check_base(opened, (base,))
+        params = adapters.merged(adapters.join(base, params), lora.scale)
+        params = jax.tree.map(lambda p: p.astype(policy.param_dtype), params)
     models.save_pretrained(out, architecture, params, template.tokenizer, generation)
     return f"The policy of round {wanted} is in {out}, a directory for transformers and vLLM."
 

@@ -114,7 +114,7 @@ def add_scores(store: Store, round_number: int, player: int, rows: Rows, log_pro
         "log_probs": log_probs[real].astype(np.float32),
     }
     _merge(store, player, **found)
-    if processes.is_main() and store.journal.is_complete(name):  # some of its scores were lost, and made again
+    if store.journal.is_complete(name):  # some scores of this file were lost and have just been recomputed
         before = array_files.read(store.journal.directory / name)
         found = {key: np.concatenate([before[key], values]) for key, values in found.items()}
     journal.write(store.journal, name, "scoring", round_number, found)

@@ -77,9 +77,9 @@ def train(this: Round, rows: packing.Rows, scores: TeamScores, policy: PyTree[Ar
         with this.watch.time("saving"):
             ring.save_training(session.ring, state, t, len(step_rows))
     with this.watch.time("held-out"):
-        after = held_out_log_prob(session, state.params)
+        after = held_out_log_prob(session, session.whole(state.params))
     share = (len(step_rows) - first) / len(step_rows)
-    return state.params, Trained(len(step_rows), share, noise, before, after)
+    return session.whole(state.params), Trained(len(step_rows), share, noise, before, after)
 
 
 def _make_inputs(
@@ -119,7 +119,7 @@ def _run_steps(
         for step in range(first, steps):
             inputs, waited = next(batches), batches.waited
             with session.profiler.step():
-                state, step_metrics = session.step(state, *inputs.arguments)
+                state, step_metrics = session.step(state, *inputs.arguments, *session.frozen)
             recorder.push(step, inputs, step_metrics, waited)
             bar.update()
             bar.set_postfix_str(recorder.speed, refresh=False)
@@ -127,7 +127,7 @@ def _run_steps(
             if config.validate_each_epoch and (step + 1) % (steps // config.epochs) == 0 and not last:
                 recorder.flush()
                 with this.watch.time("held-out"):
-                    recorder.validate(step, state.params)
+                    recorder.validate(step, session.whole(state.params))
             if preempted or (saves.due(step) and not last):
                 recorder.flush()
                 with this.watch.time("saving"):
@@ -195,8 +195,8 @@ def _first_state(this: Round, policy: PyTree[Array], make_inputs: MakeInputs) ->
     resumed round measures it again, since the machine may be another.
     """
     session, t = this.session, this.number
-    state = train_step.init_state(policy, session.optimizer, session.mesh)
-    state, step_metrics = session.step(state, *make_inputs(0, 0.0, True).arguments)
+    state = train_step.init_state(session.trained(policy), session.optimizer, session.mesh)
+    state, step_metrics = session.step(state, *make_inputs(0, 0.0, True).arguments, *session.frozen)
     noise = float(step_metrics["newest_max_abs_reward"])
     noise = noise if np.isfinite(noise) else 0.0
     saved = [step for round_number, step in session.ring.training_states if round_number == t]

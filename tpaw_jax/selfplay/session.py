@@ -19,7 +19,8 @@ from tpaw_jax.config.config_file import flat, parse, to_dict
 from tpaw_jax.data import dataset, packing, prefix_trees, templates
 from tpaw_jax.evaluation import exact_match
 from tpaw_jax.generation import engine, slots
-from tpaw_jax.generation.policy import SPEED_ONLY_KEYS, Policy, open_policy
+from tpaw_jax.generation.policy import SPEED_ONLY_KEYS, Policy, open_policy, resolve_adapters
+from tpaw_jax.models import adapters
 from tpaw_jax.observe.profiling import Profiler, Stopwatch
 from tpaw_jax.observe.trackers import Tracker, open_trackers
 from tpaw_jax.runtime import processes, sharding, tpu
@@ -75,13 +76,26 @@ class Session:
     journal: Journal
     ring: ring.Ring
     first: int  # the round at which the run begins or resumes
-    like: PyTree[jax.ShapeDtypeStruct]  # shapes, dtypes and shardings of a policy
+    like: PyTree[jax.ShapeDtypeStruct]  # shapes, dtypes and shardings of what is trained of a policy
+    frozen: tuple[PyTree[Array], ...]  # what is not: the base of adapters, or nothing
     profiler: Profiler
     notice: PreemptionNotice
     trackers: tuple[Tracker, ...]
     say: Say
     verbose: bool  # print every metric of a round
     startup: float = 0.0  # seconds that it took to open the session
+
+    def trained(self, policy: PyTree[Array]) -> PyTree[Array]:
+        """The part of a policy that is trained and saved: its adapters, or all of it."""
+        return adapters.parts(policy, self.frozen)[0]
+
+    def restore(self, round_number: int) -> PyTree[Array]:
+        """The policy of a round, whose trained part is read from the ring, see `ring.restore_policy`."""
+        return self.whole(ring.restore_policy(self.ring, round_number, self.like))
+
+    def whole(self, trained: PyTree[Array]) -> PyTree[Array]:
+        """The policy with a trained part."""
+        return adapters.join(trained, *self.frozen) if self.frozen else trained
 
 
 class Round(NamedTuple):
@@ -111,16 +125,15 @@ def open_session(
             differs from the others.
     """
     start, (config, mesh, opened) = time.perf_counter(), _open_run(config, say)
-    policy = open_policy(config, mesh)
+    policy = open_policy(_without_adapter_files(config) if opened.names("policy") else config, mesh)
     prompts, held_out, report = dataset.load(config.data, policy.template, config.seed, opened.directory)
     say(_data_lines(report, prompts, held_out))
     _warn_of_long_sequences(config, policy, prompts, say)
     optimizer = train_step.make_optimizer(config.train)
     log_prob_fn, step = fitting_step.make_fitting_step(config, policy.model, policy.params, optimizer, mesh, say)
-    tasks = config.evaluation.tasks if config.evaluation.each_round else ()
-    evaluator = exact_match.make_evaluator(config, policy, tasks) if tasks else None
     kept, options = ring.open_ring(opened, config.objective.n_max), tpu.options_of(mesh, config.mesh.compiler_options)
-    _bind_to_data(opened, config, report.fingerprint)  # last, so that an unusable configuration is not stored
+    trained, frozen = adapters.parts(policy.params, policy.model.lora)
+    _bind(opened, config, report.fingerprint, frozen)  # last, so that an unusable configuration is not stored
     ring.remove_unfinished(kept)
     session = Session(
         config=config,
@@ -132,14 +145,15 @@ def open_session(
         held_out=packing.pack(prefix_trees.trees_of_targets(held_out), config.packing),
         sampler=policy.sampler,
         stop_fn=policy.stop_fn,
-        evaluator=evaluator,
+        evaluator=_evaluator(config, policy),
         scorer=scoring.make_scorer(log_prob_fn, mesh, options, config.mesh.context),
         optimizer=optimizer,
         step=step,
         journal=opened,
         ring=kept,
         first=_first_round(kept, config, say),
-        like=sharding.abstract(policy.params),
+        like=sharding.abstract(trained),
+        frozen=frozen,
         profiler=Profiler(opened.directory / "profile", profiled),
         notice=notice,
         trackers=open_trackers(config.trackers, opened.directory, flat(to_dict(config)), say),
@@ -153,7 +167,7 @@ def open_session(
 def _open_run(config: RunConfig, say: Say) -> tuple[RunConfig, Mesh, Journal]:
     """Check the pod, the directory and the configuration, and quarantine corrupted files.
 
-    Returns the configuration with its packing resolved, the mesh and the journal.
+    Returns the configuration with packing and adapters resolved, the mesh and the journal.
     """
     directory = bucket.open_path(config.directory)
     processes.check_same({"the configuration": json.dumps(to_dict(config)), **processes.facts_of_this_host()})
@@ -161,7 +175,9 @@ def _open_run(config: RunConfig, say: Say) -> tuple[RunConfig, Mesh, Journal]:
     mesh, opened = sharding.make_mesh(config.mesh), journal.open_journal(directory)
     # rows_per_batch decides which triplets share a step: a resumed run keeps the value it began with
     packed = batch_shapes.resolve_packing(config, mesh, opened.config.get("packing"))
-    config = dataclasses.replace(config, packing=packed)
+    begun = parse(RunConfig, opened.config, str(directory)).policy.lora if opened.config else None
+    policy = dataclasses.replace(config.policy, lora=resolve_adapters(config.policy.lora, begun))
+    config = dataclasses.replace(config, packing=packed, policy=policy)
     _check_unchanged(opened, config)
     tpu.check_options(mesh, config.mesh.compiler_options)
     recovery.quarantine_corruption(opened, say)
@@ -198,11 +214,22 @@ def _check_unchanged(opened: Journal, config: RunConfig) -> None:
         )
 
 
-def _bind_to_data(opened: Journal, config: RunConfig, fingerprint: str) -> None:
-    """Check that a resumed run has the tokens it began with, and store the configuration of a new one.
+def _evaluator(config: RunConfig, policy: Policy) -> exact_match.Evaluator | None:
+    tasks = config.evaluation.tasks if config.evaluation.each_round else ()
+    return exact_match.make_evaluator(config, policy, tasks) if tasks else None
+
+
+def _without_adapter_files(config: RunConfig) -> RunConfig:
+    """The configuration for a run whose ring has adapters: those that it began with are not needed any more."""
+    lora = dataclasses.replace(config.policy.lora, path="")
+    return dataclasses.replace(config, policy=dataclasses.replace(config.policy, lora=lora))
+
+
+def _bind(opened: Journal, config: RunConfig, fingerprint: str, frozen: tuple[PyTree[Array], ...]) -> None:
+    """Check that a resumed run has the tokens and the base of adapters it began with; store those of a new one.
 
     Raises:
-        ValueError: records, template or tokenizer have changed.
+        ValueError: records, template or tokenizer have changed, or the model at `policy.path`.
     """
     processes.check_same({"the fingerprint of the data": fingerprint})
     if opened.data_fingerprint not in ("", fingerprint):
@@ -210,10 +237,26 @@ def _bind_to_data(opened: Journal, config: RunConfig, fingerprint: str) -> None:
             f"{opened.directory}: the run began with other prompts and targets. The data files, the chat template or "
             "the tokenizer have changed since. Restore them, or choose another directory."
         )
-    opened.config, opened.data_fingerprint = to_dict(config), fingerprint
+    base = check_base(opened, frozen)
+    opened.config, opened.data_fingerprint, opened.base = to_dict(config), fingerprint, base
     journal.save(opened)
     files.write_bytes(opened.directory / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
     files.write_json(opened.directory / "versions.json", processes.facts_of_this_host())
+
+
+def check_base(opened: Journal, frozen: tuple[PyTree[Array], ...]) -> str:
+    """The fingerprint of the base of a run's adapters; empty without any.
+
+    Raises:
+        ValueError: it is another one than the run's.
+    """
+    base = ring.fingerprint(frozen) if frozen else ""
+    if opened.base not in ("", base):
+        raise ValueError(
+            f"{opened.directory}: the adapters of this run belong to other parameters than those now at policy.path. "
+            "Restore that model, or choose another directory."
+        )
+    return base
 
 
 def _first_round(kept: ring.Ring, config: RunConfig, say: Say) -> int:
@@ -230,11 +273,11 @@ def _first_policy(session: Session, theta_0: PyTree[Array]) -> PyTree[Array]:
     """
     first = session.first
     for other in set(session.ring.policies) - {first}:
-        ring.restore_policy(session.ring, other, session.like)
+        session.restore(other)
     if first in session.ring.policies:
         session.say(f"The run resumes with theta_{first}.")
-        return ring.restore_policy(session.ring, first, session.like)
-    ring.push(session.ring, theta_0, first)
+        return session.restore(first)
+    ring.push(session.ring, session.trained(theta_0), first)
     ring.finish_saves(session.ring)
     return theta_0
 

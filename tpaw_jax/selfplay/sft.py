@@ -51,7 +51,7 @@ def _finish(this: Round, rows: packing.Rows, trained: Trained, evaluated: dict[s
     """Write and print the summary. Returns the warnings of `health`."""
     session = this.session
     mean, last = round_summary.last_epoch(session, 0)
-    work = cost.work_of_rows(rows) * (session.config.train.epochs * (1 + cost.BACKWARD))
+    work = cost.with_backward(cost.work_of_rows(rows), bool(session.frozen)) * session.config.train.epochs
     done, seconds = cost.flops(session.model, work * trained.share), this.watch.seconds["training"]
     summary = {
         "round": 0,

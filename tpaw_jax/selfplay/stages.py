@@ -53,7 +53,7 @@ def load_policy(this: Round, loaded: dict[int, PyTree[Array]]) -> PyTree[Array]:
     if policy is not None:
         return policy
     with this.watch.time("restoring"):
-        return ring.restore_policy(this.session.ring, this.number, this.session.like)
+        return this.session.restore(this.number)
 
 
 def generate(this: Round, store: Store, policy: PyTree[Array], given: Path | None) -> Store:
@@ -100,7 +100,7 @@ def score(this: Round, store: Store, trees: Trees, rows: Rows, policy: PyTree[Ar
     busy = [player for player in this.players if len(unscored[player])]
     for player in sorted(set(this.players) - set(busy)):
         session.say(f"Round {t}: player {player} has already scored every response.")
-    load = lambda player: policy if player == t else ring.restore_policy(session.ring, player, session.like)
+    load = lambda player: policy if player == t else session.restore(player)
     depth = 1 if jax.process_count() == 1 else 0
     with this.watch.time("scoring"), session.profiler.stage("scoring"):
         with Prefetch(load, busy, depth=depth) as loaded:
@@ -131,7 +131,7 @@ def evaluate(this: Round, policy: PyTree[Array], suffix: str = "") -> dict[str, 
 def push(this: Round, policy: PyTree[Array]) -> None:
     """Save the trained policy as the newest checkpoint of the ring; the save continues in the background."""
     with this.watch.time("saving"):
-        ring.push(this.session.ring, policy, this.number + 1)
+        ring.push(this.session.ring, this.session.trained(policy), this.number + 1)
     files.write_json(this.directory / "timings.json", this.watch.report())
 
 

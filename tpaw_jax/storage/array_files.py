@@ -98,9 +98,32 @@ def write_partial(path: Path, **arrays: np.ndarray) -> tuple[int, str]:
         content = npz(**arrays)
         files.write_partial(path, content)
         return len(content), hashlib.sha256(content).hexdigest()
-    files.write_partial(path, lambda file: _save(file, arrays))
-    partial = files.partial_path(path)
-    return files.size(partial), files.sha256(partial)
+    digests: list[_Digest] = []
+
+    def write_to(file: IO[bytes]) -> None:
+        digests.append(_Digest(file))
+        _save(digests[0], arrays)
+
+    files.write_partial(path, write_to)
+    return digests[0].size, digests[0].sha256.hexdigest()
+
+
+class _Digest:
+    """A file that can only be written, and the bytes and checksum of what was written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.size, self.sha256 = file, 0, hashlib.sha256()
+
+    def write(self, some: bytes) -> int:
+        self.size += len(some)
+        self.sha256.update(some)
+        return self.file.write(some)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def read(self) -> bytes:  # numpy takes an object with this method for a file
+        raise OSError("this file can only be written")
 
 
 def npz(**arrays: np.ndarray) -> memoryview:

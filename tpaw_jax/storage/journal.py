@@ -49,6 +49,7 @@ class Journal:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     data_fingerprint: str = ""  # of prompts and targets
     facts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    base: str = ""  # fingerprint of the frozen parameters that the ring does not hold
     whole_batches: bool = False  # steps have whole batches of rows, because the run began with version 0.1
     read_only: bool = False  # read-only, because another process may be running
     read_from: str = ""  # the file that was read instead, if journal.json was corrupted or missing
@@ -84,6 +85,7 @@ def open_journal(directory: Path, read_only: bool = False) -> Journal:
                 content["config"],
                 content["data"],
                 content["facts"],
+                content.get("base", ""),
                 whole_batches=content.get("whole_batches", True),
                 read_only=read_only,
                 read_from="" if path == paths[0] else path.name,
@@ -110,6 +112,7 @@ def save(journal: Journal) -> None:
         "version": _VERSION,
         "config": journal.config,
         "data": journal.data_fingerprint,
+        **({"base": journal.base} if journal.base else {}),
         "whole_batches": journal.whole_batches,
         "facts": journal.facts,
         **({"writer": journal.writer} if bucket.is_remote(journal.directory) else {}),

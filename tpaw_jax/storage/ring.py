@@ -177,6 +177,16 @@ def digests_of(tree: PyTree[Array]) -> PyTree[UInt32[Array, ""]]:
     return jax.tree.map(digest, tree)
 
 
+def fingerprint(tree: PyTree[Array]) -> str:
+    """A digest of all arrays of a tree."""
+    return _joined(digests_of(tree))
+
+
+def _joined(digests: PyTree[Array]) -> str:
+    numbers = [int(number) for number in jax.device_get(jax.tree.leaves(digests))]
+    return hashlib.sha256(np.asarray(numbers, np.uint32).tobytes()).hexdigest()
+
+
 def _policy_path(ring: Ring, round_number: int) -> Path:
     return ring.directory / "policies" / f"{round_number:05d}"
 
@@ -195,7 +205,6 @@ def _start_save(ring: Ring, path: Path, tree: PyTree[Array]) -> None:
 
 def _record(ring: Ring, path: Path, digests: PyTree[Array]) -> list[str] | None:
     """Add a complete checkpoint to the journal (see `journal.record`)."""
-    numbers = [int(number) for number in jax.device_get(jax.tree.leaves(digests))]
     count, size = journal.measure(path)
     stage, round_number = _stage_and_round(path)
     facts = {
@@ -203,7 +212,7 @@ def _record(ring: Ring, path: Path, digests: PyTree[Array]) -> list[str] | None:
         "stage": stage,
         "bytes": size,
         "files": count,
-        "same": hashlib.sha256(np.asarray(numbers, np.uint32).tobytes()).hexdigest(),
+        "same": _joined(digests),
     }
     return journal.record(ring.journal, _name(ring, path), facts)
 
@@ -276,7 +285,8 @@ def _try_to_read(ring: Ring, path: Path, abstract: PyTree[Any]) -> tuple[dict[st
             ) from error
         if any(words in str(error) for words in _OTHER_MODEL):
             raise ValueError(
-                f"{path}: the checkpoint belongs to another model than the one at policy.path ({error})."
+                f"{path}: the checkpoint belongs to another model than the one at policy.path, or to other adapters "
+                f"than policy.lora describes ({error})."
             ) from error
         reason = str(error).strip().splitlines()[:1]
         return None, f"the checkpoint cannot be read ({type(error).__name__}: {' '.join(reason)[:200]})"

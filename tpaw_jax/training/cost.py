@@ -18,9 +18,6 @@ from tpaw_jax.models.layer_stacks import stacks_of
 from tpaw_jax.models.model_config import ModelConfig
 from tpaw_jax.types import NOTHING, Generations, Prompts, Ragged
 
-BACKWARD = 2
-"""Cost of a backward pass, in forward passes."""
-
 BASELINE_BATCH_SIZE = 8
 """Triplets in a batch of padded pairs, each padded to the longest of the batch: SPIN's batch size per device."""
 
@@ -69,6 +66,15 @@ def flops(model: ModelConfig, work: Work) -> float:
     return layers + 2 * model.hidden_size * model.vocab_size * work.predictions
 
 
+def with_backward(work: Work, adapters: bool) -> Work:
+    """Count a forward and a backward pass, which costs two forward passes.
+
+    If adapters alone are trained, products with frozen weights cost one: that for the gradient of their input.
+    """
+    weights = 2 if adapters else 3
+    return Work(weights * work.tokens, weights * work.predictions, 3 * work.attended)
+
+
 def work_of_trees(trees: Trees, config: PackingConfig) -> Work:
     """Count a pass over trees, without the padding of their rows."""
     return _total(segments_of(trees, config).sizes)
@@ -98,10 +104,12 @@ def work_of_padded_pairs(prompts: Prompts, window: Sequence[Generations], batch:
     return Work(tokens, tokens, float((sequences * longest * (longest + 1) // 2).sum()))
 
 
-def padded_pairs_of_round(prompts: Prompts, window: Sequence[Generations], players: int, epochs: int) -> RoundWork:
+def padded_pairs_of_round(
+    prompts: Prompts, window: Sequence[Generations], players: int, config: RunConfig
+) -> RoundWork:
     """Count a round with padded pairs, where every step runs the forward pass of every player."""
-    one_epoch = work_of_padded_pairs(prompts, window, BASELINE_BATCH_SIZE)
-    return RoundWork(one_epoch * (epochs * players), one_epoch * (epochs * (1 + BACKWARD)))
+    one_epoch, epochs = work_of_padded_pairs(prompts, window, BASELINE_BATCH_SIZE), config.train.epochs
+    return RoundWork(one_epoch * (epochs * players), with_backward(one_epoch, config.policy.lora.used) * epochs)
 
 
 def round_work(
@@ -138,5 +146,5 @@ def round_work(
     one_epoch = padded(prefix_trees.trees_of_window(prompts, window, sources))
     newest_alone = padded(prefix_trees.trees_of_responses(prompts, {t: newest.tokens}))
     scored = one_epoch + newest_alone * (len(players) - 1)
-    trees = RoundWork(scored, one_epoch * (config.train.epochs * (1 + BACKWARD)))
-    return trees, padded_pairs_of_round(prompts, window, len(players), config.train.epochs)
+    trees = RoundWork(scored, with_backward(one_epoch, config.policy.lora.used) * config.train.epochs)
+    return trees, padded_pairs_of_round(prompts, window, len(players), config)

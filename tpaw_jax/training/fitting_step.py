@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from tpaw_jax.config import RunConfig
 from tpaw_jax.data import packing
+from tpaw_jax.models import adapters
 from tpaw_jax.models.transformer import Transformer
 from tpaw_jax.runtime import processes, tpu
 from tpaw_jax.training import batch_shapes, memory, train_step
@@ -27,6 +28,8 @@ def make_fitting_step(
 ) -> tuple[LogProbFn, TrainStep]:
     """The log-prob function and the train step. Rematerialization is as configured; `auto` is the first that fits.
 
+    If the model has adapters, they alone are trained, and the step takes the rest of `params` as its last argument.
+
     Raises:
         ValueError: no policy fits the devices' memory.
     """
@@ -36,11 +39,12 @@ def make_fitting_step(
 
     if config.policy.remat != "auto":
         return with_remat(config.policy.remat)
-    state = train_step.abstract_state(params, optimizer, mesh)
+    trained, frozen = adapters.parts(params, model.lora)
+    state = train_step.abstract_state(trained, optimizer, mesh)
     inputs = packing.empty_step(config.packing, config.objective.n_max, batch_shapes.most_micro_batches(config))
     limits = processes.all_gather(limit=np.array([memory.available_bytes()]))
     limit = min(int(one["limit"][0]) for one in limits)  # all processes must run the same program
-    compile_with = lambda remat: with_remat(remat)[1].lower(state, *inputs, train_step.NO_SCALARS).compile()
+    compile_with = lambda remat: with_remat(remat)[1].lower(state, *inputs, train_step.NO_SCALARS, *frozen).compile()
     fit = memory.choose_remat(compile_with, limit)
     say(
         f"Rematerialization `{fit.remat}`: a step needs {fit.needed / 2**30:.2f} of {limit / 2**30:.2f} GiB per device."
@@ -67,4 +71,5 @@ def configured_step(
         summed_over_data=parallel.summed_over_data(),
         context=parallel.context,
         router=train_step.RouterLosses(config.train.router_balance, config.train.router_z) if has_experts else None,
+        adapters_only=model.lora is not None,
     )

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
 from tpaw_jax.config import ObjectiveConfig, TrainConfig
+from tpaw_jax.models import adapters
 from tpaw_jax.models.experts import RouterStatistics
 from tpaw_jax.models.parallel import context as contexts
 from tpaw_jax.objective import TeamLoss, team_loss
@@ -49,7 +50,8 @@ tokens). `sums` has `triplets`, `max` (the step takes the maximum over micro-bat
 the step returns the means.
 """
 
-TrainStep = Callable[[TrainState, TreeBatch, TeamScores, AnyArray, StepScalars], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
+"""(state, batch, scores, micro_batches, scalars[, base]) -> (state, metrics), see `make_step`."""
 
 
 class RouterLosses(NamedTuple):
@@ -137,6 +139,7 @@ def make_train_step(
     summed_over_data: Collection[str] = (),
     context: int = 1,
     router: RouterLosses | None = None,
+    adapters_only: bool = False,
 ) -> TrainStep:
     """Build the compiled train step of the objective; see `make_step` for the other arguments and the result.
 
@@ -173,6 +176,7 @@ def make_train_step(
     loss, rows = (supervised, _tokens_of_rows) if objective.loss == "sft" else (team, _triplets_of_rows)
     counted = lambda batch: jnp.sum(rows(batch))
     options: dict[str, Any] = {"counted": counted, "summed_over_data": summed_over_data, "context": context}
+    options["adapters_only"] = adapters_only
     return make_step(loss, optimizer, mesh, reduce_dtype, compiler_options, **options)
 
 
@@ -198,6 +202,7 @@ def make_step(
     counted: Callable[[TreeBatch], Array] = lambda batch: jnp.sum(batch.triplet_weight),
     summed_over_data: Collection[str] = (),
     context: int = 1,
+    adapters_only: bool = False,
 ) -> TrainStep:
     """Build the compiled step(state, batch, scores, micro_batches, scalars) -> (state, metrics). It donates the state.
 
@@ -214,37 +219,41 @@ def make_step(
         counted: batch -> the number that the loss is a mean over.
         summed_over_data: parameters whose gradients the loss's backward pass has summed over `data` already.
         context: devices that share rows, see `models.parallel.context`.
+        adapters_only: the state has adapters alone; the step takes the base, which is not donated, as sixth argument.
     """
     mesh = sharding.single_device_mesh() if mesh is None else mesh
-    slices = tpu.slice_count(list(mesh.devices.flat))
 
-    def step(state, batch, scores, micro_batches, scalars):
+    def step(state, batch, scores, micro_batches, scalars, *frozen):
+        slices = tpu.slice_count(list(mesh.devices.flat))
         total = jnp.maximum(counted(batch), 1.0)
-        param_specs = jax.tree.map(lambda s: s.spec, sharding.param_shardings(state.params, mesh))
+        param_specs, *frozen_specs = (_specs(params, mesh) for params in (state.params, *frozen))
         input_specs = jax.tree.map(lambda s: s.spec, input_shardings(mesh))
         batch, scores = contexts.spread(batch, context, mesh), contexts.spread_scores(scores, context, mesh)
         loss, sums, summed = jax.shard_map(
             _loss_and_gradients(micro_loss, param_specs, reduce_dtype, summed_over_data, slices),
             mesh=mesh,
-            in_specs=(param_specs, *input_specs, P()),
+            in_specs=(param_specs, *input_specs, P(), *frozen_specs),
             out_specs=(P(), P(), param_specs),
             check_vma=False,  # `gradients` and `models.parallel` do all reductions themselves
-        )(state.params, batch, scores, micro_batches, scalars, total)
-        shardings = state_shardings(state.params, optimizer, mesh)
+        )(state.params, batch, scores, micro_batches, scalars, total, *frozen)
         state, update_metrics = _update(state, optimizer, loss, summed, scalars)
-        state = jax.lax.with_sharding_constraint(state, shardings)
-        means = _means(sums, jnp.maximum(sums["triplets"], 1.0))
-        return state, {"loss": loss, **means, **update_metrics}
+        state = jax.lax.with_sharding_constraint(state, state_shardings(state.params, optimizer, mesh))
+        return state, {"loss": loss, **_means(sums, jnp.maximum(sums["triplets"], 1.0)), **update_metrics}
 
-    in_shardings = (None, *input_shardings(mesh, context))  # None: keep the state's own sharding
+    in_shardings = (None, *input_shardings(mesh, context), *[None] * adapters_only)  # None: keep its own
     return jax.jit(step, donate_argnums=0, in_shardings=in_shardings, compiler_options=dict(compiler_options or {}))
+
+
+def _specs(params: PyTree[Any], mesh: Mesh) -> PyTree[P]:
+    return jax.tree.map(lambda placed: placed.spec, sharding.param_shardings(params, mesh))
 
 
 def _loss_and_gradients(micro_loss, param_specs, reduce_dtype, summed_over_data, slices):
     """The part of the step that each device computes: loss, metric sums and gradients, reduced over all devices."""
 
-    def per_device(params, batch, scores, micro_batches, scalars, total):
-        gradient = jax.value_and_grad(micro_loss, has_aux=True)
+    def per_device(params, batch, scores, micro_batches, scalars, total, *frozen):
+        loss_of = lambda params, *inputs: micro_loss(adapters.join(params, *frozen) if frozen else params, *inputs)
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
         gradient_of = lambda i: gradient(params, *jax.tree.map(lambda x: x[i], (batch, scores)), total, scalars)
         (loss, sums), own = gradients.accumulate(gradient_of, micro_batches, len(batch.tokens))
         psum = lambda x: jax.lax.psum(x, sharding.MESH_AXES_OF["batch"])

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
+from tpaw_jax.models.adapters import Lora
 from tpaw_jax.models.checkpoints import config_json, gguf
 from tpaw_jax.models.checkpoints.joined_tensors import SplitSource, join, names_in_files
 from tpaw_jax.models.checkpoints.safetensors_files import SafetensorsSource, read_json, write_shards
@@ -64,7 +65,10 @@ def resolve(path: str | Path, patterns: Sequence[str] = DOWNLOADED_FILES) -> Pat
 
 
 def load_pretrained(
-    path: str | Path, dtype: DTypeLike = jnp.float32, sharder: Sharder | None = None
+    path: str | Path,
+    dtype: DTypeLike = jnp.float32,
+    sharder: Sharder | None = None,
+    convert: Callable[[str, Array], dict[str, Array]] = lambda name, loaded: {name: loaded},
 ) -> tuple[ModelConfig, PyTree[Array]]:
     """Load the architecture and parameters of a Hugging Face directory, a hub id or a GGUF file.
 
@@ -72,6 +76,7 @@ def load_pretrained(
         path: a directory with config.json and safetensors, `org/name` on the hub, or a `.gguf` file.
         dtype: dtype of the loaded parameters.
         sharder: (flax path, shape) -> sharding; by default, all parameters go to the first device.
+        convert: (flax path, loaded parameter) -> what takes its place, before the next one is loaded.
 
     Raises:
         FileNotFoundError: there is no checkpoint at `path`.
@@ -89,7 +94,9 @@ def load_pretrained(
     shapes = param_shapes(config)
     _check_tensors(source, shapes, config, local)
     names = tensor_names(config)
-    params = {name: _load(source, name, names[name], shape, dtype, sharder) for name, shape in shapes.items()}
+    params: dict[str, Array] = {}
+    for name, shape in shapes.items():
+        params |= convert(name, _load(source, name, names[name], shape, dtype, sharder))
     return config, traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -104,16 +111,21 @@ def load_architecture(path: str | Path) -> ModelConfig:
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the flax path and shape of every parameter; layers are stacked on the leading axis."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)
-    return {name: leaf.shape for name, leaf in traverse_util.flatten_dict(variables["params"], sep="/").items()}
+    params = _shapes(Transformer(config))
+    return {name: leaf.shape for name, leaf in traverse_util.flatten_dict(params, sep="/").items()}
 
 
-def abstract_params(config: ModelConfig, dtype: Any, mesh: Mesh) -> PyTree[jax.ShapeDtypeStruct]:
+def abstract_params(
+    config: ModelConfig, dtype: Any, mesh: Mesh, lora: Lora | None = None
+) -> PyTree[jax.ShapeDtypeStruct]:
     """The parameters' shapes, dtypes and shardings over `mesh`, without values."""
-    place = sharding.param_sharder(mesh)
-    of = {name: jax.ShapeDtypeStruct(s, dtype, sharding=place(name, s)) for name, s in param_shapes(config).items()}
-    return traverse_util.unflatten_dict(of, sep="/")
+    shapes = _shapes(Transformer(config, param_dtype=jnp.dtype(dtype), lora=lora))
+    placed = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(placed, shapes, sharding.param_shardings(shapes, mesh))
+
+
+def _shapes(model: Transformer) -> PyTree[jax.ShapeDtypeStruct]:
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def save_pretrained(
@@ -174,7 +186,8 @@ def check_export(path: str | Path) -> Path:
     path = Path(path).absolute()
     if path.exists():
         names = {p.name for p in path.iterdir()} if path.is_dir() else {""}
-        earlier = {"config.json", "generation_config.json"} <= names and not any((path / n).is_dir() for n in names)
+        exported = {"config.json", "generation_config.json"} <= names or "adapter_config.json" in names
+        earlier = exported and not any((path / n).is_dir() for n in names)
         if names and not earlier:
             raise ValueError(f"{path}: something other than an exported model exists here; choose another directory.")
     return path
@@ -192,8 +205,8 @@ def load_tokenizer(path: str | Path) -> Any:
     local = resolve(path)
     if local.suffix == ".gguf":
         return gguf.load_tokenizer(local)
-    _refuse_adapter(local)
     if not any((local / name).exists() for name in TOKENIZER_FILES):
+        _refuse_adapter(local)
         raise FileNotFoundError(f"{path}: there is no tokenizer.json; name a directory with one in policy.tokenizer.")
     try:
         return AutoTokenizer.from_pretrained(local)
@@ -217,8 +230,8 @@ def _refuse_adapter(directory: Path) -> None:
     if file.exists() and not (directory / "config.json").exists():
         base = read_json(file).get("base_model_name_or_path")
         raise ValueError(
-            f"{directory}: this is an adapter of {base!r}, not a model. Merge it into its base with PEFT's "
-            "merge_and_unload(), save the result with its tokenizer, and name that directory."
+            f"{directory}: this is an adapter of {base!r}, not a model. Name the model in policy.path and the adapter "
+            "in policy.lora.path, or merge the two with PEFT's merge_and_unload() and save them with the tokenizer."
         )
 
 

@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
+from tpaw_jax.models.adapters import ADAPTERS
 from tpaw_jax.runtime import sharding
 
 ATTENTION = ("q", "k", "v", "o")
@@ -69,9 +70,11 @@ class Parallel(NamedTuple):
             name = f"{stack}/{sharding.path_name(path)}"
             if name.endswith(LOOKED_UP):
                 return x
-            if name.split("/")[1] in ("q_norm", "k_norm") and self.tensor > 1:
-                x = copy_over_tensor(x)  # all heads share this scale, so its gradient sums over all devices' heads
-            return self._gather(x, name, dtype if x.ndim > 1 else x.dtype, self.sum_over_data)
+            of_norm, of_adapter = name.split("/")[1] in ("q_norm", "k_norm"), name.split("/")[-1] in ADAPTERS
+            if self.tensor > 1 and (of_norm or (of_adapter and not self._over_tensor(name))):
+                x = copy_over_tensor(x)  # all devices' features share it, so its gradient sums over them
+            as_it_is = x.ndim == 1 or x.dtype == jnp.int8
+            return self._gather(x, name, x.dtype if as_it_is else dtype, self.sum_over_data)
 
         return jax.tree_util.tree_map_with_path(gather, params)
 
@@ -160,6 +163,10 @@ class Parallel(NamedTuple):
     def sum_of_rows(self, x: Array) -> Array:
         """Sum over the devices that share rows."""
         return lax.psum(x, "fsdp", axis_index_groups=groups(self.context)) if self.context > 1 else x
+
+    def _over_tensor(self, name: str) -> bool:
+        spec = self.specs.get(name, P())
+        return any("tensor" in sharding.axes_of(spec, dimension) for dimension in range(len(spec)))
 
     def _features(self, name: str) -> tuple[int, tuple[str, ...]]:
         return sharding.features_of(name, self.specs.get(name, P()))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
+from tpaw_jax.models import adapters
 from tpaw_jax.models.layer_stacks import Cycle, Member
 from tpaw_jax.models.parallel.collectives import ATTENTION
 
@@ -30,6 +31,13 @@ class Stack(NamedTuple):
     apply: Callable[..., tuple[PyTree[Array], PyTree[Array]]]  # see `scan_layers`
 
 
+class Others(NamedTuple):
+    """What belongs to the layers of a stack besides the parameters that are trained, on a leading axis."""
+
+    frozen: PyTree[Array]
+    kinds: Array | None
+
+
 class Order(NamedTuple):
     """The stacks of layers, and the order in which they take turns."""
 
@@ -40,23 +48,23 @@ class Order(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scan_layers(
     order: Order,
-    layers: tuple[Stacks, dict[str, Any]],
+    layers: tuple[Stacks, dict[str, Others]],
     x: PyTree[Array],
     shared: PyTree[Array],
     inputs: dict[str, Any],
-    head: Float[Array, "v d"],
-) -> tuple[PyTree[Array], Float[Array, "v d"]]:
+    head: Float[Array, "v d"] | None,
+) -> tuple[PyTree[Array], Float[Array, "v d"] | None]:
     """Apply all layers in turn: x, kept = apply(gather(a layer's shards), x, (shared, kept), kind, inputs).
 
     Args:
         order: how the layers of each stack are computed, and in which order; what `apply` keeps for the backward pass
             is up to its `jax.checkpoint`.
-        layers: the shards of the parameters of each stack, on a leading axis, and the kinds of its layers or None.
+        layers: the shards of the trained parameters of each stack, on a leading axis, and what else belongs to it.
         x: the input of the first layer: hidden states [M, D], and what layers add to besides.
         shared: what all layers take besides.
         inputs: the same for the layers of each stack, without gradient.
         head: the shard of the output embedding; pass the one that is returned to the output head, so that its
-            gradient is reduced beside the last layer's backward pass.
+            gradient is reduced beside the last layer's backward pass. None if it is frozen.
 
     Returns:
         The output of the last layer, and `head`.
@@ -104,6 +112,7 @@ def _backward(order, residuals, gradients):
                 _, arguments = run.layer(member, p)
                 vjp.args_res = list(arguments(x, (shared, kept.get(member.reads))))
                 full, dx, d_shared, *_ = vjp((state.dx, state.of_kept(member, kept)))
+                full = adapters.split(full)[0] if run.layers[1][member.stack].frozen else full
                 now, late = _split(full)
                 state = run.reduced(member, p, now, state.add(dx, *d_shared, member))
                 pending = member, p, late
@@ -128,27 +137,29 @@ def _backward(order, residuals, gradients):
 
 class _Run(NamedTuple):
     functions: tuple[Stack, ...]
-    layers: tuple[Stacks, dict[str, Any]]
+    layers: tuple[Stacks, dict[str, Others]]
     inputs: dict[str, Any]
 
     def layer(self, member: Member, repeat: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The function of a layer, and its arguments from x and what it takes besides."""
-        stacks, kinds = self.layers
+        trained, others = self.layers
         stack, i, name = self._stack(member), member.offset(repeat), member.stack
-        params = stack.gather(_at(stacks[name], i))
+        own = _at(others[name], i)
+        params = stack.gather(adapters.join(_at(trained[name], i), own.frozen))
 
         def apply(*arguments):
             x, kept = stack.apply(*arguments)
             return x, kept if member.stores else None
 
-        return apply, lambda x, shared: (params, x, shared, _at(kinds[name], i), self.inputs[name])
+        return apply, lambda x, shared: (params, x, shared, own.kinds, self.inputs[name])
 
     def reduced(self, member: Member, repeat: Any, full: PyTree[Array], state: "_Gradients") -> "_Gradients":
         """`state` with the gradients `full` of a layer, reduced over devices."""
-        gather, i, name = self._stack(member).gather, member.offset(repeat), member.stack
-        shards = _at(self.layers[0][name], i)
+        i, name = member.offset(repeat), member.stack
+        shards, frozen = _at(self.layers[0][name], i), _at(self.layers[1][name].frozen, i)
+        gather = lambda shards: self._stack(member).gather(adapters.join(shards, frozen))
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gather, shards))
-        (d_shards,) = jax.vjp(gather, shards)[1]({**zeros, **full})
+        (d_shards,) = jax.vjp(gather, shards)[1](adapters.join(zeros, full))
         put = lambda stacked, one: lax.dynamic_update_index_in_dim(stacked, one, i, 0)
         d_stack = state.d_stacks[name]
         d_stack = {key: jax.tree.map(put, d, d_shards[key]) if key in full else d for key, d in d_stack.items()}

@@ -20,16 +20,16 @@ from tpaw_jax.config import RunConfig
 from tpaw_jax.data import packing, prefix_trees
 from tpaw_jax.generation import token_sampling
 from tpaw_jax.generation.cache import PAGE, Pages
-from tpaw_jax.generation.policy import sharded_models
+from tpaw_jax.generation.policy import lora_of, sharded_models
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK, DecodeState, Sampler, make_sampler
-from tpaw_jax.models import ModelConfig, Transformer
+from tpaw_jax.models import ModelConfig, Transformer, adapters, quantized
 from tpaw_jax.models.parallel import exchange
 from tpaw_jax.planning import expected, hlo, lowering, workload
 from tpaw_jax.runtime import processes, sharding, tpu
 from tpaw_jax.runtime.host import Prefetch
 from tpaw_jax.training import batch_shapes, cost, fitting_step, memory, scoring, train_step
 from tpaw_jax.training.batch_shapes import most_micro_batches
-from tpaw_jax.training.cost import BACKWARD, Work
+from tpaw_jax.training.cost import Work
 from tpaw_jax.training.train_step import StepScalars
 from tpaw_jax.types import PackedPrompts, TeamScores, TreeBatch
 
@@ -118,9 +118,12 @@ def _set_up(config: RunConfig, architecture: ModelConfig, lengths: workload.Leng
 
 def _random_params(config: RunConfig, architecture: ModelConfig, mesh: Mesh) -> PyTree[Any]:
     dtype = jnp.dtype(config.policy.param_dtype)
-    model = Transformer(architecture, jnp.dtype(config.policy.compute_dtype), dtype)
+    model = Transformer(architecture, jnp.dtype(config.policy.compute_dtype), dtype, lora=lora_of(config.policy.lora))
     init = lambda: model.init(jax.random.key(config.seed), jnp.zeros((1, 8), jnp.int32))["params"]
-    return jax.jit(init, out_shardings=sharding.param_shardings(jax.eval_shape(init), mesh))()
+    params = jax.jit(init, out_shardings=sharding.param_shardings(jax.eval_shape(init), mesh))()
+    if model.lora and config.policy.lora.base_dtype == "int8":
+        return quantized.quantize_projections(params, sharding.param_sharder(mesh))
+    return params
 
 
 def _rows(config: RunConfig, vocabulary: int, lengths: workload.Lengths | None) -> tuple[packing.Rows, int]:
@@ -152,18 +155,19 @@ def _step(setup: Setup, calls: int, say: Say) -> Reading:
     def inputs(indices: np.ndarray) -> tuple[Any, Done]:
         batch, team, used = packing.step_batch(rows, scores, indices, config.packing.rows_per_batch, most)
         placed = sharding.place((batch, team, used, scalars), shardings)
-        return placed, _done(setup, packing.take(rows, indices, len(indices)), 1 + BACKWARD)
+        return placed, _done(setup, packing.take(rows, indices, len(indices)), with_backward=True)
 
     order = [np.arange(i, i + setup.rows_of_step) % len(rows) for i in _starts(setup.rows_of_step, calls)]
-    state = train_step.init_state(setup.params, optimizer, mesh)
-    compiled, seconds_to_compile = _compiled(step, state, *inputs(order[0])[0])
+    trained, frozen = adapters.parts(setup.params, setup.model.lora)
+    state = train_step.init_state(trained, optimizer, mesh)
+    compiled, seconds_to_compile = _compiled(step, state, *inputs(order[0])[0], *frozen)
     done, waited = [], []
     with Prefetch(inputs, order, depth=2) as ahead:
 
         def call() -> Any:
             nonlocal state
             arguments, counts = next(ahead)
-            state, metrics = compiled(state, *arguments)
+            state, metrics = compiled(state, *arguments, *frozen)
             done.append(counts)
             waited.append(ahead.waited)
             return metrics
@@ -193,7 +197,7 @@ def _score(setup: Setup, calls: int, _: Say) -> Reading:
 
         def call() -> Any:
             chosen, arrays = next(ahead)
-            done.append(_done(setup, chosen, 1)._replace(triplets=0.0))
+            done.append(_done(setup, chosen)._replace(triplets=0.0))
             return compiled(setup.params, place(arrays))
 
         seconds = _timed(call, calls)
@@ -309,10 +313,10 @@ def _timed(call: Callable[[], Any], calls: int) -> list[float]:
     return np.diff(stamps)[WARM_UP - 1 :].tolist()
 
 
-def _done(setup: Setup, rows: packing.Rows, passes: float) -> Done:
-    work = cost.work_of_rows(rows)._replace(tokens=float(rows.tokens.sum()))
-    flops = passes * cost.flops(setup.model.config, work)
-    return Done(work.tokens, flops, float(rows.triplets.sum()))
+def _done(setup: Setup, rows: packing.Rows, with_backward: bool = False) -> Done:
+    forward = cost.work_of_rows(rows)._replace(tokens=float(rows.tokens.sum()))
+    work = cost.with_backward(forward, setup.model.lora is not None) if with_backward else forward
+    return Done(forward.tokens, cost.flops(setup.model.config, work), float(rows.triplets.sum()))
 
 
 def _record(setup: Setup, reading: Reading) -> dict[str, Any]:

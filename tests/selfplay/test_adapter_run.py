@@ -1,0 +1,158 @@
+"""Runs whose policies are adapters of one frozen model: what is trained and saved, kills, exports."""
+
+import json
+import os
+import signal
+
+import forked
+import jax
+import killed_run
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from conftest import STORIES, small_run
+
+from tpaw_jax import models
+from tpaw_jax.models import adapters, hub
+from tpaw_jax.selfplay import export, loop
+from tpaw_jax.storage import journal, ring
+
+LORA = {"policy.lora.rank": 4, "policy.lora.targets": "[q_proj,v_proj,down_proj]", "train.learning_rate": 1e-3}
+RANK_4 = 4 * 5 * ((64 + 64) + (64 + 32) + (172 + 64))
+"""Numbers in the adapters of the targets: five layers of 64 features, 32 of values and 172 of feed-forward."""
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """A run of three rounds, and its table."""
+    directory = tmp_path_factory.mktemp("adapters") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+        return directory, loop.play(small_run(directory, **LORA), lambda _: None)
+
+
+def test_adapters_learn_in_rounds(played):
+    _, table = played
+    assert [line["players"] for line in table] == [1, 2, 3]
+    for line in table:
+        assert line["P_t at step 0"] == 0  # scoring and step compute the same
+        assert line["skipped"] == 0
+        assert line["loss"] < np.log(2)  # where policy and players agree
+        assert line["chosen"] > 0 > line["rejected"]
+
+
+def test_the_ring_holds_adapters_alone(played):
+    directory, _ = played
+    for policy in sorted((directory / "ring" / "policies").iterdir()):
+        shapes = ring.ocp.StandardCheckpointer().metadata(policy).item_metadata["values"]
+        leaves = jax.tree.leaves(jax.tree.map(lambda x: int(np.prod(x.shape)), shapes))
+        assert sum(leaves) == RANK_4
+
+
+def test_exports_load_in_peft_and_transformers(played, tmp_path):
+    directory, _ = played
+    assert "for PEFT" in export.write(directory, 2, tmp_path / "adapters")
+    export.write(directory, 2, tmp_path / "merged", merge=True)
+    fields = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert (fields["r"], fields["lora_alpha"]) == (4, 8)
+    assert fields["target_modules"] == ["q_proj", "v_proj", "down_proj"]
+    tokens = np.random.default_rng(0).integers(3, 512, (2, 30)).astype(np.int32)
+    config, params = models.load_pretrained(tmp_path / "merged")
+    ours = np.asarray(models.Transformer(config).apply({"params": params}, tokens))
+    base = transformers.AutoModelForCausalLM.from_pretrained(STORIES)
+    before = base(torch.tensor(tokens, dtype=torch.long)).logits.detach().numpy()
+    assert np.abs(before - ours).max() > 0.01
+    for model in (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
+        peft.PeftModel.from_pretrained(base, tmp_path / "adapters"),
+    ):
+        with torch.no_grad():
+            theirs = model.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    assert hub.load_tokenizer(tmp_path / "adapters").chat_template == hub.load_tokenizer(STORIES).chat_template
+
+
+def test_a_run_goes_on_from_the_adapters_of_another(played, tmp_path):
+    directory, _ = played
+    export.write(directory, 3, tmp_path / "adapters")
+    settings = {"policy.lora.path": str(tmp_path / "adapters"), "rounds": 1}
+    loop.play(small_run(tmp_path / "next", **settings), lambda _: None)
+    facts = [journal.open_journal(run, read_only=True).facts for run in (directory, tmp_path / "next")]
+    assert facts[0]["ring/policies/00003"]["same"] == facts[1]["ring/policies/00000"]["same"]
+
+
+def test_another_base_is_told(played, tmp_path):
+    directory, _ = played
+    config, params = models.load_pretrained(STORIES)
+    other = jax.tree.map(lambda p: 1.01 * p, params)
+    models.save_pretrained(tmp_path / "other", config, other, hub.load_tokenizer(STORIES))
+    opened = journal.open_journal(directory)
+    opened.config["policy"]["path"] = str(tmp_path / "other")  # as if the model at that path had changed
+    journal.save(opened)
+    try:
+        with pytest.raises(ValueError, match="the adapters of this run belong to other parameters than those now at"):
+            loop.play(small_run(directory, **LORA, **{"policy.path": str(tmp_path / "other"), "rounds": 4}))
+    finally:
+        opened.config["policy"]["path"] = str(STORIES)
+        journal.save(opened)
+
+
+def test_targets_that_a_model_lacks_are_told(tmp_path):
+    from families import random_model
+
+    random_model("mixtral", tmp_path / "model", vocab_size=512)
+    hub.load_tokenizer(STORIES).save_pretrained(tmp_path / "model")
+    settings = {"policy.path": str(tmp_path / "model"), "policy.lora.rank": 2, "policy.lora.targets": "up_proj"}
+    with pytest.raises(ValueError, match=r"policy\.lora\.targets: this mixtral model has none of .* up_proj"):
+        loop.play(small_run(tmp_path / "run", **settings), lambda _: None)
+
+
+def test_a_run_of_adapters_killed_in_its_stages_ends_as_the_undisturbed_one(tmp_path):
+    all_places = "TPAW_ALL_TESTS" in os.environ
+    for place in [*killed_run.PLACES] if all_places else ["scored", "training"]:
+        code, output = play(tmp_path / "killed", place)
+        assert code == -signal.SIGKILL, (place, output)
+    facts = []
+    for name in ("killed", "undisturbed"):
+        code, output = play(tmp_path / name, None)
+        assert code == 0, output
+        facts.append(journal.open_journal(tmp_path / name, read_only=True).facts)
+    policies = [name for name in facts[0] if name.startswith("ring/policies")]
+    assert len(policies) == 3
+    assert [facts[0][name]["same"] for name in policies] == [facts[1][name]["same"] for name in policies]
+
+
+def play(directory, place):
+    """Play the run of killed_run.py with adapters in a process of its own; its exit code and what it printed last."""
+    arguments = directory, place, signal.SIGKILL, tuple(LORA.items())
+    code, output, errors = forked.start(killed_run.play, *arguments, output=directory.with_suffix(".log")).finish()
+    return code, (output + errors)[-2000:]
+
+
+def test_sampled_responses_are_those_of_the_merged_model(played, tmp_path):
+    from tpaw_jax.generation import engine
+    from tpaw_jax.generation.policy import open_policy
+    from tpaw_jax.runtime import sharding
+
+    directory, _ = played
+    run = small_run(directory, **LORA, **{"sampling.temperature": 0})
+    policy = open_policy(run, sharding.make_mesh(run.mesh))
+    trained, frozen = adapters.parts(policy.params, policy.model.lora)
+    kept = ring.open_ring(journal.open_journal(directory, read_only=True), 3)
+    params = adapters.join(ring.restore_policy(kept, 3, sharding.abstract(trained)), *frozen)
+    export.write(directory, 3, tmp_path / "merged", merge=True)
+    merged_run = small_run(tmp_path, **{"policy.path": str(tmp_path / "merged"), "sampling.temperature": 0})
+    merged = open_policy(merged_run, sharding.make_mesh(merged_run.mesh))
+    from conftest import random_prompts
+
+    prompts, _ = random_prompts(np.random.default_rng(0), 8)
+    ours = engine.generate(policy.sampler, params, prompts, seed=0, round_number=0)
+    theirs = engine.generate(merged.sampler, merged.params, prompts, seed=0, round_number=0)
+    assert [a.tolist() for a in ours.tokens] == [b.tolist() for b in theirs.tokens]
