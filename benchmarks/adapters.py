@@ -6,20 +6,30 @@ One line for each way to train: all parameters, adapters of queries and values, 
 are of the same packed rows and interleaved; bytes are those of the compiled program, and of a player in the ring. Then
 one line for scoring by three players that are adapters of one base: one after the other, and all in one pass over the
 base (`vmap` over the adapters), interleaved.
+
+    python benchmarks/adapters.py --topology v5e:2x2 --config RUN.yaml configs/overlays/lora.yaml --architecture MODEL
+
+compiles both for a TPU topology instead, and prints what they should take there: bytes of memory traffic and of
+collectives, and seconds by the roofline of `tpaw plan`.
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from tpaw_jax.config import ObjectiveConfig, PackingConfig, TrainConfig
+from tpaw_jax.config import ObjectiveConfig, PackingConfig, TrainConfig, config_file
 from tpaw_jax.data import packing
-from tpaw_jax.models import adapters
+from tpaw_jax.models import adapters, hub
 from tpaw_jax.models.adapters import Lora
+from tpaw_jax.planning import expected, lowering, planner, roofline, workload
+from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.runtime.host import restart_with_huge_pages
 from tpaw_jax.training import logprobs, memory, train_step
 from tpaw_jax.training.train_step import StepScalars
@@ -37,7 +47,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=27, help="they fill four rows")
     parser.add_argument("--scale", type=float, default=0.25, help="of the lengths; 1 is the paper's")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--topology", help="compile scoring for this topology, and measure nothing")
+    parser.add_argument("--config", nargs="+")
+    parser.add_argument("--architecture", type=Path)
     options = parser.parse_args()
+    if options.topology:
+        planned(options)
+        return
     data = common.workload(options.prompts, 3, options.scale, 0, common.MODELS[options.model].vocab_size)
     setup = common.set_up(options.model, PackingConfig(row_length=options.row_length), data, "layer", 256)
     steps(setup, options)
@@ -127,6 +143,62 @@ def scoring(setup: common.Setup, options: argparse.Namespace) -> None:
         largest_difference=float(difference),
         machine=common.machine(),
     )
+
+
+def planned(options: argparse.Namespace) -> None:
+    """Scoring of one batch by three players on a topology, as compiled: one after the other, and in one pass."""
+    config = config_file.load(options.config, [f"policy.path={options.architecture}"])
+    architecture = hub.load_architecture(options.architecture)
+    target = lowering.target_of(config, architecture, tpu.parse_topology(options.topology))
+    load = workload.assumed(target.config, architecture, workload.SAMPLE)
+    one = lowering.scoring_pass(target)
+    together = _scoring_at_once(target)
+    flops = expected.scoring_flops(target, load)
+    of_all = roofline.Flops(*(PLAYERS * value for value in flops))
+    for name, lowered, work, calls in (("in turn", one, flops, PLAYERS), ("at once", together, of_all, 1)):
+        trips = [planner._head_chunks(target, load)]
+        stage = roofline.compile_stage(lowered, target.mesh, target.topology.chip.device, work, trips)
+        common.emit(
+            benchmark="adapters_scoring_planned",
+            topology=options.topology,
+            architecture=options.architecture.name,
+            players=PLAYERS,
+            way=name,
+            rows=target.config.packing.rows_per_batch,
+            row_length=target.config.packing.row_length,
+            seconds=calls * stage.seconds,
+            compute_seconds=calls * stage.compute_seconds,
+            memory_seconds=calls * stage.memory_seconds,
+            overlapped_collective_seconds=calls * stage.overlapped_seconds,
+            exposed_collective_seconds=calls * stage.exposed_seconds,
+            traffic_gib=calls * stage.traffic / 2**30,
+            peak_gib=stage.peak / 2**30,
+            fits=stage.fits,
+        )
+
+
+def _scoring_at_once(target: lowering.Target) -> Any:
+    mesh, by_row = target.mesh, sharding.rows(target.mesh)
+    first, base = adapters.split(target.params)
+    log_prob_fn = logprobs.make_log_prob_fn(target.model, target.config.policy.head_chunk)
+    specs = lambda tree: jax.tree.map(lambda x: x.sharding.spec, tree)
+    of_all = jax.tree.map(lambda x: P(None, *x.sharding.spec), first)
+    of_player = lambda own, base, batch: log_prob_fn(adapters.join(base, own), batch)
+    program = jax.shard_map(
+        jax.vmap(of_player, in_axes=(0, None, None)),
+        mesh=mesh,
+        in_specs=(of_all, specs(base), by_row.spec),
+        out_specs=P(None, *by_row.spec),
+        check_vma=False,
+    )
+    stack = lambda x: jax.ShapeDtypeStruct(
+        (PLAYERS, *x.shape), x.dtype, sharding=NamedSharding(mesh, P(None, *x.sharding.spec))
+    )
+    rows = packing.empty(target.config.packing, target.config.packing.rows_per_batch).batch
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=by_row), rows)
+    options = tpu.options_of(mesh, target.config.mesh.compiler_options)
+    jitted: Any = jax.jit(program, compiler_options=options)
+    return jitted.trace(jax.tree.map(stack, first), base, batch).lower(lowering_platforms=(target.platform,))
 
 
 if __name__ == "__main__":

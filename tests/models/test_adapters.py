@@ -8,8 +8,10 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from conftest import SIMILAR
 from families import random_model
+from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 from tpaw_jax import models
@@ -17,24 +19,27 @@ from tpaw_jax.config import LoraConfig, MeshConfig
 from tpaw_jax.generation.policy import lora_of
 from tpaw_jax.models import Transformer, adapters, quantized
 from tpaw_jax.models.checkpoints import adapter_files
+from tpaw_jax.objective import team_loss
 from tpaw_jax.runtime import sharding
 
+PROMPT = 12
 TOKENS = np.random.default_rng(0).integers(3, 256, (2, 40)).astype(np.int32)
+TOKENS[1, :PROMPT] = TOKENS[0, :PROMPT]
 
 
 def mesh_of_one():
     return sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
 
 
-def of_peft(model, directory, **options):
-    """A transformers model with random adapters of PEFT, which are saved to a directory."""
+def of_peft(model, directory, size=0.1, **options):
+    """A transformers model with random adapters of PEFT, B of the given `size`, which are saved to a directory."""
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"], **options}
     torch.manual_seed(1)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(0, 0.1)
+                parameter.normal_(0, size)
     wrapped.save_pretrained(directory)
     return wrapped
 
@@ -56,13 +61,19 @@ def ours(directory, of_adapters):
         pytest.param(("qwen3", {"r": 3, "target_modules": ["k_proj", "o_proj", "up_proj"]}), marks=SIMILAR),
         pytest.param(("olmo2", {"target_modules": ["gate_proj"]}), marks=SIMILAR),
         pytest.param(("qwen2-moe", {"target_modules": ["q_proj", "v_proj"]}), marks=SIMILAR),
+        pytest.param(("smollm2", {"target_modules": "all-linear", "size": 0.01}), marks=SIMILAR),
     ],
     ids=lambda param: param[0],
 )
 def pair(request, tmp_path):
     """The same model and adapters, in PEFT and here."""
     name, options = request.param
-    theirs = of_peft(random_model(name, tmp_path / "base"), tmp_path / "adapters", **options)
+    if name == "smollm2":
+        models.save_pretrained(tmp_path / "base", *models.load_pretrained(request.getfixturevalue("smollm2_path")))
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    else:
+        base = random_model(name, tmp_path / "base")
+    theirs = of_peft(base, tmp_path / "adapters", **options)
     return theirs, *ours(tmp_path / "base", tmp_path / "adapters"), tmp_path
 
 
@@ -81,32 +92,40 @@ def test_merged_parameters_give_the_same_logits(pair):
     _, model, params, _ = pair
     whole = adapters.merged(params, model.lora.scale)
     found = jax.jit(Transformer(model.config).apply)({"params": whole}, TOKENS)
-    np.testing.assert_allclose(found, jax.jit(model.apply)({"params": params}, TOKENS), rtol=0, atol=2e-5)
+    beside = np.asarray(jax.jit(model.apply)({"params": params}, TOKENS))
+    np.testing.assert_allclose(found, beside, rtol=0, atol=1e-5 * np.abs(beside).max())  # W + s A B is rounded
 
 
 def test_gradients_of_a_and_b_are_pefts(pair):
+    """Of the team loss of one prompt, its target and a response, with three players."""
     theirs, model, params, _ = pair
     trained, (base,) = adapters.parts(params, model.lora)
+    tokens = torch.tensor(TOKENS, dtype=torch.long)
+    of_torch = torch.log_softmax(theirs(tokens).logits, -1)[:, PROMPT - 1 : -1]
+    policy = of_torch.gather(-1, tokens[:, PROMPT:, None]).sum((1, 2))
+    players = policy.detach() + torch.tensor([[3.0, -2.0], [-1.0, 4.0], [0.5, -6.0]])
+    chosen, rejected = (0.1 * (policy - players)).unbind(-1)
+    alpha = torch.where(chosen.detach() <= 0, 6.0, 1.0)
+    beta = torch.softmax(-0.5 * (chosen - rejected).detach(), 0)
+    (beta * torch.nn.functional.softplus(rejected - alpha * chosen)).sum().backward()
 
     def loss(trained):
         log_probs = jax.nn.log_softmax(model.apply({"params": adapters.join(trained, base)}, TOKENS))
-        return -jnp.mean(jnp.take_along_axis(log_probs[:, :-1], TOKENS[:, 1:, None], axis=-1))
+        picked = jnp.take_along_axis(log_probs[:, PROMPT - 1 : -1], TOKENS[:, PROMPT:, None], axis=-1)
+        y, g = jnp.split(picked.sum((1, 2)), 2)
+        of_players = jnp.asarray(players.numpy())
+        return team_loss(y, g, of_players[:, :1], of_players[:, 1:], lam=0.1, eta=6.0, gamma=0.5).loss
 
-    tokens = torch.tensor(TOKENS, dtype=torch.long)
-    log_probs = torch.log_softmax(theirs(tokens).logits, -1)
-    (-log_probs[:, :-1].gather(-1, tokens[:, 1:, None]).mean()).backward()
     gradients = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-    names = adapter_files._names(model.config)
-    found = adapters_by_name(jax.jit(jax.grad(loss))(trained), names)
+    found = by_name(jax.jit(jax.grad(loss))(trained), adapter_files._names(model.config))
     assert len(found) == len(gradients)
     for name, gradient in found.items():
         expected = gradients[name if name in gradients else f"{name}.weight"].numpy()
         assert np.linalg.norm(gradient - expected) <= 1e-4 * np.linalg.norm(expected), name
 
 
-def adapters_by_name(tree, names):
-    from flax import traverse_util
-
+def by_name(tree, names):
+    """The gradients of adapters, by PEFT's names."""
     flat = traverse_util.flatten_dict(tree, sep="/")
     return {
         hf: np.asarray(value[place]).T for n, value in flat.items() for hf, place, _ in names[n].tensors(value.shape)
