@@ -316,6 +316,7 @@ def test_directories_without_a_model_or_a_tokenizer_are_told(tmp_path):
     with pytest.raises(ValueError, match=r"transformers cannot load the tokenizer .*name that directory in policy.tok"):
         hub.load_tokenizer(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}')
+    (tmp_path / "tokenizer.model").unlink()
     for load in (hub.load_tokenizer, hub.load_architecture, models.load_pretrained):
         with pytest.raises(
             ValueError, match=r"this is an adapter of 'meta-llama/Llama-3\.1-8B', not a model\. Name the"
