@@ -8,11 +8,13 @@ import forked
 import numpy as np
 import pod_run
 import pytest
-from conftest import STORIES
+from conftest import STORIES, small_run
 
 from tpaw_jax import models
 from tpaw_jax.config import MeshConfig
+from tpaw_jax.generation.policy import lora_of
 from tpaw_jax.generation.slots import STEPS_PER_CHUNK
+from tpaw_jax.models import adapters, hub
 from tpaw_jax.planning.measured import readings
 from tpaw_jax.runtime import processes, sharding
 from tpaw_jax.storage import array_files, journal, ring
@@ -95,6 +97,26 @@ def test_processes_sample_together_where_devices_share_a_model(alone, tmp_path):
     play(tmp_path, 2, 4, **{"sampling.tensor": 2, "sampling.slots": 4, "rounds": 1})
     for a, b in zip(tokens(tmp_path, 0), tokens(alone[0], 0), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_two_processes_train_adapters_as_one_device_does(tmp_path):
+    settings = {"policy.lora.rank": 4, "policy.lora.base_dtype": "int8", "train.learning_rate": 1e-3, "rounds": 1}
+    tables, policies = [], []
+    for name, count, devices in (("alone", 1, 1), ("pod", 2, 4)):
+        tables.append(play(tmp_path / name, count, devices, **settings)[0])
+        kept = ring.open_ring(journal.open_journal(tmp_path / name), 3)
+        policies.append([flat(ring.restore_policy(kept, t, adapters_of(settings))) for t in (0, 1)])
+    np.testing.assert_array_equal(policies[0][0], policies[1][0])
+    np.testing.assert_allclose(tables[0]["loss"], tables[1]["loss"], rtol=1e-5)
+    moved, difference = policies[0][1] - policies[0][0], policies[0][1] - policies[1][1]
+    assert rms(difference) < 3e-4 * rms(moved)
+
+
+def adapters_of(settings):
+    """The shapes of a run's adapters on this process's devices."""
+    lora = lora_of(small_run("", **settings).policy.lora)
+    mesh = sharding.make_mesh(MeshConfig())
+    return adapters.split(hub.abstract_params(models.load_architecture(STORIES), np.float32, mesh, lora))[0]
 
 
 def test_processes_that_differ_are_named(tmp_path):

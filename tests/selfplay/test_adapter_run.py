@@ -12,9 +12,10 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import STORIES, small_run
+import yaml
+from conftest import DEMO, STORIES, small_run
 
-from tpaw_jax import models
+from tpaw_jax import cli, models
 from tpaw_jax.models import adapters, hub
 from tpaw_jax.selfplay import export, loop
 from tpaw_jax.storage import journal, ring
@@ -102,6 +103,29 @@ def test_another_base_is_told(played, tmp_path):
     finally:
         opened.config["policy"]["path"] = str(STORIES)
         journal.save(opened)
+
+
+def test_evaluation_takes_the_adapters_of_the_run(played, tmp_path, monkeypatch, capsys):
+    """Whatever the configuration says of adapters, and not beside another base."""
+    directory, _ = played
+    task = {"name": "stories", "path": str(DEMO / "tinystories.jsonl"), "answer": "", "response": "", "limit": 4}
+    config = tmp_path / "run.yaml"
+    fields = {"policy": {"path": str(STORIES)}, "data": {"sources": [{"path": "x.jsonl"}], "chat_template": "none"}}
+    fields |= {"evaluation": {"tasks": [task | {"max_new_tokens": 8}]}, "sampling": {"max_new_tokens": 8}}
+    config.write_text(yaml.safe_dump(fields))
+    out = tmp_path / "answers.jsonl"
+    assert cli.main(["eval", "--config", str(config), "--checkpoint", str(directory), "--out", str(out)]) == 0
+    of_run = [json.loads(line)["token_ids"] for line in out.read_text().splitlines()]
+    export.write(directory, None, tmp_path / "merged", merge=True)
+    cli.main(["eval", "--config", str(config), "--checkpoint", str(tmp_path / "merged"), "--out", str(out)])
+    assert of_run == [json.loads(line)["token_ids"] for line in out.read_text().splitlines()]
+    architecture, params = models.load_pretrained(STORIES)
+    models.save_pretrained(
+        tmp_path / "other", architecture, jax.tree.map(lambda p: 1.01 * p, params), hub.load_tokenizer(STORIES)
+    )
+    other = ["--policy.path", str(tmp_path / "other")]
+    assert cli.main(["eval", "--config", str(config), "--checkpoint", str(directory), *other]) == 2
+    assert "the adapters of this run belong to other parameters" in capsys.readouterr().err
 
 
 def test_targets_that_a_model_lacks_are_told(tmp_path):
