@@ -14,6 +14,10 @@ RUNS = {  # script: arguments, and the benchmarks of its lines
         [*TINY, "--row-length", "512", "--batches-at-once", "1", "2", "--prompts", "8", "--repeats", "1"],
         ["scoring", "scoring", "scoring_from_the_ring"],
     ),
+    "adapters.py": (
+        [*TINY, "--row-length", "512", "--prompts", "4", "--repeats", "1"],
+        [*["adapters_step"] * 3, "adapters_scoring"],
+    ),
     "trees_vs_pairs.py": (
         [*TINY, "--prompts", "4", "--repeats", "1"],
         ["trees_vs_pairs_loss", *["trees_vs_pairs_turn"] * 4, "trees_vs_pairs"],
@@ -46,12 +50,13 @@ def run(output, script, *arguments):
 LONG = pytest.mark.skipif(
     "TPAW_ALL_TESTS" not in os.environ, reason="minutes of compiling for a script that computes what other tests test"
 )
-"""Of scripts whose figures' parts are tested in test_memory.py, test_logprobs.py and test_train_step.py."""
+"""Of `BESIDE`."""
+
+BESIDE = ("adapters.py", "memory.py", "trees_vs_pairs.py")
+"""Scripts whose parts test_memory.py, test_logprobs.py, test_train_step.py and test_adapters.py test."""
 
 
-@pytest.mark.parametrize(
-    "script", [pytest.param(s, marks=LONG) if s in ("memory.py", "trees_vs_pairs.py") else s for s in RUNS]
-)
+@pytest.mark.parametrize("script", [pytest.param(s, marks=LONG) if s in BESIDE else s for s in RUNS])
 def test_a_benchmark_prints_its_lines(tmp_path, script):
     arguments, names = RUNS[script]
     lines = run(tmp_path / "lines", script, *arguments)
