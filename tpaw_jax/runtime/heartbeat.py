@@ -54,6 +54,7 @@ class Heartbeat:
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
         for thread in self._threads:
             thread.start()
+        self._exchange_hosts()
 
     def finish(self) -> None:
         """Wait until all processes have finished; a failure ends this one too, since files may be missing."""
@@ -78,13 +79,20 @@ class Heartbeat:
         """End this process, whose error is already printed, and all others with the same exit code."""
         self._end(_End(code, f"{self._name(self.own)} failed: {sentence}"), said=True)
 
+    def _exchange_hosts(self) -> None:
+        """Learn the hosts' names before anything can fail: a process that fails may take the coordinator with it."""
+        with contextlib.suppress(Exception):  # a process did not come: `_watch` sees that
+            self._client.key_value_set(f"tpaw/host/{self.own}", self.hosts[self.own])
+            self._client.wait_at_barrier("tpaw hosts", int(1000 * self.timeout))
+            for key, host in self._client.key_value_dir_get("tpaw/host/"):
+                self.hosts[int(key.rsplit("/", 1)[1])] = host
+
     def _beat(self) -> None:
         number = 0
         while not self._stopped.is_set():
             with contextlib.suppress(Exception):  # the coordinator does not answer: `_watch` sees how long
                 number += 1
-                value = json.dumps({"beat": number, "host": self.hosts[self.own]})
-                self._client.key_value_set(f"tpaw/beat/{self.own}", value, allow_overwrite=True)
+                self._client.key_value_set(f"tpaw/beat/{self.own}", str(number), allow_overwrite=True)
                 self._read()
             self._stopped.wait(INTERVAL)
 
@@ -93,7 +101,6 @@ class Heartbeat:
             process = int(key.rsplit("/", 1)[1])
             if self._beats.get(process) != value:
                 self._beats[process], self._seen[process] = value, time.monotonic()
-                self.hosts[process] = json.loads(value)["host"]
         for key, value in self._client.key_value_dir_get("tpaw/ended/"):
             self._ended[int(key.rsplit("/", 1)[1])] = _End(*json.loads(value))
         self._answered = time.monotonic()
