@@ -81,10 +81,7 @@ def steps(setup: common.Setup, options: argparse.Namespace) -> None:
         model, params = with_adapters(setup, options.rank, targets)
         trained, frozen = adapters.parts(params, model.lora)
         log_prob_fn = logprobs.make_log_prob_fn(model, 256)
-        only = model.lora is not None
-        step: Any = train_step.make_train_step(
-            log_prob_fn, optimizer, ObjectiveConfig(), setup.mesh, adapters_only=only
-        )
+        step: Any = train_step.make_train_step(log_prob_fn, optimizer, ObjectiveConfig(), setup.mesh, lora=model.lora)
         state = train_step.init_state(jax.tree.map(jnp.copy, trained), optimizer, setup.mesh)
         ready[name] = (step.lower(state, *inputs, scalars, *frozen).compile(), state, frozen)
     readings: dict[str, list[float]] = {name: [] for name in ready}

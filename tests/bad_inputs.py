@@ -162,6 +162,7 @@ CONFIGURATION, LINES, ARRAY, PARQUET = (
     "records in parquet",
 )
 GIVEN, MODEL, WEIGHTS = "another engine's responses", "the architecture of a model", "weights in safetensors"
+SETTINGS, ADAPTERS = "the settings of adapters", "adapters"
 GGUF, TOKENIZER, SCORES, JOURNAL = "a model in GGUF", "a tokenizer in GGUF", "scores", "a journal"
 
 BAD_INPUTS = [
@@ -181,6 +182,12 @@ BAD_INPUTS = [
     BadInput(CONFIGURATION, "no reward scale", _configuration(objective__lam=[]), ("objective.lam", "one value")),
     BadInput(CONFIGURATION, "no data", _configuration(data__sources=[]), ("data.sources", "is empty")),
     BadInput(CONFIGURATION, "no model", _configuration(policy__path=""), ("policy.path", "not set")),
+    BadInput(
+        CONFIGURATION,
+        "merged DoRA",
+        _configuration(policy__lora={"rank": 4, "dora": True, "merge_each_round": True}),
+        ("policy.lora.merge_each_round", "dora"),
+    ),
     BadInput(
         CONFIGURATION,
         "evaluation without tasks",
@@ -354,6 +361,13 @@ BAD_INPUTS = [
     BadInput(WEIGHTS, "a tensor of another name", _header(_renamed), ("model.norm.weight", "missing")),
     BadInput(WEIGHTS, "a tensor of another shape", _header(_reshaped), ("model.norm.weight",)),
     BadInput(WEIGHTS, "a pickled checkpoint", _put(b"\x80\x02}q\x00."), ("model.safetensors", "not a readable")),
+    BadInput(SETTINGS, "no LoRA", _fields(peft_type="IA3"), ("adapter_config.json", "peft_type is 'IA3'")),
+    BadInput(SETTINGS, "a rank of text", _fields(r="8"), ("adapter_config.json", "r is '8'")),
+    BadInput(SETTINGS, "ranks by module", _fields(rank_pattern={"q_proj": 4}), ("rank_pattern is {'q_proj': 4}",)),
+    BadInput(SETTINGS, "a changed base", _fields(init_lora_weights="pissa"), ("init_lora_weights is 'pissa'", "base")),
+    BadInput(ADAPTERS, "cut in half", _half, ("adapter_model.safetensors", "not a readable safetensors file")),
+    BadInput(ADAPTERS, "of an unknown module", _replaced(b"q_proj", b"c_proj"), ("adapters of c_proj", "supported")),
+    BadInput(ADAPTERS, "a layer too far", _replaced(b"layers.4", b"layers.7"), ("tensors are missing", "layers.4")),
     BadInput(GGUF, "another format", _put(b"PK\x03\x04"), ("model.gguf", "does not begin with GGUF")),
     BadInput(GGUF, "cut in half", _half, ("model.gguf", "not a readable GGUF file")),
     BadInput(GGUF, "2^60 tensors", _at(8, struct.pack("<Q", 2**60)), ("model.gguf", "not a readable GGUF file")),

@@ -89,7 +89,8 @@ def equal_runs_share_programs():
         return SHARED_PROGRAMS[names]
 
     def key(config, model):
-        settings = dataclasses.replace(config, directory="", rounds=0)
+        rounds = config.rounds if config.policy.lora.merge_each_round else 0  # they decide the adapters' shapes
+        settings = dataclasses.replace(config, directory="", rounds=rounds)
         return repr(settings), repr(model.config), repr(jax.devices())
 
     with pytest.MonkeyPatch.context() as patch:

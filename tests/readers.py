@@ -7,13 +7,16 @@ from pathlib import Path
 
 import conftest
 import gguf
+import jax
 import numpy as np
 import yaml
 
-from tpaw_jax.config import DataConfig, SourceConfig, config_file
+from tpaw_jax.config import DataConfig, LoraConfig, SourceConfig, config_file
 from tpaw_jax.data import dataset, templates
-from tpaw_jax.generation import generation_file
-from tpaw_jax.models import hub
+from tpaw_jax.generation import generation_file, policy
+from tpaw_jax.models import Transformer, adapters, hub
+from tpaw_jax.models.checkpoints import adapter_files
+from tpaw_jax.runtime import sharding
 from tpaw_jax.storage import array_files, journal
 from tpaw_jax.types import Prompts
 
@@ -51,6 +54,21 @@ def read_weights(path):
     return hub.load_pretrained(directory)
 
 
+def read_adapter_settings(path):
+    """adapter_config.json alone."""
+    return adapter_files.read_settings(path.parent)
+
+
+def read_adapters(path):
+    """adapter_model.safetensors beside a whole adapter_config.json."""
+    directory = path.parent / "adapters"
+    directory.mkdir(exist_ok=True)
+    (directory / "adapter_config.json").write_bytes(whole("the settings of adapters"))
+    (directory / "adapter_model.safetensors").write_bytes(path.read_bytes())
+    lora = policy.lora_of(LoraConfig(path=str(directory)))
+    return adapter_files.load(directory, hub.load_architecture(conftest.STORIES), lora, sharding.single_device_mesh())
+
+
 def read_journal(path):
     (path.parent / "journal.json").write_bytes(path.read_bytes())
     (path.parent / "journal.before.json").unlink(missing_ok=True)
@@ -69,6 +87,8 @@ READERS = {  # what it reads: the file's name, the reader
     "responses kept while sampling": ("sampled.part", lambda path: generation_file.read_partial([path], PROMPTS)),
     "the architecture of a model": ("config.json", read_model),
     "weights in safetensors": ("model.safetensors", read_weights),
+    "the settings of adapters": ("adapter_config.json", read_adapter_settings),
+    "adapters": ("adapter_model.safetensors", read_adapters),
     "a model in GGUF": ("model.gguf", lambda path: hub.load_pretrained(path)),
     "a tokenizer in GGUF": ("model.gguf", lambda path: hub.load_tokenizer(path)),
     "scores": ("scores.npz", array_files.read),
@@ -154,6 +174,16 @@ def _gguf(path):
     writer.close()
 
 
+def _adapters(path):
+    """A file of a PEFT directory."""
+    architecture = hub.load_architecture(conftest.STORIES)
+    model = Transformer(architecture, lora=policy.lora_of(LoraConfig(rank=2)))
+    params = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    directory = path.parent / "saved"
+    adapter_files.save(directory, architecture, adapters.split(params)[0], adapter_files.Settings(2, 8.0), "base")
+    path.write_bytes((directory / path.name).read_bytes())
+
+
 def _copy(name):
     return lambda path: path.write_bytes((conftest.STORIES / name).read_bytes())
 
@@ -173,6 +203,8 @@ MAKERS = {
     "sampled.part": _sampled,
     "config.json": _copy("config.json"),
     "model.safetensors": _copy("model.safetensors"),
+    "adapter_config.json": _adapters,
+    "adapter_model.safetensors": _adapters,
     "model.gguf": _gguf,
     "scores.npz": lambda path: path.write_bytes(array_files.npz(a=np.arange(9), b=np.zeros((2, 3), np.float32))),
     "journal.other": _journal,

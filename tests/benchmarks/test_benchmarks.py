@@ -18,6 +18,10 @@ RUNS = {  # script: arguments, and the benchmarks of its lines
         [*TINY, "--row-length", "512", "--prompts", "4", "--repeats", "1"],
         [*["adapters_step"] * 3, "adapters_scoring"],
     ),
+    "adapters_rounds.py": (
+        ["--config", str(DEMO / "demo.yaml"), "--data.max_prompts", "12", "--policy.path", str(STORIES)],
+        [*["adapters_rounds_search"] * 8, *["adapters_rounds"] * 9],
+    ),
     "trees_vs_pairs.py": (
         [*TINY, "--prompts", "4", "--repeats", "1"],
         ["trees_vs_pairs_loss", *["trees_vs_pairs_turn"] * 4, "trees_vs_pairs"],
@@ -52,8 +56,8 @@ LONG = pytest.mark.skipif(
 )
 """Of `BESIDE`."""
 
-BESIDE = ("adapters.py", "memory.py", "trees_vs_pairs.py")
-"""Scripts whose parts test_memory.py, test_logprobs.py, test_train_step.py and test_adapters.py test."""
+BESIDE = ("adapters.py", "adapters_rounds.py", "memory.py", "trees_vs_pairs.py")
+"""Scripts whose parts are tested in test_memory.py, test_logprobs.py, test_train_step.py and test_adapter_run.py."""
 
 
 @pytest.mark.parametrize("script", [pytest.param(s, marks=LONG) if s in BESIDE else s for s in RUNS])

@@ -64,7 +64,7 @@ def setup(
         summed_over_data=how.summed_over_data(),
         context=shared_by,
         router=router,
-        adapters_only=lora is not None,
+        lora=lora,
     )
     inputs = packing.step_batch(rows, scores, np.arange(len(rows)), rows_per_batch, most)
     trained, frozen = adapters.parts(params, lora)
@@ -445,6 +445,31 @@ def test_eight_devices_train_adapters_as_one_does(stories, mesh, targets, option
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
     np.testing.assert_allclose(log_probs, alone[2], rtol=1e-5, atol=1e-4)
     assert_close(host(trained), host(alone[1]), rtol=0, atol=1e-5)
+
+
+def test_a_round_trains_its_own_adapters_as_if_earlier_ones_were_merged(stories):
+    """With weight decay, which must not move the earlier ones either."""
+    of_both, of_one = Lora(6, 1.5, ("down", "q", "v"), rounds=2), Lora(3, 1.5, ("down", "q", "v"))
+    whole = jax.jit(Transformer(stories[0], lora=of_both).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    new = adapters.split(whole["params"])[0]
+    moved = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), new)
+    start = jax.tree.map(lambda a, b: a + b, adapters.of_round(moved, 0, of_both), adapters.of_round(new, 1, of_both))
+    earlier = adapters.first_rounds(start, 1, of_both)
+    merged = adapters.merged(adapters.join(stories[1], earlier), of_both.scale)
+    of_round_1 = lambda path, p: p[..., 3:] if path[-1].key == "lora_a" else p[..., 3:, :]
+    later = host(jax.tree.map_with_path(of_round_1, start))
+    finals, losses = [], []
+    for params, lora in ((adapters.join(stories[1], start), of_both), (adapters.join(merged, later), of_one)):
+        step, state, inputs, _ = setup((stories[0], params), rows_per_batch=8, most=1, lora=lora, weight_decay=0.1)
+        for _ in range(5):
+            state, metrics = step(state, *inputs, scalars()._replace(round_number=np.int32(1)))
+            losses.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+        finals.append(state.params)
+    np.testing.assert_allclose(losses[:5], losses[5:], rtol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, host(adapters.first_rounds(finals[0], 1, of_both)), host(earlier))
+    found, moved = jax.tree.map_with_path(of_round_1, finals[0]), jax.tree.map(lambda a, b: a - b, finals[1], later)
+    assert_close(host(found), host(finals[1]), rtol=0, atol=1e-5)
+    assert min(float(jnp.abs(m).max()) for m in jax.tree.leaves(moved)) > 1e-3
 
 
 def test_weight_decay_leaves_what_is_not_trained(stories):

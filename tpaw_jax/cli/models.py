@@ -8,7 +8,10 @@ from typing import Any
 
 from tpaw_jax.cli.overrides import refuse
 
-_WITHOUT_ADAPTERS = [f"policy.lora.{key}" for key in ("rank=0", "path=", "rslora=false", "dora=false", "base_dtype=")]
+_WITHOUT_ADAPTERS = [
+    f"policy.lora.{key}"
+    for key in ("rank=0", "path=", "rslora=false", "dora=false", "base_dtype=", "merge_each_round=false")
+]
 """Overrides for a model that is not the one whose adapters the configuration describes."""
 
 
@@ -29,8 +32,9 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     run = config_file.load(options.config, overrides)
     opened = journal.open_journal(of_run, read_only=True) if of_run else None
     if opened and opened.config:
-        lora = config_file.parse(RunConfig, opened.config, str(of_run)).policy.lora
-        run = dataclasses.replace(run, policy=dataclasses.replace(run.policy, lora=dataclasses.replace(lora, path="")))
+        played = config_file.parse(RunConfig, opened.config, str(of_run))
+        lora = dataclasses.replace(played.policy.lora, path="")
+        run = dataclasses.replace(run, rounds=played.rounds, policy=dataclasses.replace(run.policy, lora=lora))
     tasks = []
     if not options.harness:
         tasks = exact_match.select_tasks(run.evaluation, options.tasks.split(",") if options.tasks else [])

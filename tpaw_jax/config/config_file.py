@@ -162,7 +162,7 @@ def validate(config: RunConfig, where: str) -> None:
         (values[key] == "auto" or values[key] >= least, key, f"must be at least {least}")
         for key, least in AT_LEAST.items()
     )
-    checks = [*too_small, *_check_values(config), *_check_tasks(config.evaluation)]
+    checks = [*too_small, *_check_values(config), *_check_adapters(config), *_check_tasks(config.evaluation)]
     for holds, key, problem in checks:
         if not holds:
             raise ValueError(f"{where}: {key} {problem}.")
@@ -174,17 +174,13 @@ Check = tuple[bool, str, str]
 
 def _check_values(c: RunConfig) -> list[Check]:
     data, sampling, objective, train = c.data, c.sampling, c.objective, c.train
-    one_round, sampled, lora = c.rounds == 1, data.responses == "sampled", c.policy.lora
+    one_round, sampled = c.rounds == 1, data.responses == "sampled"
     measured, response = objective.tolerance == -1, "" if objective.loss == "sft" else " and one response"
     return [
         (one_round or objective.loss != "sft", "rounds", "must be 1 where objective.loss is sft"),
         (one_round or sampled, "rounds", "must be 1 where data.responses is rejected: the responses never change"),
         (data.train_on == "last" or sampled, "data.train_on", "must be last where data.responses is rejected"),
         (bool(c.policy.path), "policy.path", "is not set"),
-        (lora.alpha > 0, "policy.lora.alpha", "must be above 0"),
-        (bool(lora.targets), "policy.lora.targets", "is empty"),
-        (lora.used or not lora.base_dtype, "policy.lora.base_dtype", "needs policy.lora.rank or policy.lora.path"),
-        (lora.used or not (lora.dora or lora.rslora), "policy.lora.rank", "must be set for dora or rslora"),
         (len(data.sources) >= 1, "data.sources", "is empty"),
         (all(s.path for s in data.sources), "data.sources", "has an entry without a path"),
         (all(s.weight > 0 for s in data.sources), "data.sources", "has an entry whose weight is not above 0"),
@@ -213,6 +209,30 @@ def _check_values(c: RunConfig) -> list[Check]:
         (0 <= train.warmup_ratio < 1, "train.warmup_ratio", "must be at least 0 and below 1"),
         (train.max_grad_norm > 0, "train.max_grad_norm", "must be above 0"),
         (train.save_every_minutes > 0, "train.save_every_minutes", "must be above 0"),
+    ]
+
+
+def _check_adapters(c: RunConfig) -> list[Check]:
+    lora = c.policy.lora
+    return [
+        (lora.alpha > 0, "policy.lora.alpha", "must be above 0"),
+        (bool(lora.targets), "policy.lora.targets", "is empty"),
+        (lora.used or not lora.base_dtype, "policy.lora.base_dtype", "needs policy.lora.rank or policy.lora.path"),
+        (
+            lora.used or not (lora.dora or lora.rslora or lora.merge_each_round),
+            "policy.lora.rank",
+            "must be set for dora, rslora or merge_each_round",
+        ),
+        (
+            not (lora.merge_each_round and c.train.optimizer == "adafactor"),
+            "train.optimizer",
+            "must not be adafactor with policy.lora.merge_each_round: its steps depend on the adapters of other rounds",
+        ),
+        (
+            not (lora.dora and lora.merge_each_round),
+            "policy.lora.merge_each_round",
+            "must be false with dora, whose adapters cannot be added up",
+        ),
     ]
 
 

@@ -40,6 +40,11 @@ class LoraConfig:
         "dtype of the frozen projections; empty: policy.param_dtype; int8: rounded to 8 bits, with a factor for each "
         "output",
     )
+    merge_each_round: bool = option(
+        False,
+        "each round trains new adapters on top of all earlier ones, as if these were merged into the model; an adapter "
+        "then has rank * rounds columns",
+    )
     path: str = option(
         "", "a PEFT directory with the adapters to begin with; rank, alpha, rslora, dora and targets are its own"
     )

@@ -47,9 +47,9 @@ def open_policy(config: RunConfig, mesh: Mesh) -> Policy:
     tokenizer, vocabulary = hub.load_tokenizer(c.tokenizer or c.path), hub.load_architecture(c.path).vocab_size
     template = templates.make_template(tokenizer, config.data, vocabulary)
     architecture, params = load_parameters(c, mesh)
-    architecture, lora = for_sequences(architecture, config), lora_of(c.lora)
-    if lora is not None:
-        params = adapters.join(params, _first_adapters(config, architecture, lora, mesh, params))
+    architecture = for_sequences(architecture, config)
+    if c.lora.used:
+        params = adapters.join(params, first_adapters(config, architecture, mesh, params))
     model, decoder, sampling_mesh = sharded_models(config, architecture, params, mesh)
     stops = stop_tokens(template, hub.load_generation_config(c.path))
     sampler_with = lambda settings: slots.make_sampler(decoder, settings, stops, sampling_mesh)
@@ -70,8 +70,8 @@ def load_parameters(config: PolicyConfig, mesh: Mesh) -> tuple[models.ModelConfi
     return models.load_pretrained(config.path, dtype, sharder)
 
 
-def lora_of(config: LoraConfig) -> Lora | None:
-    """The adapters of a configuration; None without any.
+def lora_of(config: LoraConfig, rounds: int = 1) -> Lora | None:
+    """The adapters of a configuration for a run of `rounds`; None without any.
 
     Raises:
         ValueError: as `resolve_adapters`.
@@ -82,7 +82,8 @@ def lora_of(config: LoraConfig) -> Lora | None:
     targets = adapters.PROJECTIONS if "all-linear" in c.targets else c.targets
     modules = tuple(sorted({adapters.PROJECTIONS[name] for name in targets}))
     scale = adapters.scale_of(c.alpha, c.rank, c.rslora)
-    return Lora(c.rank, scale, modules, c.init, jnp.dtype(c.dtype), c.dora)
+    rounds = rounds if c.merge_each_round else 1
+    return Lora(rounds * c.rank, scale, modules, c.init, jnp.dtype(c.dtype), c.dora, rounds)
 
 
 def resolve_adapters(config: LoraConfig, begun: LoraConfig | None = None) -> LoraConfig:
@@ -110,19 +111,30 @@ def resolve_adapters(config: LoraConfig, begun: LoraConfig | None = None) -> Lor
                 f"policy.lora.{name} is {given!r}, but that of the adapters at {config.path} is {value!r}. Remove the "
                 "key: it is taken from there."
             )
+    if found["dora"] and config.merge_each_round:
+        raise ValueError(
+            f"policy.lora.merge_each_round must be false: the adapters at {config.path} are DoRA's, which cannot be "
+            "added up."
+        )
     return dataclasses.replace(config, **found)
 
 
-def _first_adapters(
-    config: RunConfig, architecture: models.ModelConfig, lora: Lora, mesh: Mesh, base: PyTree[Array]
+def first_adapters(
+    config: RunConfig, architecture: models.ModelConfig, mesh: Mesh, base: PyTree[Array]
 ) -> PyTree[Array]:
     """The adapters at `policy.lora.path`, or new ones, drawn with the run's seed.
 
     Raises:
-        ValueError: the adapters do not suit the model, or it has none of the targets.
+        FileNotFoundError: there are no adapters at `path`.
+        ValueError: they do not suit the model, or it has none of the targets.
     """
+    of_file, lora = None, lora_of(config.policy.lora, config.rounds)
+    assert lora is not None
     if config.policy.lora.path:
-        return adapter_files.load(hub.resolve(config.policy.lora.path), architecture, lora, mesh)
+        of_one_round = dataclasses.replace(lora, rank=lora.rank_of_round, rounds=1)
+        of_file = adapter_files.load(hub.resolve(config.policy.lora.path), architecture, of_one_round, mesh)
+        if lora.rounds == 1:
+            return of_file
     model = models.Transformer(architecture, lora=lora)
     new = lambda: adapters.split(model.init(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32))["params"])[0]
     shapes = jax.eval_shape(new)
@@ -133,6 +145,8 @@ def _first_adapters(
         )
     shardings = sharding.param_shardings(shapes, mesh)
     drawn = jax.jit(new, out_shardings=shardings)()
+    if of_file is not None:
+        return jax.jit(adapters.begun_with, out_shardings=shardings)(drawn, of_file)
     if not lora.dora:
         return drawn
     return jax.jit(adapters.with_magnitudes, out_shardings=shardings)(drawn, base)
@@ -158,7 +172,7 @@ def sharded_models(
     remat = "layer" if c.remat == "auto" else c.remat
     attention = models.attention_of(mesh.devices.flat[0], c.attention_chunks)
     dtypes = jnp.dtype(c.compute_dtype), jnp.dtype(c.param_dtype)
-    whole = models.Transformer(architecture, *dtypes, remat, attention, lora=lora_of(c.lora))
+    whole = models.Transformer(architecture, *dtypes, remat, attention, lora=lora_of(c.lora, config.rounds))
     sampling_mesh = sharding.sampling_mesh(config.sampling.tensor)
     sampling_model = shard_model(whole, params, sampling_mesh, key="sampling.tensor")
     decoder = decoder_of(sampling_model, config.sampling.cache_dtype)

@@ -40,12 +40,18 @@ ROWS_SPLIT = ("o", "down")
 class Lora:
     """Which projections of a model have adapters, and what these are like."""
 
-    rank: int
+    rank: int  # of all rounds together
     scale: float
     targets: tuple[str, ...]  # of the values of `PROJECTIONS`
     init: str = "kaiming"  # of A: kaiming, uniform within D**-0.5; or gaussian, normal with deviation 1 / r. B is zero
     dtype: jnp.dtype = jnp.dtype("float32")
     dora: bool = False
+    rounds: int = 1  # above 1: only columns of A and rows of B of the current round are trained, see `of_round`
+
+    @property
+    def rank_of_round(self) -> int:
+        """The columns of A that a round trains."""
+        return self.rank // self.rounds
 
 
 def scale_of(alpha: float, rank: int, rank_stabilized: bool) -> float:
@@ -82,7 +88,7 @@ class Linear(nn.Module):
     def _adapted(self, x, y, kernel, lora):
         size = x.shape[-1]
         uniform, normal = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), nn.initializers.normal
-        init = uniform if lora.init == "kaiming" else normal(1 / lora.rank)
+        init = uniform if lora.init == "kaiming" else normal(1 / lora.rank_of_round)
         a = self.param("lora_a", init, (size, lora.rank), lora.dtype)
         b = self.param("lora_b", nn.initializers.zeros, (lora.rank, self.features), lora.dtype)
         y += jnp.dot(jnp.dot(x, a.astype(self.dtype)), (lora.scale * b).astype(self.dtype))
@@ -135,6 +141,35 @@ def join(one: Mapping[str, Any], other: Mapping[str, Any] = types.MappingProxyTy
     """The inverse of `split`, in either order. Where both have a leaf, it is the other's."""
     both = {name for name in other if isinstance(other[name], Mapping) and name in one}
     return {**one, **other, **{name: join(one[name], other[name]) for name in both}}
+
+
+def of_round(adapters: PyTree[Array], round_number: Array | int, lora: Lora | None) -> PyTree[Array]:
+    """Adapters, or their gradients, with zeros where another round trains; unchanged if all rounds train all.
+
+    Round t trains columns [t r, (t + 1) r) of A and these rows of B, with r = `lora.rank_of_round`.
+    """
+    if lora is None or lora.rounds == 1:
+        return adapters
+    trains_r = jnp.arange(lora.rank) // lora.rank_of_round == round_number
+    masks = {"lora_a": trains_r, "lora_b": trains_r[:, None]}
+    return jax.tree.map_with_path(lambda path, x: jnp.where(masks[path[-1].key], x, 0), adapters)
+
+
+def first_rounds(adapters: PyTree[Array], count: int, lora: Lora) -> PyTree[Array]:
+    """The columns of A and rows of B that the first `count` rounds train."""
+    rank = count * lora.rank_of_round
+    cut = {"lora_a": lambda a: a[..., :rank], "lora_b": lambda b: b[..., :rank, :]}
+    return jax.tree.map_with_path(lambda path, x: cut[path[-1].key](x), adapters)
+
+
+def begun_with(new: PyTree[Array], first: PyTree[Array]) -> PyTree[Array]:
+    """New adapters of several rounds, whose first columns of A and rows of B are those of other adapters."""
+
+    def begun(path, own, other):
+        rest = own[..., other.shape[-1] :] if path[-1].key == "lora_a" else own[..., other.shape[-2] :, :]
+        return jnp.concatenate([other, rest], -1 if path[-1].key == "lora_a" else -2)
+
+    return jax.tree.map_with_path(begun, new, first)
 
 
 def merged(params: Mapping[str, Any], scale: float, total: Callable[[Array], Array] = lambda x: x) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def target_of(
     remat = "layer" if policy.remat == "auto" else policy.remat
     chunks, vmem = policy.attention_chunks, topology.chip.vmem_bytes
     attention = tpu_attention(vmem, chunks=chunks) if platform == "tpu" else gpu_attention(chunks)
-    lora = lora_of(policy.lora)
+    lora = lora_of(policy.lora, config.rounds)
     unsharded = Transformer(architecture, compute, dtype, remat, attention, lora=lora)
     params = hub.abstract_params(architecture, dtype, mesh, lora)
     if lora and policy.lora.base_dtype == "int8":

@@ -84,8 +84,11 @@ class Heartbeat:
         with contextlib.suppress(Exception):  # a process did not come: `_watch` sees that
             self._client.key_value_set(f"tpaw/host/{self.own}", self.hosts[self.own])
             self._client.wait_at_barrier("tpaw hosts", int(1000 * self.timeout))
-            for key, host in self._client.key_value_dir_get("tpaw/host/"):
-                self.hosts[int(key.rsplit("/", 1)[1])] = host
+            self._read_hosts()
+
+    def _read_hosts(self) -> None:
+        for key, host in self._client.key_value_dir_get("tpaw/host/"):
+            self.hosts[int(key.rsplit("/", 1)[1])] = host
 
     def _beat(self) -> None:
         number = 0
@@ -103,6 +106,8 @@ class Heartbeat:
                 self._beats[process], self._seen[process] = value, time.monotonic()
         for key, value in self._client.key_value_dir_get("tpaw/ended/"):
             self._ended[int(key.rsplit("/", 1)[1])] = _End(*json.loads(value))
+        if len(self.hosts) < self.count:
+            self._read_hosts()
         self._answered = time.monotonic()
         if STATUS in os.environ:
             self._sign_of_life(json.dumps({"process": self.own, "hosts": self.hosts}))

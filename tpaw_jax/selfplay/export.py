@@ -40,7 +40,7 @@ def write(run: Path, round_number: int | None, out: Path, merge: bool = False) -
     opened, settings = _open(run)
     mesh = sharding.make_mesh(config.MeshConfig())  # any mesh can read what any other wrote
     policy = settings.policy
-    architecture, lora = models.load_architecture(policy.path), lora_of(policy.lora)
+    architecture, lora = models.load_architecture(policy.path), lora_of(policy.lora, settings.rounds)
     if merge and not lora:
         raise ValueError(f"{run}: the run has no adapters, so there is nothing to merge; omit --merge.")
     kept = ring.open_ring(opened, settings.objective.n_max)
@@ -56,6 +56,9 @@ def write(run: Path, round_number: int | None, out: Path, merge: bool = False) -
     if lora and not merge:
         c = policy.lora
         of_adapters = adapter_files.Settings(c.rank, c.alpha, c.rslora, c.dora)
+        if lora.rounds > 1:
+            params, rank = adapters.first_rounds(params, max(wanted, 1), lora), max(wanted, 1) * c.rank
+            of_adapters = adapter_files.Settings(rank, lora.scale * rank)
         adapter_files.save(out, architecture, params, of_adapters, policy.path, template.tokenizer)
         base = policy.path + (", rounded to 8 bits" if c.base_dtype == "int8" else "")
         return f"The adapters of round {wanted} are in {out}, a directory for PEFT. Their base is {base}."

@@ -95,7 +95,7 @@ def _make_inputs(
 
     def make(step: int, tolerance: float, dry_run: bool) -> StepInputs:
         batch, team, used = packing.step_batch(rows, scores, step_rows[step], config.packing.rows_per_batch, most)
-        scalars = StepScalars(rates[step], lam, np.float32(tolerance), np.bool_(dry_run))
+        scalars = StepScalars(rates[step], lam, np.float32(tolerance), np.bool_(dry_run), np.int32(t))
         tokens = int(rows.tokens[step_rows[step]].sum())
         return StepInputs(sharding.place((batch, team, used, scalars), shardings), batch, team, tokens)
 

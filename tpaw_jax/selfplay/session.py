@@ -19,7 +19,7 @@ from tpaw_jax.config.config_file import flat, parse, to_dict
 from tpaw_jax.data import dataset, packing, prefix_trees, templates
 from tpaw_jax.evaluation import exact_match
 from tpaw_jax.generation import engine, slots
-from tpaw_jax.generation.policy import SPEED_ONLY_KEYS, Policy, open_policy, resolve_adapters
+from tpaw_jax.generation.policy import SPEED_ONLY_KEYS, Policy, first_adapters, open_policy, resolve_adapters
 from tpaw_jax.models import adapters
 from tpaw_jax.observe.profiling import Profiler, Stopwatch
 from tpaw_jax.observe.trackers import Tracker, open_trackers
@@ -53,7 +53,10 @@ KEYS_THAT_MAY_CHANGE = SPEED_ONLY_KEYS | {
     "evaluation.each_round",
     "evaluation.tasks",
 }
-"""Configuration keys that may differ in a resumed run: they change results by rounding at most."""
+"""Configuration keys that may differ in a resumed run: they change results by rounding at most.
+
+With `policy.lora.merge_each_round`, `rounds` may not, since the adapters have columns for each round.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +205,7 @@ def _check_unchanged(opened: Journal, config: RunConfig) -> None:
         return
     before = parse(RunConfig, opened.config, str(opened.directory / "journal.json"))  # with defaults of newer keys
     old, new = flat(to_dict(before)), flat(to_dict(config))
-    may_change = KEYS_THAT_MAY_CHANGE
+    may_change = KEYS_THAT_MAY_CHANGE - ({"rounds"} if config.policy.lora.merge_each_round else set())
     if before.mesh.preset == config.mesh.preset == "auto":
         may_change |= {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # chosen for the devices
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in may_change]
@@ -277,6 +280,8 @@ def _first_policy(session: Session, theta_0: PyTree[Array]) -> PyTree[Array]:
     if first in session.ring.policies:
         session.say(f"The run resumes with theta_{first}.")
         return session.restore(first)
+    if session.config.policy.lora.path:  # without them, if the ring had policies when the session opened
+        theta_0 = session.whole(first_adapters(session.config, session.model, session.mesh, theta_0))
     ring.push(session.ring, session.trained(theta_0), first)
     ring.finish_saves(session.ring)
     return theta_0

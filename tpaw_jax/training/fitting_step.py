@@ -71,5 +71,5 @@ def configured_step(
         summed_over_data=parallel.summed_over_data(),
         context=parallel.context,
         router=train_step.RouterLosses(config.train.router_balance, config.train.router_z) if has_experts else None,
-        adapters_only=model.lora is not None,
+        lora=model.lora,
     )

@@ -4,6 +4,7 @@ Learning rate, lam, tolerance and the number of micro-batches are data, so round
 program. A step whose loss or gradient is not finite updates nothing but its counters.
 """
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -17,16 +18,13 @@ from jaxtyping import Array, Float, PyTree
 
 from tpaw_jax.config import ObjectiveConfig, TrainConfig
 from tpaw_jax.models import adapters
+from tpaw_jax.models.adapters import Lora
 from tpaw_jax.models.experts import RouterStatistics
 from tpaw_jax.models.parallel import context as contexts
 from tpaw_jax.objective import TeamLoss, team_loss
 from tpaw_jax.runtime import sharding, tpu
 from tpaw_jax.training import gradients
-from tpaw_jax.training.logprobs import (
-    LogProbFn,
-    RoutedLogProbFn,
-    sum_by_response,
-)
+from tpaw_jax.training.logprobs import LogProbFn, RoutedLogProbFn, sum_by_response
 from tpaw_jax.types import AnyArray, TeamScores, TrainState, TreeBatch
 
 
@@ -37,6 +35,7 @@ class StepScalars(NamedTuple):
     lam: AnyArray  # reward scale
     tolerance: AnyArray  # largest reward for which alpha is eta (A8)
     dry_run: AnyArray  # compute metrics, update nothing
+    round_number: AnyArray = np.int32(0)  # matters where each round trains its own adapters
 
 
 NO_SCALARS = StepScalars(np.float32(0), np.float32(0), np.float32(0), np.bool_(False))
@@ -139,7 +138,7 @@ def make_train_step(
     summed_over_data: Collection[str] = (),
     context: int = 1,
     router: RouterLosses | None = None,
-    adapters_only: bool = False,
+    lora: Lora | None = None,
 ) -> TrainStep:
     """Build the compiled train step of the objective; see `make_step` for the other arguments and the result.
 
@@ -176,8 +175,7 @@ def make_train_step(
     loss, rows = (supervised, _tokens_of_rows) if objective.loss == "sft" else (team, _triplets_of_rows)
     counted = lambda batch: jnp.sum(rows(batch))
     options: dict[str, Any] = {"counted": counted, "summed_over_data": summed_over_data, "context": context}
-    options["adapters_only"] = adapters_only
-    return make_step(loss, optimizer, mesh, reduce_dtype, compiler_options, **options)
+    return make_step(loss, optimizer, mesh, reduce_dtype, compiler_options, lora=lora, **options)
 
 
 def _router_loss(
@@ -202,7 +200,7 @@ def make_step(
     counted: Callable[[TreeBatch], Array] = lambda batch: jnp.sum(batch.triplet_weight),
     summed_over_data: Collection[str] = (),
     context: int = 1,
-    adapters_only: bool = False,
+    lora: Lora | None = None,
 ) -> TrainStep:
     """Build the compiled step(state, batch, scores, micro_batches, scalars) -> (state, metrics). It donates the state.
 
@@ -219,7 +217,7 @@ def make_step(
         counted: batch -> the number that the loss is a mean over.
         summed_over_data: parameters whose gradients the loss's backward pass has summed over `data` already.
         context: devices that share rows, see `models.parallel.context`.
-        adapters_only: the state has adapters alone; the step takes the base, which is not donated, as sixth argument.
+        lora: the state has these adapters alone; the step takes the base, which is not donated, as sixth argument.
     """
     mesh = sharding.single_device_mesh() if mesh is None else mesh
 
@@ -236,11 +234,11 @@ def make_step(
             out_specs=(P(), P(), param_specs),
             check_vma=False,  # `gradients` and `models.parallel` do all reductions themselves
         )(state.params, batch, scores, micro_batches, scalars, total, *frozen)
-        state, update_metrics = _update(state, optimizer, loss, summed, scalars)
+        state, update_metrics = _update(state, optimizer, loss, summed, scalars, lora)
         state = jax.lax.with_sharding_constraint(state, state_shardings(state.params, optimizer, mesh))
         return state, {"loss": loss, **_means(sums, jnp.maximum(sums["triplets"], 1.0)), **update_metrics}
 
-    in_shardings = (None, *input_shardings(mesh, context), *[None] * adapters_only)  # None: keep its own
+    in_shardings = (None, *input_shardings(mesh, context), *[None] * (lora is not None))  # None: keep its own
     return jax.jit(step, donate_argnums=0, in_shardings=in_shardings, compiler_options=dict(compiler_options or {}))
 
 
@@ -357,16 +355,23 @@ def _is_trained(path: tuple[Any, ...]) -> bool:
 
 
 def _update(
-    state: TrainState, optimizer: optax.GradientTransformation, loss: Array, gradients: PyTree, scalars: StepScalars
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    loss: Array,
+    gradients: PyTree,
+    scalars: StepScalars,
+    lora: Lora | None,
 ) -> tuple[TrainState, Metrics]:
     """Apply one optimizer step, unless it is a dry run or the loss or gradient is not finite."""
+    trained = functools.partial(adapters.of_round, round_number=scalars.round_number, lora=lora)
+    gradients = trained(gradients)
     norm = optax.global_norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     apply = finite & ~scalars.dry_run
     master = state.params if state.master is None else state.master
     updates, opt_state = optimizer.update(gradients, state.opt_state, master)
     moved = lambda path, p, u: p + scalars.learning_rate * u if _is_trained(path) else p
-    master = jax.tree_util.tree_map_with_path(moved, master, updates)
+    master = jax.tree_util.tree_map_with_path(moved, master, trained(updates))
     params = jax.tree.map(lambda p, old: p.astype(old.dtype), master, state.params)
     select = lambda new, old: jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, old)
     counts = jnp.where(scalars.dry_run, 0, 1)
@@ -379,13 +384,8 @@ def _update(
         skipped=state.skipped + skipped,
         skipped_in_a_row=jnp.where(scalars.dry_run | ~finite, state.skipped_in_a_row + skipped, 0),
     )
-    metrics = {
-        "grad_norm": norm,
-        "learning_rate": scalars.learning_rate,
-        "skipped": new.skipped,
-        "skipped_in_a_row": new.skipped_in_a_row,
-    }
-    return new, metrics
+    counters = {"skipped": new.skipped, "skipped_in_a_row": new.skipped_in_a_row}
+    return new, {"grad_norm": norm, "learning_rate": scalars.learning_rate, **counters}
 
 
 def _needs_master(params: PyTree[Any]) -> bool:

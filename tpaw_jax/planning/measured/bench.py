@@ -118,7 +118,8 @@ def _set_up(config: RunConfig, architecture: ModelConfig, lengths: workload.Leng
 
 def _random_params(config: RunConfig, architecture: ModelConfig, mesh: Mesh) -> PyTree[Any]:
     dtype = jnp.dtype(config.policy.param_dtype)
-    model = Transformer(architecture, jnp.dtype(config.policy.compute_dtype), dtype, lora=lora_of(config.policy.lora))
+    lora = lora_of(config.policy.lora, config.rounds)
+    model = Transformer(architecture, jnp.dtype(config.policy.compute_dtype), dtype, lora=lora)
     init = lambda: model.init(jax.random.key(config.seed), jnp.zeros((1, 8), jnp.int32))["params"]
     params = jax.jit(init, out_shardings=sharding.param_shardings(jax.eval_shape(init), mesh))()
     if model.lora and config.policy.lora.base_dtype == "int8":
