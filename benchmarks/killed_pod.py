@@ -4,8 +4,9 @@
 
 Two processes play three rounds of a small run (the embedded model) as `tpaw play` does on a pod. The run directory is
 in a Cloud Storage server of the tests (tests/cloud_storage.py). One process, chosen at random, gets SIGKILL at a random
-moment; when both have ended, the same commands go on. After the last kill the run may finish. Compared are the
-checksums of all policies, scores and responses with those of an undisturbed run. One JSON line a kill, then a summary.
+moment; when both have ended, the same commands go on. A run that finishes before the last kill is followed by another;
+after the last kill, the run may finish. Compared are the checksums of all policies, scores and responses of every run
+with those of an undisturbed one. One JSON line a kill, then a summary.
 """
 
 import argparse
@@ -94,13 +95,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, server as environment:
         os.environ.update(environment, JAX_COMPILATION_CACHE_DIR=f"{folder}/cache")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        whole, killed = (bucket.open_path(f"gs://{cloud_storage.BUCKET}/{name}") for name in ("whole", "killed"))
+        whole, killed = (bucket.open_path(f"gs://{cloud_storage.BUCKET}/{name}") for name in ("whole", "killed_1"))
         pod = Pod(whole, Path(folder), 0)
         pod.await_round()
         playing = time.perf_counter()
         assert pod.end() == [0, 0], pod.logs[0].read_text()
         playing = time.perf_counter() - playing
-        kills, attempt = 0, 0
+        kills, attempt, runs, same = 0, 0, 1, True
         while kills < options.kills:
             attempt += 1
             pod = Pod(killed, Path(folder), attempt)
@@ -119,11 +120,18 @@ def main() -> None:
                 record = {"number": kills, "process": number, "stage": stage, "seconds": seconds, "codes": codes}
                 common.emit(benchmark="killed_pod", fault="kill", said=said, **record)
             elif codes == [0, 0]:
-                break
+                same, runs = same and faults.results(killed) == faults.results(whole), runs + 1
+                killed = bucket.open_path(f"gs://{cloud_storage.BUCKET}/killed_{runs}")
         ended = Pod(killed, Path(folder), attempt + 1)
         codes = ended.end()
-        same = codes == [0, 0] and faults.results(killed) == faults.results(whole)
-        facts = {"kills": kills, "finished": codes == [0, 0], "same": same, "seconds": time.perf_counter() - begun}
+        same = same and codes == [0, 0] and faults.results(killed) == faults.results(whole)
+        facts = {
+            "kills": kills,
+            "runs": runs,
+            "finished": codes == [0, 0],
+            "same": same,
+            "seconds": time.perf_counter() - begun,
+        }
         common.emit(benchmark="killed_pod", failing=options.failing, **facts, **common.machine())
 
 

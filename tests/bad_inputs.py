@@ -365,6 +365,7 @@ BAD_INPUTS = [
     BadInput(SETTINGS, "a rank of text", _fields(r="8"), ("adapter_config.json", "r is '8'")),
     BadInput(SETTINGS, "ranks by module", _fields(rank_pattern={"q_proj": 4}), ("rank_pattern is {'q_proj': 4}",)),
     BadInput(SETTINGS, "a changed base", _fields(init_lora_weights="pissa"), ("init_lora_weights is 'pissa'", "base")),
+    BadInput(SETTINGS, "one kind of matrix", _fields(target_parameters=["experts.down_proj"]), ("target_parameters",)),
     BadInput(ADAPTERS, "cut in half", _half, ("adapter_model.safetensors", "not a readable safetensors file")),
     BadInput(ADAPTERS, "of an unknown module", _replaced(b"q_proj", b"c_proj"), ("adapters of c_proj", "supported")),
     BadInput(ADAPTERS, "a layer too far", _replaced(b"layers.4", b"layers.7"), ("tensors are missing", "layers.4")),

@@ -27,6 +27,9 @@ TOKENS = np.random.default_rng(0).integers(3, 256, (2, 40)).astype(np.int32)
 TOKENS[1, :PROMPT] = TOKENS[0, :PROMPT]
 
 
+EXPERTS_ALONE = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
 def mesh_of_one():
     return sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
 
@@ -60,7 +63,10 @@ def ours(directory, of_adapters):
         pytest.param(("llama-untied", {"target_modules": "all-linear"}), marks=SIMILAR),
         pytest.param(("qwen3", {"r": 3, "target_modules": ["k_proj", "o_proj", "up_proj"]}), marks=SIMILAR),
         pytest.param(("olmo2", {"target_modules": ["gate_proj"]}), marks=SIMILAR),
-        pytest.param(("qwen2-moe", {"target_modules": ["q_proj", "v_proj"]}), marks=SIMILAR),
+        pytest.param(("qwen2-moe", {"target_modules": ["q_proj", "up_proj", "gate_proj", "down_proj"]}), marks=SIMILAR),
+        ("mixtral", {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
+        pytest.param(("qwen3-moe", EXPERTS_ALONE), marks=SIMILAR),
+        pytest.param(("gemma4-experts", EXPERTS_ALONE), marks=SIMILAR),
         pytest.param(("smollm2", {"target_modules": "all-linear", "size": 0.01}), marks=SIMILAR),
     ],
     ids=lambda param: param[0],
@@ -126,10 +132,14 @@ def test_gradients_of_a_and_b_are_pefts(pair):
 
 def by_name(tree, names):
     """The gradients of adapters, by PEFT's names."""
-    flat = traverse_util.flatten_dict(tree, sep="/")
-    return {
-        hf: np.asarray(value[place]).T for n, value in flat.items() for hf, place, _ in names[n].tensors(value.shape)
-    }
+    flat, transposed = traverse_util.flatten_dict(tree, sep="/"), adapter_files._transposed
+    return adapter_files._experts_joined(
+        {
+            hf: transposed(np.asarray(value[place]))
+            for n, value in flat.items()
+            for hf, place, _ in names[n].tensors(value.shape)
+        }
+    )
 
 
 def test_directories_go_both_ways(pair):

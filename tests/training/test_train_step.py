@@ -370,6 +370,7 @@ EXPERTS = {
     "shared_expert_size": 48,
     "rope_layers": None,
 }
+DENSE_FIRST = EXPERTS | {"dense_layers": (True,) + (False,) * 4}
 
 
 @pytest.mark.parametrize(
@@ -391,7 +392,7 @@ EXPERTS = {
         pytest.param(MeshConfig(fsdp=8), GEMMA4, marks=SIMILAR),
         pytest.param(MeshConfig(fsdp=8, context=2), GEMMA4, marks=SIMILAR),
         pytest.param(MeshConfig(fsdp=2, expert=2, tensor=2), GEMMA4_EXPERTS, marks=SIMILAR),
-        pytest.param(MeshConfig(fsdp=4, expert=2), EXPERTS | {"dense_layers": (True,) + (False,) * 4}, marks=SIMILAR),
+        pytest.param(MeshConfig(fsdp=4, expert=2), DENSE_FIRST, marks=SIMILAR),
         pytest.param(MeshConfig(fsdp=2, expert=4), EXPERTS, marks=SIMILAR),
         pytest.param(MeshConfig(expert=8), EXPERTS, marks=SIMILAR),
         pytest.param(MeshConfig(data=2, fsdp=2, expert=2), EXPERTS, marks=SIMILAR),
@@ -421,7 +422,13 @@ def test_eight_devices_take_the_steps_of_one_for_layers_of_other_families(storie
         pytest.param(MeshConfig(fsdp=8), ("q", "v"), {}, marks=SIMILAR),
         pytest.param(MeshConfig(fsdp=8, context=2), ("k", "o", "up"), {"dora": True}, marks=SIMILAR),
         pytest.param(MeshConfig(fsdp=4, tensor=2), ("k", "down"), GEMMA4, marks=SIMILAR),
-        pytest.param(MeshConfig(fsdp=2, expert=4), ("o", "q"), EXPERTS, marks=SIMILAR),
+        (MeshConfig(fsdp=2, expert=2, tensor=2), ("experts", "q"), EXPERTS),
+        pytest.param(MeshConfig(fsdp=2, expert=4), ("experts", "o"), EXPERTS, marks=SIMILAR),
+        pytest.param(MeshConfig(data=2, fsdp=4), ("experts",), EXPERTS, marks=SIMILAR),
+        pytest.param(MeshConfig(fsdp=4, expert=2), ("experts",), DENSE_FIRST, marks=SIMILAR),
+        pytest.param(MeshConfig(fsdp=4, tensor=2), ("experts", "v"), GEMMA4_EXPERTS, marks=SIMILAR),
+        pytest.param(MeshConfig(fsdp=8, context=2), ("experts",), EXPERTS, marks=SIMILAR),
+        pytest.param(MeshConfig(fsdp=8), ("experts",), EXPERTS | {"num_experts": 4}, marks=SIMILAR),
     ],
     ids=str,
 )

@@ -217,6 +217,7 @@ def _check_adapters(c: RunConfig) -> list[Check]:
     return [
         (lora.alpha > 0, "policy.lora.alpha", "must be above 0"),
         (bool(lora.targets), "policy.lora.targets", "is empty"),
+        (not (lora.dora and "experts" in lora.targets), "policy.lora.targets", "must not contain experts with dora"),
         (lora.used or not lora.base_dtype, "policy.lora.base_dtype", "needs policy.lora.rank or policy.lora.path"),
         (
             lora.used or not (lora.dora or lora.rslora or lora.merge_each_round),

@@ -27,8 +27,13 @@ class LoraConfig:
     rank: int = option(0, "rank of the adapters, such as PEFT's 8; 0: none, all parameters are trained")
     alpha: float = option(8.0, "the adapters' output is multiplied by alpha / rank", "PEFT: lora_alpha")
     targets: tuple[
-        Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear"], ...
-    ] = option(("q_proj", "v_proj"), "projections with adapters; all-linear: all of these", "PEFT, for Llama")
+        Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear", "experts"],
+        ...,
+    ] = option(
+        ("q_proj", "v_proj"),
+        "projections with adapters; all-linear: all of these; experts: all matrices of a mixture's experts",
+        "PEFT, for Llama",
+    )
     init: Literal["kaiming", "gaussian"] = option(
         "kaiming", "distribution of A before training; B is 0", "PEFT: init_lora_weights"
     )

@@ -15,7 +15,7 @@ from tpaw_jax.data import templates
 from tpaw_jax.generation import engine, slots
 from tpaw_jax.generation.decoder import Decoder, decoder_of
 from tpaw_jax.models import adapters, hub, quantized
-from tpaw_jax.models.adapters import Lora
+from tpaw_jax.models.adapters import EXPERTS, Lora
 from tpaw_jax.models.checkpoints import adapter_files
 from tpaw_jax.models.rope import BY_LENGTH
 from tpaw_jax.models.transformer import shard_model
@@ -79,8 +79,8 @@ def lora_of(config: LoraConfig, rounds: int = 1) -> Lora | None:
     c = resolve_adapters(config)
     if not c.rank:
         return None
-    targets = adapters.PROJECTIONS if "all-linear" in c.targets else c.targets
-    modules = tuple(sorted({adapters.PROJECTIONS[name] for name in targets}))
+    names = {*c.targets, *adapters.PROJECTIONS} if "all-linear" in c.targets else {*c.targets}
+    modules = tuple(sorted(adapters.PROJECTIONS.get(name, name) for name in names - {"all-linear"}))
     scale = adapters.scale_of(c.alpha, c.rank, c.rslora)
     rounds = rounds if c.merge_each_round else 1
     return Lora(rounds * c.rank, scale, modules, c.init, jnp.dtype(c.dtype), c.dora, rounds)
@@ -111,6 +111,8 @@ def resolve_adapters(config: LoraConfig, begun: LoraConfig | None = None) -> Lor
                 f"policy.lora.{name} is {given!r}, but that of the adapters at {config.path} is {value!r}. Remove the "
                 "key: it is taken from there."
             )
+    if found["dora"] and EXPERTS in found["targets"]:
+        raise ValueError(f"policy.lora.path: the adapters at {config.path} are DoRA's, which experts cannot have.")
     if found["dora"] and config.merge_each_round:
         raise ValueError(
             f"policy.lora.merge_each_round must be false: the adapters at {config.path} are DoRA's, which cannot be "
@@ -138,11 +140,7 @@ def first_adapters(
     model = models.Transformer(architecture, lora=lora)
     new = lambda: adapters.split(model.init(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32))["params"])[0]
     shapes = jax.eval_shape(new)
-    if not shapes:
-        raise ValueError(
-            f"policy.lora.targets: this {architecture.model_type} model has none of the projections "
-            f"{', '.join(config.policy.lora.targets)}."
-        )
+    check_targets(lora, architecture, shapes)
     shardings = sharding.param_shardings(shapes, mesh)
     drawn = jax.jit(new, out_shardings=shardings)()
     if of_file is not None:
@@ -150,6 +148,21 @@ def first_adapters(
     if not lora.dora:
         return drawn
     return jax.jit(adapters.with_magnitudes, out_shardings=shardings)(drawn, base)
+
+
+def check_targets(lora: Lora, architecture: models.ModelConfig, shapes: PyTree[Any]) -> None:
+    """Check that a model has what the adapters are for; `shapes` are the adapters that it gets.
+
+    Raises:
+        ValueError: it has no experts, or none of the projections.
+    """
+    if EXPERTS in lora.targets and not architecture.num_experts:
+        raise ValueError(f"policy.lora.targets: this {architecture.model_type} model has no experts.")
+    if not shapes:
+        names = [name for name, module in adapters.PROJECTIONS.items() if module in lora.targets]
+        raise ValueError(
+            f"policy.lora.targets: this {architecture.model_type} model has none of the projections {', '.join(names)}."
+        )
 
 
 def for_sequences(architecture: models.ModelConfig, config: RunConfig) -> models.ModelConfig:

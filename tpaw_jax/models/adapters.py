@@ -32,6 +32,9 @@ PROJECTIONS = {
 }
 """PEFT's names of the projections that can have an adapter, and the names of their modules here."""
 
+EXPERTS = "experts"
+"""The target that stands for the matrices of all experts, of which gate and up share A, as PEFT's gate_up_proj does."""
+
 ROWS_SPLIT = ("o", "down")
 """Modules whose kernel is split by rows over `tensor`, so that their outputs are summed."""
 
@@ -42,7 +45,7 @@ class Lora:
 
     rank: int  # of all rounds together
     scale: float
-    targets: tuple[str, ...]  # of the values of `PROJECTIONS`
+    targets: tuple[str, ...]  # of the values of `PROJECTIONS`, and `EXPERTS`
     init: str = "kaiming"  # of A: kaiming, uniform within D**-0.5; or gaussian, normal with deviation 1 / r. B is zero
     dtype: jnp.dtype = jnp.dtype("float32")
     dora: bool = False
@@ -52,6 +55,12 @@ class Lora:
     def rank_of_round(self) -> int:
         """The columns of A that a round trains."""
         return self.rank // self.rounds
+
+    def initializer(self, batch_axis: tuple[int, ...] = ()) -> nn.initializers.Initializer:
+        """The initializer of A, of which there are several along `batch_axis`."""
+        if self.init == "gaussian":
+            return nn.initializers.normal(1 / self.rank_of_round)
+        return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=batch_axis)
 
 
 def scale_of(alpha: float, rank: int, rank_stabilized: bool) -> float:
@@ -86,10 +95,7 @@ class Linear(nn.Module):
         return y if bias is None else y + bias.astype(self.dtype)
 
     def _adapted(self, x, y, kernel, lora):
-        size = x.shape[-1]
-        uniform, normal = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), nn.initializers.normal
-        init = uniform if lora.init == "kaiming" else normal(1 / lora.rank_of_round)
-        a = self.param("lora_a", init, (size, lora.rank), lora.dtype)
+        a = self.param("lora_a", lora.initializer(), (x.shape[-1], lora.rank), lora.dtype)
         b = self.param("lora_b", nn.initializers.zeros, (lora.rank, self.features), lora.dtype)
         y += jnp.dot(jnp.dot(x, a.astype(self.dtype)), (lora.scale * b).astype(self.dtype))
         if not lora.dora:
@@ -179,6 +185,8 @@ def merged(params: Mapping[str, Any], scale: float, total: Callable[[Array], Arr
     """
     whole: dict[str, Any] = {}
     for name, own in params.items():
+        if name == "expert_up" and "lora_b" in own:
+            own = {**own, "lora_a": params["expert_gate"]["lora_a"]}
         if not isinstance(own, Mapping):
             whole[name] = own
         elif "lora_a" not in own and "kernel_scale" not in own:
@@ -192,6 +200,8 @@ def merged(params: Mapping[str, Any], scale: float, total: Callable[[Array], Arr
 
 def _merged_kernel(own: Mapping[str, Array], scale: float, total: Callable[[Array], Array]) -> Array:
     """A kernel of W + scale A B, or of W alone, in the dtype of W, or float32 if that is quantized."""
+    if own["kernel"].ndim > 3:  # experts of all layers: a float32 copy of one layer at a time
+        return jax.lax.map(lambda of_layer: _merged_kernel(of_layer, scale, total), dict(own))
     kernel, dtype = own["kernel"].astype(jnp.float32), own["kernel"].dtype
     if "kernel_scale" in own:
         kernel, dtype = kernel * own["kernel_scale"][..., None, :], jnp.dtype("float32")

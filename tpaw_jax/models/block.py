@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from tpaw_jax.models import experts
-from tpaw_jax.models.adapters import Linear, Lora
+from tpaw_jax.models.adapters import EXPERTS, Linear, Lora
 from tpaw_jax.models.attention import Attention, Visibility
 from tpaw_jax.models.model_config import LAYERS, LayerKind, ModelConfig
 from tpaw_jax.models.parallel import Parallel, exchange
@@ -102,11 +102,13 @@ class Block(nn.Module):
             self.gate, self.up = linear(c.dense_size), linear(c.dense_size)
             self.down = linear(c.hidden_size, total=total)
         if c.num_experts:
-            matrix = lambda *shape: Kernel(shape, self.param_dtype)
+            matrix = lambda *shape, **options: Kernel(shape, self.param_dtype, **options)
             held, size = c.num_experts // self.parallel.expert, c.expert_size
+            own = {"lora": self.lora if self.lora is not None and EXPERTS in self.lora.targets else None}
             self.router = matrix(c.hidden_size, c.num_experts)
-            self.expert_gate, self.expert_up = (matrix(held, c.hidden_size, size) for _ in range(2))
-            self.expert_down = matrix(held, size, c.hidden_size)
+            self.expert_gate = matrix(held, c.hidden_size, size, **own)
+            self.expert_up = matrix(held, c.hidden_size, size, **own, shares_a=True)
+            self.expert_down = matrix(held, size, c.hidden_size, **own)
             if c.experts_beside_dense:
                 self.router_norm, self.experts_norm, self.experts_post_norm = norm(), norm(), norm()
                 self.dense_post_norm = norm()
@@ -197,14 +199,22 @@ class Block(nn.Module):
         """The output of the routed experts, or a device's part of it, and statistics of the router, which reads h."""
         c, parallel = self.config, self.parallel
         routes, logits_ME = experts.route(h_MD, self.router().astype(self.dtype), live, c)
-        matrices = (self.expert_gate(), self.expert_up(), self.expert_down())
-        weights = experts.ExpertWeights(*(matrix.astype(self.dtype) for matrix in matrices))
+        weights = self._expert_weights()
         statistics = experts.router_statistics(routes, logits_ME, live, rows, parallel.sum_of_rows)
         if c.experts_beside_dense:
             routes = experts.scaled_routes(routes, self.expert_scale())
         routes = routes._replace(weights=parallel.copy_to_tensor(routes.weights))
         mixed_outputs = exchange.mixed_outputs if parallel.expert > 1 else experts.mixed_outputs
         return mixed_outputs(own_MD, routes, weights, ACTIVATIONS[c.activation]), statistics
+
+    def _expert_weights(self):
+        modules, lora = (self.expert_gate, self.expert_up, self.expert_down), self.lora
+        kernels = (module().astype(self.dtype) for module in modules)
+        if lora is None or EXPERTS not in lora.targets:
+            return experts.ExpertWeights(*kernels)
+        (gate_up_a, gate_b), (_, up_b), (down_a, down_b) = (module.adapter() for module in modules)
+        of = experts.ExpertAdapters(gate_up_a, *(lora.scale * b for b in (gate_b, up_b)), down_a, lora.scale * down_b)
+        return experts.ExpertWeights(*kernels, jax.tree.map(lambda x: x.astype(self.dtype), of))
 
     def _of_tokens(self, x_MD, shared, tokens_M):
         """What the layer's own embedding of the tokens adds, gated by x."""
@@ -251,15 +261,31 @@ class Scale(nn.Module):
 
 
 class Kernel(nn.Module):
-    """A matrix, or several stacked ones."""
+    """A matrix, or several stacked ones, which have adapters with `lora`; `shares_a`: another module has their A."""
 
     shape: tuple[int, ...]
     param_dtype: DTypeLike
+    lora: Lora | None = None
+    shares_a: bool = False
 
-    @nn.compact
+    def setup(self) -> None:
+        *stacked, size, features = self.shape
+        batch_axis = tuple(range(len(stacked)))
+        initializer, lora = nn.initializers.lecun_normal(batch_axis=batch_axis), self.lora
+        self.kernel = self.param("kernel", initializer, self.shape, self.param_dtype)
+        if lora is None:
+            return
+        self.a = None
+        if not self.shares_a:
+            self.a = self.param("lora_a", lora.initializer(batch_axis), (*stacked, size, lora.rank), lora.dtype)
+        self.b = self.param("lora_b", nn.initializers.zeros, (*stacked, lora.rank, features), lora.dtype)
+
     def __call__(self) -> Float[Array, "*shape"]:
-        initializer = nn.initializers.lecun_normal(batch_axis=tuple(range(len(self.shape) - 2)))
-        return self.param("kernel", initializer, self.shape, self.param_dtype)
+        return self.kernel
+
+    def adapter(self) -> tuple[Array | None, Array]:
+        """A and B."""
+        return self.a, self.b
 
 
 def embedding_multiplier(config: ModelConfig, dtype: DTypeLike) -> float:

@@ -26,12 +26,23 @@ class Routes(NamedTuple):
     weights: Float[Array, "M X"]  # float32
 
 
+class ExpertAdapters(NamedTuple):
+    """Low-rank adapters of a layer's experts. `gate` and `up` share A. B is already multiplied by the scale."""
+
+    gate_up_a: Float[Array, "E D r"]
+    gate_b: Float[Array, "E r F"]
+    up_b: Float[Array, "E r F"]
+    down_a: Float[Array, "E F r"]
+    down_b: Float[Array, "E r D"]
+
+
 class ExpertWeights(NamedTuple):
     """The matrices of a layer's experts, or of those that a device holds."""
 
     gate: Float[Array, "E D F"]
     up: Float[Array, "E D F"]
     down: Float[Array, "E F D"]
+    adapters: ExpertAdapters | None = None
 
 
 class RouterStatistics(NamedTuple):
@@ -116,9 +127,16 @@ def compute(
     place_MX = jnp.where(experts < count, place_A.reshape(experts.shape), -1)
     product = lambda x, matrices: lax.ragged_dot(x, matrices, sizes_E, preferred_element_type=x.dtype)
     # Ragged matmuls leave the places behind the last expert undefined; nothing reads them.
-    h_SD = send(h_MD, place_MX, source_S)
-    hidden_SF = activation(product(h_SD, weights.gate)) * product(h_SD, weights.up)
-    return receive(product(hidden_SF, weights.down), place_MX, source_S)
+    h_SD, own = send(h_MD, place_MX, source_S), weights.adapters
+    gate_SF, up_SF = product(h_SD, weights.gate), product(h_SD, weights.up)
+    if own is not None:
+        low_Sr = product(h_SD, own.gate_up_a)
+        gate_SF, up_SF = gate_SF + product(low_Sr, own.gate_b), up_SF + product(low_Sr, own.up_b)
+    hidden_SF = activation(gate_SF) * up_SF
+    out_SD = product(hidden_SF, weights.down)
+    if own is not None:
+        out_SD += product(product(hidden_SF, own.down_a), own.down_b)
+    return receive(out_SD, place_MX, source_S)
 
 
 @jax.custom_vjp

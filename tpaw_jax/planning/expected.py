@@ -168,10 +168,8 @@ def _add_params(sent: dict[str, float], target: Target, batches: int, *, step: b
     specs = target.model.parallel.specs
     head = "embed/embedding" if model.tie_embeddings else "head/embedding"
     trains, in_8_bits = step and not target.model.lora, config.policy.lora.base_dtype == "int8"
-    if step and target.model.lora:
-        size = param_bytes(adapters.split(target.params)[0]) * reduce / target.model.lora.dtype.itemsize
-        sent["all-reduce"] += 2 * size * _others(mesh["fsdp"] * mesh["expert"])
-        _add_sum_over_data(sent, size, mesh["data"], target.topology.slices)
+    if target.model.lora:
+        _add_adapters(sent, target, (batches, 1 + again) if step else (1, 1), step=step)
     for name, shape in param_shapes(model).items():
         spec = specs.get(name, P())
         split_over = [axis for dimension in range(len(spec)) for axis in sharding.axes_of(spec, dimension)]
@@ -189,6 +187,27 @@ def _add_params(sent: dict[str, float], target: Target, batches: int, *, step: b
         if trains:
             others = math.prod(mesh[axis] for axis in sharding.MESH_AXES_OF["batch"] if axis not in split_over)
             _add_sum_over_data(sent, size / group * reduce, others, target.topology.slices)
+
+
+def _add_adapters(sent: dict[str, float], target: Target, passes: tuple[int, int], *, step: bool) -> None:
+    """Add the gathers of adapters that are sharded over `fsdp`, which those of experts are, and the sums of gradients.
+
+    `passes` are the batches, and how often each gathers a layer.
+    """
+    (batches, times), mesh, config = passes, target.mesh.shape, target.config
+    compute, reduce = jnp.dtype(config.policy.compute_dtype).itemsize, jnp.dtype(config.train.reduce_dtype).itemsize
+    for path, leaf in jax.tree_util.tree_leaves_with_path(adapters.split(target.params)[0]):
+        name, spec, own = sharding.path_name(path), leaf.sharding.spec, math.prod(leaf.sharding.shard_shape(leaf.shape))
+        split_over = {axis for dimension in range(len(spec)) for axis in sharding.axes_of(spec, dimension)}
+        group = math.prod(mesh[axis] for axis in sharding.features_of(name, spec)[1])
+        sent["all-gather"] += _others(group) * own * group * compute * batches * times
+        if step:
+            sent["reduce-scatter"] += _others(group) * own * group * reduce * batches
+            rows_over = math.prod(mesh[axis] for axis in ("fsdp", "expert") if axis not in split_over)
+            sent["all-reduce"] += 2 * _others(rows_over) * own * reduce
+            tensor = 1 if "tensor" in split_over else mesh["tensor"]
+            sent["all-reduce"] += 2 * _others(tensor) * own * leaf.dtype.itemsize * batches
+            _add_sum_over_data(sent, own * reduce, mesh["data"], target.topology.slices)
 
 
 def _add_activations(sent: dict[str, float], target: Target, batches: int, *, step: bool, again: bool) -> None:

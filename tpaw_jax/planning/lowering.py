@@ -15,7 +15,7 @@ from tpaw_jax.data import packing
 from tpaw_jax.generation import engine, token_sampling
 from tpaw_jax.generation.cache import PAGE, Pages, PageTable
 from tpaw_jax.generation.decoder import decoder_of
-from tpaw_jax.generation.policy import lora_of
+from tpaw_jax.generation.policy import check_targets, lora_of
 from tpaw_jax.generation.slots import DecodeState, make_sampler
 from tpaw_jax.models import ModelConfig, Transformer, adapters, hub, quantized
 from tpaw_jax.models.attention import gpu_attention, tpu_attention
@@ -63,6 +63,8 @@ def target_of(
     lora = lora_of(policy.lora, config.rounds)
     unsharded = Transformer(architecture, compute, dtype, remat, attention, lora=lora)
     params = hub.abstract_params(architecture, dtype, mesh, lora)
+    if lora:
+        check_targets(lora, architecture, adapters.split(params)[0])
     if lora and policy.lora.base_dtype == "int8":
         params = quantized.abstract(params, sharding.param_sharder(mesh))
     one_process = [d for d in devices if d.process_index == devices[0].process_index]

@@ -62,6 +62,10 @@ PARAM_AXES = {  # flax path -> logical axes; see `logical_axes` for models with 
     **{f"layers/{name}/lora_b": ("layers", "norm", "mlp") for name in ("gate", "up")},
     **{f"layers/{name}/{of}": ("layers", "heads") for name in ("q", "k", "v") for of in ("lora_m", "kernel_scale")},
     **{f"layers/{name}/{of}": ("layers", "mlp") for name in ("gate", "up") for of in ("lora_m", "kernel_scale")},
+    **{f"layers/expert_{name}/lora_b": ("layers", "experts", "norm", "mlp") for name in ("gate", "up")},
+    "layers/expert_gate/lora_a": ("layers", "experts", "expert_embed", "norm"),
+    "layers/expert_down/lora_a": ("layers", "experts", "mlp", "norm"),
+    "layers/expert_down/lora_b": ("layers", "experts", "norm", "expert_embed"),
     "layers/o/lora_a": ("layers", "heads", "norm"),
     "layers/down/lora_a": ("layers", "mlp", "norm"),
 }

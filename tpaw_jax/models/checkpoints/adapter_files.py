@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tpaw_jax.models.adapters import ADAPTERS, PROJECTIONS, Lora, scale_of
+from tpaw_jax.models.adapters import ADAPTERS, EXPERTS, PROJECTIONS, Lora, scale_of
 from tpaw_jax.models.checkpoints.hub import abstract_params, check_export
 from tpaw_jax.models.checkpoints.safetensors_files import read_json
 from tpaw_jax.models.checkpoints.tensor_names import TensorName, tensor_names, text_name
@@ -33,7 +33,6 @@ NEUTRAL: dict[str, Any] = {
     "alpha_pattern": {},
     "layers_to_transform": None,
     "layer_replication": None,
-    "target_parameters": None,
     "trainable_token_indices": None,
     "lora_bias": False,
     "fan_in_fan_out": False,
@@ -50,6 +49,9 @@ VARIANTS = (
     "velora_config",
 )
 """Fields of variants of LoRA that compute something else."""
+
+OF_EXPERTS = ("gate_up_proj", "down_proj")
+"""The parameters of a module of experts, in the order in which PEFT wraps them."""
 
 INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 """The values of init_lora_weights that leave the base as it is."""
@@ -79,6 +81,12 @@ def read_settings(directory: Path) -> Settings:
     for name, neutral in {**NEUTRAL, **dict.fromkeys(VARIANTS)}.items():
         if (fields.get(name) or neutral) != neutral:
             raise ValueError(f"{path}: {name} is {fields[name]!r}, which is not supported; it must be {neutral!r}.")
+    parameters = fields.get("target_parameters") or []
+    named = {str(name).split(".")[-1] for name in parameters} if isinstance(parameters, list) else None
+    if parameters and named != set(OF_EXPERTS):
+        raise ValueError(
+            f"{path}: target_parameters is {parameters!r}; supported are {' and '.join(OF_EXPERTS)}, both together."
+        )
     if fields.get("init_lora_weights") not in INITS:
         raise ValueError(
             f"{path}: init_lora_weights is {fields['init_lora_weights']!r}, which changes the base too. Convert the "
@@ -97,14 +105,15 @@ def read_targets(directory: Path) -> tuple[str, ...]:
     Raises:
         ValueError: other modules have adapters, or there are none.
     """
-    found = {name.split(".lora_")[0].split(".")[-1] for name in _names_in(directory) if ".lora_" in name}
-    unknown = sorted(found - PROJECTIONS.keys())
+    modules = {name.split(".lora_")[0] for name in _names_in(directory) if ".lora_" in name}
+    found = {module.removesuffix(".base_layer").split(".")[-1] for module in modules}
+    unknown = sorted(found - {*PROJECTIONS, EXPERTS})
     if unknown or not found:
         raise ValueError(
             f"{directory / TENSORS}: it has adapters of {', '.join(unknown) or 'nothing'}; supported are those of "
-            f"{', '.join(PROJECTIONS)}. Merge it into its base with PEFT's merge_and_unload()."
+            f"{', '.join(PROJECTIONS)} and experts. Merge it into its base with PEFT's merge_and_unload()."
         )
-    return tuple(name for name in PROJECTIONS if name in found)
+    return tuple(name for name in (*PROJECTIONS, EXPERTS) if name in found)
 
 
 def load(directory: Path, config: ModelConfig, lora: Lora, mesh: Mesh) -> PyTree[Array]:
@@ -123,7 +132,8 @@ def load(directory: Path, config: ModelConfig, lora: Lora, mesh: Mesh) -> PyTree
         )
     shapes = traverse_util.flatten_dict(abstract_params(config, jnp.float32, mesh, lora), sep="/")
     shapes = {name: x for name, x in shapes.items() if name.endswith(ADAPTERS)}
-    names, present = _names(config), {_text_name(name): value for name, value in _tensors(directory).items()}
+    present = {_text_name(name): value for name, value in _tensors(directory).items()}
+    names, present = _names(config), _experts_apart(present, config, str(directory / TENSORS))
     expected = {hf: inner for name, x in shapes.items() for hf, _, inner in names[name].tensors(x.shape)}
     wrong = [name for name, shape in expected.items() if name in present and present[name].shape != shape]
     for problem, tensors in (
@@ -137,7 +147,7 @@ def load(directory: Path, config: ModelConfig, lora: Lora, mesh: Mesh) -> PyTree
     def stacked(name: str) -> np.ndarray:
         whole = np.empty(shapes[name].shape, np.float32)
         for hf, place, _ in names[name].tensors(whole.shape):
-            whole[place] = present[hf].T
+            whole[place] = _transposed(present[hf])
         return whole.astype(shapes[name].dtype)
 
     placed = {name: sharding.place(stacked(name), x.sharding) for name, x in shapes.items()}
@@ -152,27 +162,50 @@ def save(
     It is complete or absent, as with `hub.save_pretrained`.
 
     Raises:
-        ValueError: checkpoints of this model join projections, or something else exists at `path`.
+        ValueError: PEFT cannot load these adapters of this model, or something else exists at `path`.
     """
+    flat = traverse_util.flatten_dict(adapters, sep="/")
+    modules = {name.split("/")[-2] for name in flat}
+    _check_saved(path, config, modules)
+    path = check_export(path)
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    names = _names(config, _layers_prefix(base))
+    tensors = {
+        hf: _transposed(np.asarray(value[place]))
+        for name, value in flat.items()
+        for hf, place, _ in names[name].tensors(value.shape)
+    }
+    tensors = {name: np.ascontiguousarray(x) for name, x in _experts_joined(tensors).items()}
+    save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+    (partial / TENSORS).chmod(0o644)
+    (partial / CONFIG).write_text(json.dumps(_config_fields(config, modules, settings, base), indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)
+    return path
+
+
+def _check_saved(path: Path, config: ModelConfig, modules: set[str]) -> None:
     if config.fused:
         raise ValueError(
             f"{path}: checkpoints of {config.model_type} models join projections that have adapters of their own here, "
             "so PEFT cannot load these. Export the merged model, with --merge."
         )
-    path = check_export(path)
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    names, flat = _names(config, _layers_prefix(base)), traverse_util.flatten_dict(adapters, sep="/")
-    tensors = {
-        hf: np.ascontiguousarray(np.asarray(value[place]).T)
-        for name, value in flat.items()
-        for hf, place, _ in names[name].tensors(value.shape)
-    }
-    save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
-    (partial / TENSORS).chmod(0o644)
-    modules = {name.split("/")[-2] for name in flat}
-    fields = NEUTRAL | {
+    if config.model_type == "qwen3_moe" and modules & {"gate", "up", "down"}:  # PEFT 0.21 converts these names
+        raise ValueError(
+            f"{path}: PEFT takes gate_proj, up_proj and down_proj of a qwen3_moe model for matrices of its experts, so "
+            "it cannot load these adapters of its dense layers. Export the merged model, with --merge."
+        )
+
+
+def _config_fields(config: ModelConfig, modules: set[str], settings: Settings, base: str) -> dict[str, Any]:
+    """The content of adapter_config.json for adapters of these modules."""
+    experts = [f"{_experts_module(config)}.{name}" for name in OF_EXPERTS] if "expert_gate" in modules else None
+    return NEUTRAL | {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -182,15 +215,9 @@ def save(
         "use_rslora": settings.rslora,
         "use_dora": settings.dora,
         "target_modules": [name for name, module in PROJECTIONS.items() if module in modules],
+        "target_parameters": experts,
         "inference_mode": True,
     }
-    (partial / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    if path.exists():
-        shutil.rmtree(path)
-    partial.rename(path)
-    return path
 
 
 def _names(config: ModelConfig, layers: str = "model.") -> dict[str, TensorName]:
@@ -203,7 +230,83 @@ def _names(config: ModelConfig, layers: str = "model.") -> dict[str, TensorName]
             of_adapters[f"{module}/lora_a"] = own._replace(template=f"*{stem}.lora_A.weight")
             of_adapters[f"{module}/lora_b"] = own._replace(template=f"*{stem}.lora_B.weight")
             of_adapters[f"{module}/lora_m"] = own._replace(template=f"{stem}.lora_magnitude_vector")
+        elif module.endswith("/expert_gate"):
+            stack, stem = module.split("/")[0], f"*{PREFIX}{layers}layers.{{}}.{_experts_module(config)}"
+            for path, tensor in EXPERT_TENSORS.items():
+                of_adapters[f"{stack}/{path}"] = own._replace(template=f"{stem}.{tensor}")
     return of_adapters
+
+
+EXPERT_TENSORS = {
+    "expert_gate/lora_a": "gate_up_proj.lora_A.weight",
+    "expert_gate/lora_b": "gate_proj.lora_B.weight",
+    "expert_up/lora_b": "up_proj.lora_B.weight",
+    "expert_down/lora_a": "down_proj.lora_A.weight",
+    "expert_down/lora_b": "down_proj.lora_B.weight",
+}
+"""The adapters of experts and names of tensors in the form that `_experts_apart` gives them."""
+
+
+def _experts_module(config: ModelConfig) -> str:
+    """The name of a layer's experts in transformers."""
+    return "experts" if config.experts_beside_dense else "mlp.experts"
+
+
+def _experts_apart(tensors: dict[str, np.ndarray], config: ModelConfig, where: str) -> dict[str, np.ndarray]:
+    """The tensors of a file, with those of experts as `EXPERT_TENSORS` names them: A [E, r, D], B [E, F, r].
+
+    PEFT wraps gate_up_proj and then down_proj, so the former's adapters are those of `base_layer`. It has the A of all
+    experts as [E r, D] and their B as [F, r E].
+
+    Raises:
+        ValueError: a tensor cannot be divided into experts. Names it.
+    """
+    apart, count = {}, config.num_experts
+    for name, tensor in tensors.items():
+        stem, _, kind = name.partition(".lora_")
+        if not stem.removesuffix(".base_layer").endswith(".experts"):
+            apart[name] = tensor
+            continue
+        if not count:
+            raise ValueError(
+                f"{where}: {name} does not belong to this {config.model_type} model, which has no experts."
+            )
+        if tensor.ndim != 2 or tensor.shape[kind.startswith("B")] % count:
+            raise ValueError(f"{where}: {name} is {tensor.shape}, which is no adapter of {count} experts.")
+        of, module = OF_EXPERTS[not stem.endswith(".base_layer")], stem.removesuffix(".base_layer")
+        if kind.startswith("A"):
+            apart[f"{module}.{of}.lora_{kind}"] = tensor.reshape(count, -1, tensor.shape[1])
+            continue
+        own = tensor.reshape(len(tensor), -1, count).transpose(2, 0, 1)
+        parts = {"gate_proj": own[:, : len(tensor) // 2], "up_proj": own[:, len(tensor) // 2 :]}
+        for part, values in (parts if of == "gate_up_proj" else {of: own}).items():
+            apart[f"{module}.{part}.lora_{kind}"] = values
+    return apart
+
+
+def _experts_joined(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inverse of `_experts_apart`."""
+    joined = {}
+    for name, tensor in tensors.items():
+        module, of_experts, own = name.partition(".experts.")
+        if not of_experts:
+            joined[name] = tensor
+            continue
+        of, kind = own.split(".lora_")
+        wrapped = ".experts.lora_" if of == "down_proj" else ".experts.base_layer.lora_"
+        if of == "up_proj":
+            continue
+        if of == "gate_proj":
+            tensor = np.concatenate([tensor, tensors[f"{module}.experts.up_proj.lora_{kind}"]], axis=1)
+        flat = tensor if kind.startswith("A") else tensor.transpose(1, 2, 0)
+        ends = (-1, flat.shape[-1]) if kind.startswith("A") else (len(flat), -1)
+        joined[f"{module}{wrapped}{kind}"] = flat.reshape(ends)
+    return joined
+
+
+def _transposed(x: np.ndarray) -> np.ndarray:
+    """A vector as it is, or with its last two axes swapped."""
+    return x if x.ndim < 2 else x.swapaxes(-2, -1)
 
 
 def _text_name(name: str) -> str:

@@ -81,18 +81,22 @@ def _in_rounds_forward(activation, *arguments):
 
 
 def _in_rounds_backward(activation, saved, d_MD):
-    *inputs, assignments = saved
-    d_MD = d_MD.astype(jnp.float32)
+    h_MD, weights_MX, held, assignments = saved
+    d_MD, frozen = d_MD.astype(jnp.float32), held.adapters is not None
+    inputs = h_MD, weights_MX, held.adapters if frozen else held
+    whole = lambda trained: held._replace(adapters=trained) if frozen else trained
 
     def add(r, total):
-        _, vjp = jax.vjp(lambda inputs: _round(activation, assignments, r, inputs), tuple(inputs))
-        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, vjp(d_MD)[0])
+        of_inputs = lambda h, weights, trained: _round(activation, assignments, r, (h, weights, whole(trained)))
+        gradients = jax.vjp(of_inputs, *inputs)[1](d_MD)
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, gradients)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tuple(inputs))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), inputs)
     with jax.named_scope(SCOPE):
         gradients = lax.fori_loop(0, assignments.rounds, add, zeros)
-    gradients = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, tuple(inputs))
-    return *gradients, jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), assignments)
+    d_h, d_weights, d_trained = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, inputs)
+    d_held = jax.tree.map(jnp.zeros_like, held)._replace(adapters=d_trained) if frozen else d_trained
+    return d_h, d_weights, d_held, jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), assignments)
 
 
 _in_rounds.defvjp(_in_rounds_forward, _in_rounds_backward)
