@@ -2,8 +2,8 @@
 
 A projection of x [M, D] becomes x W + scale (x A) B, with A [D, r] and B [r, F]. DoRA (arXiv 2402.09353) divides each
 of its F outputs by the norm of its column of W + scale A B, and multiplies it by m, which is trained. The adapters
-`lora_a`, `lora_b` and `lora_m` lie beside `kernel` in the tree of parameters. A run trains the tree of adapters alone;
-`join` completes it with the base.
+`lora_a`, `lora_b` and `lora_m` lie beside `kernel` in the tree of parameters; of experts, `expert_up` has B alone and
+takes the A of `expert_gate`. A run trains the tree of adapters alone; `join` completes it with the base.
 """
 
 import dataclasses
