@@ -406,7 +406,9 @@ def faults(on_disk: list[dict], in_bucket: list[dict], pod: list[dict]) -> str:
     for r in pod:
         if "kills" in r:
             same = "yes" if r["same"] else "no"
-            lines.append([f"in a bucket, two processes: one run, {r['kills']} kills", "", same, ""])
+            runs = r.get("runs", 1)
+            played = "one run" if runs == 1 else f"{runs} runs"
+            lines.append([f"in a bucket, two processes: {played}, {r['kills']} kills", "", same, ""])
     return _table(["a small run that met", "told", "ended as the undisturbed one", "work redone, median"], lines)
 
 
