@@ -71,7 +71,7 @@ def search(way: str, played: Callable[..., list[dict[str, Any]]], responses: Pat
 def play(
     config: str | Path, settings: list[str], folder: Path, way: str, rate: float, responses: Path | None = None
 ) -> list[dict[str, Any]]:
-    """The summaries of three rounds, or of the first on these responses. The last has half the rate, as SPIN's."""
+    """The summaries of three rounds, or of the first on these responses. The last has half the rate."""
     rates = f"train.learning_rate=[{rate},{rate},{rate / 2}]"
     rounds = ["rounds=1"] if responses else []
     directory = f"directory={folder / f'{way} {rate} {responses is None}'}"
